@@ -1,0 +1,34 @@
+# Each target sets up what it needs in .venv: `make quickstart` and `make test` work on a fresh clone.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test test-slow lint bench clean
+
+quickstart: $(VENV)/quickstart.installed
+	$(BIN)/accelerate launch train.py --config configs/quickstart.yaml
+
+# One thread for each of the two workers. Tests never ask the network.
+test test-slow: export OMP_NUM_THREADS = 1
+test test-slow: export HF_HUB_OFFLINE = 1
+test: $(VENV)/dev.installed
+	$(BIN)/pytest -m "not slow" -n 2
+
+test-slow: $(VENV)/dev.installed
+	$(BIN)/pytest -m slow
+
+lint: $(VENV)/dev.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/dev.installed
+	$(BIN)/python benchmarks/ktae_cost.py
+	$(BIN)/python benchmarks/step_cost.py
+
+$(VENV)/%.installed: setup.cfg pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs
