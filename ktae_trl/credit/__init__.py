@@ -1,0 +1,7 @@
+"""Credit methods by name. Each takes the `Rollouts` of a process and the config, and returns a `Credit`."""
+
+from ktae_trl.credit import ktae
+
+METHODS = {
+    "ktae": ktae.assign,
+}

@@ -1,0 +1,320 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import fisher_exact
+
+from ktae_trl.credit.ktae import key_token_table, key_token_values
+from tests.reference import ktae_loop
+
+
+def random_groups(seed, P=3, G=8, T=40, vocabulary=30, lengths=True):
+    """Groups of all kinds: mixed, all right, all wrong; unequal lengths, holes in the mask, an empty rollout."""
+    rng = np.random.default_rng(seed)
+    ids = torch.tensor(rng.zipf(1.3, (P, G, T)) % vocabulary)
+    length = torch.tensor(rng.integers(0 if lengths else T, T + 1, (P, G)))
+    mask = (torch.arange(T) < length[..., None]) & torch.tensor(rng.random((P, G, T)) < 0.9)
+    correct = torch.tensor(rng.random((P, G)) < rng.random((P, 1)))
+    return ids, mask, correct
+
+
+# The reference material
+
+
+def test_reference_vectors(shared):
+    vectors = np.load(shared / "reference" / "ktae_vectors.npz")
+    for i in range(int(vectors["count"])):
+        group = {k: vectors[f"{i}/{k}"] for k in ("ids", "mask", "correct", "weights", "value_exact")}
+        fisher, gain, tf = group["weights"].tolist()
+        ids, mask, correct = (torch.tensor(group[k])[None] for k in ("ids", "mask", "correct"))
+        values = key_token_values(
+            ids, mask, correct, fisher_weight=fisher, ig_weight=gain, tf_weight=tf, ignore_ids=[151643]
+        )[0].numpy()
+        np.testing.assert_allclose(values, group["value_exact"], atol=1e-5)
+        sound = vectors[f"{i}/official_p_ok"].astype(bool)
+        np.testing.assert_allclose(values[sound], vectors[f"{i}/value_official"][sound], atol=1e-5)
+
+
+# The slow loop
+
+
+@pytest.mark.parametrize("leave_one_out", [False, True])
+@pytest.mark.parametrize("weights", [(1, 1, 1), (0, 1, 1), (1, 0, 0.5), (2, 1, 0), (0.3, 0.7, 3)])
+def test_slow_loop(leave_one_out, weights):
+    options = {
+        **dict(zip(("fisher_weight", "ig_weight", "tf_weight"), map(float, weights), strict=True)),
+        "leave_one_out": leave_one_out,
+        "ignore_ids": (3, 5),
+    }
+    nonzero = 0
+    for seed in range(6):
+        ids, mask, correct = random_groups(seed, G=[2, 4, 8, 16, 5, 3][seed])
+        scored = torch.tensor(np.random.default_rng(seed).random(correct.shape) < 0.85)
+        values = key_token_values(ids, mask, correct, scored=scored, **options)
+        expected = ktae_loop.key_token_values(ids, mask, correct, scored=scored, **options)
+        np.testing.assert_allclose(values, expected, atol=1e-5)
+        nonzero += (expected != 0).sum()
+    assert nonzero > 100
+
+
+def test_table_holds_the_statistics_of_every_token_of_informative_groups():
+    ids, mask, _ = random_groups(0)
+    correct = torch.tensor([[True, False] * 4, [True] * 8, [True] + [False] * 7])
+    mask[2, 0, 0] = True  # the only right rollout of the last group votes
+    table = key_token_table(ids, mask, correct)
+    seen = set()
+    for u in range(len(table.token)):
+        p, token = table.group[u].item(), table.token[u].item()
+        seen.add((p, token))
+        present = ((ids[p] == token) & mask[p]).any(-1)
+        votes = mask[p].any(-1)
+        right, wrong = votes & correct[p], votes & ~correct[p]
+        a, b = (present & right).sum().item(), (present & wrong).sum().item()
+        n_right, n_wrong = right.sum().item(), wrong.sum().item()
+        assert (table.a[u], table.b[u], table.n_right[p], table.n_wrong[p]) == (a, b, n_right, n_wrong)
+        expected = fisher_exact([[a, b], [n_right - a, n_wrong - b]])[1]
+        assert table.p[u].item() == pytest.approx(expected, rel=1e-6)
+        assert table.F[u].item() == pytest.approx(0 if expected > 1 - 1e-12 else np.exp(-2 * expected), rel=1e-6)
+        strength = (table.F[u] + table.IG[u]) / 2
+        where = (ids[p] == token) & mask[p]
+        torch.testing.assert_close(
+            table.values[p][where], torch.tanh(strength * table.D[u] / 2).expand(int(where.sum()))
+        )
+    assert seen == {(p, int(t)) for p in (0, 2) for t in ids[p][mask[p]].unique()}
+
+
+# By hand
+
+
+def test_group_of_four_by_hand():
+    """Two right rollouts (7 9), (7 8); two wrong ones (6 9), (6 8). All lengths equal, so the TF norm is 1.
+
+    Token 7: a = 2, b = 0. The tables with a + b = 2 weigh C(2,a) C(2,2-a) = 1, 4, 1 of 6: p = 1/3, F = exp(-2/3).
+    IG = 1 bit. D = pi/2 + 3 (1/2) / (1/2 + 2) / 1e-5 = pi/2 + 60000: saturated. Token 6 is its mirror image.
+    Tokens 8 and 9: a = b = 1, the most likely table: p = 1, F = 0, IG = 0, so K = 0.
+    """
+    ids = torch.tensor([[[7, 9], [7, 8], [6, 9], [6, 8]]])
+    correct = torch.tensor([[True, True, False, False]])
+    table = key_token_table(ids, torch.ones_like(ids), correct)
+    assert table.values.tolist() == [[[1, 0], [1, 0], [-1, 0], [-1, 0]]]
+    assert table.token.tolist() == [6, 7, 8, 9]
+    assert (table.a.tolist(), table.b.tolist()) == ([0, 2, 1, 1], [2, 0, 1, 1])
+    torch.testing.assert_close(table.p, torch.tensor([1 / 3, 1 / 3, 1.0, 1.0]))
+    torch.testing.assert_close(table.F, torch.tensor([0.5134171, 0.5134171, 0.0, 0.0]))
+    torch.testing.assert_close(table.IG, torch.tensor([1.0, 1.0, 0.0, 0.0]))
+    torch.testing.assert_close(table.D, torch.tensor([-1.0, 1.0, 0.0, 0.0]) * (torch.pi / 2 + 60_000))
+
+
+def test_group_of_four_by_hand_without_term_frequency():
+    """tf_weight = 0. Three right rollouts of which two have token 1, one wrong without it: a = 2, b = 0, c = 1, d = 1.
+
+    P(a = 2) = C(3,2) C(1,0) / C(4,2) = 1/2 and so is P(a = 1): p = 1, F = 0.
+    H(Y) = 0.8112781; H(Y | present) = 0; H(Y | absent) = 1 with weight 1/2: IG = 0.3112781, S = 0.1556391.
+    D = asin sqrt(2/3) = 0.9553166, S D = 0.1486846, K = tanh(0.0743423) = 0.0742056.
+    """
+    ids = torch.tensor([[[1, 4], [1, 4], [4, 4], [4, 4]]])
+    correct = torch.tensor([[True, True, True, False]])
+    values = key_token_values(ids, torch.ones_like(ids), correct, tf_weight=0.0)
+    torch.testing.assert_close(values[0, :2, 0], torch.full((2,), 0.0742056), atol=1e-6, rtol=0)
+    assert values[0, 0, 1] == 0  # every rollout has token 4
+
+
+def test_leave_one_out_by_hand():
+    """A token that only one rollout has says nothing about that rollout once it does not vote for itself."""
+    ids = torch.tensor([[[1, 9], [9, 9], [9, 9], [9, 9]]])
+    correct = torch.tensor([[True, True, False, False]])
+    ones = torch.ones_like(ids)
+    assert key_token_values(ids, ones, correct)[0, 0, 0] > 0.9
+    assert key_token_values(ids, ones, correct, leave_one_out=True)[0, 0, 0] == 0
+    only_right = torch.tensor([[True, False, False, False]])  # without it no right rollout is left
+    assert (key_token_values(ids, ones, only_right, leave_one_out=True)[0, 0] == 0).all()
+
+
+# Degenerate groups
+
+
+def test_groups_without_two_sides_have_no_key_tokens():
+    ids, mask, _ = random_groups(1, P=2)
+    for leave_one_out in (False, True):
+        correct = torch.tensor([[True] * 8, [False] * 8])
+        table = key_token_table(ids, mask, correct, leave_one_out=leave_one_out)
+        assert (table.values == 0).all()
+        assert len(table.token) == 0
+
+
+def test_empty_and_unscored_rollouts_do_not_vote():
+    ids, mask, correct = random_groups(2, P=1, G=6, lengths=False)
+    correct = torch.tensor([[True, True, False, False, True, False]])
+    expected = key_token_values(ids[:, :4], mask[:, :4], correct[:, :4])
+    empty = mask.clone()
+    empty[:, 4:] = False
+    torch.testing.assert_close(key_token_values(ids, empty, correct)[:, :4], expected)
+    scored = torch.tensor([[True] * 4 + [False] * 2])
+    values = key_token_values(ids, mask, correct, scored=scored)
+    torch.testing.assert_close(values[:, :4], expected)
+    assert (values[:, 4:] == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 5), (2, 4, 0), (1, 1, 3)])
+def test_empty_batches(shape):
+    ids = torch.ones(shape, dtype=torch.long)
+    assert key_token_values(ids, ids, torch.ones(shape[:2])).shape == shape
+
+
+def test_ignored_ids_have_no_value_but_count_in_the_length():
+    ids = torch.tensor([[[1, 2, 0], [1, 3, 0], [4, 2, 0], [4, 1, 0]]])
+    correct = torch.tensor([[True, True, False, False]])
+    ones = torch.ones_like(ids)
+    with_eos = key_token_values(ids, ones, correct, ignore_ids=[0])
+    expected = ktae_loop.key_token_values(ids, ones, correct, ignore_ids=[0])
+    assert (with_eos[..., 2] == 0).all()
+    np.testing.assert_allclose(with_eos, expected, atol=1e-6)
+
+
+# Properties
+
+
+@st.composite
+def groups(draw):
+    seed = draw(st.integers(0, 2**32 - 1))
+    shape = {"P": draw(st.integers(1, 3)), "G": draw(st.integers(2, 9)), "T": draw(st.integers(1, 24))}
+    vocabulary = draw(st.sampled_from([2, 5, 40]))
+    options = {
+        "leave_one_out": draw(st.booleans()),
+        "tf_weight": draw(st.sampled_from([0.0, 1.0, 5.0])),
+        "ig_weight": draw(st.sampled_from([0.0, 1.0])),
+    }
+    return seed, random_groups(seed, vocabulary=vocabulary, **shape), options
+
+
+@settings(deadline=None, max_examples=60)
+@given(groups())
+def test_order_of_rollouts_does_not_matter(drawn):
+    seed, (ids, mask, correct), options = drawn
+    permutation = torch.tensor(np.random.default_rng(seed).permutation(ids.shape[1]))
+    values = key_token_values(ids, mask, correct, **options)
+    permuted = key_token_values(ids[:, permutation], mask[:, permutation], correct[:, permutation], **options)
+    torch.testing.assert_close(permuted, values[:, permutation], atol=1e-6, rtol=0)
+
+
+@settings(deadline=None, max_examples=60)
+@given(groups())
+def test_swapping_right_and_wrong_flips_the_sign(drawn):
+    _, (ids, mask, correct), options = drawn
+    values = key_token_values(ids, mask, correct, **options)
+    torch.testing.assert_close(key_token_values(ids, mask, ~correct, **options), -values, atol=1e-6, rtol=0)
+
+
+@settings(deadline=None, max_examples=60)
+@given(groups())
+def test_padding_and_masked_tokens_change_nothing(drawn):
+    seed, (ids, mask, correct), options = drawn
+    values = key_token_values(ids, mask, correct, **options)
+    rng = np.random.default_rng(seed)
+    noise = torch.tensor(rng.integers(-100, 50, ids.shape))
+    wider = torch.cat([torch.where(mask, ids, noise), noise], dim=-1)
+    padded = key_token_values(wider, torch.cat([mask, torch.zeros_like(mask)], dim=-1), correct, **options)
+    torch.testing.assert_close(padded[..., : ids.shape[-1]], values, atol=0, rtol=0)
+    assert (padded[..., ids.shape[-1] :] == 0).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(groups())
+def test_relabelling_tokens_changes_nothing(drawn):
+    seed, (ids, mask, correct), options = drawn
+    names = torch.tensor(np.random.default_rng(seed).choice(2**40, int(ids.max()) + 1, replace=False))
+    torch.testing.assert_close(
+        key_token_values(names[ids], mask, correct, **options),
+        key_token_values(ids, mask, correct, **options),
+        atol=1e-6,
+        rtol=0,
+    )
+
+
+@settings(deadline=None, max_examples=100)
+@given(groups())
+def test_values_lie_between_minus_one_and_one(drawn):
+    _, (ids, mask, correct), options = drawn
+    values = key_token_values(ids, mask, correct, **options)
+    assert values.dtype == torch.float32
+    assert values.device == ids.device
+    assert values.isfinite().all()
+    assert (values.abs() <= 1).all()
+    assert (values[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64])
+def test_any_integer_type(dtype):
+    ids, mask, correct = random_groups(4)
+    values = key_token_values(ids.to(dtype), mask.to(torch.int8), correct.int())
+    torch.testing.assert_close(values, key_token_values(ids, mask, correct))
+
+
+def test_groups_do_not_influence_each_other():
+    ids, mask, correct = random_groups(5, P=4)
+    together = key_token_values(ids, mask, correct)
+    for p in range(4):
+        alone = key_token_values(ids[p : p + 1], mask[p : p + 1], correct[p : p + 1])
+        torch.testing.assert_close(together[p : p + 1], alone)
+
+
+# Cost
+
+
+@pytest.mark.parametrize(("leave_one_out", "times"), [(False, 10), (True, 13)])
+@pytest.mark.parametrize("vocabulary", [300, 151_936, 2**40])
+def test_memory_is_in_proportion_to_the_ids(leave_one_out, times, vocabulary):
+    """Tensors alive at once beside the input, even if hardly a token comes twice and whatever the vocabulary."""
+    ids = torch.randint(0, vocabulary, (8, 16, 512))
+    mask, correct = torch.ones_like(ids, dtype=torch.bool), torch.arange(16).expand(8, 16) % 2 == 0
+    key_token_values(ids, mask, correct, leave_one_out=leave_one_out)  # fills the caches of the tables
+    with torch.profiler.profile(profile_memory=True) as profile:
+        key_token_values(ids, mask, correct, leave_one_out=leave_one_out)
+    allocated = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            allocated += event.nbytes()
+            peak = max(peak, allocated)
+    assert 2 * ids.nbytes < peak <= times * ids.nbytes
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_values_agree_and_the_host_waits_once():
+    ids, mask, correct = random_groups(6, P=8, G=16, T=200)
+    on_gpu = [x.cuda() for x in (ids, mask, correct)]
+    key_token_values(*on_gpu)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with pytest.warns(UserWarning, match="synchroniz") as caught:
+            values = key_token_values(*on_gpu)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(caught) == 1
+    torch.testing.assert_close(values.cpu(), key_token_values(ids, mask, correct))
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"ids": torch.ones(4, 5, dtype=torch.long)}, ValueError, r"ids must have shape .* not \(4, 5\)"),
+        ({"ids": torch.ones(2, 4, 5)}, TypeError, "ids must be integers, not torch.float32"),
+        ({"mask": torch.ones(2, 4)}, ValueError, r"mask must have shape \(2, 4, 5\).* not \(2, 4\)"),
+        ({"correct": torch.ones(2, 5)}, ValueError, r"correct must have shape \(2, 4\)"),
+        ({"scored": torch.ones(8)}, ValueError, r"scored must have shape \(2, 4\)"),
+        ({"ig_weight": -1.0}, ValueError, "ig_weight must be a finite number of at least 0, not -1.0"),
+        ({"tf_weight": float("nan")}, ValueError, "tf_weight must be a finite number"),
+        ({"fisher_weight": 0.0, "ig_weight": 0.0}, ValueError, "fisher_weight and ig_weight are both 0"),
+    ],
+)
+def test_bad_input(change, error, words):
+    good = {
+        "ids": torch.ones(2, 4, 5, dtype=torch.long),
+        "mask": torch.ones(2, 4, 5),
+        "correct": torch.ones(2, 4),
+    }
+    with pytest.raises(error, match=words):
+        key_token_values(**{**good, **change})
