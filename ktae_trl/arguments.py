@@ -1,0 +1,35 @@
+"""Command lines and names: a misspelt one is an error that names the nearest valid one."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """Return `" (did you mean 'x'?)"` for the choice most like `name`, or nothing if none is like it."""
+    close = difflib.get_close_matches(str(name), list(choices), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def parse(dataclass_types: Sequence[type], program: str, arguments: Sequence[str] | None = None) -> tuple:
+    """Parse `--config FILE.yaml [--field value ...]` into the dataclasses; the command line wins over the file.
+
+    Raises:
+        ValueError: a field that none of the dataclasses has, or a value that one of them refuses.
+        FileNotFoundError: no such config file.
+    """
+    from trl import TrlParser  # heavy: not for those who only want `nearest`
+
+    usage = f"{program} --config FILE.yaml [--field value ...]"
+    parser = TrlParser(dataclass_types, usage=usage, allow_abbrev=False)
+    *parsed, from_file, from_line = parser.parse_args_and_config(
+        arguments, return_remaining_strings=True, separate_remaining_strings=True
+    )
+    # The file's leftovers come as --key, value, --key, value ...; a value may itself begin with dashes.
+    unknown = from_file[::2] + [word for word in from_line if word.startswith("--")]
+    if unknown or from_line:
+        fields = [action.dest for action in parser._actions]
+        names = [word.removeprefix("--").partition("=")[0] for word in unknown] or from_line
+        raise ValueError(
+            "Unknown setting: " + ", ".join(f"{name!r}{nearest(name, fields)}" for name in dict.fromkeys(names))
+        )
+    return tuple(parsed)

@@ -1,0 +1,71 @@
+r"""Reward functions in TRL's form, and how recipes name them."""
+
+import importlib
+from collections.abc import Callable, Sequence
+
+from trl.rewards import get_soft_overlong_punishment
+
+from ktae_trl.arguments import nearest
+from ktae_trl.grading import grade_full, last_boxed
+
+
+def math_accuracy(
+    completions: list, solution: list[str | list[str]], log_extra=None, log_metric=None, **kwargs
+) -> list[float | None]:
+    r"""Reward 1 if the last `\boxed{...}` is right, 0 if not, None if no accepted answer can be parsed.
+
+    Args:
+        completions: texts, or TRL's conversations of which the last message counts.
+        solution: per completion the accepted answer or answers.
+        log_extra, log_metric: given by the trainer. The table of completions gets the columns `extracted` and
+            `grading`, the metrics the share of rollouts that could not be scored (`grading/unscorable`).
+    """
+    grades = [grade_full(text, answers) for text, answers in zip(_texts(completions), solution, strict=True)]
+    if log_extra is not None:
+        log_extra("extracted", [grade.extracted or "" for grade in grades])
+        log_extra("grading", [grade.reason for grade in grades])
+    if log_metric is not None:
+        log_metric("grading/unscorable", sum(grade.verdict is None for grade in grades) / len(grades))
+    return [None if grade.verdict is None else float(grade.verdict) for grade in grades]
+
+
+def boxed_format(completions: list, **kwargs) -> list[float]:
+    r"""Reward 1 for a completion whose last `\boxed{...}` is complete, whatever is in it, else 0."""
+    return [float(last_boxed(text) is not None) for text in _texts(completions)]
+
+
+def load_rewards(names: Sequence[str], *, max_completion_length: int, overlong_buffer: int) -> list[Callable]:
+    """Return the reward functions that a recipe names.
+
+    Args:
+        names: `math_accuracy`, `boxed_format`, `soft_overlong` (DAPO's length penalty, from TRL: 0 up to
+            `max_completion_length - overlong_buffer` tokens, falling to -1 at `max_completion_length`), or the dotted
+            path of any function of this form, such as `my_package.rewards.brevity`.
+
+    Raises:
+        ValueError: an unknown name.
+        ImportError: a dotted path that leads to no function.
+    """
+    builtin = {
+        "math_accuracy": math_accuracy,
+        "boxed_format": boxed_format,
+        "soft_overlong": get_soft_overlong_punishment(max_completion_length, overlong_buffer),
+    }
+    return [builtin[name] if name in builtin else _imported(name, builtin) for name in names]
+
+
+def _imported(path: str, builtin: dict[str, Callable]) -> Callable:
+    module, _, function = path.rpartition(".")
+    if not module:
+        raise ValueError(
+            f"Unknown reward function {path!r}{nearest(path, builtin)}. "
+            f"Choose from {', '.join(builtin)}, or give a dotted path such as my_package.rewards.brevity"
+        )
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ImportError(f"The reward function {path!r} could not be imported: {error}") from error
+
+
+def _texts(completions: list) -> list[str]:
+    return [c if isinstance(c, str) else c[-1]["content"] for c in completions]

@@ -1,0 +1,23 @@
+"""What several tests share: the offline model, and the folder of reference material if it is there."""
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from ktae_trl import tiny
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture
+def shared():
+    """The folder of reference material beside the repository; tests that need it are skipped without it."""
+    if not SHARED.is_dir():
+        pytest.skip(f"the reference material is not at {SHARED}")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(tiny.MODEL)
