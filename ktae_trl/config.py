@@ -1,0 +1,80 @@
+"""`KTAEGRPOConfig`: TRL's `GRPOConfig` and the few fields that token-level credit adds."""
+
+from dataclasses import dataclass, field
+
+from trl import GRPOConfig
+
+from ktae_trl.arguments import nearest
+from ktae_trl.credit import METHODS
+from ktae_trl.credit.ktae import check_weights
+
+
+@dataclass
+class KTAEGRPOConfig(GRPOConfig):
+    r"""
+    Configuration of `KTAEGRPOTrainer`: every field of TRL's `GRPOConfig`, and those below.
+
+    What TRL's options mean once the advantages A' differ per token (`credit` other than `none`):
+
+    - `loss_type` `grpo`, `dapo`, `bnpo`, `dr_grpo`, `luspo`, `cispo`: the loss of a token takes that token's A'. With
+      `ktae_combine="add"` tokens of one rollout can pull in both directions.
+    - `loss_type` `sapo` and `vespo`: temperature, k and lambda are picked by the sign of the advantage, so per token.
+    - `off_policy_mask_threshold`: tokens with A' >= 0 are always kept, those with A' < 0 only if their rollout is near
+      the policy. TRL drops or keeps whole rollouts.
+    - `importance_sampling_level="sequence"`: the ratio is still one per rollout, but it is clipped against each
+      token's A'.
+    - `scale_rewards` and `reward_weights` shape the rollout advantage as ever; credit comes after them.
+
+    Parameters:
+        credit (`str`, *optional*, defaults to `"ktae"`):
+            How tokens get credit: `"ktae"`, or `"none"` for TRL's GRPO, unchanged.
+        ktae_combine (`str`, *optional*, defaults to `"multiply"`):
+            How the key-token value K meets the rollout advantage A: `"multiply"` gives `A + |A| K`, which never turns
+            the sign of A; `"add"` gives `A + K`, as published.
+        ktae_fisher_weight (`float`, *optional*, defaults to `1.0`):
+            Weight h1 of the Fisher association in the strength of a token.
+        ktae_ig_weight (`float`, *optional*, defaults to `1.0`):
+            Weight h2 of the information gain in the strength of a token.
+        ktae_tf_weight (`float`, *optional*, defaults to `1.0`):
+            Weight h3 of the term frequencies in the direction of a token.
+        ktae_leave_one_out (`bool`, *optional*, defaults to `False`):
+            Value each rollout's tokens by the other rollouts of its group only, so that it does not vote for itself.
+        correctness_reward (`str`, *optional*):
+            Name of the reward function that says which rollouts are right. Defaults to the first one. A rollout for
+            which it returns `None` is left out of the statistics.
+        correctness_threshold (`float`, *optional*, defaults to `0.0`):
+            A rollout is right if that reward is above this.
+    """
+
+    credit: str = field(
+        default="ktae",
+        metadata={"help": "How tokens get credit: 'ktae', or 'none' for TRL's GRPO, unchanged."},
+    )
+    ktae_combine: str = field(
+        default="multiply",
+        metadata={"help": "'multiply' (A + |A| K, keeps the sign of A) or 'add' (A + K, as published)."},
+    )
+    ktae_fisher_weight: float = field(default=1.0, metadata={"help": "Weight h1 of the Fisher association."})
+    ktae_ig_weight: float = field(default=1.0, metadata={"help": "Weight h2 of the information gain."})
+    ktae_tf_weight: float = field(default=1.0, metadata={"help": "Weight h3 of the term frequencies."})
+    ktae_leave_one_out: bool = field(
+        default=False,
+        metadata={"help": "Value each rollout's tokens by the other rollouts of its group only."},
+    )
+    correctness_reward: str | None = field(
+        default=None,
+        metadata={"help": "Reward function that says which rollouts are right. Defaults to the first one."},
+    )
+    correctness_threshold: float = field(
+        default=0.0, metadata={"help": "A rollout is right if its correctness reward is above this."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, choices in (("credit", ["none", *METHODS]), ("ktae_combine", ["multiply", "add"])):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(
+                    f"{name}={value!r} is unknown{nearest(value, choices)}. Choose from: {', '.join(choices)}"
+                )
+        check_weights(self.ktae_fisher_weight, self.ktae_ig_weight, self.ktae_tf_weight)

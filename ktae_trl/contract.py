@@ -1,0 +1,67 @@
+"""The start-up check that the installed TRL still has what `KTAEGRPOTrainer` builds on."""
+
+import inspect
+import warnings
+from collections.abc import Callable
+
+import trl
+from packaging.specifiers import SpecifierSet
+
+TESTED_TRL = ">=1.16,<1.17"
+
+# Method -> its parameters, and names that its code must still mention: attributes it sets or reads, keys of the batch.
+_RELIED_ON: dict[str, tuple[list[str], set[str]]] = {
+    "__init__": (
+        ["model", "reward_funcs", "args"],
+        {"_step", "_buffered_inputs", "reward_func_names", "eos_token_ids", "num_generations_eval", "_metrics"},
+    ),
+    "_get_train_sampler": (["dataset"], {"RepeatSampler"}),
+    "_prepare_inputs": (["generation_batch"], {"_step", "_buffered_inputs", "_generate_and_score_completions"}),
+    "_calculate_rewards": (["inputs", "prompts", "completions", "completion_ids_list"], {"gather"}),
+    "_generate_and_score_completions": (
+        ["inputs"],
+        {"_calculate_rewards", "completion_ids", "completion_mask", "tool_mask", "advantages"},
+    ),
+    # `dim` and `unsqueeze`: advantages of shape (B,) are widened, those of shape (B, T) taken as they are.
+    "_compute_loss": (["model", "inputs"], {"advantages", "tool_mask", "dim", "unsqueeze"}),
+    "_save_rng_state": (["output_dir"], set()),
+    "_load_optimizer_and_scheduler": (["checkpoint"], set()),
+}
+
+
+def check_trl(trainer_class: type, version: str = trl.__version__) -> None:
+    """Check that `trainer_class` (TRL's `GRPOTrainer`) keeps the contract that the subclass relies on.
+
+    Raises:
+        ImportError: something relied on is gone; the message names it and the tested versions.
+
+    Warns:
+        UserWarning: the contract is intact, but this version of TRL was not tested.
+    """
+    missing = [problem for name, wanted in _RELIED_ON.items() for problem in _problems(trainer_class, name, *wanted)]
+    if missing:
+        raise ImportError(
+            f"TRL {version} lacks what ktae_trl relies on: {'; '.join(missing)}. "
+            f"Tested with TRL {TESTED_TRL}: pip install 'trl{TESTED_TRL}'"
+        )
+    if not SpecifierSet(TESTED_TRL).contains(version, prereleases=True):
+        warnings.warn(
+            f"TRL {version} was not tested with ktae_trl (tested: {TESTED_TRL}). Everything relied on is there, so "
+            "training goes on.",
+            stacklevel=2,
+        )
+
+
+def _problems(trainer_class: type, method: str, parameters: list[str], names: set[str]) -> list[str]:
+    function: Callable | None = getattr(trainer_class, method, None)
+    if function is None:
+        return [f"GRPOTrainer.{method} is gone"]
+    function = inspect.unwrap(function)
+    found = set(inspect.signature(function).parameters)
+    code = function.__code__
+    # The keys of a dict literal are one constant, a tuple.
+    constants = [c for group in code.co_consts for c in (group if isinstance(group, tuple) else (group,))]
+    mentioned = {*code.co_names, *(c for c in constants if isinstance(c, str))}
+    return [f"GRPOTrainer.{method} has no parameter {name!r}" for name in parameters if name not in found] + [
+        f"GRPOTrainer.{method} no longer uses {name!r}" for name in sorted(names - mentioned)
+    ]

@@ -1,0 +1,218 @@
+"""`KTAEGRPOTrainer`: TRL's `GRPOTrainer` with an advantage per token. Hooks only; the mathematics is in `credit`."""
+
+import os
+import textwrap
+import warnings
+
+import torch
+from torch import Tensor
+from trl import GRPOTrainer
+
+from ktae_trl.arguments import nearest
+from ktae_trl.config import KTAEGRPOConfig
+from ktae_trl.contract import check_trl
+from ktae_trl.credit import METHODS
+from ktae_trl.credit.combine import Rollouts, combine
+
+check_trl(GRPOTrainer)
+
+
+class KTAEGRPOTrainer(GRPOTrainer):
+    """
+    GRPO in which each token of a completion gets its own advantage.
+
+    A drop-in for TRL's `GRPOTrainer`: the same arguments, with a `KTAEGRPOConfig` in place of the `GRPOConfig`. After
+    each generation the credit method (`args.credit`) looks at the whole groups, right and wrong rollouts together, and
+    values every token; the loss then combines the rollout advantages with these values. With `credit="none"` it is
+    TRL's GRPO, bit for bit.
+
+    A resumed run goes on exactly as one that was not interrupted, at any optimizer step and in any epoch (stock TRL
+    regenerates in the middle of a generation cycle and replays the first epoch's order). Each checkpoint therefore
+    holds, per process, the rollouts that are still to be trained on. Not restored: the state of a vLLM sampler, and a
+    reference model changed by `sync_ref_model`.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from ktae_trl import KTAEGRPOConfig, KTAEGRPOTrainer
+    from ktae_trl.data import to_prompts
+    from ktae_trl.rewards import math_accuracy
+
+    trainer = KTAEGRPOTrainer(
+        model="Qwen/Qwen2.5-Math-1.5B",
+        reward_funcs=math_accuracy,
+        args=KTAEGRPOConfig(output_dir="qwen-ktae"),
+        train_dataset=to_prompts(load_dataset("agentica-org/DeepScaleR-Preview-Dataset", split="train")),
+    )
+    trainer.train()
+    ```
+    """
+
+    _tag_names = ["trl", "grpo", "ktae"]
+    _name = "KTAE"
+    _paper = {
+        "title": "KTAE: A Model-Free Algorithm to Key-Tokens Advantage Estimation in Mathematical Reasoning",
+        "id": "2505.16826",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @inproceedings{sun2025ktae,
+                title     = {{KTAE: A Model-Free Algorithm to Key-Tokens Advantage Estimation
+                             in Mathematical Reasoning}},
+                author    = {Wei Sun and Wen Yang and Pu Jian and Qianlong Du and Fuwei Cui and Shuo Ren
+                             and Jiajun Zhang},
+                booktitle = {Advances in Neural Information Processing Systems},
+                year      = 2025,
+                eprint    = {arXiv:2505.16826},
+            }"""),
+    }
+
+    def __init__(self, model, reward_funcs=None, args: KTAEGRPOConfig | None = None, *positional, **kwargs):
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = KTAEGRPOConfig(f"{name.rstrip('/').split('/')[-1]}-KTAE")
+        if not isinstance(args, KTAEGRPOConfig):
+            raise TypeError(
+                f"args must be a KTAEGRPOConfig, which takes the same arguments, not a {type(args).__name__}"
+            )
+        if args.credit == "none":  # so the model card says GRPO
+            self._tag_names, self._name, self._paper = GRPOTrainer._tag_names, GRPOTrainer._name, GRPOTrainer._paper
+        super().__init__(model, reward_funcs, args, *positional, **kwargs)
+
+        names = self.reward_func_names
+        correctness = args.correctness_reward or names[0]
+        if correctness not in names:
+            raise ValueError(
+                f"correctness_reward={correctness!r} is none of the reward functions{nearest(correctness, names)}. "
+                f"There are: {', '.join(names)}"
+            )
+        self._correctness_index = names.index(correctness)
+        self._assign_credit = METHODS.get(args.credit)
+        self._credit_how: str | None = None
+
+    # Credit: look at whole groups after each generation, combine in the loss.
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        # (rollouts of all processes, reward functions); the advantages that TRL makes of them are a weighted sum, which
+        # does not say which answers are right.
+        self._gathered_rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        return self._gathered_rewards
+
+    def _generate_and_score_completions(self, inputs):
+        batch = super()._generate_and_score_completions(inputs)
+        if self._assign_credit is not None:
+            credit = self._assign_credit(self._whole_groups(batch), self.args)
+            batch["credit"] = credit.values[:, : batch["completion_ids"].shape[1]]
+            self._credit_how = credit.how
+            self._log_stats(credit.stats)
+        return batch
+
+    def _compute_loss(self, model, inputs):
+        if "credit" in inputs:
+            advantages = combine(inputs["advantages"], inputs["credit"], self._credit_how)
+            inputs = {**inputs, "advantages": advantages}  # a new dict: buffered batches are used again
+        return super()._compute_loss(model, inputs)
+
+    def _whole_groups(self, batch: dict[str, Tensor]) -> Rollouts:
+        """Return the groups that this process holds rollouts of, complete with those of other processes."""
+        ids = batch["completion_ids"].int()
+        mask = batch["completion_mask"].bool()
+        if "tool_mask" in batch:
+            mask = mask & batch["tool_mask"].bool()
+        G = self.num_generations if self.model.training else self.num_generations_eval
+        B = len(ids)
+        begin = self.accelerator.process_index * B
+        first, last = begin // G, -(-(begin + B) // G)  # groups, in the order of all processes
+        if B % G:  # groups straddle processes
+            ids, mask = (self.accelerator.pad_across_processes(x, dim=1) for x in (ids, mask.int()))
+            ids, mask = (self.accelerator.gather(x)[first * G : last * G] for x in (ids, mask))
+        reward = self._gathered_rewards[first * G : last * G, self._correctness_index].view(-1, G)
+        own = slice(begin - first * G, begin - first * G + B)
+        return Rollouts(
+            ids_PGT=ids.view(-1, G, ids.shape[1]),
+            mask_PGT=mask.view(-1, G, ids.shape[1]).bool(),
+            correct_PG=reward > self.args.correctness_threshold,
+            scored_PG=~reward.isnan(),
+            advantages_B=batch["advantages"],
+            special_ids=tuple({self._tokenizer.pad_token_id, *self.eos_token_ids}),
+            own=own,
+        )
+
+    def _log_stats(self, stats: dict[str, tuple[Tensor, Tensor]]) -> None:
+        sums = torch.stack([torch.stack(pair).float() for pair in stats.values()])
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name, (total, count) in zip(stats, self.accelerator.reduce(sums, "sum").tolist(), strict=True):
+            metrics[name].append(total / count if count else float("nan"))  # TRL leaves NaN out of its means
+
+    # Exact resume: a process's place in the generation cycle and in the order of prompts.
+
+    def _get_train_sampler(self, dataset=None):
+        self._train_sampler = super()._get_train_sampler(dataset)
+        return self._train_sampler
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        torch.save(
+            {
+                "step": self._step,
+                "layout": self._layout(),
+                "how": self._credit_how,
+                "rollouts": self._buffered_inputs if self._step % self._cycle() else None,
+            },
+            self._rollouts_file(output_dir, self.accelerator.process_index),
+        )
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._restore_sampler()
+            self._restore_rollouts(checkpoint)
+
+    def _restore_sampler(self) -> None:
+        sampler = getattr(self, "_train_sampler", None)  # an iterable dataset has none
+        if sampler is not None and sampler.shuffle:
+            for _ in range(int(self.state.epoch)):  # each past epoch drew one permutation
+                torch.randperm(sampler.num_samples, generator=sampler.generator)
+
+    def _restore_rollouts(self, checkpoint: str) -> None:
+        path = self._rollouts_file(checkpoint, self.accelerator.process_index)
+        if not os.path.exists(path):  # saved by fewer processes, if by this trainer at all
+            path = self._rollouts_file(checkpoint, 0)
+        if not os.path.exists(path):
+            warnings.warn(
+                f"{checkpoint} was not saved by KTAEGRPOTrainer: its rollouts are not there, so this run starts a new "
+                "generation cycle and will not repeat the original one exactly.",
+                stacklevel=2,
+            )
+            return
+        saved = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+        if saved["layout"] == self._layout():
+            self._step = saved["step"]
+            self._buffered_inputs = saved["rollouts"]
+            self._credit_how = saved["how"]
+        elif saved["rollouts"] is not None:
+            layout = saved["layout"]
+            cycle = layout["steps_per_generation"] * layout["num_iterations"]
+            raise ValueError(
+                f"{checkpoint} lies inside a generation cycle: {saved['step']} forward passes were done, and "
+                f"{saved['step']} mod {cycle} (steps_per_generation x num_iterations) = {saved['step'] % cycle}. Its "
+                f"rollouts were dealt out for {layout}, but this run has {self._layout()}. Resume with the same "
+                f"numbers, or from a checkpoint whose forward passes are a multiple of {cycle} (optimizer steps x "
+                "gradient_accumulation_steps)."
+            )
+
+    def _layout(self) -> dict[str, int]:
+        return {
+            "num_processes": self.accelerator.num_processes,
+            "per_device_train_batch_size": self.args.per_device_train_batch_size,
+            "steps_per_generation": self.args.steps_per_generation,
+            "num_iterations": self.num_iterations,
+        }
+
+    def _cycle(self) -> int:
+        """Return the forward passes from one generation to the next."""
+        return self.args.steps_per_generation * self.num_iterations
+
+    @staticmethod
+    def _rollouts_file(checkpoint: str, process_index: int) -> str:
+        return os.path.join(checkpoint, f"rollouts_{process_index}.pt")

@@ -1,0 +1,45 @@
+"""One process of a training for `test_two_processes.py`: run.py SETTINGS.json FOLDER [CHECKPOINT].
+
+Writes, per process, what it is, the token credit of every generation and the final weights.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from tests.training import make_trainer, prompts, replay, weights
+
+
+def main(settings: dict, folder: Path, checkpoint: str | None = None) -> None:
+    if settings.pop("replay"):
+        settings["rollout_func"] = replay
+    trainer = make_trainer(folder, train_dataset=prompts(settings.pop("prompts")), **settings)
+    credits, generate = [], trainer._generate_and_score_completions
+
+    def spy(inputs):
+        batch = generate(inputs)
+        credits.append(batch["credit"].clone())
+        return batch
+
+    trainer._generate_and_score_completions = spy
+    trainer.train(resume_from_checkpoint=checkpoint)
+    accelerator = trainer.accelerator
+    torch.save(
+        {
+            "processes": accelerator.num_processes,
+            "distributed_type": str(accelerator.distributed_type.value),
+            "wrapped": type(trainer.model_wrapped).__name__,
+            "credits": credits,
+            "weights": weights(trainer),
+            "metrics": [entry for entry in trainer.state.log_history if "ktae/value_right" in entry],
+        },
+        folder / f"process_{accelerator.process_index}.pt",
+    )
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), *sys.argv[3:])
