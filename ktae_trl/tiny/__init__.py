@@ -1,0 +1,7 @@
+"""The offline model and task: a small language model that has learnt to add, carefully and carelessly."""
+
+from pathlib import Path
+
+MODEL = Path(__file__).parent / "model"
+TRAIN = Path(__file__).parent / "data" / "train.jsonl"
+HELD_OUT = Path(__file__).parent / "data" / "held_out.jsonl"
