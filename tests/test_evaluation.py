@@ -1,0 +1,38 @@
+from ktae_trl import tiny
+from ktae_trl.evaluation import Accuracy, generate, held_out_accuracy
+from tests.training import make_trainer, prompts
+
+
+def test_held_out_accuracy(tmp_path):
+    trainer = make_trainer(tmp_path, max_completion_length=80)
+    dataset = prompts(40, tiny.HELD_OUT)
+    accuracy = held_out_accuracy(trainer, dataset, samples=3, batch_size=32)
+    assert 0.05 <= accuracy.sampled <= 0.9
+    assert accuracy.samples == 3
+    # The batch and what was drawn before make no difference to the greedy answers.
+    assert held_out_accuracy(trainer, dataset, samples=1, batch_size=7).greedy == accuracy.greedy
+
+
+def test_measuring_does_not_change_the_training_that_follows(tmp_path):
+    import torch
+
+    trainer = make_trainer(tmp_path)
+    state = torch.random.get_rng_state()
+    held_out_accuracy(trainer, prompts(8, tiny.HELD_OUT), samples=1, batch_size=8)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert trainer.model.training
+
+
+def test_completions_come_in_the_order_of_the_prompts(tmp_path):
+    trainer = make_trainer(tmp_path)
+    conversations = prompts(12, tiny.HELD_OUT)["prompt"]
+    options = {"greedy": True, "max_new_tokens": 20}
+    together = generate(trainer.model, trainer.processing_class, list(conversations), batch_size=5, **options)
+    alone = [generate(trainer.model, trainer.processing_class, [c], batch_size=1, **options)[0] for c in conversations]
+    assert together == alone
+
+
+def test_unscorable_problems_are_left_out(tmp_path):
+    dataset = prompts(4, tiny.HELD_OUT).map(lambda row: {"solution": "???"})
+    accuracy = held_out_accuracy(make_trainer(tmp_path), dataset, samples=1, batch_size=8)
+    assert accuracy == Accuracy(0.0, 0.0, 1)

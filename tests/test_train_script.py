@@ -1,0 +1,62 @@
+"""train.py as a user starts it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).parents[1]
+SMALL = {
+    "max_steps": 4,
+    "eval_steps": 2,
+    "save_steps": 2,
+    "logging_steps": 1,
+    "eval_size": 16,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 16,
+}
+
+
+def train(output: Path, *arguments: str, config: str = "configs/quickstart.yaml") -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "train.py", "--config", config]
+    settings = [str(word) for key, value in SMALL.items() for word in (f"--{key}", value)]
+    return subprocess.run(
+        [*command, "--output_dir", str(output), *settings, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.slow
+def test_train_saves_what_a_user_needs_and_resumes(tmp_path):
+    done = train(tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Held-out accuracy before: greedy" in done.stdout
+    assert "after:  greedy" in done.stdout
+    header = next(line for line in done.stdout.splitlines() + done.stderr.splitlines() if line.startswith("step "))
+    assert "informative" in header
+    results = json.loads((tmp_path / "held_out_results.json").read_text())
+    assert set(results) >= {"before_greedy", "before_sampled", "after_greedy", "after_sampled"}
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert model.config.vocab_size == len(tokenizer)
+    assert "ktae" in (tmp_path / "README.md").read_text()
+    assert list(tmp_path.glob("**/events.out.tfevents*"))
+
+    again = train(tmp_path, "--resume_from_checkpoint", str(tmp_path / "checkpoint-2"))
+    assert again.returncode == 0, again.stderr[-3000:]
+    resumed = json.loads((tmp_path / "held_out_results.json").read_text())
+    assert resumed == results
+
+
+@pytest.mark.slow
+def test_bad_settings_end_with_one_line(tmp_path):
+    done = train(tmp_path, "--credit", "ktea")
+    assert done.returncode != 0
+    assert "train.py: credit='ktea' is unknown (did you mean 'ktae'?). Choose from: none, ktae" in done.stderr
