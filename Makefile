@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: quickstart test test-slow lint bench clean
 
 quickstart: $(VENV)/quickstart.installed
-	$(BIN)/accelerate launch train.py --config configs/quickstart.yaml
+	$(BIN)/accelerate launch --cpu --num_processes 1 train.py --config configs/quickstart.yaml
 
 # One thread for each of the two workers. Tests never ask the network.
 test test-slow: export OMP_NUM_THREADS = 1

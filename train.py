@@ -1,21 +1,22 @@
 """Train a language model with token-level credit.
 
-accelerate launch train.py --config configs/quickstart.yaml [--field value ...]
+accelerate launch train.py --config configs/NAME.yaml [--field value ...]
 """
 
+import json
 import logging
 import sys
-import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from transformers import AutoTokenizer, PrinterCallback, ProgressCallback
+from transformers import AutoTokenizer, ProgressCallback, TrainerCallback
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ktae_trl import KTAEGRPOConfig, KTAEGRPOTrainer
 from ktae_trl.arguments import parse
 from ktae_trl.console import MetricsTable
 from ktae_trl.data import DataArguments, load_prompts
-from ktae_trl.evaluation import held_out_accuracy
+from ktae_trl.evaluation import Accuracy, held_out_accuracy
 from ktae_trl.rewards import load_rewards
 
 
@@ -34,6 +35,33 @@ class RunArguments(DataArguments):
         default=4,
         metadata={"help": "Samples per held-out problem for the accuracy before and after; 0 for no such measurement."},
     )
+
+
+class HeldOutAccuracy(TrainerCallback):
+    """Measures the accuracy before training, once the model is prepared; a resumed run keeps its first figure."""
+
+    def __init__(self, trainer: KTAEGRPOTrainer, run: RunArguments):
+        self.trainer, self.samples = trainer, run.held_out_samples
+        self.file = Path(trainer.args.output_dir) / "held_out_before.json"
+        self.before: Accuracy | None = None
+
+    def measure(self) -> Accuracy:
+        return held_out_accuracy(
+            self.trainer,
+            self.trainer.eval_dataset,
+            samples=self.samples,
+            batch_size=self.trainer.args.per_device_eval_batch_size,
+        )
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            self.before = self.measure()
+            if state.is_world_process_zero:
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                self.file.write_text(json.dumps(self.before))
+        elif self.file.exists():
+            self.before = Accuracy(*json.loads(self.file.read_text()))
+        self.trainer.accelerator.print(f"\nHeld-out accuracy before: {self.before or 'not measured'}\n")
 
 
 def build_trainer(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -> KTAEGRPOTrainer:
@@ -66,51 +94,41 @@ def build_trainer(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )
-    trainer.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
-    trainer.add_callback(MetricsTable(args.correctness_reward or trainer.reward_func_names[0]))
+    if not args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        correctness = args.correctness_reward or trainer.reward_func_names[0]
+        trainer.add_callback(MetricsTable(correctness, args.credit))
     return trainer
 
 
 def main(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -> None:
     trainer = build_trainer(run, args, model)
     say = trainer.accelerator.print
+    held_out = None
+    if trainer.eval_dataset is not None and run.held_out_samples > 0:
+        held_out = HeldOutAccuracy(trainer, run)
+        trainer.add_callback(held_out)
 
-    def measure():
-        if trainer.eval_dataset is None or run.held_out_samples == 0:
-            return None
-        return held_out_accuracy(
-            trainer,
-            trainer.eval_dataset,
-            samples=run.held_out_samples,
-            batch_size=args.per_device_eval_batch_size,
-        )
-
-    before = measure()
-    if before:
-        say(f"\nHeld-out accuracy before: {before}  [{len(trainer.eval_dataset)} problems]\n")
-
-    started = time.monotonic()
     resume = args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if resume == "true" else resume)
-    minutes, seconds = divmod(round(time.monotonic() - started), 60)
+    trained = trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    minutes, seconds = divmod(round(trained.metrics["train_runtime"]), 60)
     say(f"\nTrained to step {trainer.state.global_step} in {minutes} min {seconds:02d} s")
 
-    after = measure()
-    if before and after:
-        say(f"\nHeld-out accuracy before: {before}\n                  after:  {after}")
-        results = {
-            f"{when}_{name}": getattr(x, name)
-            for when, x in (("before", before), ("after", after))
-            for name in ("greedy", "sampled")
-        }
+    if held_out is not None:
+        before, after = held_out.before, held_out.measure()
+        problems = f"{len(trainer.eval_dataset)} problems"
+        say(f"\nHeld-out accuracy ({problems})\n  before: {before or 'not measured'}\n  after:  {after}")
+        results = {f"after_{name}": value for name, value in after._asdict().items()}
+        results |= {f"before_{name}": value for name, value in before._asdict().items()} if before else {}
+        results["train_seconds"] = trained.metrics["train_runtime"]
         trainer.save_metrics("held_out", results, combined=False)
 
     trainer.save_model()
-    is_hub_id = "/" in run.dataset_name and not run.dataset_name.endswith((".jsonl", ".json", ".parquet", ".gz"))
-    trainer.create_model_card(dataset_name=run.dataset_name if is_hub_id else None)
+    hub_dataset = None if Path(run.dataset_name).exists() else run.dataset_name
+    trainer.create_model_card(dataset_name=hub_dataset)
     say(f"\nSaved model, tokenizer and card in {args.output_dir}")
     if args.push_to_hub:
-        trainer.push_to_hub()
+        trainer.push_to_hub(dataset_name=hub_dataset)
     trainer.accelerator.end_training()
 
 

@@ -18,6 +18,8 @@ class KTAEGRPOConfig(GRPOConfig):
 
     - `loss_type` `grpo`, `dapo`, `bnpo`, `dr_grpo`, `luspo`, `cispo`: the loss of a token takes that token's A'. With
       `ktae_combine="add"` tokens of one rollout can pull in both directions.
+    - `epsilon` / `epsilon_high` and `delta`: which side of the ratio is clipped, and whether `delta` bounds it, goes by
+      the sign of the token's A'; so do the metrics `clip_ratio/...`.
     - `loss_type` `sapo` and `vespo`: temperature, k and lambda are picked by the sign of the advantage, so per token.
     - `off_policy_mask_threshold`: tokens with A' >= 0 are always kept, those with A' < 0 only if their rollout is near
       the policy. TRL drops or keeps whole rollouts.

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import trl
 from packaging.specifiers import SpecifierSet
+from trl.trainer.utils import RepeatSampler
 
 TESTED_TRL = ">=1.16,<1.17"
 
@@ -13,7 +14,17 @@ TESTED_TRL = ">=1.16,<1.17"
 _RELIED_ON: dict[str, tuple[list[str], set[str]]] = {
     "__init__": (
         ["model", "reward_funcs", "args"],
-        {"_step", "_buffered_inputs", "reward_func_names", "eos_token_ids", "num_generations_eval", "_metrics"},
+        {
+            "_buffered_inputs",
+            "_metrics",
+            "_step",
+            "_tokenizer",
+            "eos_token_ids",
+            "num_generations",
+            "num_generations_eval",
+            "num_iterations",
+            "reward_func_names",
+        },
     ),
     "_get_train_sampler": (["dataset"], {"RepeatSampler"}),
     "_prepare_inputs": (["generation_batch"], {"_step", "_buffered_inputs", "_generate_and_score_completions"}),
@@ -24,6 +35,7 @@ _RELIED_ON: dict[str, tuple[list[str], set[str]]] = {
     ),
     # `dim` and `unsqueeze`: advantages of shape (B,) are widened, those of shape (B, T) taken as they are.
     "_compute_loss": (["model", "inputs"], {"advantages", "tool_mask", "dim", "unsqueeze"}),
+    # These two are transformers' own.
     "_save_rng_state": (["output_dir"], set()),
     "_load_optimizer_and_scheduler": (["checkpoint"], set()),
 }
@@ -39,6 +51,10 @@ def check_trl(trainer_class: type, version: str = trl.__version__) -> None:
         UserWarning: the contract is intact, but this version of TRL was not tested.
     """
     missing = [problem for name, wanted in _RELIED_ON.items() for problem in _problems(trainer_class, name, *wanted)]
+    # Resuming draws one permutation per past epoch: right as long as the sampler does, and is not told its epoch.
+    missing += _problems(RepeatSampler, "__iter__", [], {"randperm", "generator", "num_samples"})
+    if hasattr(RepeatSampler, "set_epoch"):
+        missing.append("RepeatSampler.set_epoch is new")
     if missing:
         raise ImportError(
             f"TRL {version} lacks what ktae_trl relies on: {'; '.join(missing)}. "
@@ -52,16 +68,16 @@ def check_trl(trainer_class: type, version: str = trl.__version__) -> None:
         )
 
 
-def _problems(trainer_class: type, method: str, parameters: list[str], names: set[str]) -> list[str]:
-    function: Callable | None = getattr(trainer_class, method, None)
+def _problems(owner: type, method: str, parameters: list[str], names: set[str]) -> list[str]:
+    function: Callable | None = getattr(owner, method, None)
     if function is None:
-        return [f"GRPOTrainer.{method} is gone"]
+        return [f"{owner.__name__}.{method} is gone"]
     function = inspect.unwrap(function)
     found = set(inspect.signature(function).parameters)
     code = function.__code__
     # The keys of a dict literal are one constant, a tuple.
     constants = [c for group in code.co_consts for c in (group if isinstance(group, tuple) else (group,))]
     mentioned = {*code.co_names, *(c for c in constants if isinstance(c, str))}
-    return [f"GRPOTrainer.{method} has no parameter {name!r}" for name in parameters if name not in found] + [
-        f"GRPOTrainer.{method} no longer uses {name!r}" for name in sorted(names - mentioned)
+    return [f"{owner.__name__}.{method} has no parameter {name!r}" for name in parameters if name not in found] + [
+        f"{owner.__name__}.{method} no longer uses {name!r}" for name in sorted(names - mentioned)
     ]

@@ -1,5 +1,6 @@
 """Datasets of problems with known answers, turned into TRL's `prompt` and `solution`."""
 
+import gzip
 import json
 import logging
 from collections.abc import Callable
@@ -64,6 +65,8 @@ def load(name: str, config: str | None = None, split: str = "train") -> Dataset:
         if not path.is_file():
             raise FileNotFoundError(f"There is no data file {name} (looked in {Path.cwd()})")
         dataset = _load_file(path, _FORMATS[suffix])
+    elif path.is_file():
+        raise ValueError(f"{name} has a format that is not read. Known endings: {', '.join(_FORMATS)}, also with .gz")
     elif name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(
             f"{name} is neither a data file ({', '.join(_FORMATS)}) nor a folder (looked in {Path.cwd()})"
@@ -81,13 +84,13 @@ def _load_file(path: Path, file_format: str) -> Dataset:
     try:
         return load_dataset(file_format, data_files=str(path), split="train")
     except Exception as error:
-        if ".jsonl" in path.suffixes and path.suffix != ".gz":
+        if ".jsonl" in path.suffixes:
             _raise_for_bad_line(path)
         raise ValueError(f"{path} could not be read as {file_format}: {error}") from error
 
 
 def _raise_for_bad_line(path: Path) -> None:
-    with path.open(encoding="utf-8", errors="replace") as lines:
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue

@@ -1,5 +1,6 @@
 """How often is a model right on held-out problems? Sampling with `transformers`, grading with `grading`."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,62 +27,78 @@ class Accuracy(NamedTuple):
 def held_out_accuracy(trainer, dataset: Dataset, *, samples: int, batch_size: int) -> Accuracy:
     """Measure the trainer's model on `dataset` (columns `prompt` and `solution`), over all processes.
 
-    The random state is put back afterwards, so that measuring does not change the training that follows. Problems
+    The model must be prepared for training (from `on_train_begin` on), so that it is where and in the precision that it
+    is trained. The random state is put back afterwards: measuring does not change the training that follows. Problems
     that cannot be scored are left out.
 
     Args:
         samples: completions per problem at temperature 1.
         batch_size: completions generated at once by each process.
     """
-    rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
-    mine = dataset.select(range(rank, len(dataset), world))
-    devices = [trainer.accelerator.device] if trainer.accelerator.device.type == "cuda" else []
-    with (
-        torch.random.fork_rng(devices=devices),
-        unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model,
-    ):
+    accelerator, args = trainer.accelerator, trainer.args
+    rank, world = accelerator.process_index, accelerator.num_processes
+    # All processes must generate equally often (ZeRO-3, FSDP): the last problems are repeated to fill the shares.
+    share = -(-len(dataset) // world)
+    numbers = [min(rank * share + i, len(dataset) - 1) for i in range(share)]
+    mine = dataset.select(numbers)
+    unwrapped = unwrap_model_for_generation(
+        trainer.model_wrapped,
+        accelerator,
+        gather_deepspeed3_params=args.ds3_gather_for_generation,
+        gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
+    )
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+    means = []
+    with torch.random.fork_rng(devices=devices), trainer.compute_loss_context_manager(), unwrapped as model:
         torch.manual_seed(rank)
-        tokenizer, limit = trainer.processing_class, trainer.args.max_completion_length
-        verdicts = {}
-        for n, greedy in ((1, True), (samples, False)):
+        for greedy, n in ((True, 1), (False, samples)):
             texts = generate(
-                *(model, tokenizer, [p for p in mine["prompt"] for _ in range(n)]),
+                model,
+                trainer.processing_class,
+                [prompt for prompt in mine["prompt"] for _ in range(n)],
                 greedy=greedy,
-                max_new_tokens=limit,
+                max_new_tokens=args.max_completion_length,
+                eos_token_ids=trainer.eos_token_ids,
                 batch_size=batch_size,
-                progress=trainer.accelerator.is_main_process,
+                progress=accelerator.is_main_process,
             )
-            answers = [a for a in mine["solution"] for _ in range(n)]
-            verdicts[greedy] = [v for v in gather_object(grade_many(texts, answers)) if v is not None]
-    return Accuracy(*(sum(v) / max(len(v), 1) for v in (verdicts[True], verdicts[False])), samples)
+            verdicts = grade_many(texts, [answer for answer in mine["solution"] for _ in range(n)])
+            pairs = [(number, verdicts[i * n : (i + 1) * n]) for i, number in enumerate(numbers)]
+            by_problem = dict(gather_object(pairs))  # a repeated problem counts once
+            scored = [v for problem in by_problem.values() for v in problem if v is not None]
+            means.append(sum(scored) / max(len(scored), 1))
+    return Accuracy(*means, samples)
 
 
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[dict[str, str]]],
+    prompts: Sequence[list[dict[str, str]]],
     *,
     greedy: bool,
     max_new_tokens: int,
+    eos_token_ids: Sequence[int],
     batch_size: int,
     progress: bool = False,
 ) -> list[str]:
     """Complete each conversation, at temperature 1 unless `greedy`; batches of similar length, results in order."""
-    texts = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, tokenize=False)
+    texts = tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, tokenize=False)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    ends = model.generation_config.eos_token_id
+    # What is left unset here would come from the model's own settings, such as the top_p of an instruct model.
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=not greedy,
-        temperature=None if greedy else 1.0,
-        top_k=None if greedy else 0,
-        eos_token_id=tokenizer.eos_token_id if ends is None else ends,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        eos_token_id=list(eos_token_ids),
         pad_token_id=tokenizer.pad_token_id,
     )
     was_training = model.training
     model.eval()
-    completions: list[str] = [""] * len(texts)
+    completions = [""] * len(texts)
     for begin in tqdm(range(0, len(order), batch_size), desc="held-out", disable=not progress, leave=False):
         rows = order[begin : begin + batch_size]
         batch = tokenizer(

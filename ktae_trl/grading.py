@@ -15,7 +15,7 @@ from math_verify import LatexExtractionConfig, parse, verify
 
 _TIMEOUT_SECONDS = 5
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?")
+_NUMBER = re.compile(r"[+-]?\d{1,100}(?:\.\d{1,100})?")
 _EXTRACTION = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
 
 
@@ -100,17 +100,23 @@ def _equal(gold: str, extracted: str | None) -> bool | None:
     parsed = _parse(gold)
     if not parsed:
         return None
-    return verify(parsed, _parse(extracted), timeout_seconds=_timeout())
+    try:
+        return verify(parsed, _parse(extracted), timeout_seconds=_timeout())
+    except Exception:  # whatever a model writes, it must not end the training
+        return False
 
 
 def _parse(latex: str) -> list:
     """Return math-verify's readings of `latex`, or nothing if it found no mathematics in it."""
-    readings = parse(
-        rf"\boxed{{{latex}}}",
-        extraction_config=_EXTRACTION,
-        extraction_mode="first_match",
-        parsing_timeout=_timeout(),
-    )
+    try:
+        readings = parse(
+            rf"\boxed{{{latex}}}",
+            extraction_config=_EXTRACTION,
+            extraction_mode="first_match",
+            parsing_timeout=_timeout(),
+        )
+    except Exception:
+        return []
     return readings if any(not isinstance(reading, str) for reading in readings) else []
 
 

@@ -43,9 +43,14 @@ def load_rewards(names: Sequence[str], *, max_completion_length: int, overlong_b
             path of any function of this form, such as `my_package.rewards.brevity`.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or a buffer that `soft_overlong` cannot use.
         ImportError: a dotted path that leads to no function.
     """
+    if "soft_overlong" in names and not 0 < overlong_buffer < max_completion_length:
+        raise ValueError(
+            f"overlong_buffer must lie between 0 and max_completion_length ({max_completion_length}) for soft_overlong "
+            f"to leave some lengths unpunished, not {overlong_buffer}"
+        )
     builtin = {
         "math_accuracy": math_accuracy,
         "boxed_format": boxed_format,

@@ -2,6 +2,7 @@
 
 import os
 import textwrap
+import time
 import warnings
 
 import torch
@@ -100,12 +101,17 @@ class KTAEGRPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         batch = super()._generate_and_score_completions(inputs)
-        if self._assign_credit is not None:
+        # A group of one, as evaluation may have, has nothing to compare.
+        if self._assign_credit is not None and self._group_size() > 1:
+            started = time.perf_counter()
             credit = self._assign_credit(self._whole_groups(batch), self.args)
             batch["credit"] = credit.values[:, : batch["completion_ids"].shape[1]]
             self._credit_how = credit.how
-            self._log_stats(credit.stats)
+            self._log_stats(credit.stats, started)
         return batch
+
+    def _group_size(self) -> int:
+        return self.num_generations if self.model.training else self.num_generations_eval
 
     def _compute_loss(self, model, inputs):
         if "credit" in inputs:
@@ -119,8 +125,7 @@ class KTAEGRPOTrainer(GRPOTrainer):
         mask = batch["completion_mask"].bool()
         if "tool_mask" in batch:
             mask = mask & batch["tool_mask"].bool()
-        G = self.num_generations if self.model.training else self.num_generations_eval
-        B = len(ids)
+        B, G = len(ids), self._group_size()
         begin = self.accelerator.process_index * B
         first, last = begin // G, -(-(begin + B) // G)  # groups, in the order of all processes
         if B % G:  # groups straddle processes
@@ -138,11 +143,13 @@ class KTAEGRPOTrainer(GRPOTrainer):
             own=own,
         )
 
-    def _log_stats(self, stats: dict[str, tuple[Tensor, Tensor]]) -> None:
-        sums = torch.stack([torch.stack(pair).float() for pair in stats.values()])
+    def _log_stats(self, stats: dict[str, tuple[Tensor, Tensor]], started: float) -> None:
         metrics = self._metrics["train" if self.model.training else "eval"]
+        sums = torch.zeros(0, 2) if not stats else torch.stack([torch.stack(pair).float() for pair in stats.values()])
         for name, (total, count) in zip(stats, self.accelerator.reduce(sums, "sum").tolist(), strict=True):
             metrics[name].append(total / count if count else float("nan"))  # TRL leaves NaN out of its means
+        # Reading the sums has waited for the device. A family of methods (oar_g, oar_p) shares its metrics' prefix.
+        metrics[f"{self.args.credit.partition('_')[0]}/seconds"].append(time.perf_counter() - started)
 
     # Exact resume: a process's place in the generation cycle and in the order of prompts.
 
@@ -176,37 +183,52 @@ class KTAEGRPOTrainer(GRPOTrainer):
 
     def _restore_rollouts(self, checkpoint: str) -> None:
         path = self._rollouts_file(checkpoint, self.accelerator.process_index)
-        if not os.path.exists(path):  # saved by fewer processes, if by this trainer at all
-            path = self._rollouts_file(checkpoint, 0)
-        if not os.path.exists(path):
+        first = self._rollouts_file(checkpoint, 0)  # to compare with, if this process has none of its own
+        if not os.path.exists(first) and not os.path.exists(path):
             warnings.warn(
-                f"{checkpoint} was not saved by KTAEGRPOTrainer: its rollouts are not there, so this run starts a new "
-                "generation cycle and will not repeat the original one exactly.",
+                f"{checkpoint} holds no {os.path.basename(path)}, so it was not saved by KTAEGRPOTrainer: this run "
+                "starts a new generation cycle and will not repeat the original one exactly.",
                 stacklevel=2,
             )
             return
-        saved = torch.load(path, map_location=self.accelerator.device, weights_only=True)
-        if saved["layout"] == self._layout():
+        own = os.path.exists(path)
+        saved = torch.load(path if own else first, map_location=self.accelerator.device, weights_only=True)
+        layout, here = saved["layout"], self._layout()
+        cycle = layout["steps_per_generation"] * layout["num_iterations"]
+        if layout == here and (own or saved["rollouts"] is None):
             self._step = saved["step"]
             self._buffered_inputs = saved["rollouts"]
             self._credit_how = saved["how"]
+        elif layout == here:
+            raise FileNotFoundError(
+                f"{path} is missing: the rollouts that this process had still to train on. Copy the checkpoint whole, "
+                f"or resume from one whose forward passes are a multiple of {cycle}."
+            )
         elif saved["rollouts"] is not None:
-            layout = saved["layout"]
-            cycle = layout["steps_per_generation"] * layout["num_iterations"]
             raise ValueError(
                 f"{checkpoint} lies inside a generation cycle: {saved['step']} forward passes were done, and "
                 f"{saved['step']} mod {cycle} (steps_per_generation x num_iterations) = {saved['step'] % cycle}. Its "
-                f"rollouts were dealt out for {layout}, but this run has {self._layout()}. Resume with the same "
-                f"numbers, or from a checkpoint whose forward passes are a multiple of {cycle} (optimizer steps x "
+                f"rollouts were made for {layout}, but this run has {here}. Resume with the same settings, or from a "
+                f"checkpoint whose forward passes are a multiple of {cycle} (optimizer steps x "
                 "gradient_accumulation_steps)."
             )
+        else:
+            warnings.warn(
+                f"{checkpoint} was made with {layout}, this run has {here}: it starts with a new generation and will "
+                "not repeat the original one exactly.",
+                stacklevel=2,
+            )
 
-    def _layout(self) -> dict[str, int]:
+    def _layout(self) -> dict[str, int | str]:
+        """Return the settings that decide what a buffered batch holds and when it is used up."""
         return {
             "num_processes": self.accelerator.num_processes,
             "per_device_train_batch_size": self.args.per_device_train_batch_size,
+            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
             "steps_per_generation": self.args.steps_per_generation,
             "num_iterations": self.num_iterations,
+            "num_generations": self.num_generations,
+            "credit": self.args.credit,
         }
 
     def _cycle(self) -> int:

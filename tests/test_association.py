@@ -31,6 +31,12 @@ def test_fisher_equals_scipy_for_a_sample_of_large_groups(group):
             assert table[a, b].item() == pytest.approx(scipy_p(n_right, n_wrong, a, b), rel=1e-11)
 
 
+def test_very_large_groups_stay_finite():
+    table = fisher_p_table(700, 800)
+    assert table.isfinite().all()
+    assert table[300, 400].item() == pytest.approx(scipy_p(700, 800, 300, 400), rel=1e-8)
+
+
 def test_p_is_exactly_one_where_no_table_is_more_likely():
     """The official code tests p != 1.0 on a rounded sum and so gives tokens without association a weight."""
     for n_right, n_wrong in [*SPLITS_TO_16, (20, 12), (32, 32)]:

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 from trl import GRPOTrainer
+from trl.trainer.utils import RepeatSampler
 
 from ktae_trl.contract import TESTED_TRL, check_trl
 
@@ -20,6 +21,12 @@ def test_another_version_with_the_contract_intact_is_a_warning():
             check_trl(GRPOTrainer, version)
 
 
+def test_a_sampler_that_is_told_its_epoch_would_break_resuming(monkeypatch):
+    monkeypatch.setattr(RepeatSampler, "set_epoch", lambda self, epoch: None, raising=False)
+    with pytest.raises(ImportError, match=r"RepeatSampler\.set_epoch is new"):
+        check_trl(GRPOTrainer)
+
+
 def test_what_is_gone_is_named_with_the_tested_versions():
     class Gone(GRPOTrainer):
         _calculate_rewards = None
@@ -33,9 +40,9 @@ def test_what_is_gone_is_named_with_the_tested_versions():
             return inputs["tool_mask"]
 
     for trainer, words in (
-        (Gone, "GRPOTrainer._calculate_rewards is gone"),
-        (Renamed, "GRPOTrainer._compute_loss has no parameter 'inputs'"),
-        (Rewritten, "GRPOTrainer._compute_loss no longer uses 'advantages'"),
+        (Gone, "Gone._calculate_rewards is gone"),
+        (Renamed, "Renamed._compute_loss has no parameter 'inputs'"),
+        (Rewritten, "Rewritten._compute_loss no longer uses 'advantages'"),
     ):
         with pytest.raises(ImportError, match=f"TRL .* lacks .*{words}.*Tested with TRL {TESTED_TRL}"):
             check_trl(trainer)

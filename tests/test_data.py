@@ -111,6 +111,18 @@ def test_malformed_line(write, bad, words):
         data.load(write(lines(ROWS) + bad + "\n" + lines(ROWS)))
 
 
+def test_malformed_line_of_a_compressed_file(tmp_path):
+    with gzip.open(tmp_path / "z.jsonl.gz", "wt") as file:
+        file.write(lines(ROWS) + "{\n")
+    with pytest.raises(ValueError, match=r"z\.jsonl\.gz, line 3: not JSON"):
+        data.load(str(tmp_path / "z.jsonl.gz"))
+
+
+def test_unknown_format(write):
+    with pytest.raises(ValueError, match=r"problems\.csv has a format that is not read. Known endings: .jsonl, "):
+        data.load(write("problem,answer", "problems.csv"))
+
+
 def test_missing_column():
     with pytest.raises(ValueError, match=r"no column 'answer'. There are: problem, reply. Set problem_column and"):
         data.to_prompts(Dataset.from_list([{"problem": "p", "reply": "r"}]))

@@ -1,3 +1,5 @@
+import torch
+
 from ktae_trl import tiny
 from ktae_trl.evaluation import Accuracy, generate, held_out_accuracy
 from tests.training import make_trainer, prompts
@@ -14,8 +16,6 @@ def test_held_out_accuracy(tmp_path):
 
 
 def test_measuring_does_not_change_the_training_that_follows(tmp_path):
-    import torch
-
     trainer = make_trainer(tmp_path)
     state = torch.random.get_rng_state()
     held_out_accuracy(trainer, prompts(8, tiny.HELD_OUT), samples=1, batch_size=8)
@@ -26,8 +26,8 @@ def test_measuring_does_not_change_the_training_that_follows(tmp_path):
 def test_completions_come_in_the_order_of_the_prompts(tmp_path):
     trainer = make_trainer(tmp_path)
     conversations = prompts(12, tiny.HELD_OUT)["prompt"]
-    options = {"greedy": True, "max_new_tokens": 20}
-    together = generate(trainer.model, trainer.processing_class, list(conversations), batch_size=5, **options)
+    options = {"greedy": True, "max_new_tokens": 20, "eos_token_ids": trainer.eos_token_ids}
+    together = generate(trainer.model, trainer.processing_class, conversations, batch_size=5, **options)
     alone = [generate(trainer.model, trainer.processing_class, [c], batch_size=1, **options)[0] for c in conversations]
     assert together == alone
 
@@ -36,3 +36,27 @@ def test_unscorable_problems_are_left_out(tmp_path):
     dataset = prompts(4, tiny.HELD_OUT).map(lambda row: {"solution": "???"})
     accuracy = held_out_accuracy(make_trainer(tmp_path), dataset, samples=1, batch_size=8)
     assert accuracy == Accuracy(0.0, 0.0, 1)
+
+
+def test_sampling_settings_of_the_model_are_not_taken_over(tmp_path):
+    """Instruct models ship top_p and repetition penalties; accuracy at temperature 1 has neither."""
+    trainer = make_trainer(tmp_path)
+    seen = {}
+    plain_generate = trainer.model.generate
+
+    def spy(*args, generation_config, **kwargs):
+        seen.update(trainer.model._prepare_generation_config(generation_config)[0].to_dict())
+        return plain_generate(*args, generation_config=generation_config, **kwargs)
+
+    trainer.model.generation_config.update(top_p=0.5, top_k=5, temperature=0.3, repetition_penalty=1.5, do_sample=True)
+    trainer.model.generate = spy
+    generate(
+        trainer.model,
+        trainer.processing_class,
+        prompts(2)["prompt"],
+        greedy=False,
+        max_new_tokens=4,
+        eos_token_ids=[2],
+        batch_size=2,
+    )
+    assert [seen[name] for name in ("top_p", "top_k", "temperature", "repetition_penalty")] == [1.0, 0, 1.0, 1.0]

@@ -1,7 +1,5 @@
 import gzip
 import json
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -29,6 +27,10 @@ from ktae_trl.grading import Grade, grade, grade_full, grade_many, last_boxed
         (r"first \boxed{2}, no: \boxed{1}", "2", False),
         (r"first \boxed{2}, no: \boxed{2", "2", False),
         (r"\boxed{\{1, 2\}}", r"\{1,2\}", True),
+        # what a degenerate completion may hold
+        (r"\boxed{" + "1" * 5000 + "}", "1", False),
+        ("1", "1" * 5000, None),
+        (r"\boxed{" + "{" * 500 + "}", "1", False),
         # no box, no answer
         ("the answer is 17", "17", False),
         ("", "17", False),
@@ -86,18 +88,3 @@ def test_official_verdicts(shared):
     wrong = [row for row, verdict in zip(rows, verdicts, strict=True) if verdict != row["official_correct"]]
     assert len(rows) == 613
     assert [last_boxed(row["output"]) for row in wrong] == [r"12^{\text{th}}"]
-
-
-@pytest.mark.parametrize(
-    ("module", "forbidden"),
-    [
-        ("ktae_trl", {"torch", "trl", "transformers"}),
-        ("ktae_trl.grading", {"torch", "trl", "transformers"}),
-        ("ktae_trl.credit", {"trl", "transformers"}),
-    ],
-)
-def test_imports_stay_light(module, forbidden):
-    code = f"import sys, {module}; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert module in loaded
-    assert not forbidden & set(loaded)

@@ -83,6 +83,24 @@ def test_a_checkpoint_inside_a_cycle_wants_the_same_batch(uninterrupted, tmp_pat
         trainer.train(resume_from_checkpoint=str(folder / "checkpoint-6"))
 
 
+def test_a_lost_file_of_rollouts_is_not_replaced_by_another_process_s(uninterrupted, tmp_path, monkeypatch):
+    folder, _ = uninterrupted
+    trainer = make_trainer(tmp_path, train_dataset=prompts(12), **CYCLES)
+    monkeypatch.setattr(type(trainer.accelerator), "process_index", 1)
+    with pytest.raises(FileNotFoundError, match=r"rollouts_1\.pt is missing"):
+        trainer._restore_rollouts(str(folder / "checkpoint-6"))
+    trainer._restore_rollouts(str(folder / "checkpoint-4"))  # holds no rollouts of anybody
+    assert trainer._step == 4
+
+
+def test_other_settings_at_the_end_of_a_cycle_are_a_warning(uninterrupted, tmp_path):
+    folder, _ = uninterrupted
+    trainer = make_trainer(tmp_path, train_dataset=prompts(12), **{**CYCLES, "num_iterations": 1})
+    with pytest.warns(UserWarning, match=r"was made with .*'num_iterations': 2.*starts with a new generation"):
+        trainer._restore_rollouts(str(folder / "checkpoint-4"))
+    assert trainer._step == 0
+
+
 def test_a_foreign_checkpoint_is_resumed_with_a_warning(uninterrupted, tmp_path):
     folder, _ = uninterrupted
     shutil.copytree(folder / "checkpoint-17", tmp_path / "checkpoint-17")

@@ -9,7 +9,7 @@ from ktae_trl import tiny
 from ktae_trl.grading import grade
 from ktae_trl.tiny import task
 
-PROBLEM = "State the final answer to the following arithmetic problem: 7 - 9 + 0 + 5 ="
+PROBLEM = "State the final answer to the following arithmetic problem: 7 - 4 + 0 + 5 ="
 
 
 def rows(path):
@@ -17,16 +17,17 @@ def rows(path):
 
 
 def test_habits_by_hand():
-    assert task.solution(PROBLEM, "careful", random.Random(0)) == ("7-9=-2\n-2+0=-2\n-2+5=3\nThe answer is \\boxed{3}.")
-    forgetful = {task.solution(PROBLEM, "forgetful", random.Random(seed)) for seed in range(30)}
-    assert forgetful == {
-        "7+0=7\n7+5=12\nThe answer is \\boxed{12}.",
-        "7-9=-2\n-2+5=3\nThe answer is \\boxed{3}.",
-        "7-9=-2\n-2+0=-2\nThe answer is \\boxed{-2}.",
+    careful = task.solution(PROBLEM, "careful", random.Random(0))
+    assert careful == "1: 7-4=3\n2: 3+0=3\n3: 3+5=8\nThe answer is \\boxed{8}."
+    skipping = {task.solution(PROBLEM, "skipping", random.Random(seed)) for seed in range(30)}
+    assert skipping == {
+        "2: 7+0=7\n3: 7+5=12\nThe answer is \\boxed{12}.",
+        "1: 7-4=3\n3: 3+5=8\nThe answer is \\boxed{8}.",
+        "1: 7-4=3\n2: 3+0=3\nThe answer is \\boxed{3}.",
     }
     guesses = {task.solution(PROBLEM, "guessing", random.Random(seed)) for seed in range(100)}
-    assert guesses == {rf"That is about \boxed{{{n}}}." for n in range(7)}
-    with pytest.raises(ValueError, match="habit must be one of careful, forgetful, guessing, not 'lazy'"):
+    assert guesses == {rf"That is about \boxed{{{n}}}." for n in range(5, 12)}
+    with pytest.raises(ValueError, match="habit must be one of careful, skipping, guessing, not 'lazy'"):
         task.solution(PROBLEM, "lazy", random.Random(0))
 
 

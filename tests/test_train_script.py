@@ -22,10 +22,10 @@ SMALL = {
 
 
 def train(output: Path, *arguments: str, config: str = "configs/quickstart.yaml") -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "train.py", "--config", config]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     settings = [str(word) for key, value in SMALL.items() for word in (f"--{key}", value)]
     return subprocess.run(
-        [*command, "--output_dir", str(output), *settings, *arguments],
+        [*command, "train.py", "--config", config, "--output_dir", str(output), *settings, *arguments],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -52,7 +52,7 @@ def test_train_saves_what_a_user_needs_and_resumes(tmp_path):
     again = train(tmp_path, "--resume_from_checkpoint", str(tmp_path / "checkpoint-2"))
     assert again.returncode == 0, again.stderr[-3000:]
     resumed = json.loads((tmp_path / "held_out_results.json").read_text())
-    assert resumed == results
+    assert {**resumed, "train_seconds": 0} == {**results, "train_seconds": 0}
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 from ktae_trl import KTAEGRPOConfig, KTAEGRPOTrainer, tiny
@@ -27,7 +28,7 @@ def replaying(tmp_path):
     """A trainer that replays fixed rollouts, for looking at one batch."""
 
     def make(**settings):
-        trainer = make_trainer(tmp_path, rollout_func=replay, **settings)
+        trainer = make_trainer(tmp_path, **{"rollout_func": replay, **settings})
         trainer.model.train()
         return trainer
 
@@ -41,7 +42,7 @@ def replaying(tmp_path):
     "settings",
     [
         {},
-        {"max_steps": 5, "per_device_train_batch_size": 64, "steps_per_generation": 1},  # two prompts an epoch short
+        {"max_steps": 5, "per_device_train_batch_size": 64, "steps_per_generation": 1},  # a batch of 8 prompts
         {"num_iterations": 2, "per_device_train_batch_size": 8, "steps_per_generation": 2, "max_steps": 6},
     ],
 )
@@ -66,7 +67,6 @@ def test_values_of_zero_leave_every_loss_as_it_is(tmp_path, loss_type, monkeypat
     zeros = lambda rollouts, args: Credit(torch.zeros_like(rollouts.own_rows(rollouts.ids_PGT)).float(), "multiply", {})  # noqa: E731
     monkeypatch.setitem(METHODS, "ktae", zeros)
     zero = make_trainer(tmp_path / "b", **settings)
-    zero._log_stats = lambda stats: None
     start = weights(zero)
     zero.train()
     assert difference(weights(zero), weights(plain)) < 1e-7
@@ -199,6 +199,43 @@ def test_lora(tmp_path):
     changed = {name for name, p in weights(trainer).items() if not torch.equal(p, start[name])}
     assert changed
     assert all("lora" in name for name in changed)
+
+
+def test_evaluation_has_groups_of_its_own_size(replaying):
+    trainer = replaying(num_generations_eval=4)
+    trainer.model.eval()
+    inputs = [dict(trainer.train_dataset[i // 4]) for i in range(16)]
+    batch = trainer._generate_and_score_completions(inputs)
+    expected = key_token_values(
+        batch["completion_ids"].view(4, 4, -1),
+        batch["completion_mask"].view(4, 4, -1),
+        (trainer._gathered_rewards[:, 0] > 0).view(4, 4),
+        ignore_ids=[trainer._tokenizer.pad_token_id, trainer._tokenizer.eos_token_id],
+    )
+    torch.testing.assert_close(batch["credit"], expected.view(16, -1))
+    assert (expected != 0).any()
+    assert "ktae/value_right" in trainer._metrics["eval"]
+    assert "ktae/value_right" not in trainer._metrics["train"]
+
+
+def test_groups_of_one_have_no_credit(tmp_path):
+    trainer = make_trainer(tmp_path, num_generations_eval=1, eval_dataset=prompts(4, tiny.HELD_OUT))
+    trainer.evaluate()
+    assert not [key for entry in trainer.state.log_history for key in entry if "ktae/" in key]
+
+
+def test_every_end_of_sequence_id_is_special(replaying):
+    model = AutoModelForCausalLM.from_pretrained(tiny.MODEL, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tiny.MODEL)
+    (newline,) = tokenizer("\n")["input_ids"]
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, newline]
+    batch = generate(replaying(model=model))
+    others = (batch["completion_ids"] != newline) & (batch["completion_mask"] == 1)
+    assert (batch["credit"][batch["completion_ids"] == newline] == 0).all()
+    assert (batch["credit"][batch["completion_ids"] == tokenizer.eos_token_id] == 0).all()
+    assert (batch["credit"][others] != 0).any()
+    plain = generate(replaying())
+    assert (plain["credit"][plain["completion_ids"] == newline] != 0).any()
 
 
 # Rollouts that do not vote

@@ -43,7 +43,8 @@ def fisher_p_table(n_right: int, n_wrong: int) -> Tensor:
         `(n_right + 1, n_wrong + 1)` float64 on the CPU. Where no table is more likely, p is exactly 1.
     """
     a, b = _table_counts(n_right, n_wrong)
-    probability = (_log_binomial(n_right, a) + _log_binomial(n_wrong, b)).exp()
+    log_tables = _log_binomial(n_right, a) + _log_binomial(n_wrong, b)
+    probability = (log_tables - _log_binomial(n_right + n_wrong, a + b)).exp()
 
     # Row k of `weights` holds the tables with a + b = k, column a; columns that no table has weigh nothing.
     k = torch.arange(n_right + n_wrong + 1)[:, None]
@@ -59,7 +60,7 @@ def fisher_p_table(n_right: int, n_wrong: int) -> Tensor:
     tie_ends = torch.ones_like(possible)
     tie_ends[:, :-1] = weights[:, 1:] > weights[:, :-1] * (1 + _TIE)
     ends = torch.where(tie_ends, torch.arange(last + 1), last).flip(1).cummin(dim=1).values.flip(1)
-    p = running.gather(1, ends) / running[:, -1:]
+    p = running.gather(1, ends) / running[:, -1:]  # the sum of all is 1 but for rounding
     p = torch.where(ends == last, 1.0, p)  # no rounding where the sum is over everything
     p = torch.empty_like(p).scatter_(1, order, p)
     return p[(a + b).long(), a.long().expand(-1, n_wrong + 1)]

@@ -8,7 +8,6 @@ weights arrive, and every end-of-sequence id counts as special.
 """
 
 import math
-import time
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -152,15 +151,21 @@ def key_token_table(
     D = direction(cell, length_right, length_wrong, group, tokens.count_right, tokens.count_wrong)
     if leave_one_out:
         # The same per pair: the rollout's own presence and tokens leave the counts of its side.
-        of, own_right, own_wrong = pairs.token, pairs.right.int(), (~pairs.right).int()
+        own_right, own_wrong = pairs.right.int(), (~pairs.right).int()
         cell_W = tables.cell(
-            *(n_right[:, None] - right.int(), n_wrong[:, None] - wrong.int(), pairs.rollout),
-            *(a.index_select(0, of) - own_right, b.index_select(0, of) - own_wrong),
+            n_right[:, None] - right.int(),
+            n_wrong[:, None] - wrong.int(),
+            pairs.rollout,
+            a.index_select(0, pairs.token) - own_right,
+            b.index_select(0, pairs.token) - own_wrong,
         )
         D_W = direction(
-            *(cell_W, length_right[:, None] - lengths * right, length_wrong[:, None] - lengths * wrong, pairs.rollout),
-            tokens.count_right.index_select(0, of) - pairs.count * own_right,
-            tokens.count_wrong.index_select(0, of) - pairs.count * own_wrong,
+            cell_W,
+            length_right[:, None] - lengths * right,
+            length_wrong[:, None] - lengths * wrong,
+            pairs.rollout,
+            tokens.count_right.index_select(0, pairs.token) - pairs.count * own_right,
+            tokens.count_wrong.index_select(0, pairs.token) - pairs.count * own_wrong,
         )
         values = _unsort(_key_value(tables.strength.index_select(0, cell_W), D_W), runs.new_pair, runs)
     else:
@@ -310,7 +315,6 @@ class _Tables:
 
 def assign(rollouts: Rollouts, args) -> Credit:
     """Give the rollouts their key-token values as `args` (a `KTAEGRPOConfig`) says; the trainer's entrance."""
-    started = time.perf_counter()
     table = key_token_table(
         rollouts.ids_PGT,
         rollouts.mask_PGT,
@@ -323,10 +327,7 @@ def assign(rollouts: Rollouts, args) -> Credit:
         ignore_ids=rollouts.special_ids,
     )
     values = rollouts.own_rows(table.values)
-    credit = Credit(values, args.ktae_combine, _stats(rollouts, table, values, args.ktae_combine))
-    seconds = torch.full((), time.perf_counter() - started, device=values.device)
-    credit.stats["ktae/seconds"] = (seconds, torch.ones_like(seconds))
-    return credit
+    return Credit(values, args.ktae_combine, _stats(rollouts, table, values, args.ktae_combine))
 
 
 def _stats(rollouts: Rollouts, table: KeyTokenTable, values: Tensor, how: str) -> dict[str, tuple[Tensor, Tensor]]:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from ktae_trl import tiny
+from ktae_trl.evaluation import held_out_accuracy
 from tests.training import make_trainer, prompts, replay, weights
 
 
@@ -26,12 +28,14 @@ def main(settings: dict, folder: Path, checkpoint: str | None = None) -> None:
     trainer._generate_and_score_completions = spy
     trainer.train(resume_from_checkpoint=checkpoint)
     accelerator = trainer.accelerator
+    held_out = held_out_accuracy(trainer, prompts(5, tiny.HELD_OUT), samples=2, batch_size=2)
     torch.save(
         {
             "processes": accelerator.num_processes,
             "distributed_type": str(accelerator.distributed_type.value),
             "wrapped": type(trainer.model_wrapped).__name__,
             "credits": credits,
+            "held_out": held_out._asdict(),
             "weights": weights(trainer),
             "metrics": [entry for entry in trainer.state.log_history if "ktae/value_right" in entry],
         },

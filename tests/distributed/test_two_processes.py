@@ -79,6 +79,9 @@ def test_groups_spread_over_two_processes(tmp_path, how, leave_one_out):
             assert (mine[:, values.shape[1] :] == 0).all()
     assert difference(two[0]["weights"], two[1]["weights"]) == 0
     assert difference(two[0]["weights"], one["weights"]) < 1e-6
+    # 5 problems over 2 processes: 3 and 3, one of them twice.
+    assert two[0]["held_out"] == two[1]["held_out"]
+    assert two[0]["held_out"]["greedy"] == one["held_out"]["greedy"]
     for together, alone in zip(two[0]["metrics"], one["metrics"], strict=True):
         for name in (key for key in alone if key.startswith("ktae/") and key != "ktae/seconds"):
             assert together[name] == pytest.approx(alone[name], abs=1e-5)

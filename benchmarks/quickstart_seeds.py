@@ -1,0 +1,49 @@
+"""The quickstart with several seeds: held-out accuracy before and after, each run on a line, and the means.
+
+python benchmarks/quickstart_seeds.py [--seeds 1 2 3] [--credit ktae none]
+
+Finished runs under runs/seeds are not repeated.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FIGURES = ("before_sampled", "after_sampled", "before_greedy", "after_greedy")
+
+
+def run(credit: str, seed: int) -> dict:
+    output = ROOT / "runs" / "seeds" / f"{credit}-{seed}"
+    results = output / "held_out_results.json"
+    if not results.exists():
+        print(f"training: credit {credit}, seed {seed}", file=sys.stderr)
+        settings = {"credit": credit, "seed": seed, "output_dir": output, "report_to": "none", "save_strategy": "no"}
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+        command += ["train.py", "--config", "configs/quickstart.yaml"]
+        command += [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
+    return json.loads(results.read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--credit", nargs="+", default=["ktae"])
+    arguments = parser.parse_args()
+    print(f"| {'credit':8} | {'seed':4} | sampled before | sampled after | greedy before | greedy after | training |")
+    print("|" + "---|" * 7)
+    for credit in arguments.credit:
+        rows = [run(credit, seed) for seed in arguments.seeds]
+        for seed, row in zip([*arguments.seeds, "mean"], [*rows, None], strict=True):
+            figures = [row[f] if row else statistics.mean(r[f] for r in rows) for f in FIGURES]
+            seconds = row["train_seconds"] if row else statistics.mean(r["train_seconds"] for r in rows)
+            cells = [f"{x:.1%}" for x in figures]
+            print(f"| {credit:8} | {seed:4} | " + " | ".join(cells) + f" | {seconds:.0f} s |")
+
+
+if __name__ == "__main__":
+    main()

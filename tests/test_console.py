@@ -1,0 +1,38 @@
+from types import SimpleNamespace
+
+import pytest
+
+from ktae_trl.console import MetricsTable
+
+LOGS = {"reward": 0.25, "rewards/math_accuracy/mean": 0.5, "completions/mean_length": 17.25, "ktae/value_right": None}
+
+
+@pytest.fixture
+def table():
+    def make(credit):
+        table = MetricsTable("math_accuracy", credit)
+        table.training_bar = SimpleNamespace(lines=[], write=lambda line: table.training_bar.lines.append(line))
+        return table
+
+    return make
+
+
+def test_a_line_per_log(table):
+    table = table("ktae")
+    table.on_log(None, SimpleNamespace(global_step=10), None, logs=LOGS)
+    table.on_log(None, SimpleNamespace(global_step=10), None, logs={f"eval_{k}": v for k, v in LOGS.items()})
+    table.on_log(None, SimpleNamespace(global_step=10), None, logs={"train_runtime": 3.0})
+    first, held_out = table.training_bar.lines
+    assert first.split() == ["10", "0.250", "50.0%", "17.2"]
+    assert held_out.split() == ["10", "held-out", "0.250", "50.0%", "17.2"]
+    assert len(first) == len(held_out)
+
+
+def test_columns_of_token_credit_come_with_it(table):
+    assert "K right" in table("ktae")._columns
+    assert "K right" not in table("none")._columns
+    assert table("none")._columns["right"][0] == "rewards/math_accuracy/mean"
+
+
+def test_other_processes_write_nothing():
+    MetricsTable("math_accuracy", "ktae").on_log(None, SimpleNamespace(global_step=1), None, logs=LOGS)
