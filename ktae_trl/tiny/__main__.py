@@ -1,7 +1,7 @@
 """Make the package's offline data and model again.
 
 python -m ktae_trl.tiny data     # a second
-python -m ktae_trl.tiny model    # about a quarter of an hour on two cores
+python -m ktae_trl.tiny model    # about 8 minutes on two cores
 """
 
 import argparse

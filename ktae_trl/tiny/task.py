@@ -13,7 +13,7 @@ from itertools import accumulate
 import reasoning_gym
 
 # How often each habit is drawn for the warm start.
-HABITS = {"careful": 0.3, "skipping": 0.2, "guessing": 0.5}
+HABITS = {"careful": 0.38, "skipping": 0.12, "guessing": 0.5}
 
 
 def problems(size: int, seed: int, exclude: Collection[str] = ()) -> list[dict[str, str]]:
