@@ -6,6 +6,7 @@ import time
 import warnings
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 from trl import GRPOTrainer
 
@@ -192,12 +193,12 @@ class KTAEGRPOTrainer(GRPOTrainer):
             )
             return
         own = os.path.exists(path)
-        saved = torch.load(path if own else first, map_location=self.accelerator.device, weights_only=True)
+        saved = torch.load(path if own else first, map_location="cpu", weights_only=True)
         layout, here = saved["layout"], self._layout()
         cycle = layout["steps_per_generation"] * layout["num_iterations"]
         if layout == here and (own or saved["rollouts"] is None):
             self._step = saved["step"]
-            self._buffered_inputs = saved["rollouts"]
+            self._buffered_inputs = send_to_device(saved["rollouts"], self.accelerator.device)
             self._credit_how = saved["how"]
         elif layout == here:
             raise FileNotFoundError(

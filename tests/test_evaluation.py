@@ -17,6 +17,7 @@ def test_held_out_accuracy(tmp_path):
 
 def test_measuring_does_not_change_the_training_that_follows(tmp_path):
     trainer = make_trainer(tmp_path)
+    trainer.model.train()
     state = torch.random.get_rng_state()
     held_out_accuracy(trainer, prompts(8, tiny.HELD_OUT), samples=1, batch_size=8)
     assert torch.equal(torch.random.get_rng_state(), state)

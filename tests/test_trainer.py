@@ -204,15 +204,15 @@ def test_lora(tmp_path):
 def test_evaluation_has_groups_of_its_own_size(replaying):
     trainer = replaying(num_generations_eval=4)
     trainer.model.eval()
-    inputs = [dict(trainer.train_dataset[i // 4]) for i in range(16)]
+    inputs = [dict(trainer.train_dataset[i // 4]) for i in range(32)]
     batch = trainer._generate_and_score_completions(inputs)
     expected = key_token_values(
-        batch["completion_ids"].view(4, 4, -1),
-        batch["completion_mask"].view(4, 4, -1),
-        (trainer._gathered_rewards[:, 0] > 0).view(4, 4),
+        batch["completion_ids"].view(8, 4, -1),
+        batch["completion_mask"].view(8, 4, -1),
+        (trainer._gathered_rewards[:, 0] > 0).view(8, 4),
         ignore_ids=[trainer._tokenizer.pad_token_id, trainer._tokenizer.eos_token_id],
     )
-    torch.testing.assert_close(batch["credit"], expected.view(16, -1))
+    torch.testing.assert_close(batch["credit"], expected.view(32, -1))
     assert (expected != 0).any()
     assert "ktae/value_right" in trainer._metrics["eval"]
     assert "ktae/value_right" not in trainer._metrics["train"]
@@ -264,7 +264,7 @@ def test_tool_output_is_neither_counted_nor_valued(replaying):
 def test_truncated_rollouts_vote_only_if_they_are_trained_on(replaying):
     for mask_truncated in (False, True):
         trainer = replaying(mask_truncated_completions=mask_truncated)
-        batch = generate(trainer)
+        batch = generate(trainer, rows=64)
         cut = (batch["completion_ids"][:, -1] != trainer._tokenizer.eos_token_id) & (
             batch["completion_ids"][:, -1] != trainer._tokenizer.pad_token_id
         )

@@ -96,6 +96,7 @@ def warm_start(output: Path, items: list[dict[str, str]], seed: int = 0) -> None
             processing_class=tokenizer,
         )
         trainer.train()
+    model.config.use_cache = True  # off while training
     # Half precision halves the file; nothing of the arithmetic is lost.
     model.to(torch.bfloat16).save_pretrained(output)
     tokenizer.save_pretrained(output)

@@ -13,6 +13,9 @@ from ktae_trl import tiny
 from ktae_trl.evaluation import held_out_accuracy
 from tests.training import make_trainer, prompts, replay, weights
 
+# transformers reads an optimizer's state back to "cpu:0" if there are several processes, a name torch does not know.
+torch.serialization.register_package(0, lambda _: None, lambda storage, name: storage if name == "cpu:0" else None)
+
 
 def main(settings: dict, folder: Path, checkpoint: str | None = None) -> None:
     if settings.pop("replay"):
