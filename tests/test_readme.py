@@ -1,0 +1,54 @@
+"""What README shows is what the code does."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from ktae_trl.credit.combine import combine
+from ktae_trl.credit.ktae import key_token_values
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+CAREFUL = "1: 9-3=6\n2: 6-1=5\n3: 5-3=2\n4: 2+5=7\nThe answer is \\boxed{7}."
+ROLLOUTS = [
+    *[CAREFUL] * 4,
+    "1: 9-3=6\n2: 6-1=5\n3: 5-3=2\nThe answer is \\boxed{2}.",
+    "1: 9-3=6\n3: 6-3=3\n4: 3+5=8\nThe answer is \\boxed{8}.",
+    r"That is about \boxed{0}.",
+    r"That is about \boxed{11}.",
+]
+
+
+def test_the_group_at_the_top(tokenizer):
+    batch = tokenizer([text + tokenizer.eos_token for text in ROLLOUTS], padding=True, return_tensors="pt")
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    right = torch.tensor([True] * 4 + [False] * 4)
+    values = key_token_values(ids[None], mask[None], right[None], ignore_ids=[tokenizer.eos_token_id])[0]
+    rewards = right.float()
+    advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-4)  # TRL's
+    final = combine(advantages, values, "multiply")
+
+    rows = re.findall(r"^  (\S+) +(\d)(?: of 4)? +(\d)(?: of 4)? +([-+]?\d\.\d\d) +(.*)$", README, re.MULTILINE)
+    assert [row[0] for row in rows] == ["7", "+", ":", "is", "8", "That"]
+    for word, in_right, in_wrong, value, rest in rows:
+        token = tokenizer.convert_tokens_to_ids(word if word != "is" else "Ġis")
+        found = (ids == token) & mask.bool()
+        assert found.any(1)[right].sum() == int(in_right)
+        assert found.any(1)[~right].sum() == int(in_wrong)
+        assert values[found][0].item() == pytest.approx(float(value), abs=0.005)
+        shown = [float(x) for x in re.findall(r"[-+]\d\.\d\d", rest)]
+        sides = [final[found & side[:, None]] for side in (right, ~right)]
+        assert [side[0].item() for side in sides if len(side)] == pytest.approx(shown, abs=0.006)
+
+
+def test_every_file_that_is_named_is_there():
+    for path in re.findall(r"\]\(([^)h][^)]*)\)", README):
+        assert (Path(__file__).parents[1] / path).exists(), path
+
+
+def test_the_python_of_the_readme_compiles():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        compile(block, "README.md", "exec")
