@@ -70,12 +70,12 @@ def main() -> None:
     def figure(credit: str, of: str) -> list[float]:
         return [statistics.median(run[of]) if isinstance(run[of], list) else run[of] for run in runs[credit]]
 
-    print(f"\n{'':14}{'none':>10}{'ktae':>10}{'ratio of the pairs':>22}")
+    print(f"\n{'':14}{'none':>10}{'ktae':>10}{'ratio of the pairs':>26}")
     for label, of in (("s/step", "step"), ("peak MiB", "peak_mib")):
         none, ktae = figure("none", of), figure("ktae", of)
         ratios = sorted(b / a for a, b in zip(none, ktae, strict=True))
         spread = f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
-        print(f"{label:14}{statistics.median(none):10.3f}{statistics.median(ktae):10.3f}{spread:>22}")
+        print(f"{label:14}{statistics.median(none):10.3f}{statistics.median(ktae):10.3f}{spread:>26}")
     share = [sum(run["credit"]) / sum(run["step"]) for run in runs["ktae"]]
     print(f"\ntime in key-token values: {statistics.median(share):.2%} of a step")
 

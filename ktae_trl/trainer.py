@@ -146,9 +146,10 @@ class KTAEGRPOTrainer(GRPOTrainer):
 
     def _log_stats(self, stats: dict[str, tuple[Tensor, Tensor]], started: float) -> None:
         metrics = self._metrics["train" if self.model.training else "eval"]
-        sums = torch.zeros(0, 2) if not stats else torch.stack([torch.stack(pair).float() for pair in stats.values()])
-        for name, (total, count) in zip(stats, self.accelerator.reduce(sums, "sum").tolist(), strict=True):
-            metrics[name].append(total / count if count else float("nan"))  # TRL leaves NaN out of its means
+        if stats:
+            sums = torch.stack([torch.stack(pair).float() for pair in stats.values()])
+            for name, (total, count) in zip(stats, self.accelerator.reduce(sums, "sum").tolist(), strict=True):
+                metrics[name].append(total / count if count else float("nan"))  # TRL leaves NaN out of its means
         # Reading the sums has waited for the device. A family of methods (oar_g, oar_p) shares its metrics' prefix.
         metrics[f"{self.args.credit.partition('_')[0]}/seconds"].append(time.perf_counter() - started)
 

@@ -72,7 +72,7 @@ def information_gain_table(n_right: int, n_wrong: int) -> Tensor:
 
         IG = H(Y) - (a + b) / G H(Y | present) - (c + d) / G H(Y | absent)
 
-    Source: KTAE (arXiv 2505.16826), section on information gain.
+    Source: KTAE (arXiv 2505.16826).
 
     Returns:
         `(n_right + 1, n_wrong + 1)` float64 on the CPU, at least 0; 0 for a token that all or no rollouts have.

@@ -93,7 +93,7 @@ def key_token_table(
         K = 2 sigmoid(S D) - 1
 
     Presence (a right, b wrong rollouts) is counted once per rollout; f_s is the share of the token in the tokens of
-    side s, T right or F wrong, and len_s the number of those tokens. Source: arXiv 2505.16826, sections 3.1 to 3.3.
+    side s, T right or F wrong, and len_s the number of those tokens. Source: arXiv 2505.16826.
 
     Args:
         ids: (P, G, T) integer token ids of G rollouts for each of P prompts, below the largest value of their dtype.
