@@ -12,11 +12,11 @@ _COLUMNS = {
     "s/step": ("step_time", "{:.2f}"),
 }
 _KTAE_COLUMNS = {
-    "informative": ("ktae/informative_groups", "{:.0%}"),
+    "mixed": ("ktae/informative_groups", "{:.0%}"),
     "K right": ("ktae/value_right", "{:+.3f}"),
     "K wrong": ("ktae/value_wrong", "{:+.3f}"),
-    "|K|>0.9": ("ktae/saturated", "{:.0%}"),
-    "|A'|/|A|": ("ktae/advantage_ratio", "{:.2f}"),
+    "|K|>.9": ("ktae/saturated", "{:.0%}"),
+    "A'/A": ("ktae/advantage_ratio", "{:.2f}"),
 }
 
 
@@ -40,8 +40,8 @@ class MetricsTable(ProgressCallback):
             return
         values = [(logs.get(prefix + metric), form) for metric, form in self._columns.values()]
         cells = ["" if value is None else form.format(value) for value, form in values]
-        self._write(f"{state.global_step}{' held-out' if prefix else ''}", cells)
+        self._write(f"{state.global_step}{' eval' if prefix else ''}", cells)
 
     def _write(self, label: str, cells) -> None:
         if self.training_bar is not None:  # only the first process has one
-            self.training_bar.write(f"{label:<13}" + "".join(f"{cell:>12}" for cell in cells))
+            self.training_bar.write(f"{label:<8}" + "".join(f"{cell:>9}" for cell in cells))

@@ -24,7 +24,7 @@ def test_a_line_per_log(table):
     table.on_log(None, SimpleNamespace(global_step=10), None, logs={"train_runtime": 3.0})
     first, held_out = table.training_bar.lines
     assert first.split() == ["10", "0.250", "50.0%", "17.2"]
-    assert held_out.split() == ["10", "held-out", "0.250", "50.0%", "17.2"]
+    assert held_out.split() == ["10", "eval", "0.250", "50.0%", "17.2"]
     assert len(first) == len(held_out)
 
 

@@ -41,7 +41,7 @@ def test_train_saves_what_a_user_needs_and_resumes(tmp_path):
     assert "Held-out accuracy before: greedy" in done.stdout
     assert "after:  greedy" in done.stdout
     header = next(line for line in done.stdout.splitlines() + done.stderr.splitlines() if line.startswith("step "))
-    assert "informative" in header
+    assert "K right" in header
     results = json.loads((tmp_path / "held_out_results.json").read_text())
     assert set(results) >= {"before_greedy", "before_sampled", "after_greedy", "after_sampled"}
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
