@@ -4,6 +4,7 @@ import os
 import textwrap
 import time
 import warnings
+from pathlib import Path
 
 import torch
 from accelerate.utils import send_to_device
@@ -152,6 +153,16 @@ class KTAEGRPOTrainer(GRPOTrainer):
                 metrics[name].append(total / count if count else float("nan"))  # TRL leaves NaN out of its means
         # Reading the sums has waited for the device. A family of methods (oar_g, oar_p) shares its metrics' prefix.
         metrics[f"{self.args.credit.partition('_')[0]}/seconds"].append(time.perf_counter() - started)
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        output = Path(self.args.output_dir)
+        super().create_model_card(model_name or output.name, dataset_name, tags)
+        if self.is_world_process_zero():
+            # TRL writes None for a base model that came from a folder, and for a model that is not on the Hub.
+            card = (output / "README.md").read_text(encoding="utf-8")
+            card = card.replace("version of [None](https://huggingface.co/None)", "version of a local model")
+            card = card.replace('model="None"', f'model="{output}"')
+            (output / "README.md").write_text(card, encoding="utf-8")
 
     # Exact resume: a process's place in the generation cycle and in the order of prompts.
 

@@ -307,8 +307,10 @@ def test_model_card(tmp_path):
         ("none", ["GRPO", "DeepSeekMath", "- grpo"], ["2505.16826", "- ktae"]),
     ):
         trainer = make_trainer(tmp_path, credit=credit)
-        trainer.create_model_card(model_name="adder")
+        trainer.create_model_card()
         card = (tmp_path / "README.md").read_text()
+        assert f"Model Card for {tmp_path.name}" in card
+        assert "None" not in card
         assert all(word in card for word in words)
         assert "vonwerra2020trl" in card
         assert not any(word in card for word in others)
