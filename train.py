@@ -16,7 +16,7 @@ from ktae_trl import KTAEGRPOConfig, KTAEGRPOTrainer
 from ktae_trl.arguments import parse
 from ktae_trl.console import MetricsTable
 from ktae_trl.data import DataArguments, load_prompts
-from ktae_trl.evaluation import Accuracy, held_out_accuracy
+from ktae_trl.evaluation.held_out import Accuracy, held_out_accuracy
 from ktae_trl.rewards import load_rewards
 
 

@@ -1,12 +1,20 @@
 r"""Reward functions in TRL's form, and how recipes name them."""
 
 import importlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from trl.rewards import get_soft_overlong_punishment
 
 from ktae_trl.arguments import nearest
-from ktae_trl.grading import grade_full, last_boxed
+from ktae_trl.grading import grade_many_full, last_boxed
+
+_TROUBLE = {
+    "unscorable": "unparsable gold",
+    "unparsable": "unparsable answer",
+    "timeouts": "timeout",
+    "worker_deaths": "worker died",
+}
 
 
 def math_accuracy(
@@ -18,14 +26,18 @@ def math_accuracy(
         completions: texts, or TRL's conversations of which the last message counts.
         solution: per completion the accepted answer or answers.
         log_extra, log_metric: given by the trainer. The table of completions gets the columns `extracted` and
-            `grading`, the metrics the share of rollouts that could not be scored (`grading/unscorable`).
+            `grading`, the metrics the shares of rollouts that could not be scored (`grading/unscorable`), or whose
+            answer could not be parsed (`unparsable`), took too long (`timeouts`) or ended its worker
+            (`worker_deaths`).
     """
-    grades = [grade_full(text, answers) for text, answers in zip(_texts(completions), solution, strict=True)]
+    grades = grade_many_full(_texts(completions), solution)
     if log_extra is not None:
         log_extra("extracted", [grade.extracted or "" for grade in grades])
         log_extra("grading", [grade.reason for grade in grades])
     if log_metric is not None:
-        log_metric("grading/unscorable", sum(grade.verdict is None for grade in grades) / len(grades))
+        reasons = Counter(grade.reason for grade in grades)
+        for name, reason in _TROUBLE.items():
+            log_metric(f"grading/{name}", reasons[reason] / len(grades))
     return [None if grade.verdict is None else float(grade.verdict) for grade in grades]
 
 

@@ -7,15 +7,27 @@ RIGHT, WRONG, NONE = r"\boxed{4}", r"\boxed{5}", "four"
 
 def test_math_accuracy_grades_texts_and_conversations_and_logs():
     columns, metrics = {}, {}
-    completions = [RIGHT, [{"role": "assistant", "content": WRONG}], NONE, RIGHT]
-    solution = ["4", "4", ["4", "3"], "???"]
+    completions = [
+        RIGHT,
+        [{"role": "assistant", "content": WRONG}],
+        NONE,
+        RIGHT,
+        r"\boxed{???}",
+        r"\boxed{9^{9^{9^{9}}}}",
+    ]
+    solution = ["4", "4", ["4", "3"], "???", "4", "x+1"]
     values = rewards.math_accuracy(completions, solution, log_extra=columns.__setitem__, log_metric=metrics.__setitem__)
-    assert values == [1.0, 0.0, 0.0, None]
+    assert values == [1.0, 0.0, 0.0, None, 0.0, 0.0]
     assert columns == {
-        "extracted": ["4", "5", "", "4"],
-        "grading": ["equal", "different", "no boxed answer", "unparsable gold"],
+        "extracted": ["4", "5", "", "4", "???", "9^{9^{9^{9}}}"],
+        "grading": ["equal", "different", "no boxed answer", "unparsable gold", "unparsable answer", "timeout"],
     }
-    assert metrics == {"grading/unscorable": 0.25}
+    assert metrics == {
+        "grading/unscorable": 1 / 6,
+        "grading/unparsable": 1 / 6,
+        "grading/timeouts": 1 / 6,
+        "grading/worker_deaths": 0,
+    }
     assert rewards.math_accuracy(completions, solution, prompts=None, trainer_state=None) == values
 
 

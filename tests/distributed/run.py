@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ktae_trl import tiny
-from ktae_trl.evaluation import held_out_accuracy
+from ktae_trl.evaluation.held_out import held_out_accuracy
 from tests.training import make_trainer, prompts, replay, weights
 
 # transformers reads an optimizer's state back to "cpu:0" if there are several processes, a name torch does not know.

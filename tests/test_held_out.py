@@ -1,7 +1,7 @@
 import torch
 
 from ktae_trl import tiny
-from ktae_trl.evaluation import Accuracy, generate, held_out_accuracy
+from ktae_trl.evaluation.held_out import Accuracy, generate, held_out_accuracy
 from tests.training import make_trainer, prompts
 
 

@@ -1,0 +1,71 @@
+"""How fast does `grade_many` grade, against math-verify called for one output after another in the same process?
+
+python benchmarks/grading_throughput.py OUTPUTS.jsonl.gz [--outputs 10000] [--seed 0]
+
+OUTPUTS has an object a line with `output` and `answers` (of which the first is used). To get as many outputs as asked for,
+each is also graded against the answers of other problems, drawn at random: pairs repeat as little as the file allows.
+"""
+
+import argparse
+import gzip
+import json
+import logging
+import random
+import time
+from pathlib import Path
+
+from math_verify import LatexExtractionConfig, parse, verify
+
+from ktae_trl.grading import grade_many
+
+
+def one_by_one(outputs: list[str], golds: list[str]) -> list[bool]:
+    """Parse and compare as TRL's `accuracy_reward` does: the last box first, five seconds for each step."""
+    boxed = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
+    verdicts = []
+    for output, gold in zip(outputs, golds, strict=True):
+        accepted = parse(rf"\boxed{{{gold}}}")
+        verdicts.append(verify(accepted, parse(output, extraction_config=boxed, extraction_mode="first_match")))
+    return verdicts
+
+
+def pairs(rows: list[dict], count: int, seed: int) -> tuple[list[str], list[str]]:
+    """Own answers first, then others': the file's outputs once each for every answer drawn for them."""
+    draw = random.Random(seed)
+    chosen = {(i, i): None for i in range(len(rows))}
+    while len(chosen) < min(count, len(rows) ** 2):
+        chosen[draw.randrange(len(rows)), draw.randrange(len(rows))] = None
+    numbers = list(chosen)[:count]
+    return [rows[i]["output"] for i, _ in numbers], [rows[j]["answers"][0] for _, j in numbers]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--outputs", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    with (gzip.open if options.file.suffix == ".gz" else open)(options.file, "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    outputs, golds = pairs(rows, options.outputs, options.seed)
+
+    seconds, verdicts = {}, {}
+    for name, grader in {"math-verify, one by one": one_by_one, "grade_many": grade_many}.items():
+        begin = time.perf_counter()  # grade_many's workers start inside the measured time
+        verdicts[name] = grader(outputs, golds)
+        seconds[name] = time.perf_counter() - begin
+    slow, fast = seconds.values()
+    for name, took in seconds.items():
+        print(f"{name:24s} {took:8.2f} s   {len(outputs) / took:8.0f} outputs/s")
+    print(f"{'ratio':24s} {slow / fast:8.1f}")
+    different = [i for i, (a, b) in enumerate(zip(*verdicts.values(), strict=True)) if a != b]
+    print(
+        f"\nOther verdicts: {len(different)} of {len(outputs)} (math-verify, grade_many, accepted answer, end of the output)"
+    )
+    for i in different:
+        print(" ", *(v[i] for v in verdicts.values()), repr(golds[i]), repr(outputs[i][-60:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Benchmarks as data: where the problems are, which columns they have, and how a model is asked."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from ktae_trl.arguments import nearest
+from ktae_trl.data import load
+from ktae_trl.grading import grade_many_full
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One entry of `benchmarks:` in a config; only `name` and `dataset` must be given."""
+
+    name: str
+    dataset: str  # Hub id, or a local .jsonl, .json or .parquet file
+    config: str | None = None
+    split: str = "test"
+    problem: str = "problem"  # column names
+    answer: str = "answer"  # a string, a number, or a list of accepted answers
+    id: str | None = None  # default: the number of the row
+
+
+class Problem(NamedTuple):
+    benchmark: str
+    id: str
+    text: str
+    answers: tuple[str, ...]
+
+
+class Template(NamedTuple):
+    """A prompt as text. `{system}` and `{problem}` are filled in; None stands for the model's own chat template."""
+
+    text: str | None
+    ends: tuple[str, ...] = ()  # tokens that end a turn, beside the model's end of sequence
+    stop: tuple[str, ...] = ()  # strings that end a completion
+
+
+TEMPLATES = {
+    "chat": Template(None),
+    # Qwen2.5-Math's, as in the evaluation of KTAE and of Understanding R1-Zero (arXiv 2503.20783).
+    "qwen": Template(
+        "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{problem}<|im_end|>\n<|im_start|>assistant\n",
+        ends=("<|im_end|>",),
+    ),
+    # DeepSeek-R1-Zero's (arXiv 2501.12948, table 1), with the system prompt's demand for a box after the problem.
+    "r1": Template(
+        "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. The Assistant "
+        "first thinks about the reasoning process in the mind and then provides the User with the answer. The reasoning "
+        "process is enclosed within <think> </think> and answer is enclosed within <answer> </answer> tags, "
+        "respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>.\n"
+        "User: {problem}\n{system}\nAssistant: <think>",
+        stop=("</answer>",),
+    ),
+    "none": Template("{problem}"),
+}
+
+
+def parse_benchmarks(entries: Sequence[dict], only: Sequence[str] | None = None) -> list[Benchmark]:
+    """Read the `benchmarks:` of a config, all of them or those named in `only`.
+
+    Raises:
+        ValueError: an entry with an unknown or a missing key, two of one name, or a name in `only` that is not there.
+    """
+    known = [field.name for field in fields(Benchmark)]
+    benchmarks: dict[str, Benchmark] = {}
+    for number, entry in enumerate(entries or [], 1):
+        if not isinstance(entry, dict):
+            raise ValueError(f"benchmarks, entry {number}: expected name, dataset ..., not {entry!r}")
+        for key in entry:
+            if key not in known:
+                raise ValueError(f"benchmarks, entry {number}: unknown key {key!r}{nearest(key, known)}")
+        for key in ("name", "dataset"):
+            if not entry.get(key):
+                raise ValueError(f"benchmarks, entry {number}: {key!r} is missing")
+        if entry["name"] in benchmarks:
+            raise ValueError(f"benchmarks: two are named {entry['name']!r}")
+        benchmarks[entry["name"]] = Benchmark(**entry)
+    if not benchmarks:
+        raise ValueError("The config names no benchmarks. See configs/eval/math.yaml for the form")
+    for name in only or []:
+        if name not in benchmarks:
+            raise ValueError(
+                f"There is no benchmark {name!r}{nearest(name, benchmarks)}. There are: {', '.join(benchmarks)}"
+            )
+    return [benchmark for name, benchmark in benchmarks.items() if not only or name in only]
+
+
+def load_problems(benchmark: Benchmark, folder: str | None = None, limit: int | None = None) -> list[Problem]:
+    """Load a benchmark's problems from where it says, or from `folder/NAME.jsonl` (`id`, `problem`, `answers`).
+
+    Args:
+        limit: only the first so many.
+
+    Raises:
+        FileNotFoundError: the file is not there.
+        ValueError: no problem in it, a column that is missing, two problems of one id, or one without text or answer.
+    """
+    if folder is not None:
+        benchmark = Benchmark(benchmark.name, str(Path(folder) / f"{benchmark.name}.jsonl"), answer="answers", id="id")
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(f"There is no folder {folder} (benchmark_folder, looked in {Path.cwd()})")
+    where = f"benchmark {benchmark.name!r} ({benchmark.dataset})"
+    rows = load(benchmark.dataset, benchmark.config, benchmark.split)
+    for column in filter(None, (benchmark.problem, benchmark.answer, benchmark.id)):
+        if column not in rows.column_names:
+            raise ValueError(
+                f"{where} has no column {column!r}{nearest(column, rows.column_names)}. "
+                f"There are: {', '.join(rows.column_names)}. Set problem, answer and id in its entry"
+            )
+    problems: dict[str, Problem] = {}
+    for number, row in enumerate(rows.select(range(min(limit or len(rows), len(rows))))):
+        name = str(row[benchmark.id]) if benchmark.id else str(number)
+        accepted = row[benchmark.answer]
+        answers = tuple(str(a) for a in (accepted if isinstance(accepted, list) else [accepted]) if a not in (None, ""))
+        if not row[benchmark.problem] or not answers:
+            raise ValueError(f"{where}, problem {name!r}: no {'answer' if row[benchmark.problem] else 'text'}")
+        if name in problems:
+            raise ValueError(f"{where}: two problems have the id {name!r}")
+        problems[name] = Problem(benchmark.name, name, str(row[benchmark.problem]), answers)
+    return list(problems.values())
+
+
+def unscorable(problems: Sequence[Problem]) -> list[Problem]:
+    """Return the problems none of whose answers can be parsed.
+
+    They are left out of all figures: only an answer in the very same words could be called right.
+    """
+    grades = grade_many_full([""] * len(problems), [problem.answers for problem in problems])
+    return [problem for problem, grade in zip(problems, grades, strict=True) if grade.verdict is None]
+
+
+def prompts(
+    problems: Sequence[Problem], template: str, system: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[str], list[list[int]]]:
+    """Return each problem's prompt as text and as token ids.
+
+    Raises:
+        ValueError: an unknown template, or `chat` with a tokenizer that has no chat template.
+    """
+    if template not in TEMPLATES:
+        raise ValueError(
+            f"Unknown prompt {template!r}{nearest(template, TEMPLATES)}. There are: {', '.join(TEMPLATES)}"
+        )
+    pattern = TEMPLATES[template].text
+    if pattern is not None:
+        # `replace`, not `format`: problems are full of braces.
+        texts = [pattern.replace("{system}", system).replace("{problem}", problem.text) for problem in problems]
+        return texts, tokenizer(texts)["input_ids"]
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"{tokenizer.name_or_path} has no chat template. Set prompt to one of: "
+            f"{', '.join(name for name in TEMPLATES if name != 'chat')}"
+        )
+    head = [{"role": "system", "content": system}] if system else []
+    conversations = [[*head, {"role": "user", "content": problem.text}] for problem in problems]
+    texts = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
+    return texts, tokenizer(texts, add_special_tokens=False)["input_ids"]

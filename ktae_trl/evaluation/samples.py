@@ -1,0 +1,140 @@
+"""Samples on disk: one JSON Lines file a benchmark, written while it is generated, graded when it is complete."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import IO
+
+from ktae_trl.grading import grade_many_full
+
+logger = logging.getLogger(__name__)
+
+SETTINGS = "settings.json"
+_NEEDED = ("id", "sample", "prompt", "completion", "tokens", "truncated")
+
+
+class Store:
+    """The samples of one model in one folder: `settings.json`, and NAME.jsonl for each benchmark.
+
+    Samples are appended as they come, each in one write, so that nothing is lost when the process ends; `finish` grades
+    and sorts a complete file and puts it in place at once.
+    """
+
+    def __init__(self, folder: Path, settings: dict):
+        """Open a new folder, or one that holds samples made with the same settings.
+
+        Raises:
+            ValueError: the folder's samples were made with other settings.
+        """
+        self.folder = folder
+        self._open: dict[str, IO[str]] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / SETTINGS
+        if file.exists():
+            before = json.loads(file.read_text(encoding="utf-8"))
+            for name in sorted(before.keys() | settings.keys()):
+                if before.get(name) != settings.get(name):
+                    raise ValueError(
+                        f"{folder} holds samples made with other settings: {name} was {before.get(name)!r}, now it is "
+                        f"{settings.get(name)!r}. Choose another output_dir, or delete that folder"
+                    )
+        else:
+            _replace(file, json.dumps(settings, indent=2) + "\n")
+
+    def path(self, benchmark: str) -> Path:
+        return self.folder / f"{benchmark}.jsonl"
+
+    def read(self, benchmark: str) -> list[dict]:
+        """Return the samples there are; a last line that was cut off by a crash is removed."""
+        path = self.path(benchmark)
+        if not path.exists():
+            return []
+        data = path.read_bytes()
+        if data and not data.endswith(b"\n"):
+            whole = data.rfind(b"\n") + 1
+            logger.warning("%s: the last line was cut off and is generated again", path)
+            with open(path, "r+b") as file:
+                file.truncate(whole)
+        return read_samples(path)
+
+    def add(self, benchmark: str, rows: Iterable[dict]) -> None:
+        """Append samples; they are with the operating system when this returns."""
+        if benchmark not in self._open:
+            self._open[benchmark] = open(self.path(benchmark), "a", encoding="utf-8")  # noqa: SIM115 (closed in `close`)
+        file = self._open[benchmark]
+        file.write("".join(_line(row) for row in rows))
+        file.flush()
+
+    def finish(self, benchmark: str, answers: dict[str, Sequence[str]]) -> list[dict]:
+        """Grade the samples of a benchmark, sort them by problem and sample, and put the file in place.
+
+        Args:
+            answers: the accepted answers of each problem, in the order that the file gets.
+        """
+        self.close()
+        order = {problem: number for number, problem in enumerate(answers)}
+        rows = sorted(self.read(benchmark), key=lambda row: (order[row["id"]], row["sample"]))
+        rows = graded(rows, [answers[row["id"]] for row in rows])
+        _replace(self.path(benchmark), "".join(_line(row) for row in rows))
+        return rows
+
+    def close(self) -> None:
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+
+
+def graded(rows: Sequence[dict], answers: Sequence[Sequence[str]]) -> list[dict]:
+    """Return rows with `answers`, `extracted`, `verdict` and `reason`."""
+    grades = grade_many_full([row["completion"] for row in rows], answers)
+    return [
+        row | {"answers": list(accepted), "extracted": g.extracted, "verdict": g.verdict, "reason": g.reason}
+        for row, accepted, g in zip(rows, answers, grades, strict=True)
+    ]
+
+
+def read_samples(path: Path) -> list[dict]:
+    """Read a file of samples.
+
+    Raises:
+        ValueError: a line that is not a sample (with its number, and how to go on), or two of one problem and number.
+    """
+    rows: dict[tuple[str, int], dict] = {}
+    with open(path, encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            go_on = "Delete that line and run eval.py with the same settings: it generates what is missing"
+            try:
+                row = json.loads(line)
+                missing = [key for key in _NEEDED if key not in row]
+            except (json.JSONDecodeError, TypeError) as error:
+                raise ValueError(f"{path}, line {number} is not a sample ({error}). {go_on}") from None
+            if missing:
+                raise ValueError(f"{path}, line {number} is not a sample (no {', '.join(missing)}). {go_on}")
+            key = (row["id"], row["sample"])
+            if key in rows:
+                raise ValueError(f"{path}, line {number} is problem {key[0]!r}, sample {key[1]} again. {go_on}")
+            rows[key] = row
+    return list(rows.values())
+
+
+def fingerprint(model: str) -> str | None:
+    """Return a mark that changes when the weights of a local model do; None for a Hub id."""
+    if not Path(model).is_dir():
+        return None
+    files = sorted(file for file in Path(model).iterdir() if file.suffix in (".safetensors", ".bin", ".json"))
+    marks = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(marks).encode()).hexdigest()[:16]
+
+
+def _line(row: dict) -> str:
+    return json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace").decode() + "\n"
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file so that at no time there is half of it."""
+    draft = path.with_name(path.name + ".part")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)

@@ -1,0 +1,239 @@
+"""Sampling completions for many prompts, with vLLM or with `transformers`; both hand over each as soon as it is there."""
+
+import asyncio
+import importlib.util
+import json
+import signal
+import zlib
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a completion is drawn."""
+
+    temperature: float  # 0: greedy
+    top_p: float
+    max_new_tokens: int
+    seed: int
+    stop: tuple[str, ...]
+    stop_token_ids: tuple[int, ...]
+
+
+class Request(NamedTuple):
+    benchmark: str
+    id: str
+    sample: int
+    prompt_ids: tuple[int, ...]
+
+
+class Completion(NamedTuple):
+    text: str
+    tokens: int  # generated, the one that ended it included
+    truncated: bool  # ended by max_new_tokens
+
+
+Write = Callable[[list[tuple[Request, Completion]]], None]
+
+
+def check_model(name: str) -> None:
+    """Raise FileNotFoundError for a model path that is not there or holds no model."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
+            raise FileNotFoundError(f"{name} holds neither config.json nor adapter_config.json: it is no saved model")
+    elif name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"There is no model {name} (looked in {Path.cwd()})")
+
+
+def default_backend() -> str:
+    """Return `vllm` where it is installed, else `transformers`."""
+    return "vllm" if importlib.util.find_spec("vllm") else "transformers"
+
+
+def stop_token_ids(
+    model: str, revision: str | None, tokenizer: PreTrainedTokenizerBase, ends: Sequence[str]
+) -> tuple[int, ...]:
+    """Return every token that ends a completion: of the tokenizer, of the model's generation settings, and `ends`."""
+    found = {tokenizer.eos_token_id}
+    try:
+        eos = GenerationConfig.from_pretrained(model, revision=revision).eos_token_id
+        found |= set(eos if isinstance(eos, list) else [eos])
+    except OSError:
+        pass  # many models, and all adapters, come without
+    vocabulary = tokenizer.get_vocab()
+    found |= {vocabulary[end] for end in ends if end in vocabulary}
+    return tuple(sorted(found - {None}))
+
+
+def adapter_base(model: str, revision: str | None) -> str | None:
+    """Return the base model if `model` is a PEFT adapter, else None."""
+    from peft import PeftConfig
+
+    try:
+        return PeftConfig.from_pretrained(model, revision=revision).base_model_name_or_path
+    except (ValueError, OSError):
+        return None
+
+
+def sample_with_transformers(
+    model: str,
+    revision: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[Request],
+    done: set[tuple[str, str, int]],
+    sampling: Sampling,
+    write: Write,
+    *,
+    batch_size: int,
+    dtype: str,
+) -> None:
+    """Sample in batches of similar prompt length, on the GPU if there is one.
+
+    A batch is drawn with a seed of its own, and batches do not depend on what is `done`: a run that was interrupted
+    draws the same samples as one that was not. Ctrl-C ends it after the batch it is at.
+    """
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=dtype).to(device).eval()
+    # What is left unset here would come from the model's own settings, such as the top_p of an instruct model.
+    config = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=sampling.temperature > 0,
+        temperature=sampling.temperature or 1.0,
+        top_p=sampling.top_p,
+        top_k=0,
+        repetition_penalty=1.0,
+        eos_token_id=list(sampling.stop_token_ids),
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        stop_strings=list(sampling.stop) or None,
+    )
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt_ids), i))  # the longest first
+    with _ctrl_c_waits() as interrupted, torch.no_grad():
+        for number, begin in enumerate(range(0, len(order), batch_size)):
+            batch = [requests[i] for i in order[begin : begin + batch_size]]
+            if all(request[:3] in done for request in batch):
+                continue
+            inputs = tokenizer.pad({"input_ids": [list(r.prompt_ids) for r in batch]}, return_tensors="pt").to(device)
+            torch.manual_seed(zlib.crc32(f"{sampling.seed} {number}".encode()))
+            output = network.generate(**inputs, generation_config=config, tokenizer=tokenizer)
+            rows = [_completion(row, tokenizer, sampling) for row in output[:, inputs["input_ids"].shape[1] :].tolist()]
+            write([(r, row) for r, row in zip(batch, rows, strict=True) if r[:3] not in done])
+            if interrupted:
+                raise KeyboardInterrupt
+
+
+def _completion(ids: list[int], tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> Completion:
+    end = next((i + 1 for i, token in enumerate(ids) if token in sampling.stop_token_ids), None)
+    if end is None and sampling.stop:  # a stop string ended it, and padding (if not an end token) follows
+        while ids and ids[-1] == tokenizer.pad_token_id:
+            ids = ids[:-1]
+    text = tokenizer.decode(ids[:end], skip_special_tokens=True)
+    stopped = end is not None or any(text.rstrip().endswith(stop) for stop in sampling.stop)
+    return Completion(text, len(ids[:end]), not stopped)
+
+
+@contextmanager
+def _ctrl_c_waits():
+    """Let the first Ctrl-C only leave a mark in the list that is given, the second one interrupt."""
+    marks: list[bool] = []
+
+    def first(signum, frame):
+        print("\nStopping after the batch that is being generated (Ctrl-C again: at once)", flush=True)
+        marks.append(True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, first)
+    try:
+        yield marks
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def sample_with_vllm(
+    model: str,
+    revision: str | None,
+    requests: Sequence[Request],
+    done: set[tuple[str, str, int]],
+    sampling: Sampling,
+    write: Write,
+    *,
+    dtype: str,
+    options: dict,
+) -> None:
+    """Sample with vLLM's asynchronous engine, which also does tensor and data parallelism.
+
+    Each sample has a seed of its own, so that it does not depend on which others are drawn beside it (up to rounding).
+
+    Args:
+        options: of vLLM's engine, such as `tensor_parallel_size`, `data_parallel_size`, `gpu_memory_utilization`.
+    """
+    from vllm import AsyncEngineArgs, AsyncLLMEngine, SamplingParams, TokensPrompt
+    from vllm.lora.request import LoRARequest
+    from vllm.sampling_params import RequestOutputKind
+
+    base = adapter_base(model, revision)
+    if base is not None:
+        options = {"enable_lora": True, "max_lora_rank": _rank(model, revision)} | options
+    engine_args = AsyncEngineArgs(
+        model=base or model, revision=None if base else revision, dtype=dtype, seed=sampling.seed, **options
+    )
+    adapter = LoRARequest("adapter", 1, _local(model, revision)) if base else None
+    waiting = [request for request in requests if request[:3] not in done]
+
+    async def one(engine, number: int, request: Request) -> tuple[Request, Completion]:
+        parameters = SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_new_tokens,
+            seed=zlib.crc32(json.dumps([sampling.seed, *request[:3]]).encode()) if sampling.temperature > 0 else None,
+            stop=list(sampling.stop),
+            stop_token_ids=list(sampling.stop_token_ids),
+            include_stop_str_in_output=bool(sampling.stop),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        prompt = TokensPrompt(prompt_token_ids=list(request.prompt_ids))
+        async for result in engine.generate(prompt, parameters, str(number), lora_request=adapter):
+            output = result.outputs[0]
+        return request, Completion(output.text, len(output.token_ids), output.finish_reason == "length")
+
+    async def all_of_them() -> None:
+        engine = AsyncLLMEngine.from_engine_args(engine_args)
+        try:
+            for finished in asyncio.as_completed([one(engine, i, request) for i, request in enumerate(waiting)]):
+                write([await finished])
+        finally:
+            engine.shutdown()
+
+    if waiting:
+        asyncio.run(all_of_them())
+
+
+def _local(model: str, revision: str | None) -> str:
+    if Path(model).is_dir():
+        return model
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(model, revision=revision)
+
+
+def _rank(model: str, revision: str | None) -> int:
+    from peft import PeftConfig
+
+    return max(8, PeftConfig.from_pretrained(model, revision=revision).r)
+
+
+def context_length(model: str, revision: str | None) -> int | None:
+    """Return how many tokens the model takes in all, None if its config does not say."""
+    name = adapter_base(model, revision) or model
+    return getattr(AutoConfig.from_pretrained(name, revision=revision), "max_position_embeddings", None)

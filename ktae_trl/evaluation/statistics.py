@@ -1,0 +1,166 @@
+"""Accuracy with its uncertainty. The problem is the unit: several samples of one problem are one observation.
+
+All intervals are 95%. They say how far the figure would move with other problems of the same kind (and other samples);
+they say nothing about other kinds of problems.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from ktae_trl.grading.answers import settle
+
+Z = stats.norm.ppf(0.975)
+RESAMPLES = 10_000
+_BLOCK = 500  # resamples at once, so that memory stays in proportion to the problems
+
+
+class Estimate(NamedTuple):
+    """A figure and its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Difference(NamedTuple):
+    """How much B is above A on the same problems, with a 95% interval and a two-sided p-value."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+
+
+def share(values: Sequence[float]) -> Estimate:
+    """Return the mean of per-problem shares in [0, 1] with its interval over problems.
+
+    Wilson's score interval (1927) at the effective sample size n = p (1 - p) / Var(mean), which takes the samples of a
+    problem as one cluster (Korn and Graubard 1998 for Clopper-Pearson). With one sample each it is Wilson's interval for
+    that many problems; with several it is narrower where samples of a problem differ. If all problems agree, n is their
+    number.
+
+    Raises:
+        ValueError: no problem.
+    """
+    x = np.asarray(values, float)
+    if not len(x):
+        raise ValueError("There is no problem to average over")
+    p, variance = float(x.mean()), float(x.var() / len(x))
+    n = p * (1 - p) / variance if variance > 1e-15 else len(x)
+    return wilson(p, n)
+
+
+def wilson(p: float, n: float) -> Estimate:
+    """Return Wilson's score interval of a share `p` of `n` independent observations."""
+    centre = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    half = Z / (1 + Z**2 / n) * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
+    return Estimate(p, min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half)))
+
+
+def mean_of(estimates: Sequence[Estimate]) -> Estimate:
+    """Return the unweighted mean of independent estimates (papers' "average" over benchmarks) with its interval.
+
+    Limits by the method of variance estimates recovery (Zou and Donner 2008): each part's distance to its limit is added
+    in squares, so that the mean inherits their skewness.
+    """
+    k = len(estimates)
+    value = sum(e.value for e in estimates) / k
+    below = math.sqrt(sum((e.value - e.low) ** 2 for e in estimates)) / k
+    above = math.sqrt(sum((e.high - e.value) ** 2 for e in estimates)) / k
+    return Estimate(value, value - below, value + above)
+
+
+def independent_difference(a: Estimate, b: Estimate) -> Estimate:
+    """Return b - a for results on independent problems or without per-problem results, Newcombe's (1998) interval."""
+    value = b.value - a.value
+    low = value - math.hypot(b.value - b.low, a.high - a.value)
+    return Estimate(value, low, value + math.hypot(b.high - b.value, a.value - a.low))
+
+
+def pass_at_k(right: int, samples: int, k: int) -> float:
+    """Return the chance that at least one of k samples is right, 1 - C(n-c, k) / C(n, k).
+
+    The unbiased estimate of Chen et al. (2021), section 2.1, for one problem with c right of n samples.
+
+    Raises:
+        ValueError: k is above n or below 1.
+    """
+    if not 1 <= k <= samples:
+        raise ValueError(f"pass@{k} needs between 1 and n samples; there are n = {samples}")
+    return 1 - math.comb(samples - right, k) / math.comb(samples, k)
+
+
+def majority_at_k(verdicts: Sequence[bool], extracted: Sequence[str | None], k: int) -> float:
+    """Return the chance that the most frequent answer of k samples is right, for one problem.
+
+    The mean over disjoint blocks of k samples. Right samples are one answer, wrong ones are the same answer if they are
+    equal as text or number; a sample without an answer has no vote; a tie counts by the share of right answers in it.
+    """
+    if not 1 <= k <= len(verdicts):
+        raise ValueError(f"maj@{k} needs between 1 and n samples; there are n = {len(verdicts)}")
+    blocks = range(0, len(verdicts) - k + 1, k)
+    return float(np.mean([_majority(verdicts[i : i + k], extracted[i : i + k]) for i in blocks]))
+
+
+def _majority(verdicts: Sequence[bool], extracted: Sequence[str | None]) -> float:
+    right = sum(verdicts)
+    wrong: dict[str, int] = {}
+    for verdict, answer in zip(verdicts, extracted, strict=True):
+        if not verdict and answer is not None:
+            same = answer if answer in wrong else next((w for w in wrong if settle(w, answer)), answer)
+            wrong[same] = wrong.get(same, 0) + 1
+    most = max([right, *wrong.values()])
+    return (right == most) / ((right == most) + sum(count == most for count in wrong.values())) if most else 0.0
+
+
+def paired_difference(strata: Sequence[tuple[np.ndarray, np.ndarray]], seed: int = 0) -> Difference:
+    """Return how much B is above A on the same problems, the mean over strata (benchmarks) of the mean difference.
+
+    The interval is a percentile bootstrap over problems (within each stratum). The p-value is that of the test that
+    flips, problem by problem, which model a result belongs to: exact where all differences have one size and there is
+    one stratum (one sample each: McNemar's exact test), else with 10,000 random flips, (hits + 1) / (flips + 1).
+
+    Args:
+        strata: per benchmark the per-problem figures of A and of B, in the same order.
+    """
+    differences = [np.asarray(b, float) - np.asarray(a, float) for a, b in strata]
+    weighted = [d / (len(d) * len(strata)) for d in differences]
+    value = float(sum(w.sum() for w in weighted))
+    rng = np.random.default_rng(seed)
+    means = sum(_bootstrap(w, rng) for w in weighted)
+    low, high = (float(x) for x in np.quantile(means, [0.025, 0.975]))
+
+    flat = np.concatenate(weighted)
+    flat = flat[np.abs(flat) > 1e-12]
+    sizes = np.abs(flat)
+    if not len(flat):
+        p = 1.0
+    elif sizes.max() - sizes.min() < 1e-12:
+        p = float(stats.binomtest(int((flat > 0).sum()), len(flat)).pvalue)
+    else:
+        flipped = np.concatenate([_signs(rng, len(flat)) @ flat for _ in range(RESAMPLES // _BLOCK)])
+        p = float((np.sum(np.abs(flipped) >= abs(value) - 1e-12) + 1) / (RESAMPLES + 1))
+    return Difference(value, low, high, p)
+
+
+def _bootstrap(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    n = len(values)
+    return np.concatenate([values[rng.integers(n, size=(_BLOCK, n))].sum(1) for _ in range(RESAMPLES // _BLOCK)])
+
+
+def _signs(rng: np.random.Generator, n: int) -> np.ndarray:
+    return rng.integers(2, size=(_BLOCK, n)) * 2.0 - 1
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values corrected for their number (Holm 1979): significant ones keep the family's error at the level."""
+    order = np.argsort(p_values)
+    factors = len(p_values) - np.arange(len(p_values))
+    corrected = np.minimum(1, np.maximum.accumulate(np.asarray(p_values, float)[order] * factors))
+    result = np.empty(len(p_values))
+    result[order] = corrected
+    return [float(p) for p in result]

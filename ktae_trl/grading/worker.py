@@ -1,0 +1,71 @@
+"""The worker process: reads one comparison a line, answers with its verdict. Never imports torch or the main script.
+
+Line in: JSON [seconds, [gold, ...], answer or null]. Lines out: "ready" once, then for each comparison "gold" when all
+accepted answers have been read, and the verdict: "equal", "different", "unparsable answer" or "unparsable gold".
+"""
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import sys
+
+
+def _limit_memory(megabytes: int) -> None:
+    limit = megabytes << 20
+    with contextlib.suppress(ValueError, OSError):  # macOS knows the limit, but does not take it
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _verdict(golds: list[str], answer: str | None, say) -> str:
+    from ktae_trl.grading import symbolic
+
+    known = [gold for gold in golds if symbolic.parsable(gold)]
+    say("gold")
+    # A gold answer that cannot be parsed can still be written out literally.
+    if answer is not None and any(_equal(gold, answer) for gold in sorted(golds, key=known.__contains__)):
+        return "equal"
+    if not known:
+        return "unparsable gold"
+    return "different" if answer is None or symbolic.parsable(answer) else "unparsable answer"
+
+
+def _equal(gold: str, answer: str) -> bool:
+    from ktae_trl.grading import symbolic
+
+    try:
+        return symbolic.equal(gold, answer)
+    except MemoryError:
+        raise
+    except Exception:  # whatever a model writes is at most a wrong answer
+        return False
+
+
+def main(megabytes: int) -> None:
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends the workers
+    # The pipe to the main process is ours alone: what a library prints must not look like a verdict.
+    verdicts = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
+    os.dup2(2, 1)
+    _limit_memory(megabytes)
+    from ktae_trl.grading import symbolic  # noqa: F401  (before "ready": start-up does not count against the limit)
+
+    def say(word: str) -> None:
+        verdicts.write(word + "\n")
+
+    say("ready")
+    for line in sys.stdin.buffer:
+        seconds, golds, answer = json.loads(line)
+        # If the main process is gone or stopped, nobody else ends a computation that hangs.
+        signal.setitimer(signal.ITIMER_REAL, seconds + 1)
+        try:
+            say(_verdict(golds, answer, say))
+        except MemoryError:
+            os._exit(1)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
