@@ -2,8 +2,8 @@
 
 python benchmarks/grading_throughput.py OUTPUTS.jsonl.gz [--outputs 10000] [--seed 0]
 
-OUTPUTS has an object a line with `output` and `answers` (of which the first is used). To get as many outputs as asked for,
-each is also graded against the answers of other problems, drawn at random: pairs repeat as little as the file allows.
+OUTPUTS has an object a line with `output` and `answers` (of which the first is used). To get as many outputs as asked
+for, each is also graded against the answers of other problems, drawn at random: no pair comes twice.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def one_by_one(outputs: list[str], golds: list[str]) -> list[bool]:
 
 
 def pairs(rows: list[dict], count: int, seed: int) -> tuple[list[str], list[str]]:
-    """Own answers first, then others': the file's outputs once each for every answer drawn for them."""
+    """Pair each output with its own answer first, then outputs with others' answers."""
     draw = random.Random(seed)
     chosen = {(i, i): None for i in range(len(rows))}
     while len(chosen) < min(count, len(rows) ** 2):
@@ -60,9 +60,7 @@ def main() -> None:
         print(f"{name:24s} {took:8.2f} s   {len(outputs) / took:8.0f} outputs/s")
     print(f"{'ratio':24s} {slow / fast:8.1f}")
     different = [i for i, (a, b) in enumerate(zip(*verdicts.values(), strict=True)) if a != b]
-    print(
-        f"\nOther verdicts: {len(different)} of {len(outputs)} (math-verify, grade_many, accepted answer, end of the output)"
-    )
+    print(f"\nOther verdicts: {len(different)} of {len(outputs)} (math-verify, grade_many, answer, end of the output)")
     for i in different:
         print(" ", *(v[i] for v in verdicts.values()), repr(golds[i]), repr(outputs[i][-60:]))
 

@@ -49,10 +49,10 @@ TEMPLATES = {
     ),
     # DeepSeek-R1-Zero's (arXiv 2501.12948, table 1), with the system prompt's demand for a box after the problem.
     "r1": Template(
-        "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. The Assistant "
-        "first thinks about the reasoning process in the mind and then provides the User with the answer. The reasoning "
-        "process is enclosed within <think> </think> and answer is enclosed within <answer> </answer> tags, "
-        "respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>.\n"
+        "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. "
+        "The Assistant first thinks about the reasoning process in the mind and then provides the User with the "
+        "answer. The reasoning process is enclosed within <think> </think> and answer is enclosed within <answer> </answer> "
+        "tags, respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>.\n"
         "User: {problem}\n{system}\nAssistant: <think>",
         stop=("</answer>",),
     ),
@@ -126,10 +126,7 @@ def load_problems(benchmark: Benchmark, folder: str | None = None, limit: int | 
 
 
 def unscorable(problems: Sequence[Problem]) -> list[Problem]:
-    """Return the problems none of whose answers can be parsed.
-
-    They are left out of all figures: only an answer in the very same words could be called right.
-    """
+    """Return the problems none of whose answers can be parsed; they are left out of all figures."""
     grades = grade_many_full([""] * len(problems), [problem.answers for problem in problems])
     return [problem for problem, grade in zip(problems, grades, strict=True) if grade.verdict is None]
 

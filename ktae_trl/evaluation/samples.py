@@ -8,12 +8,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO
 
-from ktae_trl.grading import grade_many_full
+from ktae_trl.grading import Grade, grade_many, grade_many_full
 
 logger = logging.getLogger(__name__)
 
 SETTINGS = "settings.json"
-_NEEDED = ("id", "sample", "prompt", "completion", "tokens", "truncated")
+_NEEDED = ("id", "sample", "problem", "prompt", "completion", "tokens", "truncated")
 
 
 class Store:
@@ -88,12 +88,21 @@ class Store:
 
 
 def graded(rows: Sequence[dict], answers: Sequence[Sequence[str]]) -> list[dict]:
-    """Return rows with `answers`, `extracted`, `verdict` and `reason`."""
+    """Return rows with `answers`, `extracted`, `verdict` and `reason`.
+
+    A problem none of whose answers can be parsed gets no verdict (None) at all: only an answer in the very same words
+    could be called right, and counting those alone would flatter the model.
+    """
+    known = list(dict.fromkeys(tuple(accepted) for accepted in answers))
+    parsable = dict(zip(known, (v is not None for v in grade_many([""] * len(known), known)), strict=True))
     grades = grade_many_full([row["completion"] for row in rows], answers)
-    return [
-        row | {"answers": list(accepted), "extracted": g.extracted, "verdict": g.verdict, "reason": g.reason}
-        for row, accepted, g in zip(rows, answers, grades, strict=True)
-    ]
+    unparsable = Grade(None, None, "unparsable gold")
+    result = []
+    for row, accepted, found in zip(rows, answers, grades, strict=True):
+        grade = found if parsable[tuple(accepted)] else unparsable._replace(extracted=found.extracted)
+        judged = {"extracted": grade.extracted, "verdict": grade.verdict, "reason": grade.reason}
+        result.append(row | {"answers": list(accepted)} | judged)
+    return result
 
 
 def read_samples(path: Path) -> list[dict]:

@@ -1,4 +1,4 @@
-"""Sampling completions for many prompts, with vLLM or with `transformers`; both hand over each as soon as it is there."""
+"""Sampling completions for many prompts, with vLLM or with `transformers`; both hand over each when it is there."""
 
 import asyncio
 import importlib.util
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,17 @@ def adapter_base(model: str, revision: str | None) -> str | None:
         return PeftConfig.from_pretrained(model, revision=revision).base_model_name_or_path
     except (ValueError, OSError):
         return None
+
+
+def load_tokenizer(model: str, revision: str | None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model, or of an adapter's base model if the adapter has none of its own."""
+    try:
+        return AutoTokenizer.from_pretrained(model, revision=revision)
+    except (OSError, ValueError):
+        base = adapter_base(model, revision)
+        if base is None:
+            raise
+        return AutoTokenizer.from_pretrained(base)
 
 
 def sample_with_transformers(
@@ -209,10 +220,14 @@ def sample_with_vllm(
 
     async def all_of_them() -> None:
         engine = AsyncLLMEngine.from_engine_args(engine_args)
+        tasks = [asyncio.create_task(one(engine, i, request)) for i, request in enumerate(waiting)]
         try:
-            for finished in asyncio.as_completed([one(engine, i, request) for i, request in enumerate(waiting)]):
+            for finished in asyncio.as_completed(tasks):
                 write([await finished])
         finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             engine.shutdown()
 
     if waiting:

@@ -39,9 +39,9 @@ def share(values: Sequence[float]) -> Estimate:
     """Return the mean of per-problem shares in [0, 1] with its interval over problems.
 
     Wilson's score interval (1927) at the effective sample size n = p (1 - p) / Var(mean), which takes the samples of a
-    problem as one cluster (Korn and Graubard 1998 for Clopper-Pearson). With one sample each it is Wilson's interval for
-    that many problems; with several it is narrower where samples of a problem differ. If all problems agree, n is their
-    number.
+    problem as one cluster (Korn and Graubard 1998 for Clopper-Pearson). With one sample each it is Wilson's interval
+    for that many problems; with several it is narrower where samples of a problem differ. If all problems agree, n is
+    their number.
 
     Raises:
         ValueError: no problem.
@@ -64,8 +64,8 @@ def wilson(p: float, n: float) -> Estimate:
 def mean_of(estimates: Sequence[Estimate]) -> Estimate:
     """Return the unweighted mean of independent estimates (papers' "average" over benchmarks) with its interval.
 
-    Limits by the method of variance estimates recovery (Zou and Donner 2008): each part's distance to its limit is added
-    in squares, so that the mean inherits their skewness.
+    Limits by the method of variance estimates recovery (Zou and Donner 2008): each part's distance to its limit is
+    added in squares, so that the mean inherits their skewness.
     """
     k = len(estimates)
     value = sum(e.value for e in estimates) / k

@@ -1,7 +1,8 @@
 r"""Is the final answer of a completion right? One function for training and evaluation, on math-verify.
 
 Only the content of the last `\boxed{...}` counts. Plain matches are settled here as text; the rest is compared by
-worker processes under hard limits on time and memory. This package loads neither torch nor trl, only the workers load SymPy.
+worker processes under hard limits on time and memory. This package loads neither torch nor trl; only the workers load
+SymPy.
 
     completion, answers -> answers (text, numbers, lists) -> pool -> worker -> symbolic (math-verify) -> Grade
 """

@@ -1,0 +1,384 @@
+"""Measure how good a model is on mathematics, compare models, or grade outputs that are already there.
+
+python eval.py --config configs/eval/math.yaml --model_name_or_path MODEL [--field value ...]
+python eval.py compare FOLDER FOLDER [FOLDER ...] [--output_dir runs/compare]
+python eval.py grade FILE [--output_dir FOLDER]
+"""
+
+import argparse
+import gzip
+import json
+import logging
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ktae_trl.arguments import nearest, parse
+from ktae_trl.data import BOXED_SYSTEM_PROMPT
+from ktae_trl.evaluation import comparison, summary
+from ktae_trl.evaluation.benchmarks import TEMPLATES, Problem, load_problems, parse_benchmarks, prompts, unscorable
+from ktae_trl.evaluation.samples import Store, fingerprint, graded, read_samples
+from ktae_trl.evaluation.sampling import (
+    Completion,
+    Request,
+    Sampling,
+    check_model,
+    context_length,
+    default_backend,
+    load_tokenizer,
+    sample_with_transformers,
+    sample_with_vllm,
+    stop_token_ids,
+)
+
+console = Console()
+logger = logging.getLogger("eval.py")
+
+
+@dataclass
+class EvalArguments:
+    """What is measured, how it is sampled, and where the results go."""
+
+    model_name_or_path: str = field(metadata={"help": "Hub id or folder of a model or of a PEFT adapter."})
+    model_revision: str | None = field(default=None, metadata={"help": "Revision of a Hub model."})
+    benchmarks: list[dict] = field(
+        default_factory=list,
+        metadata={"help": "In the config: a list of name, dataset, config, split, problem, answer, id."},
+    )
+    only: list[str] | None = field(default=None, metadata={"help": "Names of the benchmarks to run. Default: all."})
+    benchmark_folder: str | None = field(
+        default=None, metadata={"help": "Read NAME.jsonl (id, problem, answers) from here instead of the Hub."}
+    )
+    limit: int | None = field(default=None, metadata={"help": "Only the first so many problems of each benchmark."})
+    prompt: str = field(default="chat", metadata={"help": f"How to ask: {', '.join(TEMPLATES)}."})
+    system_prompt: str = field(default=BOXED_SYSTEM_PROMPT, metadata={"help": "System prompt; empty for none."})
+    samples: int = field(default=1, metadata={"help": "Completions per problem (n)."})
+    k: list[int] | None = field(
+        default=None, metadata={"help": "The k of pass@k and maj@k, at most n. Default: the powers of two up to n."}
+    )
+    temperature: float = field(default=0.0, metadata={"help": "0 is greedy, which needs samples: 1."})
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus of the sampling distribution."})
+    max_new_tokens: int = field(default=3000, metadata={"help": "Longest completion."})
+    seed: int = field(default=0, metadata={"help": "Seed of the samples."})
+    backend: str | None = field(
+        default=None, metadata={"help": "vllm or transformers. Default: vllm if it is installed."}
+    )
+    batch_size: int = field(default=32, metadata={"help": "Completions at once with transformers."})
+    dtype: str = field(default="auto", metadata={"help": "Precision of the weights, such as bfloat16."})
+    vllm_options: dict | str | None = field(
+        default=None,
+        metadata={"help": "Options of vLLM's engine, as JSON on the command line: '{\"tensor_parallel_size\": 2}'."},
+    )
+    output_dir: str | None = field(default=None, metadata={"help": "Default: runs/eval/MODEL."})
+
+    def __post_init__(self):
+        if isinstance(self.vllm_options, str):
+            self.vllm_options = json.loads(self.vllm_options)
+        self.backend = self.backend or default_backend()
+        if self.k is None:
+            self.k = [2**i for i in range(self.samples.bit_length()) if 2**i <= self.samples]
+        for name in ("samples", "batch_size", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for k in self.k:
+            if not 1 <= k <= self.samples:
+                raise ValueError(f"k must lie between 1 and samples ({self.samples}), not {k}")
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"temperature {self.temperature} or top_p {self.top_p} is out of range")
+        if self.temperature == 0 and self.samples > 1:
+            raise ValueError("temperature 0 gives the same completion every time: set samples to 1, or a temperature")
+        if self.backend not in ("vllm", "transformers"):
+            raise ValueError(f"backend must be vllm or transformers, not {self.backend!r}")
+        if self.prompt not in TEMPLATES:
+            raise ValueError(f"Unknown prompt {self.prompt!r}{nearest(self.prompt, TEMPLATES)}")
+
+
+@contextmanager
+def complaints():
+    """End with one line for what the user can put right; errors of sampling keep their traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        sys.exit(f"eval.py: {error}")
+
+
+def evaluate(args: EvalArguments) -> None:
+    """Load, sample, grade, report."""
+    with complaints():
+        problems = _load(args)
+        tokenizer = load_tokenizer(args.model_name_or_path, args.model_revision)
+        texts, requests = {}, []
+        for members in problems.values():
+            asked = zip(members, *prompts(members, args.prompt, args.system_prompt, tokenizer), strict=True)
+            for problem, text, ids in asked:
+                texts[problem.benchmark, problem.id] = (problem.text, text)
+                requests += [Request(problem.benchmark, problem.id, n, tuple(ids)) for n in range(args.samples)]
+        _check_context(args, requests)
+        default_folder = f"runs/eval/{comparison.safe_name(args.model_name_or_path)}"
+        store = Store(Path(args.output_dir or default_folder), _settings(args))
+        done = _done(args, store, texts, problems)
+
+    began = time.monotonic()
+    _sample(args, tokenizer, requests, done, texts, store)
+    seconds = time.monotonic() - began
+
+    with console.status("Grading"):
+        rows = {name: store.finish(name, {p.id: p.answers for p in members}) for name, members in problems.items()}
+    with complaints():
+        figures = summary.summarise([summary.results(name, r) for name, r in rows.items()], args.k)
+    figures |= {"model": args.model_name_or_path, "settings": _settings(args)}
+    figures |= {"new_samples": len(requests) - len(done), "sampling_seconds": round(seconds, 1)}
+    _finish(store.folder, figures, args.model_name_or_path)
+
+
+def _load(args: EvalArguments) -> dict[str, list[Problem]]:
+    check_model(args.model_name_or_path)
+    benchmarks = parse_benchmarks(args.benchmarks, args.only)
+    problems = {b.name: load_problems(b, args.benchmark_folder, args.limit) for b in benchmarks}
+    for name, members in problems.items():
+        if hopeless := unscorable(members):
+            logger.warning(
+                "%s: the answers of %d of %d problems cannot be parsed; they are left out of the figures: %s",
+                name,
+                len(hopeless),
+                len(members),
+                "; ".join(f"{p.id}: {' | '.join(p.answers)}" for p in hopeless),
+            )
+    return problems
+
+
+def _done(args: EvalArguments, store: Store, texts: dict, problems: dict) -> set[tuple[str, str, int]]:
+    """Return which samples are there from an earlier run with the same settings."""
+    done = set()
+    for name in problems:
+        for row in store.read(name):
+            key = (name, row["id"], row["sample"])
+            if row["sample"] >= args.samples or row["prompt"] != texts.get(key[:2], ("", None))[1]:
+                raise ValueError(
+                    f"{store.path(name)} holds problem {row['id']!r}, sample {row['sample']}, which is not asked for "
+                    "or has another prompt now. Choose another output_dir, or delete that file"
+                )
+            done.add(key)
+    return done
+
+
+def _settings(args: EvalArguments) -> dict:
+    """Return what samples depend on: a folder holds samples of one such set."""
+    own = ("only", "k", "output_dir", "vllm_options", "benchmarks", *(["batch_size"] if args.backend == "vllm" else []))
+    settings = {name: value for name, value in asdict(args).items() if name not in own}
+    return settings | {"fingerprint": fingerprint(args.model_name_or_path)}
+
+
+def _check_context(args: EvalArguments, requests: list[Request]) -> None:
+    longest = max(len(request.prompt_ids) for request in requests)
+    limit = context_length(args.model_name_or_path, args.model_revision)
+    if limit is not None and longest + args.max_new_tokens > limit:
+        raise ValueError(
+            f"The longest prompt ({longest} tokens) and max_new_tokens ({args.max_new_tokens}) exceed the model's "
+            f"context of {limit} tokens. Set max_new_tokens to at most {limit - longest}"
+        )
+
+
+def _sample(args, tokenizer, requests, done, texts, store) -> None:
+    sampling = Sampling(
+        temperature=args.temperature,
+        top_p=args.top_p,
+        max_new_tokens=args.max_new_tokens,
+        seed=args.seed,
+        stop=TEMPLATES[args.prompt].stop,
+        stop_token_ids=stop_token_ids(
+            args.model_name_or_path, args.model_revision, tokenizer, TEMPLATES[args.prompt].ends
+        ),
+    )
+    if len(done) == len(requests):
+        console.print(f"All {len(requests)} samples are in {store.folder} already")
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("samples", total=len(requests), completed=len(done))
+
+        def write(finished: list[tuple[Request, Completion]]) -> None:
+            for name in dict.fromkeys(request.benchmark for request, _ in finished):
+                store.add(name, (_row(r, c, *texts[r[:2]]) for r, c in finished if r.benchmark == name))
+            progress.advance(bar, len(finished))
+
+        where = (args.model_name_or_path, args.model_revision)
+        try:
+            if args.backend == "vllm":
+                options = args.vllm_options or {}
+                sample_with_vllm(*where, requests, done, sampling, write, dtype=args.dtype, options=options)
+            else:
+                batches = {"batch_size": args.batch_size, "dtype": args.dtype}
+                sample_with_transformers(*where, tokenizer, requests, done, sampling, write, **batches)
+        finally:
+            store.close()
+
+
+def _row(request: Request, completion: Completion, problem: str, prompt: str) -> dict:
+    return {
+        "benchmark": request.benchmark,
+        "id": request.id,
+        "sample": request.sample,
+        "problem": problem,
+        "prompt": prompt,
+        "completion": completion.text,
+        "tokens": completion.tokens,
+        "truncated": completion.truncated,
+    }
+
+
+def _finish(folder: Path, figures: dict, title: str) -> None:
+    figures["versions"] = {name: version(name) for name in ("ktae-trl", "math-verify", "torch", "transformers")}
+    (folder / "summary.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    summary.show(figures, title, console)
+    console.print(f"Samples and summary.json are in {folder}", highlight=False)
+
+
+def compare(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="eval.py compare", description="Compare models on the same problems.")
+    parser.add_argument("folders", nargs="+", help="results of eval.py; every other one is compared with the first")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("runs/compare"), help="for comparison.json and the plots"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap and the permutations")
+    options = parser.parse_args(words)
+    runs = [comparison.load_run(folder) for folder in options.folders]
+    compared = comparison.compare(runs, options.seed)
+    notes = comparison.differing_settings(runs)
+    for b in dict.fromkeys(c.b for c in compared):
+        console.print(f"\n[bold]{b}[/bold] against [bold]{runs[0].name}[/bold]", highlight=False)
+        for c in compared:
+            if c.b == b:
+                console.print("  " + comparison.sentence(c), highlight=False, soft_wrap=True)
+    if len(compared) > 1:
+        console.print("\np is corrected for the number of benchmarks and models (Holm).")
+    for note in notes:
+        console.print(f"[yellow]Note:[/yellow] {note}", highlight=False, soft_wrap=True)
+    files = comparison.plot(runs, options.output_dir)
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    record = [
+        c._asdict() | {"accuracy": c.accuracy._asdict(), "tokens": c.tokens and c.tokens._asdict()} for c in compared
+    ]
+    record = [entry | {"sentence": comparison.sentence(c)} for entry, c in zip(record, compared, strict=True)]
+    file = options.output_dir / "comparison.json"
+    file.write_text(json.dumps({"comparisons": record, "notes": notes}, indent=2) + "\n", encoding="utf-8")
+    console.print(f"\nWritten: {', '.join(str(f) for f in [file, *files])}", highlight=False, soft_wrap=True)
+
+
+def grade(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="eval.py grade",
+        description="Grade outputs of any origin, an object a line (also .gz). Rows of the same benchmark and id are "
+        "samples of one problem; without an id, each row is a problem of its own.",
+    )
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--completion_column", default="completion,output,response", help="the first that is there")
+    parser.add_argument("--answer_column", default="answers,answer,solution", help="a string or a list of strings")
+    parser.add_argument("--benchmark_column", default="benchmark,task")
+    parser.add_argument("--id_column", default="id,problem_id")
+    parser.add_argument("--k", type=int, nargs="*", default=[], help="of pass@k and maj@k")
+    parser.add_argument("--output_dir", type=Path, default=None, help="default: runs/graded/FILE")
+    options = parser.parse_args(words)
+    rows = _read_outputs(options)
+    name = options.file.name.removesuffix(".gz").removesuffix(".jsonl")
+    folder = options.output_dir or Path("runs/graded") / comparison.safe_name(name)
+    with console.status(f"Grading {len(rows)} outputs"):
+        judged = graded(rows, [row.pop("answers") for row in rows])
+    folder.mkdir(parents=True, exist_ok=True)
+    found = []
+    for benchmark in dict.fromkeys(row["benchmark"] for row in judged):
+        members = [row for row in judged if row["benchmark"] == benchmark]
+        path = folder / f"{comparison.safe_name(benchmark)}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in members), encoding="utf-8")
+        found.append(summary.results(benchmark, read_samples(path)))
+    for result in found:
+        if result.unscorable:
+            ids = ", ".join(result.unscorable)
+            logger.warning(
+                "%s: the answers of these problems cannot be parsed; they are left out: %s", result.name, ids
+            )
+    for k in options.k:
+        if not 1 <= k <= found[0].right.shape[1]:
+            raise ValueError(f"k must lie between 1 and the samples of a problem ({found[0].right.shape[1]}), not {k}")
+    figures = summary.summarise(found, options.k)
+    figures["file"] = str(options.file)
+    _finish(folder, figures, str(options.file))
+
+
+def _read_outputs(options: argparse.Namespace) -> list[dict]:
+    """Read outputs of any origin into rows of our form."""
+    if not options.file.is_file():
+        raise FileNotFoundError(f"There is no file {options.file} (looked in {Path.cwd()})")
+    counts: dict[tuple[str, str], int] = {}
+    rows = []
+    with (gzip.open if options.file.suffix == ".gz" else open)(options.file, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where = f"{options.file}, line {number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}: not JSON: {error}. Correct or delete that line") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{where}: an object was expected, not {line.strip()[:80]}")
+
+            def column(wanted: str, default=None, *, row=row, where=where):
+                names = wanted.split(",")
+                value = next((row[name] for name in names if name in row), default)
+                if value is None:
+                    raise ValueError(f"{where}: no column {' or '.join(names)}. There are: {', '.join(row)}")
+                return value
+
+            answers = column(options.answer_column)
+            benchmark = str(column(options.benchmark_column, "outputs"))
+            problem = str(column(options.id_column, f"line {number}"))
+            sample = counts.get((benchmark, problem), 0)
+            counts[benchmark, problem] = sample + 1
+            rows.append(
+                {
+                    "benchmark": benchmark,
+                    "id": problem,
+                    "sample": sample,
+                    "problem": str(row.get("problem", "")),
+                    "prompt": str(row.get("prompt", "")),
+                    "completion": str(column(options.completion_column)),
+                    "tokens": row.get("tokens"),
+                    "truncated": row.get("truncated"),
+                    "answers": [str(a) for a in (answers if isinstance(answers, list) else [answers])],
+                }
+            )
+    if not rows:
+        raise ValueError(f"{options.file} holds no outputs")
+    return rows
+
+
+def main(words: list[str]) -> None:
+    commands = {"compare": compare, "grade": grade}
+    if words and words[0] in commands:
+        with complaints():
+            commands[words[0]](words[1:])
+    else:
+        with complaints():
+            (args,) = parse((EvalArguments,), "eval.py", words)
+        evaluate(args)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit("\neval.py: stopped; what was generated is saved. The same command goes on from there")

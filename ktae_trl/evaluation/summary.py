@@ -1,0 +1,174 @@
+"""From graded samples to figures with intervals, for the console and for `summary.json`."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ktae_trl.evaluation.statistics import Estimate, majority_at_k, mean_of, pass_at_k, share
+
+QUANTILES = (0.05, 0.5, 0.95)
+
+
+class Results(NamedTuple):
+    """The scorable problems of one benchmark: arrays over problems P and samples n, in the order of `ids`."""
+
+    name: str
+    ids: list[str]
+    problems: list[str]
+    right: np.ndarray  # (P, n) bool
+    extracted: list[list[str | None]]
+    tokens: np.ndarray | None  # (P, n), None if the lengths are not known
+    truncated: np.ndarray | None  # (P, n) bool, None with `tokens`
+    reasons: Counter
+    unscorable: list[str]
+
+
+def results(name: str, rows: Sequence[dict]) -> Results:
+    """Arrange the graded samples of a benchmark by problem; problems that cannot be scored are only listed.
+
+    Raises:
+        ValueError: problems with different numbers of samples, samples without a verdict, or no scorable problem.
+    """
+    if any("verdict" not in row for row in rows):
+        raise ValueError(f"{name} is not finished: some samples are not graded yet. Run eval.py again to complete it")
+    by_problem: dict[str, list[dict]] = {}
+    for row in rows:
+        by_problem.setdefault(row["id"], []).append(row)
+    unscorable = [i for i, samples in by_problem.items() if any(row["verdict"] is None for row in samples)]
+    scorable = {i: samples for i, samples in by_problem.items() if i not in set(unscorable)}
+    if not scorable:
+        raise ValueError(f"{name}: none of its {len(by_problem)} problems has an answer that can be parsed")
+    counts = {i: len(samples) for i, samples in scorable.items()}
+    if len(set(counts.values())) > 1:
+        few, many = min(counts, key=counts.get), max(counts, key=counts.get)
+        raise ValueError(
+            f"{name}: problem {few!r} has {counts[few]} samples, problem {many!r} has {counts[many]}: "
+            "all must have the same number"
+        )
+
+    def array(key: str, kind: type) -> np.ndarray:
+        return np.array([[row[key] for row in samples] for samples in scorable.values()], kind)
+
+    known = all(None not in (row["tokens"], row["truncated"]) for samples in scorable.values() for row in samples)
+    return Results(
+        name=name,
+        ids=list(scorable),
+        problems=[samples[0]["problem"] for samples in scorable.values()],
+        right=array("verdict", bool),
+        extracted=[[row["extracted"] for row in samples] for samples in scorable.values()],
+        tokens=array("tokens", float) if known else None,
+        truncated=array("truncated", bool) if known else None,
+        reasons=Counter(row["reason"] for samples in scorable.values() for row in samples),
+        unscorable=unscorable,
+    )
+
+
+def summarise(benchmarks: Sequence[Results], ks: Sequence[int]) -> dict:
+    """Return all figures of each benchmark and of their mean; `ks` are the k of pass@k and maj@k."""
+    each = {b.name: _figures(b, ks) for b in benchmarks}
+    if len(each) == 1:
+        return {"benchmarks": each}
+    parts = list(each.values())
+
+    def mean(*keys) -> Estimate:
+        found = parts
+        for key in keys:
+            found = [part[key] for part in found]
+        return mean_of([Estimate(*estimate) for estimate in found])
+
+    def average(values: list[float]) -> float:
+        return float(np.mean(values))
+
+    known = all(part["tokens"] for part in parts)
+    overall = {
+        "problems": sum(part["problems"] for part in parts),
+        "samples": parts[0]["samples"],
+        "accuracy": mean("accuracy"),
+        "pass": {str(k): mean("pass", str(k)) for k in ks},
+        "maj": {str(k): mean("maj", str(k)) for k in ks},
+        "tokens": {"mean": average([part["tokens"]["mean"] for part in parts])} if known else None,
+        "truncated": average([part["truncated"] for part in parts]) if known else None,
+        "boxed": average([part["boxed"] for part in parts]),
+        **{key: sum(part[key] for part in parts) for key in ("timeouts", "worker_deaths", "unparsable")},
+    }
+    return {"benchmarks": each, "mean of benchmarks": overall}
+
+
+def _figures(b: Results, ks: Sequence[int]) -> dict:
+    problems, samples = b.right.shape
+    tokens = None
+    if b.tokens is not None:
+        tokens = {"mean": float(b.tokens.mean())}
+        tokens |= {
+            f"p{round(q * 100)}": float(x) for q, x in zip(QUANTILES, np.quantile(b.tokens, QUANTILES), strict=True)
+        }
+    return {
+        "problems": problems,
+        "samples": samples,
+        "unscorable": b.unscorable,
+        "accuracy": share(b.right.mean(1)),
+        "pass": {str(k): share([pass_at_k(int(c), samples, k) for c in b.right.sum(1)]) for k in ks},
+        "maj": {
+            str(k): share([majority_at_k(list(r), e, k) for r, e in zip(b.right, b.extracted, strict=True)]) for k in ks
+        },
+        "tokens": tokens,
+        "truncated": float(b.truncated.mean()) if b.truncated is not None else None,
+        "boxed": 1 - b.reasons["no boxed answer"] / b.right.size,
+        "timeouts": b.reasons["timeout"],
+        "worker_deaths": b.reasons["worker died"],
+        "unparsable": b.reasons["unparsable answer"],
+    }
+
+
+def percent(estimate: Estimate) -> str:
+    value, low, high = (100 * x for x in estimate)
+    return f"{value:.1f} ({low:.1f} to {high:.1f})"
+
+
+def show(summary: dict, title: str, console: Console) -> None:
+    """Print the summary: accuracy, pass@k and maj@k, and what the completions are like."""
+    rows = dict(summary["benchmarks"])
+    if "mean of benchmarks" in summary:
+        rows["mean of benchmarks"] = summary["mean of benchmarks"]
+    first = next(iter(rows.values()))
+    ks = [k for k in first["pass"] if k != "1"]  # pass@1 and maj@1 are the mean accuracy
+
+    accuracy = _table("benchmark", "problems", f"avg@{first['samples']}")
+    for name, f in rows.items():
+        left_out = f" (+{len(f['unscorable'])} left out)" if f.get("unscorable") else ""
+        accuracy.add_row(name, f"{f['problems']}{left_out}", percent(f["accuracy"]))
+    console.print(f"\n[bold]{title}[/bold]: accuracy in % (95% interval over problems)", highlight=False)
+    console.print(accuracy)
+
+    if ks:
+        several = _table("benchmark", "k", "pass@k", "maj@k")
+        for name, f in rows.items():
+            for k in ks:
+                several.add_row(name, k, percent(f["pass"][k]), percent(f["maj"][k]), end_section=k == ks[-1])
+        console.print("At least one of k samples is right (pass@k), the most frequent one (maj@k)")
+        console.print(several)
+
+    known = all(f["tokens"] for f in summary["benchmarks"].values())
+    length = ("tokens", "5 / 50 / 95%", "cut off") if known else ()
+    completions = _table("benchmark", *length, "boxed", "timeouts", "unparsed")
+    for name, f in rows.items():
+        tokens = []
+        if known:
+            quantiles = " / ".join(f"{f['tokens'][q]:,.0f}" for q in ("p5", "p50", "p95") if q in f["tokens"])
+            tokens = [f"{f['tokens']['mean']:,.0f}", quantiles, f"{f['truncated']:.1%}"]
+        stopped = f["timeouts"] + f["worker_deaths"]
+        completions.add_row(name, *tokens, f"{f['boxed']:.1%}", str(stopped), str(f["unparsable"]))
+    console.print("Completions, and how many answers took too long or could not be parsed")
+    console.print(completions)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    return table

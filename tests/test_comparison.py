@@ -1,0 +1,200 @@
+import json
+
+import numpy as np
+import pytest
+from statsmodels.stats.multitest import multipletests
+
+from ktae_trl.evaluation.comparison import MEAN, Run, compare, differing_settings, load_run, plot, safe_name, sentence
+from ktae_trl.evaluation.samples import SETTINGS, Store, graded, read_samples
+from ktae_trl.evaluation.summary import results, summarise
+
+
+def row(problem, sample, completion, tokens=10, **more):
+    return {
+        "benchmark": "b",
+        "id": problem,
+        "sample": sample,
+        "problem": f"problem {problem}",
+        "prompt": f"prompt {problem}",
+        "completion": completion,
+        "tokens": tokens,
+        "truncated": None if tokens is None else tokens >= 100,
+    } | more
+
+
+def sampled(right, problems=40, samples=1, tokens=10, seed=0):
+    """Rows of a model that is right with the chance given."""
+    draw = np.random.default_rng(seed)
+    rows = [
+        row(str(p), s, rf"\boxed{{{int(draw.random() > right)}}}", tokens)
+        for p in range(problems)
+        for s in range(samples)
+    ]
+    return graded(rows, [("0",)] * len(rows))
+
+
+def run(name, right, benchmarks=("easy", "hard"), **options):
+    return Run(name, {}, {b: results(b, sampled(right, seed=i, **options)) for i, b in enumerate(benchmarks)})
+
+
+def test_figures_by_hand():
+    completions = {"1": ["0", "0", "7", "7"], "2": ["0", "0", "0", "0"], "3": [None, None, "5", "0"]}
+    rows = [
+        row(p, s, rf"\boxed{{{answer}}}" if answer else "...", tokens=10 * s + (100 if p == "3" else 0))
+        for p, answers in completions.items()
+        for s, answer in enumerate(answers)
+    ]
+    figures = summarise([results("b", graded(rows, [("0",)] * 12))], [1, 2, 4])["benchmarks"]["b"]
+    assert figures["problems"] == 3
+    assert figures["accuracy"].value == pytest.approx((2 / 4 + 1 + 1 / 4) / 3)
+    assert figures["pass"]["1"].value == pytest.approx(figures["accuracy"].value)
+    assert figures["pass"]["2"].value == pytest.approx(((1 - 1 / 6) + 1 + (1 - 3 / 6)) / 3)
+    assert figures["pass"]["4"].value == 1
+    assert figures["maj"]["4"].value == pytest.approx((1 / 2 + 1 + 1 / 2) / 3)
+    assert figures["maj"]["2"].value == pytest.approx((1 / 2 + 1 + 1 / 4) / 3)
+    assert figures["tokens"]["mean"] == pytest.approx(15 + 100 / 3)
+    assert figures["tokens"]["p50"] == pytest.approx(np.median([0, 10, 20, 30] * 2 + [100, 110, 120, 130]))
+    assert figures["truncated"] == pytest.approx(4 / 12)
+    assert figures["boxed"] == pytest.approx(10 / 12)
+
+
+def test_unscorable_problems_are_left_out_even_when_met_word_for_word():
+    rows = [row("1", 0, r"\boxed{0}"), row("2", 0, r"\boxed{???}"), row("3", 0, r"\boxed{1}")]
+    found = results("b", graded(rows, [("0",), ("???",), ("0",)]))
+    assert found.ids == ["1", "3"]
+    assert found.unscorable == ["2"]
+    assert found.right.tolist() == [[True], [False]]
+
+
+def test_a_clear_difference_and_none():
+    comparisons = compare([run("a", 0.2), run("b", 0.9), run("c", 0.2)])
+    assert [(c.b, c.benchmark) for c in comparisons] == [(m, b) for m in "bc" for b in ("easy", "hard", MEAN)]
+    by = {(c.b, c.benchmark): c for c in comparisons}
+    family = [c for c in comparisons if c.benchmark != MEAN]
+    expected = multipletests([c.accuracy.p for c in family], method="holm")[1]
+    assert [c.corrected_p for c in family] == pytest.approx(expected)
+    assert expected[0] > family[0].accuracy.p
+    assert sentence(by["b", MEAN]).startswith("mean of benchmarks: b is better: +")
+    assert by["c", MEAN].accuracy == (0, 0, 0, 1)
+    assert sentence(by["c", "hard"]).startswith(
+        "hard: no evidence of a difference: +0.0 points, 95% interval +0.0 to +0.0, p = 1.00"
+    )
+
+
+def test_the_worse_model_is_not_called_better():
+    (comparison,) = compare([run("a", 0.9, ["easy"]), run("b", 0.2, ["easy"])])
+    assert sentence(comparison).startswith("easy: a is better: -")
+
+
+def test_lengths_are_compared_too():
+    (comparison,) = compare([run("a", 0.5, ["easy"], tokens=50), run("b", 0.5, ["easy"], tokens=40)])
+    assert comparison.tokens[:3] == (-10, -10, -10)
+    assert sentence(comparison).endswith("shorter: -10 tokens (-10 to -10)")
+
+
+def test_runs_that_do_not_match():
+    with pytest.raises(ValueError, match="two or more"):
+        compare([run("a", 0.5)])
+    with pytest.raises(ValueError, match="Two of the folders are named 'a'"):
+        compare([run("a", 0.5), run("a", 0.5)])
+    with pytest.raises(ValueError, match="a and b were measured on different benchmarks: easy, hard and easy"):
+        compare([run("a", 0.5), run("b", 0.5, ["easy"])])
+    with pytest.raises(
+        ValueError, match=r"a and b have different problems in easy: problems 40, 41, 42, 43, 44 \.\.\. are only"
+    ):
+        compare([run("a", 0.5), run("b", 0.5, problems=50)])
+    other = run("b", 0.5)
+    other.benchmarks["hard"].problems[3] = "something else"
+    with pytest.raises(ValueError, match="Problem '3' of hard has another text in a than in b"):
+        compare([run("a", 0.5), other])
+
+
+def test_settings_that_differ_are_told():
+    runs = [
+        Run("a", {"temperature": 0, "seed": 1, "model_name_or_path": "x"}, {}),
+        Run("b", {"temperature": 1, "seed": 1}, {}),
+    ]
+    assert differing_settings(runs) == ["temperature differs: 0 in a, 1 in b"]
+
+
+def test_plot(tmp_path):
+    files = plot([run("a", 0.2), run("b", 0.9, tokens=30)], tmp_path / "plots")
+    assert [file.name for file in files] == ["accuracy_and_length.png", "accuracy_and_length.svg"]
+    assert files[0].read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in files[1].read_text()
+    assert plot([run("a", 0.2, tokens=None), run("b", 0.9, tokens=None)], tmp_path) == []  # nothing to draw it against
+
+
+def test_safe_name():
+    assert safe_name("Qwen/Qwen2.5-Math-1.5B") == "Qwen_Qwen2.5-Math-1.5B"
+    assert safe_name("../runs/x/") == "runs_x"
+
+
+# Files
+
+
+def test_a_store_takes_up_where_it_stopped(tmp_path, caplog):
+    store = Store(tmp_path, {"seed": 1})
+    store.add("b", [row("2", 0, r"\boxed{0}"), row("1", 0, r"\boxed{1}")])
+    store.close()
+    with open(store.path("b"), "a") as file:
+        file.write('{"id": "1", "sam')  # killed while writing
+    store = Store(tmp_path, {"seed": 1})
+    assert [r["id"] for r in store.read("b")] == ["2", "1"]
+    assert "cut off" in caplog.text
+    store.add("b", [row("1", 1, "\\boxed{0} \udcff\u2028\r\n")])
+    rows = store.finish("b", {"1": ("0",), "2": ("0",)})
+    assert [(r["id"], r["sample"], r["verdict"]) for r in rows] == [("1", 0, False), ("1", 1, True), ("2", 0, True)]
+    assert read_samples(store.path("b")) == rows
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_other_settings_need_another_folder(tmp_path):
+    Store(tmp_path, {"seed": 1, "temperature": 0.5})
+    with pytest.raises(
+        ValueError, match=r"other settings: temperature was 0.5, now it is 1.0. Choose another output_dir"
+    ):
+        Store(tmp_path, {"seed": 1, "temperature": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("not json", r"line 2 is not a sample .*Delete that line and run eval.py with the same settings"),
+        ("17", r"line 2 is not a sample .*Delete that line"),
+        ('{"id": "1"}', "line 2 is not a sample .no sample, problem, prompt, completion, tokens, truncated"),
+        (json.dumps(row("1", 0, "again")), "line 2 is problem '1', sample 0 again"),
+    ],
+)
+def test_corrupt_lines_are_named(tmp_path, line, message):
+    path = tmp_path / "b.jsonl"
+    path.write_text(json.dumps(row("1", 0, "x")) + "\n" + line + "\n" + json.dumps(row("2", 0, "x")) + "\n")
+    with pytest.raises(ValueError, match=message):
+        read_samples(path)
+
+
+def test_unfinished_results_are_not_compared(tmp_path):
+    Store(tmp_path, {}).add("b", [row("1", 0, "x")])
+    with pytest.raises(ValueError, match="is not finished: some samples are not graded yet"):
+        load_run(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"nowhere holds no results of eval\.py"):
+        load_run("nowhere")
+
+
+def test_problems_need_the_same_number_of_samples():
+    rows = graded([row("1", 0, "x"), row("1", 1, "x"), row("2", 0, "x")], [("0",)] * 3)
+    with pytest.raises(ValueError, match="problem '2' has 1 samples, problem '1' has 2"):
+        results("b", rows)
+    with pytest.raises(ValueError, match="none of its 1 problems has an answer that can be parsed"):
+        results("b", graded([row("1", 0, "x")], [("???",)]))
+
+
+def test_settings_are_read_back(tmp_path):
+    store = Store(tmp_path / "model", {"seed": 1})
+    store.add("b", [row("1", 0, r"\boxed{0}")])
+    store.finish("b", {"1": ("0",)})
+    assert (tmp_path / "model" / SETTINGS).exists()
+    loaded = load_run(str(tmp_path / "model"))
+    assert loaded.name == "model"
+    assert loaded.settings == {"seed": 1}
+    assert loaded.benchmarks["b"].right.tolist() == [[True]]

@@ -1,0 +1,281 @@
+"""`eval.py` as a user runs it, with the offline model on its own task."""
+
+import gzip
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from ktae_trl import tiny
+from ktae_trl.grading import grade
+
+ROOT = Path(__file__).parents[1]
+QUICK = ["--config", "configs/eval/quickstart.yaml", "--limit", "24", "--samples", "4", "--batch_size", "16"]
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("eval_script", ROOT / "eval.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["eval_script"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def samples(folder, name="sums"):
+    return [json.loads(line) for line in (Path(folder) / f"{name}.jsonl").read_text().splitlines()]
+
+
+def complaint(script, words) -> str:
+    with pytest.raises(SystemExit) as end:
+        script.main(words)
+    return str(end.value)
+
+
+@pytest.fixture(scope="module")
+def evaluated(script, tmp_path_factory):
+    """The results of one whole run."""
+    folder = tmp_path_factory.mktemp("eval") / "tiny"
+    os.chdir(ROOT)
+    script.main([*QUICK, "--output_dir", str(folder)])
+    return folder
+
+
+def test_the_whole_path(evaluated):
+    rows = samples(evaluated)
+    problems = [json.loads(line) for line in tiny.HELD_OUT.read_text().splitlines()[:24]]
+    assert [(row["id"], row["sample"]) for row in rows] == [(str(p), s) for p in range(24) for s in range(4)]
+    for row in rows:
+        problem = problems[int(row["id"])]
+        assert row["problem"] == problem["problem"]
+        assert problem["problem"] in row["prompt"]
+        assert row["verdict"] == grade(row["completion"], problem["answer"])
+        assert row["truncated"] == (r"\boxed" not in row["completion"] and row["tokens"] == 80)
+        assert 0 < row["tokens"] <= 80
+    assert len({row["completion"] for row in rows}) > 24  # samples of a problem differ
+    summary = json.loads((evaluated / "summary.json").read_text())
+    figures = summary["benchmarks"]["sums"]
+    assert figures["accuracy"][0] == pytest.approx(sum(row["verdict"] for row in rows) / 96)
+    assert list(figures["pass"]) == ["1", "2", "4"]
+    assert summary["settings"]["temperature"] == 1.0
+    assert summary["new_samples"] == 96
+
+
+def test_a_second_run_samples_nothing(script, evaluated, capsys):
+    before = (evaluated / "sums.jsonl").read_bytes()
+    script.main([*QUICK, "--output_dir", str(evaluated), "--k", "4"])
+    assert (evaluated / "sums.jsonl").read_bytes() == before
+    assert "All 96 samples are in" in capsys.readouterr().out.replace("\n", " ")
+    assert complaint(script, [*QUICK, "--output_dir", str(evaluated), "--seed", "3"]).startswith(
+        f"eval.py: {evaluated} holds samples made with other settings: seed was 0, now it is 3."
+    )
+
+
+def test_the_seed_and_nothing_else_decides(script, evaluated, tmp_path):
+    script.main([*QUICK, "--output_dir", str(tmp_path / "again")])
+    assert samples(tmp_path / "again") == samples(evaluated)
+    script.main([*QUICK, "--output_dir", str(tmp_path / "other"), "--seed", "1"])
+    assert samples(tmp_path / "other") != samples(evaluated)
+
+
+def test_lost_samples_are_generated_again(script, evaluated, tmp_path):
+    """As after a crash: some samples are there, ungraded and in another order, the last line is cut off."""
+    script.main([*QUICK, "--output_dir", str(tmp_path)])
+    whole = (tmp_path / "sums.jsonl").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    (tmp_path / "sums.jsonl").write_bytes(b"".join(lines[70:] + lines[5:30]) + lines[40][:50])
+    script.main([*QUICK, "--output_dir", str(tmp_path)])
+    assert (tmp_path / "sums.jsonl").read_bytes() == whole
+
+
+def test_greedy_needs_no_seed_and_equals_generate(script, tmp_path, tokenizer):
+    greedy = ["--temperature", "0", "--samples", "1", "--limit", "6"]
+    script.main([*QUICK, *greedy, "--output_dir", str(tmp_path)])
+    model = AutoModelForCausalLM.from_pretrained(tiny.MODEL, dtype=torch.float32)
+    for row in samples(tmp_path):
+        ids = tokenizer(row["prompt"], return_tensors="pt", add_special_tokens=False)
+        output = model.generate(**ids, max_new_tokens=80, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        assert row["completion"] == tokenizer.decode(output, skip_special_tokens=True)
+        assert row["tokens"] == len(output)
+
+
+def test_an_adapter_is_evaluated_on_its_base(script, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(tiny.MODEL, dtype=torch.float32)
+    adapter = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    torch.manual_seed(0)
+    for name, parameter in adapter.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    adapter.save_pretrained(tmp_path / "adapter")  # without a tokenizer
+    greedy = ["--temperature", "0", "--samples", "1", "--limit", "6"]
+    script.main(
+        [*QUICK, *greedy, "--model_name_or_path", str(tmp_path / "adapter"), "--output_dir", str(tmp_path / "a")]
+    )
+    script.main([*QUICK, *greedy, "--output_dir", str(tmp_path / "b")])
+    assert [row["completion"] for row in samples(tmp_path / "a")] != [
+        row["completion"] for row in samples(tmp_path / "b")
+    ]
+    assert samples(tmp_path / "a")[0]["prompt"] == samples(tmp_path / "b")[0]["prompt"]
+
+
+def test_compare(script, evaluated, tmp_path, capsys):
+    script.main([*QUICK, "--output_dir", str(tmp_path / "other"), "--seed", "1"])
+    capsys.readouterr()
+    script.main(["compare", str(evaluated), str(tmp_path / "other"), "--output_dir", str(tmp_path / "compared")])
+    said = capsys.readouterr().out
+    assert "other against tiny" in said
+    assert "sums: no evidence of a difference: " in said
+    assert "seed differs: 0 in tiny, 1 in other" in said
+    (entry,) = json.loads((tmp_path / "compared" / "comparison.json").read_text())["comparisons"]
+    a, b = (sum(row["verdict"] for row in samples(folder)) / 96 for folder in (evaluated, tmp_path / "other"))
+    assert entry["accuracy"]["value"] == pytest.approx(b - a)
+    assert (tmp_path / "compared" / "accuracy_and_length.png").exists()
+    assert (tmp_path / "compared" / "accuracy_and_length.svg").exists()
+
+
+def test_grade_outputs_of_others(script, tmp_path, capsys):
+    path = tmp_path / "theirs.jsonl.gz"
+    rows = [
+        {"task": "easy", "id": 1, "response": r"\boxed{2}", "solution": "2"},
+        {"task": "easy", "id": 1, "response": r"\boxed{3}", "solution": "2"},
+        {"task": "hard", "id": 1, "response": r"\boxed{x+1}", "solution": ["1+x", "y"]},
+        {"task": "hard", "id": 2, "response": r"\boxed{x}", "solution": "???"},
+        {"task": "hard", "id": 1, "response": "none", "solution": ["1+x", "y"]},
+        {"task": "hard", "id": 2, "response": r"\boxed{x}", "solution": "???"},
+    ]
+    with gzip.open(path, "wt") as file:
+        file.write("\n".join(map(json.dumps, rows)) + "\n\n")
+    script.main(["grade", str(path), "--output_dir", str(tmp_path / "graded"), "--k", "2"])
+    summary = json.loads((tmp_path / "graded" / "summary.json").read_text())
+    assert [summary["benchmarks"][b]["accuracy"][0] for b in ("easy", "hard")] == [0.5, 0.5]
+    assert summary["benchmarks"]["hard"]["unscorable"] == ["2"]
+    assert summary["benchmarks"]["easy"]["pass"]["2"][0] == 1
+    assert summary["benchmarks"]["easy"]["tokens"] is None
+    script.main(["grade", str(path), "--output_dir", str(tmp_path / "twice")])
+    script.main(["compare", str(tmp_path / "graded"), str(tmp_path / "twice"), "--output_dir", str(tmp_path / "c")])
+    assert "no evidence of a difference: +0.0 points" in capsys.readouterr().out
+
+
+def test_graded_outputs_give_the_published_accuracy(script, shared, tmp_path):
+    script.main(
+        ["grade", str(shared / "graded_outputs" / "qwen2.5_math_7b_grpo_ktae.jsonl.gz"), "--output_dir", str(tmp_path)]
+    )
+    published = json.loads((shared / "published_results.json").read_text())["GRPO+KTAE_7B"]["accuracy"]
+    summary = json.loads((tmp_path / "summary.json").read_text())["benchmarks"]
+    assert {b: f["accuracy"][0] for b, f in summary.items()} == pytest.approx({b: published[b] for b in summary})
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--k", "5"], r"k must lie between 1 and samples (4), not 5"),
+        (["--temperature", "0"], "temperature 0 gives the same completion every time"),
+        (["--samples", "0"], "samples must be at least 1, not 0"),
+        (["--backend", "tgi"], "backend must be vllm or transformers, not 'tgi'"),
+        (["--prompt", "qwn"], "Unknown prompt 'qwn' (did you mean 'qwen'?)"),
+        (["--only", "sum"], "There is no benchmark 'sum' (did you mean 'sums'?)"),
+        (["--model_name_or_path", "./no/model"], "There is no model ./no/model"),
+        (["--model_name_or_path", "configs"], "configs holds neither config.json nor adapter_config.json"),
+        (["--benchmark_folder", "configs"], "There is no data file configs/sums.jsonl"),
+        (["--max_new_tokens", "5000"], "exceed the model's context of"),
+        (["--sample", "4"], "Unknown setting: 'sample' (did you mean 'samples'?)"),
+        (["--top_p", "1.5"], "temperature 1.0 or top_p 1.5 is out of range"),
+    ],
+)
+def test_bad_settings(script, tmp_path, words, message):
+    assert message in complaint(script, [*QUICK, "--output_dir", str(tmp_path), *words])
+
+
+def test_bad_files(script, evaluated, tmp_path):
+    assert "There is no file nothing.jsonl" in complaint(script, ["grade", "nothing.jsonl"])
+    path = tmp_path / "x.jsonl"
+    path.write_text("")
+    assert "holds no outputs" in complaint(script, ["grade", str(path)])
+    path.write_text('{"output": "a", "answer": "1"}\nnot json\n')
+    assert "x.jsonl, line 2: not JSON" in complaint(script, ["grade", str(path)])
+    path.write_text('{"output": "a"}\n')
+    said = complaint(script, ["grade", str(path)])
+    assert "line 1: no column answers or answer or solution. There are: output" in said
+    path.write_text('{"output": "a", "answer": "1"}\n')
+    assert "k must lie between 1 and the samples of a problem (1), not 2" in complaint(
+        script, ["grade", str(path), "--k", "2", "--output_dir", str(tmp_path / "g")]
+    )
+    assert "nowhere holds no results of eval.py" in complaint(script, ["compare", str(evaluated), "nowhere"])
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "sums.jsonl").write_text("{}\n")
+    assert "sums.jsonl, line 1 is not a sample" in complaint(script, ["compare", str(evaluated), str(broken)])
+
+
+def test_unparsable_answers_are_listed(script, tmp_path, caplog):
+    (tmp_path / "sums.jsonl").write_text(
+        "".join(
+            json.dumps({"id": i, "problem": "1 + 1 =", "answers": [a]}) + "\n"
+            for i, a in (("p", "2"), ("q", r"\frac{"))
+        )
+    )
+    script.main([*QUICK, "--benchmark_folder", str(tmp_path), "--output_dir", str(tmp_path / "out")])
+    assert (
+        r"sums: the answers of 1 of 2 problems cannot be parsed; they are left out of the figures: q: \frac{"
+        in caplog.text
+    )
+    figures = json.loads((tmp_path / "out" / "summary.json").read_text())["benchmarks"]["sums"]
+    assert (figures["problems"], figures["unscorable"]) == (1, ["q"])
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs" / "eval").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_parses(script, config):
+    text = config.read_text()
+    assert text.startswith(f"# python eval.py --config configs/eval/{config.name}")
+    (args,) = script.parse((script.EvalArguments,), "eval.py", ["--config", str(config), "--model_name_or_path", "m"])
+    assert args.benchmarks == yaml.safe_load(text)["benchmarks"]
+    assert args.samples == yaml.safe_load(text)["samples"]
+
+
+def start(folder, *words) -> subprocess.Popen:
+    command = [sys.executable, "eval.py", *QUICK, "--batch_size", "4", "--output_dir", str(folder), *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_samples(process, folder, count):
+    """Wait until some samples are on disk and more are to come."""
+    path = folder / "sums.jsonl"
+    while process.poll() is None:
+        if path.exists() and path.read_bytes().count(b"\n") >= count:
+            return
+        time.sleep(0.01)
+    raise AssertionError(process.communicate()[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT])
+def test_killed_in_the_middle(tmp_path, blow):
+    """A run that was killed and started again leaves the same file as one that was not."""
+    whole = start(tmp_path / "whole")
+    assert "96/96" in whole.communicate()[0]
+    process = start(tmp_path / "killed")
+    wait_for_samples(process, tmp_path / "killed", 8)
+    process.send_signal(blow)
+    said = process.communicate()[0]
+    there = (tmp_path / "killed" / "sums.jsonl").read_bytes().count(b"\n")
+    assert 8 <= there < 96
+    if blow == signal.SIGINT:
+        assert "Stopping after the batch" in said
+        assert "what was generated is saved" in said
+    assert "96/96" in start(tmp_path / "killed").communicate()[0]
+    assert (tmp_path / "killed" / "sums.jsonl").read_bytes() == (tmp_path / "whole" / "sums.jsonl").read_bytes()

@@ -1,0 +1,183 @@
+"""Against SciPy, statsmodels, enumeration and simulation."""
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
+
+from ktae_trl.evaluation.statistics import (
+    Estimate,
+    holm,
+    independent_difference,
+    majority_at_k,
+    mean_of,
+    paired_difference,
+    pass_at_k,
+    share,
+    wilson,
+)
+
+counts = st.integers(1, 300).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
+
+
+@given(counts)
+def test_one_sample_a_problem_gives_wilson_intervals(count):
+    right, n = count
+    estimate = share([1.0] * right + [0.0] * (n - right))
+    assert estimate.value == pytest.approx(right / n)
+    assert estimate[1:] == pytest.approx(proportion_confint(right, n, method="wilson"), abs=1e-9)
+    ours = stats.binomtest(right, n).proportion_ci(method="wilson")
+    assert estimate[1:] == pytest.approx((ours.low, ours.high), abs=1e-9)
+
+
+def test_samples_of_one_problem_are_no_independent_observations():
+    rng = np.random.default_rng(0)
+    right = (rng.random((100, 8)) < rng.random((100, 1))).astype(float)
+    clustered, naive = share(right.mean(1)), share(right.ravel())
+    one_each = share(right[:, 0])
+    assert clustered.value == pytest.approx(naive.value)
+    assert naive.high - naive.low < clustered.high - clustered.low < one_each.high - one_each.low
+    copied = share(np.repeat(right[:, :1], 8, axis=1).mean(1))  # eight copies of a sample are worth one
+    assert copied == pytest.approx(one_each)
+
+
+@pytest.mark.parametrize(("problems", "samples"), [(30, 1), (30, 8), (200, 4)])
+def test_the_intervals_cover(problems, samples):
+    """Problems of differing difficulty, drawn anew 2,000 times: 95 of 100 intervals hold the true mean."""
+    rng = np.random.default_rng(1)
+    difficulty = rng.beta(0.6, 0.9, (2000, problems, 1))
+    means = (rng.random((2000, problems, samples)) < difficulty).mean(2)
+    intervals = [share(m) for m in means]
+    covered = np.mean([e.low <= 0.6 / 1.5 <= e.high for e in intervals])
+    assert 0.93 < covered < 0.97
+
+
+def test_degenerate_shares():
+    assert share([1.0] * 30) == pytest.approx((1.0, *proportion_confint(30, 30, method="wilson")))
+    assert share([0.0] * 30).low == 0
+    assert share([0.5] * 30) == pytest.approx(wilson(0.5, 30))  # no spread seen: as many observations as problems
+    with pytest.raises(ValueError, match="no problem"):
+        share([])
+
+
+def test_the_mean_of_benchmarks_covers():
+    rng = np.random.default_rng(2)
+    truths = [(30, 0.25), (83, 0.6), (500, 0.8)]
+    hits = 0
+    for _ in range(2000):
+        estimate = mean_of([wilson(rng.binomial(n, p) / n, n) for n, p in truths])
+        hits += estimate.low <= sum(p for _, p in truths) / 3 <= estimate.high
+    assert 0.93 < hits / 2000 < 0.97
+
+
+@given(counts, counts)
+def test_independent_differences_are_newcombe_s(a, b):
+    difference = independent_difference(wilson(a[0] / a[1], a[1]), wilson(b[0] / b[1], b[1]))
+    expected = confint_proportions_2indep(*b, *a, method="newcomb", compare="diff")
+    assert difference.value == pytest.approx(b[0] / b[1] - a[0] / a[1])
+    assert difference[1:] == pytest.approx(expected, abs=1e-9)
+
+
+@given(st.integers(1, 9).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n), st.integers(1, n))))
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(case):
+    right, n, k = case
+    subsets = list(combinations([True] * right + [False] * (n - right), k))
+    assert pass_at_k(right, n, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+def test_k_above_n():
+    with pytest.raises(ValueError, match=r"pass@5 needs between 1 and n samples; there are n = 4"):
+        pass_at_k(1, 4, 5)
+    with pytest.raises(ValueError, match=r"maj@5 .* n = 4"):
+        majority_at_k([True] * 4, ["1"] * 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("answers", "right", "k", "expected"),
+    [
+        (["1", "1", "2"], "1", 3, 1),
+        (["2", "1", "2"], "1", 3, 0),
+        (["1", "2"], "1", 2, 0.5),  # a tie
+        (["1", "2", "3"], "1", 3, 1 / 3),
+        (["1", "2", "2.0", "1", "\\frac{4}{2}"], "1", 5, 0),  # 2, 2.0 and 4/2 are one answer
+        ([None, None, "1"], "1", 3, 1),  # no answer, no vote
+        ([None, None], "1", 2, 0),
+        (["1", "1", "2", "2"], "1", 2, 0.5),  # two blocks
+        (["1", "2", "2"], "1", 1, 1 / 3),
+    ],
+)
+def test_majority(answers, right, k, expected):
+    assert majority_at_k([a == right for a in answers], answers, k) == pytest.approx(expected)
+
+
+def test_right_samples_are_one_answer_however_written():
+    assert majority_at_k([True, True, False, False, False], ["x+1", "1+x", "x", "y", "z"], 5) == 1
+
+
+def samples(n: int, effect: float, several: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    difficulty = rng.random((n, 1)) * 0.7
+    return tuple((rng.random((n, several)) < difficulty + e).mean(1) for e in (0, effect))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_one_sample_each_is_mcnemar_s_exact_test(seed):
+    a, b = samples(60, 0.1, 1, seed)
+    table = [[np.sum((a == x) & (b == y)) for y in (1, 0)] for x in (1, 0)]
+    assert paired_difference([(a, b)]).p == pytest.approx(mcnemar(table, exact=True).pvalue)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_several_samples_agree_with_scipy_s_bootstrap_and_permutation_test(seed):
+    a, b = samples(80, 0.05, 6, seed)
+    found = paired_difference([(a, b)])
+    bootstrap = stats.bootstrap((b - a,), np.mean, method="percentile", n_resamples=20_000, rng=seed)
+    interval = bootstrap.confidence_interval
+    assert found.value == pytest.approx(np.mean(b - a))
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high), abs=0.004)
+    permutation = stats.permutation_test(
+        (b, a), lambda x, y, axis: np.mean(x - y, axis=axis), permutation_type="samples", n_resamples=20_000, rng=seed
+    )
+    assert found.p == pytest.approx(permutation.pvalue, abs=0.015)
+
+
+def test_benchmarks_count_alike_whatever_their_size():
+    """A mean of benchmarks with 20 and 400 problems, against a bootstrap within each by SciPy."""
+    small, large = samples(20, 0.2, 4, 5), samples(400, 0.0, 4, 6)
+    found = paired_difference([small, large])
+    differences = [b - a for a, b in (small, large)]
+    assert found.value == pytest.approx(np.mean([d.mean() for d in differences]))
+    expected = stats.bootstrap(
+        differences,
+        lambda x, y, axis: (x.mean(axis) + y.mean(axis)) / 2,
+        method="percentile",
+        n_resamples=20_000,
+        rng=0,
+    ).confidence_interval
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.004)
+
+
+def test_the_p_values_are_uniform_without_a_difference():
+    p = [paired_difference([samples(30, 0, 3, seed), samples(50, 0, 3, 1000 + seed)], seed).p for seed in range(150)]
+    assert stats.kstest(p, "uniform").pvalue > 0.01
+
+
+def test_no_difference_at_all():
+    a = np.array([1.0, 0.0, 1.0])
+    assert paired_difference([(a, a)]) == (0, 0, 0, 1)
+
+
+@settings(max_examples=30)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_holm(p_values):
+    assert holm(p_values) == pytest.approx(multipletests(p_values, method="holm")[1])
+
+
+def test_an_estimate_is_a_tuple_for_json():
+    assert list(Estimate(0.5, 0.4, 0.6)) == [0.5, 0.4, 0.6]
