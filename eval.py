@@ -113,13 +113,17 @@ def evaluate(args: EvalArguments) -> None:
     with complaints():
         problems = _load(args)
         tokenizer = load_tokenizer(args.model_name_or_path, args.model_revision)
-        texts, requests = {}, []
+        texts, requests, context = {}, [], _context(args)
         for members in problems.values():
             asked = zip(members, *prompts(members, args.prompt, args.system_prompt, tokenizer), strict=True)
             for problem, text, ids in asked:
                 texts[problem.benchmark, problem.id] = (problem.text, text)
-                requests += [Request(problem.benchmark, problem.id, n, tuple(ids)) for n in range(args.samples)]
-        _check_context(args, requests)
+                requests += _requests(args, problem, ids, context)
+        if short := [r for r in requests if r.max_new_tokens < args.max_new_tokens]:
+            logger.warning(
+                "%d of %d completions get less than max_new_tokens (%d): their prompts leave less of the context of %d",
+                *(len(short), len(requests), args.max_new_tokens, context),
+            )
         default_folder = f"runs/eval/{comparison.safe_name(args.model_name_or_path)}"
         store = Store(Path(args.output_dir or default_folder), _settings(args))
         done = _done(args, store, texts, problems)
@@ -175,21 +179,29 @@ def _settings(args: EvalArguments) -> dict:
     return settings | {"fingerprint": fingerprint(args.model_name_or_path)}
 
 
-def _check_context(args: EvalArguments, requests: list[Request]) -> None:
-    longest = max(len(request.prompt_ids) for request in requests)
-    limit = context_length(args.model_name_or_path, args.model_revision)
-    if limit is not None and longest + args.max_new_tokens > limit:
+def _requests(args: EvalArguments, problem: Problem, prompt_ids: list[int], context: int | None) -> list[Request]:
+    """Return the requests of one problem, with no more new tokens than the model's context has room for."""
+    room = args.max_new_tokens if context is None else min(args.max_new_tokens, context - len(prompt_ids))
+    if room < 1:
         raise ValueError(
-            f"The longest prompt ({longest} tokens) and max_new_tokens ({args.max_new_tokens}) exceed the model's "
-            f"context of {limit} tokens. Set max_new_tokens to at most {limit - longest}"
+            f"The prompt of {problem.benchmark}, problem {problem.id!r}, has {len(prompt_ids)} tokens, the model takes "
+            f"{context} in all. Leave that benchmark out (--only), or raise max_model_len in vllm_options"
         )
+    key = (problem.benchmark, problem.id)
+    return [Request(*key, sample, tuple(prompt_ids), room) for sample in range(args.samples)]
+
+
+def _context(args: EvalArguments) -> int | None:
+    limits = [context_length(args.model_name_or_path, args.model_revision)]
+    if args.backend == "vllm":
+        limits.append((args.vllm_options or {}).get("max_model_len"))
+    return min((limit for limit in limits if limit), default=None)
 
 
 def _sample(args, tokenizer, requests, done, texts, store) -> None:
     sampling = Sampling(
         temperature=args.temperature,
         top_p=args.top_p,
-        max_new_tokens=args.max_new_tokens,
         seed=args.seed,
         stop=TEMPLATES[args.prompt].stop,
         stop_token_ids=stop_token_ids(
@@ -211,7 +223,7 @@ def _sample(args, tokenizer, requests, done, texts, store) -> None:
 
         def write(finished: list[tuple[Request, Completion]]) -> None:
             for name in dict.fromkeys(request.benchmark for request, _ in finished):
-                store.add(name, (_row(r, c, *texts[r[:2]]) for r, c in finished if r.benchmark == name))
+                store.add(name, (_row(r, c, *texts[r.benchmark, r.id]) for r, c in finished if r.benchmark == name))
             progress.advance(bar, len(finished))
 
         where = (args.model_name_or_path, args.model_revision)

@@ -93,6 +93,16 @@ def test_the_seed_and_nothing_else_decides(script, evaluated, tmp_path):
     assert samples(tmp_path / "other") != samples(evaluated)
 
 
+def test_batches_are_drawn_with_different_noise(script, tmp_path):
+    """One problem in two batches: the second is no copy of the first."""
+    problem = {"problem": "State the final answer to the following arithmetic problem: 9 + 3 + 4 =", "answers": ["16"]}
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps({"id": i} | problem) + "\n" for i in range(2)))
+    words = ["--benchmark_folder", str(tmp_path), "--samples", "16", "--batch_size", "16"]
+    script.main([*QUICK, *words, "--output_dir", str(tmp_path / "out")])
+    rows = samples(tmp_path / "out")
+    assert [row["completion"] for row in rows[:16]] != [row["completion"] for row in rows[16:]]
+
+
 def test_lost_samples_are_generated_again(script, evaluated, tmp_path):
     """As after a crash: some samples are there, ungraded and in another order, the last line is cut off."""
     script.main([*QUICK, "--output_dir", str(tmp_path)])
@@ -192,7 +202,6 @@ def test_graded_outputs_give_the_published_accuracy(script, shared, tmp_path):
         (["--model_name_or_path", "./no/model"], "There is no model ./no/model"),
         (["--model_name_or_path", "configs"], "configs holds neither config.json nor adapter_config.json"),
         (["--benchmark_folder", "configs"], "There is no data file configs/sums.jsonl"),
-        (["--max_new_tokens", "5000"], "exceed the model's context of"),
         (["--sample", "4"], "Unknown setting: 'sample' (did you mean 'samples'?)"),
         (["--top_p", "1.5"], "temperature 1.0 or top_p 1.5 is out of range"),
     ],
@@ -220,6 +229,15 @@ def test_bad_files(script, evaluated, tmp_path):
     broken.mkdir()
     (broken / "sums.jsonl").write_text("{}\n")
     assert "sums.jsonl, line 1 is not a sample" in complaint(script, ["compare", str(evaluated), str(broken)])
+
+
+def test_the_context_bounds_completions(script, tmp_path, caplog):
+    script.main([*QUICK, "--max_new_tokens", "100000", "--limit", "4", "--output_dir", str(tmp_path)])
+    assert "16 of 16 completions get less than max_new_tokens (100000)" in caplog.text
+    problem = {"id": 1, "problem": "1 + " * 1000 + "1 =", "answers": ["1001"]}
+    (tmp_path / "sums.jsonl").write_text(json.dumps(problem) + "\n")
+    said = complaint(script, [*QUICK, "--benchmark_folder", str(tmp_path), "--output_dir", str(tmp_path / "out")])
+    assert "The prompt of sums, problem '1', has" in said
 
 
 def test_unparsable_answers_are_listed(script, tmp_path, caplog):

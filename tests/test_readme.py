@@ -1,11 +1,13 @@
 """What README shows is what the code does."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.published import table
 from ktae_trl.credit.combine import combine
 from ktae_trl.credit.ktae import key_token_values
 
@@ -40,6 +42,11 @@ def test_the_group_at_the_top(tokenizer):
         shown = [float(x) for x in re.findall(r"[-+]\d\.\d\d", rest)]
         sides = [final[found & side[:, None]] for side in (right, ~right)]
         assert [side[0].item() for side in sides if len(side)] == pytest.approx(shown, abs=0.006)
+
+
+def test_the_published_table_is_what_the_command_prints(shared):
+    results = json.loads((shared / "published_results.json").read_text())
+    assert "\n".join(table(results)) in README
 
 
 def test_every_file_that_is_named_is_there():

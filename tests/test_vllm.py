@@ -26,11 +26,13 @@ ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "TORCHDYNA
 
 
 def start(folder, *words, **options) -> subprocess.Popen:
+    # Without its word on cores, vLLM wants a NUMA node for each process of tensor parallelism.
+    cores = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if "tensor_parallel_size" in options else {}
     vllm = ["--backend", "vllm", "--vllm_options", json.dumps(OPTIONS | options)]
     return subprocess.Popen(
         [sys.executable, "eval.py", *QUICK, *vllm, "--output_dir", str(folder), *words],
         cwd=ROOT,
-        env=os.environ | ENVIRONMENT,
+        env=os.environ | ENVIRONMENT | cores,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -51,8 +51,9 @@ TEMPLATES = {
     "r1": Template(
         "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. "
         "The Assistant first thinks about the reasoning process in the mind and then provides the User with the "
-        "answer. The reasoning process is enclosed within <think> </think> and answer is enclosed within <answer> </answer> "
-        "tags, respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>.\n"
+        "answer. The reasoning process is enclosed within <think> </think> and answer is enclosed within "
+        "<answer> </answer> tags, respectively, i.e., <think> reasoning process here </think> "
+        "<answer> answer here </answer>.\n"
         "User: {problem}\n{system}\nAssistant: <think>",
         stop=("</answer>",),
     ),

@@ -85,18 +85,15 @@ def generate(
     """Complete each conversation, at temperature 1 unless `greedy`; batches of similar length, results in order."""
     texts = tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, tokenize=False)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    # What is left unset here would come from the model's own settings, such as the top_p of an instruct model.
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
-        do_sample=not greedy,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        repetition_penalty=1.0,
         eos_token_id=list(eos_token_ids),
         pad_token_id=tokenizer.pad_token_id,
+        **({"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}),
     )
-    was_training = model.training
+    was_training, own_settings = model.training, model.generation_config
+    # What ours leaves open, `generate` would take from the model's own, such as the top_p of an instruct model.
+    model.generation_config = GenerationConfig()
     model.eval()
     completions = [""] * len(texts)
     for begin in tqdm(range(0, len(order), batch_size), desc="held-out", disable=not progress, leave=False):
@@ -114,4 +111,5 @@ def generate(
         for i, text in zip(rows, decoded, strict=True):
             completions[i] = text
     model.train(was_training)
+    model.generation_config = own_settings
     return completions

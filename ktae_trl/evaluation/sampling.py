@@ -3,8 +3,10 @@
 import asyncio
 import importlib.util
 import json
+import os
 import signal
 import zlib
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +22,6 @@ class Sampling:
 
     temperature: float  # 0: greedy
     top_p: float
-    max_new_tokens: int
     seed: int
     stop: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
@@ -31,12 +32,17 @@ class Request(NamedTuple):
     id: str
     sample: int
     prompt_ids: tuple[int, ...]
+    max_new_tokens: int
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.benchmark, self.id, self.sample
 
 
 class Completion(NamedTuple):
     text: str
     tokens: int  # generated, the one that ended it included
-    truncated: bool  # ended by max_new_tokens
+    truncated: bool  # ended by max_new_tokens, or by the model's context
 
 
 Write = Callable[[list[tuple[Request, Completion]]], None]
@@ -60,15 +66,23 @@ def default_backend() -> str:
 def stop_token_ids(
     model: str, revision: str | None, tokenizer: PreTrainedTokenizerBase, ends: Sequence[str]
 ) -> tuple[int, ...]:
-    """Return every token that ends a completion: of the tokenizer, of the model's generation settings, and `ends`."""
+    """Return every token that ends a completion: of the tokenizer, of the model's generation settings, and `ends`.
+
+    Raises:
+        ValueError: the tokenizer does not have one of `ends`.
+    """
+    base = adapter_base(model, revision)
     found = {tokenizer.eos_token_id}
     try:
-        eos = GenerationConfig.from_pretrained(model, revision=revision).eos_token_id
+        eos = GenerationConfig.from_pretrained(base or model, revision=None if base else revision).eos_token_id
         found |= set(eos if isinstance(eos, list) else [eos])
     except OSError:
-        pass  # many models, and all adapters, come without
+        pass  # many models come without
     vocabulary = tokenizer.get_vocab()
-    found |= {vocabulary[end] for end in ends if end in vocabulary}
+    for end in ends:
+        if end not in vocabulary:
+            raise ValueError(f"The tokenizer of {model} has no {end}: this prompt is not for it. Set prompt: chat")
+        found.add(vocabulary[end])
     return tuple(sorted(found - {None}))
 
 
@@ -76,6 +90,8 @@ def adapter_base(model: str, revision: str | None) -> str | None:
     """Return the base model if `model` is a PEFT adapter, else None."""
     from peft import PeftConfig
 
+    if Path(model).is_dir() and not (Path(model) / "adapter_config.json").is_file():
+        return None  # PEFT would ask the Hub for a repository of that name
     try:
         return PeftConfig.from_pretrained(model, revision=revision).base_model_name_or_path
     except (ValueError, OSError):
@@ -83,13 +99,20 @@ def adapter_base(model: str, revision: str | None) -> str | None:
 
 
 def load_tokenizer(model: str, revision: str | None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model, or of an adapter's base model if the adapter has none of its own."""
+    """Load the tokenizer of a model, or of an adapter's base model if the adapter has none of its own.
+
+    Raises:
+        FileNotFoundError: no such model, neither here nor on the Hub.
+    """
     try:
         return AutoTokenizer.from_pretrained(model, revision=revision)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
         base = adapter_base(model, revision)
         if base is None:
-            raise
+            reason = str(error).strip().splitlines()[0]
+            raise FileNotFoundError(
+                f"{model} is no folder here, or without a tokenizer, and not on the Hub: {reason}"
+            ) from error
         return AutoTokenizer.from_pretrained(base)
 
 
@@ -114,18 +137,9 @@ def sample_with_transformers(
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=dtype).to(device).eval()
-    # What is left unset here would come from the model's own settings, such as the top_p of an instruct model.
-    config = GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
-        do_sample=sampling.temperature > 0,
-        temperature=sampling.temperature or 1.0,
-        top_p=sampling.top_p,
-        top_k=0,
-        repetition_penalty=1.0,
-        eos_token_id=list(sampling.stop_token_ids),
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        stop_strings=list(sampling.stop) or None,
-    )
+    # What ours leaves open, `generate` would take from the model's own, such as the top_p of an instruct model.
+    network.generation_config = GenerationConfig()
+    drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -133,25 +147,39 @@ def sample_with_transformers(
     with _ctrl_c_waits() as interrupted, torch.no_grad():
         for number, begin in enumerate(range(0, len(order), batch_size)):
             batch = [requests[i] for i in order[begin : begin + batch_size]]
-            if all(request[:3] in done for request in batch):
+            if all(request.key in done for request in batch):
                 continue
             inputs = tokenizer.pad({"input_ids": [list(r.prompt_ids) for r in batch]}, return_tensors="pt").to(device)
+            config = GenerationConfig(
+                max_new_tokens=max(request.max_new_tokens for request in batch),
+                eos_token_id=list(sampling.stop_token_ids),
+                pad_token_id=tokenizer.pad_token_id,
+                stop_strings=list(sampling.stop) or None,
+                **(drawn if sampling.temperature > 0 else {"do_sample": False}),
+            )
             torch.manual_seed(zlib.crc32(f"{sampling.seed} {number}".encode()))
             output = network.generate(**inputs, generation_config=config, tokenizer=tokenizer)
-            rows = [_completion(row, tokenizer, sampling) for row in output[:, inputs["input_ids"].shape[1] :].tolist()]
-            write([(r, row) for r, row in zip(batch, rows, strict=True) if r[:3] not in done])
+            rows = [
+                (request, _completion(ids[: request.max_new_tokens], tokenizer, sampling))
+                for request, ids in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True)
+            ]
+            write([(request, completion) for request, completion in rows if request.key not in done])
             if interrupted:
                 raise KeyboardInterrupt
 
 
 def _completion(ids: list[int], tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> Completion:
-    end = next((i + 1 for i, token in enumerate(ids) if token in sampling.stop_token_ids), None)
-    if end is None and sampling.stop:  # a stop string ended it, and padding (if not an end token) follows
-        while ids and ids[-1] == tokenizer.pad_token_id:
-            ids = ids[:-1]
-    text = tokenizer.decode(ids[:end], skip_special_tokens=True)
-    stopped = end is not None or any(text.rstrip().endswith(stop) for stop in sampling.stop)
-    return Completion(text, len(ids[:end]), not stopped)
+    """Cut a row of generated tokens (and padding) where it ended: at an end token, or within the first stop string."""
+
+    def decode(count: int) -> str:
+        return tokenizer.decode(ids[:count], skip_special_tokens=True)
+
+    end = next((i + 1 for i, token in enumerate(ids) if token in sampling.stop_token_ids), len(ids))
+    text = decode(end)
+    if stops := [text.index(stop) + len(stop) for stop in sampling.stop if stop in text]:
+        kept = text[: min(stops)]
+        return Completion(kept, bisect_left(range(end), True, key=lambda n: decode(n).startswith(kept)), False)
+    return Completion(text, end, not ids or ids[end - 1] not in sampling.stop_token_ids)
 
 
 @contextmanager
@@ -189,25 +217,28 @@ def sample_with_vllm(
     Args:
         options: of vLLM's engine, such as `tensor_parallel_size`, `data_parallel_size`, `gpu_memory_utilization`.
     """
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # its start fills screens
     from vllm import AsyncEngineArgs, AsyncLLMEngine, SamplingParams, TokensPrompt
     from vllm.lora.request import LoRARequest
     from vllm.sampling_params import RequestOutputKind
 
     base = adapter_base(model, revision)
+    adapter = None
     if base is not None:
-        options = {"enable_lora": True, "max_lora_rank": _rank(model, revision)} | options
+        folder = _local(model, revision)
+        options = {"enable_lora": True, "max_lora_rank": _lora_rank(folder)} | options
+        adapter = LoRARequest("adapter", 1, folder)
     engine_args = AsyncEngineArgs(
         model=base or model, revision=None if base else revision, dtype=dtype, seed=sampling.seed, **options
     )
-    adapter = LoRARequest("adapter", 1, _local(model, revision)) if base else None
-    waiting = [request for request in requests if request[:3] not in done]
+    waiting = [request for request in requests if request.key not in done]
 
-    async def one(engine, number: int, request: Request) -> tuple[Request, Completion]:
+    async def one(engine, number: int, request: Request) -> None:
         parameters = SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
-            max_tokens=sampling.max_new_tokens,
-            seed=zlib.crc32(json.dumps([sampling.seed, *request[:3]]).encode()) if sampling.temperature > 0 else None,
+            max_tokens=request.max_new_tokens,
+            seed=zlib.crc32(json.dumps([sampling.seed, *request.key]).encode()) if sampling.temperature > 0 else None,
             stop=list(sampling.stop),
             stop_token_ids=list(sampling.stop_token_ids),
             include_stop_str_in_output=bool(sampling.stop),
@@ -216,14 +247,27 @@ def sample_with_vllm(
         prompt = TokensPrompt(prompt_token_ids=list(request.prompt_ids))
         async for result in engine.generate(prompt, parameters, str(number), lora_request=adapter):
             output = result.outputs[0]
-        return request, Completion(output.text, len(output.token_ids), output.finish_reason == "length")
+        completion = Completion(output.text, len(output.token_ids), output.finish_reason == "length")
+        write([(request, completion)])
 
     async def all_of_them() -> None:
         engine = AsyncLLMEngine.from_engine_args(engine_args)
         tasks = [asyncio.create_task(one(engine, i, request)) for i, request in enumerate(waiting)]
+        interrupted: list[bool] = []
+
+        def stop() -> None:
+            interrupted.append(True)
+            for task in tasks:
+                task.cancel()
+
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, stop)
         try:
-            for finished in asyncio.as_completed(tasks):
-                write([await finished])
+            await asyncio.gather(*tasks)
+        except (Exception, asyncio.CancelledError):
+            # On a terminal, Ctrl-C reaches the engine's processes too, and how they end is no news.
+            if interrupted:
+                raise KeyboardInterrupt from None
+            raise
         finally:
             for task in tasks:
                 task.cancel()
@@ -242,13 +286,24 @@ def _local(model: str, revision: str | None) -> str:
     return snapshot_download(model, revision=revision)
 
 
-def _rank(model: str, revision: str | None) -> int:
-    from peft import PeftConfig
+def _lora_rank(folder: str) -> int:
+    """Return the rank to reserve for an adapter, which vLLM wants from a list of its own.
 
-    return max(8, PeftConfig.from_pretrained(model, revision=revision).r)
+    Raises:
+        ValueError: an adapter that is not LoRA, or of too high a rank.
+    """
+    config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"vLLM takes LoRA adapters only, not {config.get('peft_type')}. Set backend: transformers")
+    rank = max([config["r"], *config.get("rank_pattern", {}).values()])
+    allowed = (8, 16, 32, 64, 128, 256, 320, 512)
+    if rank > allowed[-1]:
+        raise ValueError(f"vLLM takes LoRA ranks up to {allowed[-1]}, not {rank}. Set backend: transformers")
+    return next(r for r in allowed if r >= rank)
 
 
 def context_length(model: str, revision: str | None) -> int | None:
     """Return how many tokens the model takes in all, None if its config does not say."""
-    name = adapter_base(model, revision) or model
-    return getattr(AutoConfig.from_pretrained(name, revision=revision), "max_position_embeddings", None)
+    base = adapter_base(model, revision)
+    config = AutoConfig.from_pretrained(base or model, revision=None if base else revision)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -35,13 +35,19 @@ class Difference(NamedTuple):
     p: float
 
 
-def share(values: Sequence[float]) -> Estimate:
+def share(values: Sequence[float], samples: int) -> Estimate:
     """Return the mean of per-problem shares in [0, 1] with its interval over problems.
 
-    Wilson's score interval (1927) at the effective sample size n = p (1 - p) / Var(mean), which takes the samples of a
-    problem as one cluster (Korn and Graubard 1998 for Clopper-Pearson). With one sample each it is Wilson's interval
-    for that many problems; with several it is narrower where samples of a problem differ. If all problems agree, n is
-    their number.
+    Wilson's score interval (1927). With only zeros and ones it is that of so many observations. With shares of several
+    samples it is taken at an effective number of observations (Korn and Graubard 1998),
+
+        n = p (1 - p) / Var(mean) * (z / t)^2,   Var(mean) from the spread between problems, t with P - 1 degrees,
+
+    so that the samples of one problem count as one cluster; n is at most `samples` for each problem, as many as there
+    would be if problems did not differ at all.
+
+    Args:
+        samples: independent samples behind each value: n for a share of n samples, n // k for pass@k and maj@k.
 
     Raises:
         ValueError: no problem.
@@ -49,9 +55,12 @@ def share(values: Sequence[float]) -> Estimate:
     x = np.asarray(values, float)
     if not len(x):
         raise ValueError("There is no problem to average over")
-    p, variance = float(x.mean()), float(x.var() / len(x))
-    n = p * (1 - p) / variance if variance > 1e-15 else len(x)
-    return wilson(p, n)
+    p = float(x.mean())
+    if np.isin(x, (0.0, 1.0)).all():
+        return wilson(p, len(x))
+    variance = float(x.var(ddof=1)) / len(x) if len(x) > 1 else 0.0
+    n = min(len(x) * samples, p * (1 - p) / variance if variance else math.inf)
+    return wilson(p, n * (Z / stats.t.ppf(0.975, len(x) - 1)) ** 2 if len(x) > 1 else 1)
 
 
 def wilson(p: float, n: float) -> Estimate:
@@ -98,7 +107,8 @@ def majority_at_k(verdicts: Sequence[bool], extracted: Sequence[str | None], k: 
     """Return the chance that the most frequent answer of k samples is right, for one problem.
 
     The mean over disjoint blocks of k samples. Right samples are one answer, wrong ones are the same answer if they are
-    equal as text or number; a sample without an answer has no vote; a tie counts by the share of right answers in it.
+    equal as text or number (y + 2 and 2 + y are two, so that maj@k errs on the high side); a sample without an answer
+    has no vote; a tie counts by the share of right answers in it.
     """
     if not 1 <= k <= len(verdicts):
         raise ValueError(f"maj@{k} needs between 1 and n samples; there are n = {len(verdicts)}")

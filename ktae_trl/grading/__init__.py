@@ -4,17 +4,20 @@ Only the content of the last `\boxed{...}` counts. Plain matches are settled her
 worker processes under hard limits on time and memory. This package loads neither torch nor trl; only the workers load
 SymPy.
 
-    completion, answers -> answers (text, numbers, lists) -> pool -> worker -> symbolic (math-verify) -> Grade
+    completion, answers -> text (last box) -> answers (lists, equations), literals (numbers, words)
+                        -> pool -> worker -> answers again, with symbolic (math-verify) for expressions -> Grade
 """
 
 import atexit
 import os
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
-from ktae_trl.grading.answers import MAX_LENGTH, gold_text, is_number, last_boxed, settle
+from ktae_trl.grading.answers import is_number, settle
 from ktae_trl.grading.pool import Pool, Task
+from ktae_trl.grading.text import MAX_LENGTH, gold_text, last_boxed
 
 __all__ = ["Grade", "grade", "grade_full", "grade_many", "grade_many_full", "last_boxed"]
 
@@ -23,7 +26,7 @@ class Grade(NamedTuple):
     verdict: bool | None  # None: none of the accepted answers could be parsed
     extracted: str | None  # the completion's final answer as written, None if it has none
     # Why: "equal", "different", "no boxed answer", "unparsable answer", "unparsable gold", "timeout" (over 2 s) or
-    # "worker died" (over 500 MB, or a crash).
+    # "worker died" (a crash; what runs into the 500 MB mostly ends as "different" or "unparsable answer").
     reason: str
 
 
@@ -114,13 +117,23 @@ _lock = threading.Lock()
 def _compare(tasks: list[Task], workers: int | None) -> list[str]:
     global _pool
     if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        workers = max(1, _cores() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1)))
     with _lock:
         if _pool is None or _pool.size != workers:
             _close()
             _pool = Pool(workers)
         return _pool.run(tasks)
+
+
+def _cores() -> int:
+    """Return the cores this process may use: those it is bound to, or fewer if a container's quota says so."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.is_file():
+        limit, period = quota.read_text().split()
+        if limit != "max":
+            cores = min(cores, max(1, int(limit) // int(period)))
+    return cores
 
 
 def _close() -> None:

@@ -1,4 +1,4 @@
-"""Worker processes that compare answers under hard limits: a comparison that takes too long is killed with its worker.
+"""Worker processes that compare answers under hard limits: a comparison that takes too long ends with its worker.
 
 Plain subprocesses of the same Python that run `ktae_trl.grading.worker`: they never import the main script, so they
 work from any thread, in notebooks, under torchrun and beside CUDA, and they end when the main process does.
@@ -9,6 +9,7 @@ import json
 import math
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,9 +18,11 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-SECONDS = 2.0
+SECONDS = 2.0  # of a worker's processor time; it ends itself by a signal
+_WALL_SECONDS = 30.0  # if it did not, for whatever reason
 MEGABYTES = 500
 _START_SECONDS = 120
+_STARTS = 3  # failed starts in a row that are an error; one may be an accident, such as a lack of memory
 _AHEAD = 4  # tasks that a worker has at hand, so that it never waits for us
 _SMALL = 4096  # bytes; a pipe holds 65,536
 
@@ -32,7 +35,7 @@ class Task(NamedTuple):
 class _Worker:
     def __init__(self):
         # Where this Python finds its packages, the worker must find them too (a checkout, an edited sys.path).
-        path = os.pathsep.join(entry for entry in sys.path if entry)
+        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the worker)
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "ktae_trl.grading.worker", str(MEGABYTES)],
@@ -71,7 +74,7 @@ class _Worker:
 
     def _begin(self) -> None:
         self.gold_read = False
-        self.deadline = time.monotonic() + SECONDS if self.tasks else math.inf
+        self.deadline = time.monotonic() + _WALL_SECONDS if self.tasks else math.inf
 
     def words(self) -> list[str] | None:
         """Return what it has said since we last asked; None if it has ended."""
@@ -81,12 +84,14 @@ class _Worker:
         *lines, self._unfinished = (self._unfinished + data).split(b"\n")
         return [line.decode() for line in lines]
 
-    def kill(self) -> None:
+    def kill(self) -> int:
+        """End it and return its exit code, the one it had if it ended by itself."""
         self.process.kill()
-        self.process.wait()
+        code = self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
+        return code
 
     def why(self) -> str:
         self.errors.seek(0)
@@ -99,6 +104,7 @@ class Pool:
     def __init__(self, size: int):
         self.size = size
         self.workers: list[_Worker] = []
+        self.failed_starts = 0
 
     def run(self, tasks: Sequence[Task]) -> list[str]:
         """Return the verdict of each task, in order: the worker's words, or "timeout" or "worker died".
@@ -106,7 +112,7 @@ class Pool:
         A gold answer that was not read in time, or that killed the worker, is an "unparsable gold".
 
         Raises:
-            RuntimeError: a worker cannot start.
+            RuntimeError: workers cannot start.
         """
         try:
             return self._run(tasks)
@@ -130,17 +136,22 @@ class Pool:
             heard = self._wait(min(worker.deadline for worker in self.workers) - now)
             for i, worker in enumerate(self.workers):
                 words = worker.words() if worker in heard else []
-                if words is None or (worker not in heard and worker.deadline <= now):
-                    worker.kill()
-                    if not worker.ready:
-                        raise RuntimeError(f"A grading worker could not start: {worker.why()}")
-                    if worker.tasks:
-                        verdict = "worker died" if words is None else "timeout"
-                        verdicts[worker.tasks.popleft()] = verdict if worker.gold_read else "unparsable gold"
-                    waiting.extendleft(reversed(worker.tasks))
-                    self.workers[i] = _Worker()
                 for word in words or []:
                     verdicts.update(worker.hear(word))
+                    self.failed_starts = 0
+                late = worker not in heard and worker.deadline <= now
+                if words is not None and not late:
+                    continue
+                timed_out = worker.kill() == -signal.SIGPROF or late
+                if not worker.ready:
+                    self.failed_starts += 1
+                    if self.failed_starts == _STARTS:
+                        raise RuntimeError(f"The grading workers cannot start: {worker.why()}")
+                if worker.tasks:
+                    verdict = "timeout" if timed_out else "worker died"
+                    verdicts[worker.tasks.popleft()] = verdict if worker.gold_read else "unparsable gold"
+                waiting.extendleft(reversed(worker.tasks))
+                self.workers[i] = _Worker()
         return [verdicts[i] for i in range(len(tasks))]
 
     def _wait(self, seconds: float) -> set[_Worker]:
@@ -151,6 +162,6 @@ class Pool:
 
     def close(self) -> None:
         """End all workers and wait for them."""
-        for worker in self.workers:
+        workers, self.workers = self.workers, []  # even if a second Ctrl-C ends this, no call meets them again
+        for worker in workers:
             worker.kill()
-        self.workers = []

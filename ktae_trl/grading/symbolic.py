@@ -1,22 +1,40 @@
-r"""What needs computer algebra: math-verify (SymPy), with one rule of our own for constants.
+r"""What needs computer algebra: math-verify (SymPy), with rules of our own where it says 'equal' too easily.
 
-math-verify compares floats rounded to six decimals and lets small differences vanish, so that 2.88e-19 equals 5.11e-19.
-Constants are compared here by their relative difference instead. Only worker processes import this module.
+- Constants: math-verify compares floats rounded to six decimals and lets small differences vanish, so that 2.88e-19
+  equals 5.11e-19. Here exact constants are equal if their difference is 0, decimal ones by relative difference.
+- Names: it reads R and r, and x and x', as the same variable; they are told apart before it sees them.
+- Units: it takes letters after a number for units, so that 5c equals 5; `literals` has stricter ones, its are off.
+
+Only worker processes import this module.
 """
 
 import logging
+import re
 from fractions import Fraction
 from functools import lru_cache
 
 import sympy
+from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
 from sympy import Expr, Float, MatrixBase
 
-from ktae_trl.grading import answers
+from ktae_trl.grading import answers, literals
+from ktae_trl.grading.text import MAX_LENGTH
 
-_EXTRACTION = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
+_EXTRACTION = [
+    LatexExtractionConfig(
+        boxed_match_priority=0,
+        try_extract_without_anchor=False,
+        normalization_config=NormalizationConfig(
+            basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="last", equations=False
+        ),
+    )
+]
 _DIGITS = 30
-_TOLERANCE = 1e-12  # between constants without a decimal point: far above the error of evaluation
+_DIFFERENT = 1e-12  # relative; far above the error of evaluation to 30 digits
+_NAMES = re.compile(r"\\([A-Za-z]+)|(?<!_)(?<!_\{)([A-Za-z])(?:_(\w|\{\w+\}))?")
+_GREEK = {"gamma", "delta", "theta", "lambda", "xi", "pi", "sigma", "upsilon", "phi", "psi", "omega"}
+_PRIMED = re.compile(r"([A-Za-z])(?:('+)|\^\s*(?:\{\s*((?:\\prime\s*)+)\}|(\\prime)))")
 
 # Time is limited from outside (`pool`), by a signal that cannot be missed; math-verify warns that it does not do it.
 for name in ("math_verify.parser", "math_verify.grader"):
@@ -31,13 +49,17 @@ def equal(gold: str, answer: str) -> bool:
 @lru_cache(maxsize=4096)
 def parsable(gold: str) -> bool:
     """Say whether every part of an accepted answer is mathematics, a number, words or a name."""
-    if not gold or len(gold) > answers.MAX_LENGTH:
+    if not gold or len(gold) > MAX_LENGTH:
         return False
-    return all(answers.is_literal(part) or _parse(part) is not None for part in answers.parts(gold))
+    return all(
+        literals.is_literal(part) or _parse(_told_apart(part, _in_both_cases(part, part))) is not None
+        for part in answers.parts(gold)
+    )
 
 
 def _same_expression(gold: str, answer: str) -> bool:
-    gold_expression, expression = _parse(gold), _parse(answer)
+    twice = _in_both_cases(gold, answer)
+    gold_expression, expression = _parse(_told_apart(gold, twice)), _parse(_told_apart(answer, twice))
     if gold_expression is None or expression is None:
         return False
     measured = _value(expression)
@@ -48,17 +70,49 @@ def _same_expression(gold: str, answer: str) -> bool:
     return _same(gold_expression, expression)
 
 
+def _in_both_cases(gold: str, answer: str) -> set[str]:
+    """Return the (lower case) names to tell apart from their capitals.
+
+    R and r are two variables if one of the answers has both; else a model may write r for R. Greek letters, such as
+    Delta, always are.
+    """
+    texts = [{match[1] or match[2] for match in _NAMES.finditer(text)} for text in (gold, answer)]
+    latin = {name for names in texts for name in names if len(name) == 1 and {name.lower(), name.upper()} <= names}
+    greek = {name for name in texts[0] | texts[1] if name in _GREEK and name.capitalize() in texts[0] | texts[1]}
+    return {name.lower() for name in latin} | greek
+
+
+def _told_apart(latex: str, twice: set[str]) -> str:
+    r"""Rename what math-verify would take for one: x' and x, and the capitals of the names in `twice`."""
+
+    def primed(match: re.Match) -> str:
+        count = len(match[2] or "") or (match[3] or match[4]).count("prime")
+        return f"{match[1]}_{{99{count}}}"
+
+    def capital(match: re.Match) -> str:
+        name = match[1] or match[2]
+        lower = name[0].lower() + name[1:]
+        if name == lower or lower not in twice:
+            return match.group()
+        command = "\\" if match[1] else ""
+        return f"{command}{lower}_{{98{(match[3] or '').strip('{}')}}}"
+
+    return _NAMES.sub(capital, _PRIMED.sub(primed, latex))
+
+
 def _same(gold, answer) -> bool:
     if isinstance(gold, MatrixBase) and isinstance(answer, MatrixBase):
         return gold.shape == answer.shape and all(_same(g, a) for g, a in zip(gold.flat(), answer.flat(), strict=True))
     gold_value, value = _value(gold), _value(answer)
     if gold_value is None or value is None:
         return verify(gold, answer, timeout_seconds=None)
-    if gold_value == 0 or value == 0:
-        return bool((gold.doit() - answer.doit()).equals(0))
     decimal = gold.has(Float) or answer.has(Float)
-    tolerance = float(answers.RELATIVE_TOLERANCE) * (1 + 1e-9) if decimal else _TOLERANCE
-    return bool(abs(gold_value - value) <= tolerance * abs(gold_value))
+    if decimal and gold_value != 0 and not gold.doit().is_integer:
+        tolerance = float(literals.RELATIVE_TOLERANCE) * (1 + 1e-9)
+        return bool(abs(gold_value - value) <= tolerance * abs(gold_value))
+    if abs(gold_value - value) > _DIFFERENT * max(abs(gold_value), abs(value)) and gold_value * value != 0:
+        return False
+    return bool((gold.doit() - answer.doit()).equals(0))  # also tells 2^1009 from 2^1009 - 1
 
 
 def _value(expression):
@@ -77,7 +131,9 @@ def _parse(latex: str):
         readings = parse(
             rf"\boxed{{{latex}}}", extraction_config=_EXTRACTION, extraction_mode="first_match", parsing_timeout=None
         )
-    except (Exception, RecursionError):  # the parser fails in many ways on what a model may write
+    except MemoryError:
+        raise  # of this moment, not of this text: it must not be remembered
+    except Exception:  # the parser fails in many ways on what a model may write
         return None
     expressions = [reading for reading in readings if isinstance(reading, sympy.Basic | MatrixBase)]
     # \gamma^2 is read as the gamma function at a pole, and all such infinities are equal to each other.
