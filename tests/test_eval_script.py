@@ -1,9 +1,11 @@
 """`eval.py` as a user runs it, with the offline model on its own task."""
 
+import fcntl
 import gzip
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -150,6 +152,7 @@ def test_compare(script, evaluated, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "other against tiny" in said
     assert "sums: no evidence of a difference: " in said
+    assert "no evidence of another length: " in said
     assert "seed differs: 0 in tiny, 1 in other" in said
     (entry,) = json.loads((tmp_path / "compared" / "comparison.json").read_text())["comparisons"]
     a, b = (sum(row["verdict"] for row in samples(folder)) / 96 for folder in (evaluated, tmp_path / "other"))
@@ -178,7 +181,7 @@ def test_grade_outputs_of_others(script, tmp_path, capsys):
     assert summary["benchmarks"]["easy"]["tokens"] is None
     script.main(["grade", str(path), "--output_dir", str(tmp_path / "twice")])
     script.main(["compare", str(tmp_path / "graded"), str(tmp_path / "twice"), "--output_dir", str(tmp_path / "c")])
-    assert "no evidence of a difference: +0.0 points" in capsys.readouterr().out
+    assert "no evidence of a difference: the same on every problem" in capsys.readouterr().out
 
 
 def test_graded_outputs_give_the_published_accuracy(script, shared, tmp_path):
@@ -196,8 +199,14 @@ def test_graded_outputs_give_the_published_accuracy(script, shared, tmp_path):
         (["--k", "5"], r"k must lie between 1 and samples (4), not 5"),
         (["--temperature", "0"], "temperature 0 gives the same completion every time"),
         (["--samples", "0"], "samples must be at least 1, not 0"),
-        (["--backend", "tgi"], "backend must be vllm or transformers, not 'tgi'"),
-        (["--prompt", "qwn"], "Unknown prompt 'qwn' (did you mean 'qwen'?)"),
+        (["--backend", "tgi"], "backend must be one of vllm, transformers, not 'tgi'"),
+        (["--prompt", "qwn"], "prompt must be one of chat, qwen, r1, none, not 'qwn' (did you mean 'qwen'?)"),
+        (["--dtype", "flot32"], "dtype must be one of auto, float32, bfloat16, float16, not 'flot32'"),
+        (["--limit", "0"], "limit must be at least 1, not 0"),
+        (["--temperature", "nan"], "temperature nan or top_p 1.0 is out of range"),
+        (["--vllm_options", "{bad"], "vllm_options is not JSON"),
+        (["--vllm_options", "[1]"], "vllm_options must be an object"),
+        (["--model_name_or_path", "ktae_trl/no_such_model"], "ktae_trl/no_such_model is no folder here"),
         (["--only", "sum"], "There is no benchmark 'sum' (did you mean 'sums'?)"),
         (["--model_name_or_path", "./no/model"], "There is no model ./no/model"),
         (["--model_name_or_path", "configs"], "configs holds neither config.json nor adapter_config.json"),
@@ -208,6 +217,72 @@ def test_graded_outputs_give_the_published_accuracy(script, shared, tmp_path):
 )
 def test_bad_settings(script, tmp_path, words, message):
     assert message in complaint(script, [*QUICK, "--output_dir", str(tmp_path), *words])
+
+
+def test_outputs_that_would_be_lost(script, tmp_path):
+    path = tmp_path / "outputs.jsonl"
+    rows = [{"output": "\\boxed{1}", "answer": "1", "task": task} for task in ("a/b", "a_b")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "Two benchmarks of" in complaint(script, ["grade", str(path), "--output_dir", str(tmp_path / "x")])
+    path.write_text('{"output": "\\\\boxed{1}", "answer": "1", "mine": "precious"}\n')
+    assert "outputs.jsonl would be overwritten" in complaint(
+        script, ["grade", str(path), "--output_dir", str(tmp_path)]
+    )
+    assert "precious" in path.read_text()
+
+
+def test_outputs_in_lists(script, tmp_path):
+    path = tmp_path / "lists.jsonl"
+    path.write_text(json.dumps({"output": [r"\boxed{2}", r"\boxed{\frac{1}{2}}"], "answer": r"\frac12"}) + "\n")
+    script.main(["grade", str(path), "--output_dir", str(tmp_path / "out")])
+    figures = json.loads((tmp_path / "out" / "summary.json").read_text())["benchmarks"]["outputs"]
+    assert (figures["samples"], figures["accuracy"][0]) == (2, 0.5)
+    path.write_text(json.dumps({"output": [{"role": "assistant", "content": "2"}], "answer": "2"}) + "\n")
+    assert "line 1: an output must be a text or a list of texts" in complaint(script, ["grade", str(path)])
+    path.write_text(json.dumps({"output": None, "answer": "2"}) + "\n")
+    assert "line 1: output is null" in complaint(script, ["grade", str(path)])
+    path.write_text(json.dumps({"output": "2", "answer": "2", "tokens": "x"}) + "\n")
+    assert "line 1: tokens must be a whole number, not 'x'" in complaint(script, ["grade", str(path)])
+
+
+def test_unknown_command(script):
+    assert "unknown command 'comparee' (did you mean 'compare'?)" in complaint(script, ["comparee", "a", "b"])
+
+
+def test_only_one_process_writes_to_a_folder(script, tmp_path):
+    (tmp_path / ".lock").touch()
+    with open(tmp_path / ".lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "Another eval.py is writing to" in complaint(script, [*QUICK, "--output_dir", str(tmp_path)])
+
+
+def test_only_keeps_the_other_benchmarks_in_the_summary(script, tmp_path):
+    config = yaml.safe_load((ROOT / "configs" / "eval" / "quickstart.yaml").read_text())
+    config["benchmarks"].append(config["benchmarks"][0] | {"name": "again"})
+    (tmp_path / "two.yaml").write_text(
+        yaml.safe_dump(config | {"limit": 4, "samples": 1, "output_dir": str(tmp_path / "o")})
+    )
+    script.main(["--config", str(tmp_path / "two.yaml")])
+    script.main(["--config", str(tmp_path / "two.yaml"), "--only", "again"])
+    summary = json.loads((tmp_path / "o" / "summary.json").read_text())
+    assert list(summary["benchmarks"]) == ["sums", "again"]
+
+
+def test_settings_of_the_model_do_not_leak_into_sampling(script, evaluated, tmp_path):
+    """Instruct models ship sampling settings; what is measured is what the config of the evaluation says."""
+    shutil.copytree(tiny.MODEL, tmp_path / "model")
+    settings = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    settings |= {
+        "num_beams": 3,
+        "min_p": 0.5,
+        "no_repeat_ngram_size": 2,
+        "min_new_tokens": 20,
+        "top_k": 2,
+        "do_sample": True,
+    }
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(settings))
+    script.main([*QUICK, "--model_name_or_path", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out")])
+    assert samples(tmp_path / "out") == samples(evaluated)
 
 
 def test_bad_files(script, evaluated, tmp_path):
@@ -221,7 +296,7 @@ def test_bad_files(script, evaluated, tmp_path):
     said = complaint(script, ["grade", str(path)])
     assert "line 1: no column answers or answer or solution. There are: output" in said
     path.write_text('{"output": "a", "answer": "1"}\n')
-    assert "k must lie between 1 and the samples of a problem (1), not 2" in complaint(
+    assert "k must lie between 1 and the samples of a problem (1 in outputs), not 2" in complaint(
         script, ["grade", str(path), "--k", "2", "--output_dir", str(tmp_path / "g")]
     )
     assert "nowhere holds no results of eval.py" in complaint(script, ["compare", str(evaluated), "nowhere"])

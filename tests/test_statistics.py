@@ -29,7 +29,7 @@ counts = st.integers(1, 300).flatmap(lambda n: st.tuples(st.integers(0, n), st.j
 @given(counts)
 def test_one_sample_a_problem_gives_wilson_intervals(count):
     right, n = count
-    estimate = share([1.0] * right + [0.0] * (n - right))
+    estimate = share([1.0] * right + [0.0] * (n - right), 1)
     assert estimate.value == pytest.approx(right / n)
     assert estimate[1:] == pytest.approx(proportion_confint(right, n, method="wilson"), abs=1e-9)
     ours = stats.binomtest(right, n).proportion_ci(method="wilson")
@@ -39,31 +39,46 @@ def test_one_sample_a_problem_gives_wilson_intervals(count):
 def test_samples_of_one_problem_are_no_independent_observations():
     rng = np.random.default_rng(0)
     right = (rng.random((100, 8)) < rng.random((100, 1))).astype(float)
-    clustered, naive = share(right.mean(1)), share(right.ravel())
-    one_each = share(right[:, 0])
+    clustered, naive = share(right.mean(1), 8), share(right.ravel(), 1)
+    one_each = share(right[:, 0], 1)
     assert clustered.value == pytest.approx(naive.value)
     assert naive.high - naive.low < clustered.high - clustered.low < one_each.high - one_each.low
-    copied = share(np.repeat(right[:, :1], 8, axis=1).mean(1))  # eight copies of a sample are worth one
-    assert copied == pytest.approx(one_each)
+    copied = share(np.repeat(right[:, :1], 8, axis=1).mean(1), 8)  # eight copies of a sample are worth one
+    assert copied == one_each
 
 
-@pytest.mark.parametrize(("problems", "samples"), [(30, 1), (30, 8), (200, 4)])
-def test_the_intervals_cover(problems, samples):
-    """Problems of differing difficulty, drawn anew 2,000 times: 95 of 100 intervals hold the true mean."""
+@pytest.mark.parametrize(
+    ("problems", "samples", "k", "difficulty"),
+    [
+        (30, 1, 1, (0.6, 0.9)),
+        (30, 8, 1, (0.6, 0.9)),
+        (200, 4, 1, (0.6, 0.9)),
+        (10, 8, 1, (0.3, 0.6)),
+        (30, 16, 1, (1e6, 1e6)),  # problems of the same difficulty
+        (30, 16, 8, (2, 2)),
+        (83, 8, 4, (3, 1)),
+    ],
+)
+def test_the_intervals_cover(problems, samples, k, difficulty):
+    """Problems drawn anew 1,500 times: 95 of 100 intervals of avg@n and pass@k hold the truth (or a few more)."""
     rng = np.random.default_rng(1)
-    difficulty = rng.beta(0.6, 0.9, (2000, problems, 1))
-    means = (rng.random((2000, problems, samples)) < difficulty).mean(2)
-    intervals = [share(m) for m in means]
-    covered = np.mean([e.low <= 0.6 / 1.5 <= e.high for e in intervals])
-    assert 0.93 < covered < 0.97
+    truth = float(np.mean(1 - (1 - rng.beta(*difficulty, 10**6)) ** k))
+    chances = rng.beta(*difficulty, (1500, problems))
+    table = np.array([pass_at_k(c, samples, k) for c in range(samples + 1)])
+    intervals = [share(table[right], samples // k) for right in rng.binomial(samples, chances)]
+    covered = np.mean([e.low <= truth <= e.high for e in intervals])
+    assert 0.935 < covered < 0.99
 
 
 def test_degenerate_shares():
-    assert share([1.0] * 30) == pytest.approx((1.0, *proportion_confint(30, 30, method="wilson")))
-    assert share([0.0] * 30).low == 0
-    assert share([0.5] * 30) == pytest.approx(wilson(0.5, 30))  # no spread seen: as many observations as problems
+    assert share([1.0] * 30, 8) == pytest.approx((1.0, *proportion_confint(30, 30, method="wilson")))
+    assert share([0.0] * 30, 8).low == 0
+    nearly = share([0.5] * 29 + [0.5001], 2)  # no spread seen: at most as many observations as samples
+    assert share([0.5] * 30, 2) == pytest.approx(nearly, abs=1e-4)
+    assert share([0.5] * 30, 2).high - 0.5 > wilson(0.5, 60).high - 0.5
+    assert share([0.5], 2).high - 0.5 > 0.3
     with pytest.raises(ValueError, match="no problem"):
-        share([])
+        share([], 1)
 
 
 def test_the_mean_of_benchmarks_covers():

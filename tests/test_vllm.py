@@ -98,8 +98,12 @@ def test_samples_do_not_depend_on_what_runs_beside_them(tmp_path):
         assert sum(a == b for a, b in zip(alone, together, strict=True)) >= 0.97 * len(alone)
 
 
-def test_killed_in_the_middle(tmp_path):
-    """The run that goes on has the samples of the killed one, and ends with those of an uninterrupted one."""
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT])
+def test_killed_in_the_middle(tmp_path, blow):
+    """The run that goes on has the samples of the killed one, and ends with those of an uninterrupted one.
+
+    Ctrl-C reaches vLLM's own processes too, as on a terminal.
+    """
     words = ["--samples", "16", "--limit", "64"]
     whole = evaluate(tmp_path / "whole", *words)
     process = start(tmp_path / "killed", *words)
@@ -107,8 +111,12 @@ def test_killed_in_the_middle(tmp_path):
     while not (path.exists() and path.read_bytes().count(b"\n") >= 20):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    if blow == signal.SIGINT:
+        os.killpg(process.pid, signal.SIGINT)
+        assert "what was generated is saved" in process.communicate(timeout=120)[0].splitlines()[-1]
+    else:
+        process.kill()
+        process.wait()
     early = [json.loads(line) for line in path.read_text().splitlines()[:20]]
     assert path.read_bytes().count(b"\n") < len(whole)
     resumed = evaluate(tmp_path / "killed", *words)

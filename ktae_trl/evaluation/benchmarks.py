@@ -1,10 +1,12 @@
 """Benchmarks as data: where the problems are, which columns they have, and how a model is asked."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ktae_trl.arguments import nearest
@@ -78,9 +80,12 @@ def parse_benchmarks(entries: Sequence[dict], only: Sequence[str] | None = None)
         for key in ("name", "dataset"):
             if not entry.get(key):
                 raise ValueError(f"benchmarks, entry {number}: {key!r} is missing")
-        if entry["name"] in benchmarks:
-            raise ValueError(f"benchmarks: two are named {entry['name']!r}")
-        benchmarks[entry["name"]] = Benchmark(**entry)
+        name = str(entry["name"])
+        if not re.fullmatch(r"[\w.+-]+", name):
+            raise ValueError(f"benchmarks, entry {number}: {name!r} cannot name a file; use letters, digits and ._+-")
+        if name in benchmarks:
+            raise ValueError(f"benchmarks: two are named {name!r}")
+        benchmarks[name] = Benchmark(**(entry | {"name": name}))
     if not benchmarks:
         raise ValueError("The config names no benchmarks. See configs/eval/math.yaml for the form")
     for name in only or []:
@@ -106,15 +111,18 @@ def load_problems(benchmark: Benchmark, folder: str | None = None, limit: int | 
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"There is no folder {folder} (benchmark_folder, looked in {Path.cwd()})")
     where = f"benchmark {benchmark.name!r} ({benchmark.dataset})"
+    advice = "Set problem, answer and id in its entry" if folder is None else "A file needs id, problem and answers"
     rows = load(benchmark.dataset, benchmark.config, benchmark.split)
     for column in filter(None, (benchmark.problem, benchmark.answer, benchmark.id)):
         if column not in rows.column_names:
             raise ValueError(
                 f"{where} has no column {column!r}{nearest(column, rows.column_names)}. "
-                f"There are: {', '.join(rows.column_names)}. Set problem, answer and id in its entry"
+                f"There are: {', '.join(rows.column_names)}. {advice}"
             )
     problems: dict[str, Problem] = {}
     for number, row in enumerate(rows.select(range(min(limit or len(rows), len(rows))))):
+        if benchmark.id and row[benchmark.id] is None:
+            raise ValueError(f"{where}, row {number + 1}: no id")
         name = str(row[benchmark.id]) if benchmark.id else str(number)
         accepted = row[benchmark.answer]
         answers = tuple(str(a) for a in (accepted if isinstance(accepted, list) else [accepted]) if a not in (None, ""))
@@ -138,7 +146,7 @@ def prompts(
     """Return each problem's prompt as text and as token ids.
 
     Raises:
-        ValueError: an unknown template, or `chat` with a tokenizer that has no chat template.
+        ValueError: an unknown template, or `chat` with a tokenizer whose chat template is missing or refuses.
     """
     if template not in TEMPLATES:
         raise ValueError(
@@ -156,5 +164,11 @@ def prompts(
         )
     head = [{"role": "system", "content": system}] if system else []
     conversations = [[*head, {"role": "user", "content": problem.text}] for problem in problems]
-    texts = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
+    try:
+        texts = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:  # some templates know no system role
+        raise ValueError(
+            f"The chat template of {tokenizer.name_or_path} refuses this conversation: {error}. "
+            'Without a system prompt: --system_prompt ""'
+        ) from error
     return texts, tokenizer(texts, add_special_tokens=False)["input_ids"]

@@ -1,6 +1,5 @@
 """Which of several models is better, by how much, how surely, and at what length: the same problems, paired."""
 
-import json
 import re
 from collections.abc import Sequence
 from itertools import combinations
@@ -9,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ktae_trl.evaluation.samples import SETTINGS, read_samples
+from ktae_trl.evaluation.samples import read_samples, read_settings
 from ktae_trl.evaluation.statistics import Difference, holm, mean_of, paired_difference, share
 from ktae_trl.evaluation.summary import Results, results
 
@@ -23,7 +22,7 @@ class Run(NamedTuple):
     """The finished results of one model."""
 
     name: str
-    settings: dict
+    settings: dict | None  # None: outputs of another program
     benchmarks: dict[str, Results]
 
 
@@ -35,8 +34,9 @@ class Comparison(NamedTuple):
     benchmark: str
     problems: int
     accuracy: Difference
-    corrected_p: float  # Holm's, over the benchmarks and models of this comparison
+    corrected_p: float  # Holm's, over the benchmarks (or the means) of all models compared
     tokens: Difference | None
+    tokens_corrected_p: float | None
 
 
 def load_run(folder: str) -> Run:
@@ -50,8 +50,9 @@ def load_run(folder: str) -> Run:
     files = sorted(path.glob("*.jsonl"))
     if not files:
         raise FileNotFoundError(f"{folder} holds no results of eval.py (looked in {Path.cwd()})")
-    settings = json.loads((path / SETTINGS).read_text(encoding="utf-8")) if (path / SETTINGS).exists() else {}
-    return Run(path.name, settings, {file.stem: results(str(file), read_samples(file)) for file in files})
+    return Run(
+        path.resolve().name, read_settings(path), {file.stem: results(str(file), read_samples(file)) for file in files}
+    )
 
 
 def compare(runs: Sequence[Run], seed: int = 0) -> list[Comparison]:
@@ -68,7 +69,7 @@ def compare(runs: Sequence[Run], seed: int = 0) -> list[Comparison]:
         _check_same_problems(one, other)
     found = []
     for run in runs[1:]:
-        pairs = [(runs[0].benchmarks[name], run.benchmarks[name]) for name in runs[0].benchmarks]
+        pairs = [(a, _in_order_of(a, run.benchmarks[name])) for name, a in runs[0].benchmarks.items()]
         found += [_compare(runs[0].name, run.name, a.name, [(a, b)], seed) for a, b in pairs]
         if len(pairs) > 1:
             found.append(_compare(runs[0].name, run.name, MEAN, pairs, seed))
@@ -77,6 +78,9 @@ def compare(runs: Sequence[Run], seed: int = 0) -> list[Comparison]:
         members = [i for i, comparison in enumerate(found) if family(comparison)]
         for i, p in zip(members, holm([found[i].accuracy.p for i in members]), strict=True):
             found[i] = found[i]._replace(corrected_p=p)
+        members = [i for i in members if found[i].tokens]
+        for i, p in zip(members, holm([found[i].tokens.p for i in members]), strict=True):
+            found[i] = found[i]._replace(tokens_corrected_p=p)
     return found
 
 
@@ -91,6 +95,7 @@ def _compare(a: str, b: str, name: str, pairs: list[tuple[Results, Results]], se
         accuracy=paired_difference([(x.right.mean(1), y.right.mean(1)) for x, y in pairs], seed),
         corrected_p=1.0,
         tokens=paired_difference([(x.mean(1), y.mean(1)) for x, y in lengths], seed) if known else None,
+        tokens_corrected_p=None,
     )
 
 
@@ -102,19 +107,42 @@ def _check_same_problems(one: Run, other: Run) -> None:
         )
     for name, a in one.benchmarks.items():
         b = other.benchmarks[name]
-        if a.ids != b.ids:
+        if set(a.ids) != set(b.ids):
             missing = [i for i in a.ids if i not in set(b.ids)] + [i for i in b.ids if i not in set(a.ids)]
-            what = f"problems {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''} are only in one of them"
             raise ValueError(
-                f"{one.name} and {other.name} have different problems in {name}: {what if missing else 'other order'}"
+                f"{one.name} and {other.name} have different problems in {name}: "
+                f"{', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''} are only in one of them"
             )
-        for i, x, y in zip(a.ids, a.problems, b.problems, strict=True):
-            if x != y:
+        aligned = _in_order_of(a, b)
+        for i, x, y, mine, theirs in zip(a.ids, a.problems, aligned.problems, a.answers, aligned.answers, strict=True):
+            if x and y and x != y:
                 raise ValueError(f"Problem {i!r} of {name} has another text in {one.name} than in {other.name}")
+            if mine != theirs:
+                raise ValueError(
+                    f"Problem {i!r} of {name} has other accepted answers in {one.name} than in {other.name}"
+                )
+
+
+def _in_order_of(first: Results, other: Results) -> Results:
+    """Return `other` with its problems in the order of `first`."""
+    place = {name: i for i, name in enumerate(other.ids)}
+    order = [place[name] for name in first.ids]
+    return other._replace(
+        ids=first.ids,
+        problems=[other.problems[i] for i in order],
+        answers=[other.answers[i] for i in order],
+        right=other.right[order],
+        extracted=[other.extracted[i] for i in order],
+        tokens=None if other.tokens is None else other.tokens[order],
+        truncated=None if other.truncated is None else other.truncated[order],
+    )
 
 
 def differing_settings(runs: Sequence[Run]) -> list[str]:
     """Say which settings, other than the model, differ between runs: part of a difference may come from them."""
+    unknown = [run.name for run in runs if run.settings is None]
+    if unknown:
+        return [f"how {', '.join(unknown)} was sampled is not known here"]
     own = {"model_name_or_path", "model_revision", "fingerprint"}
     names = sorted({name for run in runs for name in run.settings} - own)
     notes = []
@@ -129,22 +157,28 @@ def differing_settings(runs: Sequence[Run]) -> list[str]:
 
 def sentence(comparison: Comparison) -> str:
     """Say the result of a comparison in words: a difference is claimed only if the corrected p-value is below 5%."""
-    value, low, high, _ = (100 * x for x in comparison.accuracy)
-    p = comparison.corrected_p
-    size = f"{value:+.1f} points, 95% interval {low:+.1f} to {high:+.1f}"
-    size += ", p < 0.001" if p < 0.001 else f", p = {p:.2f}" if p >= 0.1 else f", p = {p:.3f}"
-    better = comparison.b if value > 0 else comparison.a
-    claim = f"{better} is better" if p < 0.05 else "no evidence of a difference"
-    return f"{comparison.benchmark}: {claim}: {size}" + (
-        f"; {length_sentence(comparison)}" if comparison.tokens else ""
+    better = comparison.b if comparison.accuracy.value > 0 else comparison.a
+    claim = f"{better} is better" if comparison.corrected_p < 0.05 else "no evidence of a difference"
+    points = comparison.accuracy._replace(
+        **{k: 100 * getattr(comparison.accuracy, k) for k in ("value", "low", "high")}
     )
+    return f"{comparison.benchmark}: {claim}: {_size(points, comparison.corrected_p, 'points', 1)}"
 
 
 def length_sentence(comparison: Comparison) -> str:
-    value, low, high, p = comparison.tokens
-    claim = "no evidence of another length" if p >= 0.05 else "longer" if value > 0 else "shorter"
-    value, low, high = (f"{x:+,.0f}" if abs(value) >= 10 else f"{x:+.1f}" for x in (value, low, high))
-    return f"{claim}: {value} tokens ({low} to {high})"
+    """Say in words how the lengths differ; the same rule."""
+    tokens, p = comparison.tokens, comparison.tokens_corrected_p
+    longer = f"{comparison.b} is {'longer' if tokens.value > 0 else 'shorter'}"
+    claim = longer if p < 0.05 else "no evidence of another length"
+    return f"{claim}: {_size(tokens, p, 'tokens', int(abs(tokens.value) < 10))}"
+
+
+def _size(difference: Difference, p: float, unit: str, places: int) -> str:
+    if difference[:3] == (0, 0, 0):
+        return "the same on every problem"
+    value, low, high = (f"{round(x, places) + 0.0:+,.{places}f}" for x in difference[:3])  # + 0.0: no -0.0
+    shown = "p < 0.001" if p < 0.001 else f"p = {p:.2f}" if p >= 0.1 else f"p = {p:.3f}"
+    return f"{value} {unit}, 95% interval {low} to {high}, {shown}"
 
 
 def plot(runs: Sequence[Run], folder: Path) -> list[Path]:
@@ -166,7 +200,7 @@ def plot(runs: Sequence[Run], folder: Path) -> list[Path]:
     for axis, panel in zip(axes.flat, panels, strict=False):
         for i, run in enumerate(runs):
             parts = [run.benchmarks[name] for name in (names if panel == MEAN else [panel])]
-            accuracy = mean_of([share(part.right.mean(1)) for part in parts])
+            accuracy = mean_of([share(part.right.mean(1), part.right.shape[1]) for part in parts])
             means = [part.tokens.mean(1) for part in parts]
             length = float(np.mean([m.mean() for m in means]))
             error = 1.96 * np.sqrt(sum(m.var() / len(m) for m in means)) / len(means)

@@ -1,5 +1,6 @@
 """Samples on disk: one JSON Lines file a benchmark, written while it is generated, graded when it is complete."""
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -13,6 +14,7 @@ from ktae_trl.grading import Grade, grade_many, grade_many_full
 logger = logging.getLogger(__name__)
 
 SETTINGS = "settings.json"
+_END = 1 << 20  # bytes
 _NEEDED = ("id", "sample", "problem", "prompt", "completion", "tokens", "truncated")
 
 
@@ -27,14 +29,21 @@ class Store:
         """Open a new folder, or one that holds samples made with the same settings.
 
         Raises:
-            ValueError: the folder's samples were made with other settings.
+            ValueError: the folder's samples were made with other settings, or another process is writing to it.
         """
         self.folder = folder
         self._open: dict[str, IO[str]] = {}
         folder.mkdir(parents=True, exist_ok=True)
+        self._lock = open(folder / ".lock", "w")  # noqa: SIM115 (held while the process lives)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"Another eval.py is writing to {folder}. Wait for it, or choose another output_dir"
+            ) from None
+        before = read_settings(folder)
         file = folder / SETTINGS
-        if file.exists():
-            before = json.loads(file.read_text(encoding="utf-8"))
+        if before is not None:
             for name in sorted(before.keys() | settings.keys()):
                 if before.get(name) != settings.get(name):
                     raise ValueError(
@@ -74,7 +83,6 @@ class Store:
         Args:
             answers: the accepted answers of each problem, in the order that the file gets.
         """
-        self.close()
         order = {problem: number for number, problem in enumerate(answers)}
         rows = sorted(self.read(benchmark), key=lambda row: (order[row["id"]], row["sample"]))
         rows = graded(rows, [answers[row["id"]] for row in rows])
@@ -82,7 +90,8 @@ class Store:
         return rows
 
     def close(self) -> None:
-        for file in self._open.values():
+        """Close the files, and let other processes write to the folder."""
+        for file in (*self._open.values(), self._lock):
             file.close()
         self._open.clear()
 
@@ -118,24 +127,49 @@ def read_samples(path: Path) -> list[dict]:
             try:
                 row = json.loads(line)
                 missing = [key for key in _NEEDED if key not in row]
+                hash(key := (row["id"], row["sample"]) if not missing else None)
             except (json.JSONDecodeError, TypeError) as error:
                 raise ValueError(f"{path}, line {number} is not a sample ({error}). {go_on}") from None
             if missing:
                 raise ValueError(f"{path}, line {number} is not a sample (no {', '.join(missing)}). {go_on}")
-            key = (row["id"], row["sample"])
             if key in rows:
                 raise ValueError(f"{path}, line {number} is problem {key[0]!r}, sample {key[1]} again. {go_on}")
             rows[key] = row
     return list(rows.values())
 
 
+def read_settings(folder: Path) -> dict | None:
+    """Return the settings of a folder's samples, None if it has none.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    file = folder / SETTINGS
+    if not file.exists():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON ({error}). Delete the folder, or choose another") from None
+
+
 def fingerprint(model: str) -> str | None:
-    """Return a mark that changes when the weights of a local model do; None for a Hub id."""
+    """Return a mark that changes when the weights or settings of a local model do; None for a Hub id.
+
+    Of weights only the ends of each file are read: training changes all of them.
+    """
     if not Path(model).is_dir():
         return None
-    files = sorted(file for file in Path(model).iterdir() if file.suffix in (".safetensors", ".bin", ".json"))
-    marks = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(repr(marks).encode()).hexdigest()[:16]
+    mark = hashlib.sha256()
+    names = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer_config.json", "tokenizer.json")
+    for file in sorted(Path(model).iterdir()):
+        if file.suffix in (".safetensors", ".bin") or file.name in names:
+            mark.update(f"{file.name} {file.stat().st_size} ".encode())
+            with open(file, "rb") as content:
+                mark.update(content.read(_END))
+                content.seek(-min(_END, file.stat().st_size), os.SEEK_END)
+                mark.update(content.read())
+    return mark.hexdigest()[:16]
 
 
 def _line(row: dict) -> str:

@@ -19,11 +19,12 @@ class Results(NamedTuple):
 
     name: str
     ids: list[str]
-    problems: list[str]
+    problems: list[str]  # texts, "" where they are not known
+    answers: list[tuple[str, ...]]
     right: np.ndarray  # (P, n) bool
     extracted: list[list[str | None]]
     tokens: np.ndarray | None  # (P, n), None if the lengths are not known
-    truncated: np.ndarray | None  # (P, n) bool, None with `tokens`
+    truncated: np.ndarray | None  # (P, n) bool, None if not known
     reasons: Counter
     unscorable: list[str]
 
@@ -54,15 +55,18 @@ def results(name: str, rows: Sequence[dict]) -> Results:
     def array(key: str, kind: type) -> np.ndarray:
         return np.array([[row[key] for row in samples] for samples in scorable.values()], kind)
 
-    known = all(None not in (row["tokens"], row["truncated"]) for samples in scorable.values() for row in samples)
+    def known(key: str) -> bool:
+        return all(row[key] is not None for samples in scorable.values() for row in samples)
+
     return Results(
         name=name,
         ids=list(scorable),
         problems=[samples[0]["problem"] for samples in scorable.values()],
+        answers=[tuple(samples[0]["answers"]) for samples in scorable.values()],
         right=array("verdict", bool),
         extracted=[[row["extracted"] for row in samples] for samples in scorable.values()],
-        tokens=array("tokens", float) if known else None,
-        truncated=array("truncated", bool) if known else None,
+        tokens=array("tokens", float) if known("tokens") else None,
+        truncated=array("truncated", bool) if known("truncated") else None,
         reasons=Counter(row["reason"] for samples in scorable.values() for row in samples),
         unscorable=unscorable,
     )
@@ -81,19 +85,18 @@ def summarise(benchmarks: Sequence[Results], ks: Sequence[int]) -> dict:
             found = [part[key] for part in found]
         return mean_of([Estimate(*estimate) for estimate in found])
 
-    def average(values: list[float]) -> float:
-        return float(np.mean(values))
+    def average(values: list[float | None]) -> float | None:
+        return None if None in values else float(np.mean(values))
 
-    known = all(part["tokens"] for part in parts)
+    length = average([part["tokens"] and part["tokens"]["mean"] for part in parts])
     overall = {
         "problems": sum(part["problems"] for part in parts),
-        "samples": parts[0]["samples"],
+        "samples": max(part["samples"] for part in parts),
         "accuracy": mean("accuracy"),
         "pass": {str(k): mean("pass", str(k)) for k in ks},
         "maj": {str(k): mean("maj", str(k)) for k in ks},
-        "tokens": {"mean": average([part["tokens"]["mean"] for part in parts])} if known else None,
-        "truncated": average([part["truncated"] for part in parts]) if known else None,
-        "boxed": average([part["boxed"] for part in parts]),
+        "tokens": None if length is None else {"mean": length},
+        **{key: average([part[key] for part in parts]) for key in ("truncated", "boxed")},
         **{key: sum(part[key] for part in parts) for key in ("timeouts", "worker_deaths", "unparsable")},
     }
     return {"benchmarks": each, "mean of benchmarks": overall}
@@ -111,10 +114,13 @@ def _figures(b: Results, ks: Sequence[int]) -> dict:
         "problems": problems,
         "samples": samples,
         "unscorable": b.unscorable,
-        "accuracy": share(b.right.mean(1)),
-        "pass": {str(k): share([pass_at_k(int(c), samples, k) for c in b.right.sum(1)]) for k in ks},
+        "accuracy": share(b.right.mean(1), samples),
+        "pass": {str(k): share([pass_at_k(int(c), samples, k) for c in b.right.sum(1)], samples // k) for k in ks},
         "maj": {
-            str(k): share([majority_at_k(list(r), e, k) for r, e in zip(b.right, b.extracted, strict=True)]) for k in ks
+            str(k): share(
+                [majority_at_k(list(r), e, k) for r, e in zip(b.right, b.extracted, strict=True)], samples // k
+            )
+            for k in ks
         },
         "tokens": tokens,
         "truncated": float(b.truncated.mean()) if b.truncated is not None else None,
@@ -134,15 +140,14 @@ def show(summary: dict, title: str, console: Console) -> None:
     """Print the summary: accuracy, pass@k and maj@k, and what the completions are like."""
     rows = dict(summary["benchmarks"])
     if "mean of benchmarks" in summary:
-        rows["mean of benchmarks"] = summary["mean of benchmarks"]
-    first = next(iter(rows.values()))
-    ks = [k for k in first["pass"] if k != "1"]  # pass@1 and maj@1 are the mean accuracy
+        rows["mean"] = summary["mean of benchmarks"]
+    ks = [k for k in next(iter(rows.values()))["pass"] if k != "1"]  # pass@1 and maj@1 are the mean accuracy
 
-    accuracy = _table("benchmark", "problems", f"avg@{first['samples']}")
+    accuracy = _table("benchmark", "problems", "left out", "samples", "accuracy, avg@n")
     for name, f in rows.items():
-        left_out = f" (+{len(f['unscorable'])} left out)" if f.get("unscorable") else ""
-        accuracy.add_row(name, f"{f['problems']}{left_out}", percent(f["accuracy"]))
-    console.print(f"\n[bold]{title}[/bold]: accuracy in % (95% interval over problems)", highlight=False)
+        left_out = str(len(f["unscorable"])) if "unscorable" in f else ""
+        accuracy.add_row(name, str(f["problems"]), left_out, str(f["samples"]), percent(f["accuracy"]))
+    console.print(f"\n{title}\nPercent, with 95% intervals over problems", highlight=False, markup=False)
     console.print(accuracy)
 
     if ks:
@@ -150,20 +155,23 @@ def show(summary: dict, title: str, console: Console) -> None:
         for name, f in rows.items():
             for k in ks:
                 several.add_row(name, k, percent(f["pass"][k]), percent(f["maj"][k]), end_section=k == ks[-1])
-        console.print("At least one of k samples is right (pass@k), the most frequent one (maj@k)")
+        console.print("At least one of k samples is right (pass@k), the most frequent answer is (maj@k)")
         console.print(several)
 
-    known = all(f["tokens"] for f in summary["benchmarks"].values())
-    length = ("tokens", "5 / 50 / 95%", "cut off") if known else ()
-    completions = _table("benchmark", *length, "boxed", "timeouts", "unparsed")
+    lengths = all(f["tokens"] for f in rows.values())
+    ends = all(f["truncated"] is not None for f in rows.values())
+    columns = [*(["tokens", "5%", "50%", "95%"] if lengths else []), *(["cut off"] if ends else [])]
+    completions = _table("benchmark", *columns, "boxed", "time-out", "unread")
     for name, f in rows.items():
-        tokens = []
-        if known:
-            quantiles = " / ".join(f"{f['tokens'][q]:,.0f}" for q in ("p5", "p50", "p95") if q in f["tokens"])
-            tokens = [f"{f['tokens']['mean']:,.0f}", quantiles, f"{f['truncated']:.1%}"]
+        cells = (
+            [f"{f['tokens'][q]:,.0f}" if q in f["tokens"] else "" for q in ("mean", "p5", "p50", "p95")]
+            if lengths
+            else []
+        )
+        cells += [f"{f['truncated']:.1%}"] if ends else []
         stopped = f["timeouts"] + f["worker_deaths"]
-        completions.add_row(name, *tokens, f"{f['boxed']:.1%}", str(stopped), str(f["unparsable"]))
-    console.print("Completions, and how many answers took too long or could not be parsed")
+        completions.add_row(name, *cells, f"{f['boxed']:.1%}", str(stopped), str(f["unparsable"]))
+    console.print("Completions, and how many answers took too long or could not be read")
     console.print(completions)
 
 

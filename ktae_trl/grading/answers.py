@@ -61,7 +61,7 @@ def compare(gold: str, answer: str, leaf: Leaf) -> bool | None:
     r"""Compare two answers piece by piece.
 
     - The same text, up to spaces and LaTeX's decoration, is equal; so are literals of the same value (`literals`).
-    - `(a, b)`, `[a, b)`: the same brackets and equal elements in order. `\{a, b\}`, bare lists, parts of a union: in any
+    - `(a, b)`, `[a, b)`: the same brackets and equal elements in order. `\{a, b\}`, bare lists, parts of unions: in any
       order, each as often in both. A bare list may stand for a tuple. `\pm` stands for two elements.
     - `-2 \le x < 7` is the interval `[-2, 7)`; `x \in A` is `A`.
     - `x = 1, y = 2` (sorted by name) is `1, 2`, in that order; with one name, `x = 1, x = 2`, in any order.
