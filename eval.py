@@ -134,7 +134,8 @@ def evaluate(args: EvalArguments) -> None:
     with complaints():
         problems = _load(args)
         tokenizer = load_tokenizer(args.model_name_or_path, args.model_revision)
-        texts, requests, context = {}, [], _context(args)
+        sampling, context = _sampling(args, tokenizer), _context(args)
+        texts, requests = {}, []
         for members in problems.values():
             asked = zip(members, *prompts(members, args.prompt, args.system_prompt, tokenizer), strict=True)
             for problem, text, ids in asked:
@@ -152,7 +153,7 @@ def evaluate(args: EvalArguments) -> None:
 
     try:
         began = time.monotonic()
-        _sample(args, tokenizer, requests, done, texts, store)
+        _sample(args, tokenizer, sampling, requests, done, texts, store)
         seconds = time.monotonic() - began
         with complaints(), console.status("Grading"):
             for name, members in problems.items():
@@ -238,16 +239,13 @@ def _context(args: EvalArguments) -> int | None:
     return min((limit for limit in limits if limit), default=None)
 
 
-def _sample(args, tokenizer, requests, done, texts, store) -> None:
-    sampling = Sampling(
-        temperature=args.temperature,
-        top_p=args.top_p,
-        seed=args.seed,
-        stop=TEMPLATES[args.prompt].stop,
-        stop_token_ids=stop_token_ids(
-            args.model_name_or_path, args.model_revision, tokenizer, TEMPLATES[args.prompt].ends
-        ),
-    )
+def _sampling(args: EvalArguments, tokenizer) -> Sampling:
+    template = TEMPLATES[args.prompt]
+    ends = stop_token_ids(args.model_name_or_path, args.model_revision, tokenizer, template.ends)
+    return Sampling(args.temperature, args.top_p, args.seed, template.stop, ends)
+
+
+def _sample(args, tokenizer, sampling, requests, done, texts, store) -> None:
     if len(done) == len(requests):
         say(f"All {len(requests)} samples are in {store.folder} already")
         return

@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import NamedTuple
 
@@ -251,7 +252,14 @@ def sample_with_vllm(
         write([(request, completion)])
 
     async def all_of_them() -> None:
-        engine = AsyncLLMEngine.from_engine_args(engine_args)
+        # On a terminal, Ctrl-C goes to the engine's processes too. They inherit this mask, and wait for our word. (The
+        # resource tracker undoes the mask when it starts.)
+        resource_tracker.ensure_running()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            engine = AsyncLLMEngine.from_engine_args(engine_args)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         tasks = [asyncio.create_task(one(engine, i, request)) for i, request in enumerate(waiting)]
         interrupted: list[bool] = []
 
@@ -260,11 +268,12 @@ def sample_with_vllm(
             for task in tasks:
                 task.cancel()
 
-        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, stop)
+        # Not `loop.add_signal_handler`: its pipe can be full of the engine's messages, and the Ctrl-C is lost.
+        loop = asyncio.get_running_loop()
+        before = signal.signal(signal.SIGINT, lambda *_: loop.call_soon_threadsafe(stop))
         try:
             await asyncio.gather(*tasks)
         except (Exception, asyncio.CancelledError):
-            # On a terminal, Ctrl-C reaches the engine's processes too, and how they end is no news.
             if interrupted:
                 raise KeyboardInterrupt from None
             raise
@@ -273,6 +282,7 @@ def sample_with_vllm(
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             engine.shutdown()
+            signal.signal(signal.SIGINT, before)
 
     if waiting:
         asyncio.run(all_of_them())
