@@ -524,7 +524,7 @@ ALPHABET = [
     "e-5", ",\\!000", "\x00", "\u202e", "π", "²", "\uff0c", "\udcff", "and", "or",
 ]  # fmt: skip
 texts = st.lists(st.sampled_from(ALPHABET), max_size=25).map("".join) | st.text(max_size=30)
-FUZZED = []  # how many inputs, how many of them took too long
+FUZZED = []  # per call: how many inputs, how many took too long
 
 
 @pytest.mark.slow
@@ -532,12 +532,15 @@ FUZZED = []  # how many inputs, how many of them took too long
 @settings(max_examples=200, deadline=None, database=None)
 @given(st.lists(st.tuples(texts, texts), min_size=100, max_size=100))
 def test_fuzz(pairs):
-    """20,000 pairs of random answers: always a verdict, and soon, whatever is in them."""
+    """20,000 random answers to sound and random gold answers: always a verdict, and soon, and no worker breaks."""
     begin = time.monotonic()
-    results = grade_many_full([rf"\boxed{{{answer}" + "}" for answer, _ in pairs], [gold for _, gold in pairs])
-    stuck = sum(result.reason in ("timeout", "worker died") for result in results)
+    golds = [["x+1"] if i % 2 else [gold] for i, (_, gold) in enumerate(pairs)]
+    results = grade_many_full([rf"\boxed{{{answer}" + "}" for answer, _ in pairs], golds)
+    stuck = sum(result.reason == "timeout" for result in results)
     assert time.monotonic() - begin < 2.5 * (stuck + 20)
     assert all(result.verdict in (True, False, None) for result in results)
+    assert not [pair for pair, result in zip(pairs, results, strict=True) if result.reason == "worker died"]
+    assert None not in [result.verdict for result in results[1::2]]
     FUZZED.append((len(pairs), stuck))
 
 
@@ -547,6 +550,17 @@ def test_fuzz_was_as_large_as_it_says():
         pytest.skip("the fuzz run did not run in this process")
     assert sum(inputs for inputs, _ in FUZZED) >= 20_000
     assert sum(stuck for _, stuck in FUZZED) < 200
+
+
+@pytest.mark.parametrize(
+    "text", ["\U0003a35e", "\x00", "\u200b", " ", "()", "[", ",", "=", r"\{\}", r"\text{}", "$$", "{,}"]
+)
+def test_next_to_nothing(text):
+    """What is empty once it is clean neither breaks a worker nor is an answer."""
+    grade(r"\boxed{1+x}", "x+1")
+    assert grade_full(rf"\boxed{{{text}}}", "x+1").verdict is False
+    assert grade_full(r"\boxed{x}", text).verdict in (None, False)
+    assert grade_full(rf"\boxed{{{text}}}", "x+1").reason != "worker died"
 
 
 def test_comparing_text_alone_is_fast_and_never_raises():

@@ -11,7 +11,7 @@ from fractions import Fraction
 from itertools import product
 
 from ktae_trl.grading import literals
-from ktae_trl.grading.text import MAX_LENGTH, clean, split, squeeze
+from ktae_trl.grading.text import clean, split, squeeze
 
 # What is settled in the caller's process, where no clock runs.
 _SHORT = 500
@@ -256,7 +256,7 @@ def _structure(text: str) -> tuple[str | None, list[str]]:
         return "list", [one for element in elements for one in _both_signs(element)]
     if text.startswith(r"\{") and text.endswith(r"\}"):
         return "set", [one for element in split(text[2:-2].strip(), ",") for one in _both_signs(element)]
-    if text[0] + text[-1] in _TUPLES and len(text) < MAX_LENGTH:
+    if text[:1] + text[-1:] in _TUPLES:
         elements = split(text[1:-1].strip(), ",")
         if len(elements) > 1:
             return text[0] + text[-1], elements

@@ -19,7 +19,7 @@ from math_verify import LatexExtractionConfig, parse, verify
 from sympy import Expr, Float, MatrixBase
 
 from ktae_trl.grading import answers, literals
-from ktae_trl.grading.text import MAX_LENGTH
+from ktae_trl.grading.text import MAX_LENGTH, clean
 
 _EXTRACTION = [
     LatexExtractionConfig(
@@ -49,7 +49,7 @@ def equal(gold: str, answer: str) -> bool:
 @lru_cache(maxsize=4096)
 def parsable(gold: str) -> bool:
     """Say whether every part of an accepted answer is mathematics, a number, words or a name."""
-    if not gold or len(gold) > MAX_LENGTH:
+    if not clean(gold) or len(gold) > MAX_LENGTH:
         return False
     return all(
         literals.is_literal(part) or _parse(_told_apart(part, _in_both_cases(part, part))) is not None
