@@ -61,3 +61,4 @@ def test_sampling_settings_of_the_model_are_not_taken_over(tmp_path):
         batch_size=2,
     )
     assert [seen[name] for name in ("top_p", "top_k", "temperature", "repetition_penalty")] == [1.0, 0, 1.0, 1.0]
+    assert trainer.model.generation_config.top_p == 0.5  # and it gets them back
