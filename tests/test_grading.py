@@ -208,6 +208,7 @@ WRONG = [
     (r"5\text{ or 7}", "5"),
     (r"5 \text{ or maybe 7}", "5"),
     (r"5\text{7}", "5"),
+    (r"5\text{ }7", "57"),
     (r"5\text{ million}", "5"),
     (r"5\text{ dozen}", "5"),
     (r"5\text{!}", "5"),
