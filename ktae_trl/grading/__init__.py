@@ -39,7 +39,7 @@ def grade(completion: str, answers: str | Sequence[str]) -> bool | None:
 
     Returns:
         True or False; False too for a completion without a complete box, with an answer that cannot be parsed, or that
-        takes more than 2 s of processor time or 500 MB to compare. None if no accepted answer can be parsed (unscorable).
+        takes more than 2 s of processor time or 500 MB to compare. None if no accepted answer can be parsed.
 
     What counts as equal: `ktae_trl.grading.answers.compare`.
     """
