@@ -1,7 +1,9 @@
 """Command lines and names: a misspelt one is an error that names the nearest valid one."""
 
 import difflib
+import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
@@ -33,3 +35,26 @@ def parse(dataclass_types: Sequence[type], program: str, arguments: Sequence[str
             "Unknown setting: " + ", ".join(f"{name!r}{nearest(name, fields)}" for name in dict.fromkeys(names))
         )
     return tuple(parsed)
+
+
+def checkpoint_to_resume(asked: str | os.PathLike | bool | None, output_dir: str) -> str | None:
+    """Return the checkpoint folder that `resume_from_checkpoint` means: a folder, or true for the newest.
+
+    Raises:
+        ValueError: the folder is no checkpoint, or there is none yet.
+    """
+    if asked is None or str(asked).lower() in ("false", ""):
+        return None
+    checkpoints = [folder.parent for folder in Path(output_dir).glob("checkpoint-*/trainer_state.json")]
+    checkpoints.sort(key=lambda folder: int(folder.name.rpartition("-")[2]))
+    newest = f"The newest checkpoint of {output_dir} is {checkpoints[-1]}" if checkpoints else ""
+    if str(asked).lower() == "true":
+        if not checkpoints:
+            raise ValueError(f"{output_dir} holds no checkpoint to resume from: start without resume_from_checkpoint")
+        return str(checkpoints[-1])
+    if not (Path(asked) / "trainer_state.json").is_file():
+        raise ValueError(
+            f"{asked} is no checkpoint: it has no trainer_state.json. "
+            + (newest or f"There is none in {output_dir} either")
+        )
+    return str(asked)

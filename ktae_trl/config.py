@@ -1,5 +1,7 @@
 """`KTAEGRPOConfig`: TRL's `GRPOConfig` and the few fields that token-level credit adds."""
 
+import math
+import os
 from dataclasses import dataclass, field
 
 from trl import GRPOConfig
@@ -46,6 +48,12 @@ class KTAEGRPOConfig(GRPOConfig):
             which it returns `None` is left out of the statistics.
         correctness_threshold (`float`, *optional*, defaults to `0.0`):
             A rollout is right if that reward is above this.
+        dynamic_sampling (`bool`, *optional*, defaults to `False`):
+            Replace prompts whose rollouts are all right or all wrong by the next ones of the training set, until the
+            generation batch is full of groups with both (DAPO). The optimizer steps stay as many as ever; they use
+            more prompts.
+        dynamic_sampling_max_batches (`int`, *optional*, defaults to `10`):
+            Generate at most so many batches to fill one. What is still missing then is filled with other groups.
     """
 
     credit: str = field(
@@ -70,8 +78,16 @@ class KTAEGRPOConfig(GRPOConfig):
     correctness_threshold: float = field(
         default=0.0, metadata={"help": "A rollout is right if its correctness reward is above this."}
     )
+    dynamic_sampling: bool = field(
+        default=False,
+        metadata={"help": "Replace prompts whose rollouts are all right or all wrong by further ones (DAPO)."},
+    )
+    dynamic_sampling_max_batches: int = field(
+        default=10, metadata={"help": "Generate at most so many batches to fill one."}
+    )
 
     def __post_init__(self):
+        self._check_generation_batch()
         super().__post_init__()
         for name, choices in (("credit", ["none", *METHODS]), ("ktae_combine", ["multiply", "add"])):
             value = getattr(self, name)
@@ -79,4 +95,27 @@ class KTAEGRPOConfig(GRPOConfig):
                 raise ValueError(
                     f"{name}={value!r} is unknown{nearest(value, choices)}. Choose from: {', '.join(choices)}"
                 )
+        if self.dynamic_sampling_max_batches < 1:
+            raise ValueError(
+                f"dynamic_sampling_max_batches must be at least 1, not {self.dynamic_sampling_max_batches}"
+            )
         check_weights(self.ktae_fisher_weight, self.ktae_ig_weight, self.ktae_tf_weight)
+
+    def _check_generation_batch(self) -> None:
+        # Before TRL's own check, whose message has the product only. The launcher sets the number of processes.
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        steps = self.steps_per_generation or self.gradient_accumulation_steps
+        rollouts = self.generation_batch_size or self.per_device_train_batch_size * processes * steps
+        if self.num_generations > 0 and rollouts % self.num_generations:
+            arithmetic = f"{rollouts} rollouts (generation_batch_size)"
+            if self.generation_batch_size is None:
+                name = "steps_per_generation" if self.steps_per_generation else "gradient_accumulation_steps"
+                enough = steps * self.num_generations // math.gcd(rollouts, self.num_generations)
+                arithmetic = (
+                    f"{self.per_device_train_batch_size} (per_device_train_batch_size) x {processes} (processes) x "
+                    f"{steps} ({name}) = {rollouts} rollouts; with {name}={enough} they would"
+                )
+            raise ValueError(
+                f"A generation must hold whole groups of {self.num_generations} rollouts (num_generations), but has "
+                f"{arithmetic}"
+            )

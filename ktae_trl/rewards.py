@@ -9,6 +9,9 @@ from trl.rewards import get_soft_overlong_punishment
 from ktae_trl.arguments import nearest
 from ktae_trl.grading import grade_many_full, last_boxed
 
+# Names, as the trainer knows them, of functions here and in TRL that shape the reward but do not say what is right.
+SHAPING = {"boxed_format", "soft_overlong_punishment_reward", "think_format_reward", "repetition_penalty_reward"}
+
 _TROUBLE = {
     "unscorable": "unparsable gold",
     "unparsable": "unparsable answer",

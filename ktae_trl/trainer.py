@@ -1,23 +1,31 @@
 """`KTAEGRPOTrainer`: TRL's `GRPOTrainer` with an advantage per token. Hooks only; the mathematics is in `credit`."""
 
+import logging
 import os
 import textwrap
 import time
 import warnings
+from collections import defaultdict
 from pathlib import Path
 
 import torch
 from accelerate.utils import send_to_device
+from datasets import Dataset
 from torch import Tensor
 from trl import GRPOTrainer
+from trl.import_utils import is_vllm_available
 
-from ktae_trl.arguments import nearest
+from ktae_trl.arguments import checkpoint_to_resume, nearest
+from ktae_trl.batches import Batches
 from ktae_trl.config import KTAEGRPOConfig
 from ktae_trl.contract import check_trl
 from ktae_trl.credit import METHODS
 from ktae_trl.credit.combine import Rollouts, combine
+from ktae_trl.rewards import SHAPING
+from ktae_trl.sampling import dynamic
 
 check_trl(GRPOTrainer)
+logger = logging.getLogger(__name__)
 
 
 class KTAEGRPOTrainer(GRPOTrainer):
@@ -80,7 +88,14 @@ class KTAEGRPOTrainer(GRPOTrainer):
             )
         if args.credit == "none":  # so the model card says GRPO
             self._tag_names, self._name, self._paper = GRPOTrainer._tag_names, GRPOTrainer._name, GRPOTrainer._paper
+        if args.use_vllm and not is_vllm_available():
+            raise ImportError(
+                "use_vllm is set, but vLLM is not installed. Install it, for GPUs: pip install 'ktae-trl[vllm]'. "
+                "Or set use_vllm to false, to generate with transformers"
+            )
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
+        if isinstance(self.train_dataset, Dataset):
+            Batches.of(args, self.accelerator.num_processes).check_prompts(len(self.train_dataset))
 
         names = self.reward_func_names
         correctness = args.correctness_reward or names[0]
@@ -92,17 +107,30 @@ class KTAEGRPOTrainer(GRPOTrainer):
         self._correctness_index = names.index(correctness)
         self._assign_credit = METHODS.get(args.credit)
         self._credit_how: str | None = None
+        self._chosen_rewards: Tensor | None = None  # set while the parent runs on rollouts that dynamic sampling chose
+        self._prompt_stream = self._make_prompt_stream() if args.dynamic_sampling else None
+        self._warned_of_filling = False
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        return super().train(checkpoint, *args, **kwargs)
 
     # Credit: look at whole groups after each generation, combine in the loss.
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         # (rollouts of all processes, reward functions); the advantages that TRL makes of them are a weighted sum, which
         # does not say which answers are right.
-        self._gathered_rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        return self._gathered_rewards
+        rewards = self._chosen_rewards
+        if rewards is None:
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._gathered_rewards = rewards
+        return rewards
 
     def _generate_and_score_completions(self, inputs):
-        batch = super()._generate_and_score_completions(inputs)
+        if self._prompt_stream is not None and self.model.training:
+            batch = self._sample_informative_groups()
+        else:
+            batch = super()._generate_and_score_completions(inputs)
         # A group of one, as evaluation may have, has nothing to compare.
         if self._assign_credit is not None and self._group_size() > 1:
             started = time.perf_counter()
@@ -154,6 +182,121 @@ class KTAEGRPOTrainer(GRPOTrainer):
         # Reading the sums has waited for the device. A family of methods (oar_g, oar_p) shares its metrics' prefix.
         metrics[f"{self.args.credit.partition('_')[0]}/seconds"].append(time.perf_counter() - started)
 
+    # Dynamic sampling: generate and grade until the batch is full, then let the parent run once on what was chosen.
+
+    def _make_prompt_stream(self) -> dynamic.PromptStream:
+        data = self.train_dataset
+        if not isinstance(data, Dataset):
+            raise ValueError(
+                f"dynamic_sampling draws prompts by their number, which a {type(data).__name__} does not have: "
+                "load the dataset without streaming"
+            )
+        names, named = self.reward_func_names, self.args.correctness_reward
+        if named is None and len(names) > 1:
+            problem = f"There are several: {', '.join(names)}. Set correctness_reward"
+        elif (named or names[0]) in SHAPING:
+            problem = f"{named or names[0]!r} only shapes the reward. Add one such as math_accuracy, and name it"
+        else:
+            problem = None
+        if problem:
+            raise ValueError(f"dynamic_sampling needs a reward function that says which rollouts are right. {problem}")
+        if self.tools or self.environment_factories or {"image", "images"} & set(data.column_names):
+            raise ValueError("dynamic_sampling does not go with tools, environments or images")
+        return dynamic.PromptStream(len(data), self.args.seed, self.shuffle_dataset)
+
+    def _sample_informative_groups(self) -> dict[str, Tensor]:
+        """Return the parent's batch for groups with right and wrong rollouts, whatever the dataloader has drawn."""
+        stream, G = self._prompt_stream, self.num_generations
+        begin, groups = stream.position, self.args.generation_batch_size // G
+        chosen = dynamic.sample(self._roll_out, stream, groups, self.args.dynamic_sampling_max_batches)
+        rollouts = chosen.rollouts(self.accelerator.process_index)
+        self._log_sampling(chosen, rollouts, begin)
+        first = self.accelerator.process_index * len(rollouts)
+        inputs = self._rows([chosen.indices[row // G] for row in range(first, first + len(rollouts))])
+        # TRL's own way to bring rollouts along; metrics, log-probabilities and the rest are the parent's as ever.
+        original, self.rollout_func = self.rollout_func, lambda prompts, trainer: _as_rollout_output(rollouts)
+        self._chosen_rewards = chosen.rewards
+        for column in {name for rollout in rollouts for name in rollout["extra_logs"]}:
+            self._pending_extra_logs[column] = [rollout["extra_logs"].get(column) for rollout in rollouts]
+        try:
+            return super()._generate_and_score_completions(inputs)
+        finally:
+            self.rollout_func, self._chosen_rewards = original, None
+
+    def _roll_out(self, indices: list[int]) -> dynamic.Generation:
+        """Generate and grade a group for each of these prompts. TRL's metrics and counters do not see it."""
+        G, processes = self.num_generations, self.accelerator.num_processes
+        B = len(indices) * G // processes
+        begin = self.accelerator.process_index * B
+        inputs = self._rows([indices[row // G] for row in range(begin, begin + B)])
+        prompts = [row["prompt"] for row in inputs]
+        metrics, self._metrics["train"] = self._metrics["train"], defaultdict(list)
+        tokens = self.state.num_input_tokens_seen
+        try:
+            prompt_ids, completion_ids, mask, completions, logprobs, extra_fields, *_ = self._generate(prompts)
+        finally:
+            self._metrics["train"], self.state.num_input_tokens_seen = metrics, tokens
+        for name, values in extra_fields.items():  # of a rollout_func, for the reward functions
+            for i, row in enumerate(inputs):
+                row[name] = values[i] if isinstance(values, list) else values
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids)
+        # Columns that reward functions log go with their rollouts. What they log with `log_metric` is for the whole
+        # generation: it stays, and the parent averages it over the generations.
+        columns = {name: list(values) for name, values in self._pending_extra_logs.items()}
+        self._pending_extra_logs.clear()
+        correctness = rewards[:, self._correctness_index].view(-1, G)
+        return dynamic.Generation(
+            indices=indices,
+            rollouts=[
+                {
+                    "prompt_ids": prompt_ids[i],
+                    "completion_ids": completion_ids[i],
+                    "logprobs": None if logprobs is None else logprobs[i],
+                    "env_mask": None if mask is None else mask[i],
+                    "extra_logs": {name: values[i] for name, values in columns.items()},
+                }
+                for i in range(B)
+            ],
+            rewards=rewards,
+            correct_PG=correctness > self.args.correctness_threshold,
+            scored_PG=~correctness.isnan(),
+        )
+
+    def _rows(self, indices: list[int]) -> list[dict]:
+        once = {index: self.train_dataset[index] for index in dict.fromkeys(indices)}
+        return [dict(once[index]) for index in indices]
+
+    def _log_sampling(self, chosen: dynamic.Selection, rollouts: list[dict], begin: int) -> None:
+        stream, metrics = self._prompt_stream, self._metrics["train"]
+        for name, value in chosen.metrics().items():
+            metrics[name].append(value)
+        metrics["dynamic_sampling/prompts"].append(stream.position)
+        metrics["dynamic_sampling/epoch"].append(stream.position / stream.size)
+        generated = [rollout for generation in chosen.generations for rollout in generation.rollouts]
+        tokens = [sum(len(rollout["completion_ids"]) for rollout in some) for some in (rollouts, generated)]
+        trained, all_of_them = self.accelerator.reduce(torch.tensor(tokens, device=self.accelerator.device)).tolist()
+        metrics["dynamic_sampling/discarded_tokens"].append(1 - trained / all_of_them)
+        if not self.accelerator.is_main_process:
+            return
+        if stream.position // stream.size > begin // stream.size:
+            logger.warning(
+                "Dynamic sampling has drawn all %d training prompts at optimizer step %d and begins anew: pass %d.",
+                stream.size,
+                self.state.global_step,
+                stream.position // stream.size + 1,
+            )
+        if chosen.filled and not self._warned_of_filling:
+            self._warned_of_filling = True
+            logger.warning(
+                "Dynamic sampling found %d informative groups of %d in %d generations (the most that "
+                "dynamic_sampling_max_batches allows) and filled the batch with groups that are all right or all "
+                "wrong, which teach nothing. The problems may be too easy or too hard for the model: see the metrics "
+                "dynamic_sampling/filled, all_right and all_wrong. This is said once.",
+                len(chosen.groups) - chosen.filled,
+                len(chosen.groups),
+                len(chosen.generations),
+            )
+
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         output = Path(self.args.output_dir)
         super().create_model_card(model_name or output.name, dataset_name, tags)
@@ -178,6 +321,7 @@ class KTAEGRPOTrainer(GRPOTrainer):
                 "layout": self._layout(),
                 "how": self._credit_how,
                 "rollouts": self._buffered_inputs if self._step % self._cycle() else None,
+                "prompts": self._prompt_stream and self._prompt_stream.state(),
             },
             self._rollouts_file(output_dir, self.accelerator.process_index),
         )
@@ -206,6 +350,8 @@ class KTAEGRPOTrainer(GRPOTrainer):
             return
         own = os.path.exists(path)
         saved = torch.load(path if own else first, map_location="cpu", weights_only=True)
+        if self._prompt_stream is not None:
+            self._prompt_stream.restore(saved.get("prompts"))
         layout, here = saved["layout"], self._layout()
         cycle = layout["steps_per_generation"] * layout["num_iterations"]
         if layout == here and (own or saved["rollouts"] is None):
@@ -251,3 +397,13 @@ class KTAEGRPOTrainer(GRPOTrainer):
     @staticmethod
     def _rollouts_file(checkpoint: str, process_index: int) -> str:
         return os.path.join(checkpoint, f"rollouts_{process_index}.pt")
+
+
+def _as_rollout_output(rollouts: list[dict]) -> dict[str, list | None]:
+    """Return what a `rollout_func` of TRL returns."""
+    output = {name: [rollout[name] for rollout in rollouts] for name in ("prompt_ids", "completion_ids", "logprobs")}
+    if output["logprobs"][0] is None:
+        output["logprobs"] = None
+    if rollouts[0]["env_mask"] is not None:
+        output["env_mask"] = [rollout["env_mask"] for rollout in rollouts]
+    return output
