@@ -9,11 +9,13 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from transformers import AutoTokenizer, ProgressCallback, TrainerCallback
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from ktae_trl import KTAEGRPOConfig, KTAEGRPOTrainer
-from ktae_trl.arguments import parse
+from ktae_trl import KTAEGRPOConfig, KTAEGRPOTrainer, plan
+from ktae_trl.arguments import checkpoint_to_resume, parse
+from ktae_trl.batches import check_processes
 from ktae_trl.console import MetricsTable
 from ktae_trl.data import DataArguments, load_prompts
 from ktae_trl.evaluation.held_out import Accuracy, held_out_accuracy
@@ -34,6 +36,14 @@ class RunArguments(DataArguments):
     held_out_samples: int = field(
         default=4,
         metadata={"help": "Samples per held-out problem for the accuracy before and after; 0 for no such measurement."},
+    )
+    num_processes: int | None = field(
+        default=None,
+        metadata={"help": "Processes (GPUs) that the batch sizes are meant for; a run with another number warns."},
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Show the settings, the batches, the data and the memory of the run, and train nothing."},
     )
 
 
@@ -64,14 +74,8 @@ class HeldOutAccuracy(TrainerCallback):
         self.trainer.accelerator.print(f"\nHeld-out accuracy before: {self.before or 'not measured'}\n")
 
 
-def build_trainer(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -> KTAEGRPOTrainer:
-    """Build what a recipe describes: data, rewards, model, trainer."""
-    args.model_init_kwargs = {
-        "revision": model.model_revision,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-        **(args.model_init_kwargs or {}),
-    }
+def load(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig):
+    """Load what a recipe names: the training prompts, the held-out ones (or None), the tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(
         model.model_name_or_path,
         revision=model.model_revision,
@@ -80,6 +84,18 @@ def build_trainer(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -
     )
     with args.main_process_first(desc="preparing the data"):
         train_dataset, eval_dataset = load_prompts(run, tokenizer)
+    return train_dataset, eval_dataset, tokenizer
+
+
+def build_trainer(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -> KTAEGRPOTrainer:
+    """Build what a recipe describes: data, rewards, model, trainer."""
+    args.model_init_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+    train_dataset, eval_dataset, tokenizer = load(run, args, model)
     trainer = KTAEGRPOTrainer(
         model=model.model_name_or_path,
         reward_funcs=load_rewards(
@@ -102,6 +118,12 @@ def build_trainer(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -
 
 
 def main(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -> None:
+    if run.dry_run:
+        if args.process_index == 0:
+            plan.show(run, args, model, *load(run, args, model))
+        return
+    if args.process_index == 0 and (warning := check_processes(args, run.num_processes)):
+        logging.warning(warning)
     trainer = build_trainer(run, args, model)
     say = trainer.accelerator.print
     held_out = None
@@ -109,8 +131,7 @@ def main(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -> None:
         held_out = HeldOutAccuracy(trainer, run)
         trainer.add_callback(held_out)
 
-    resume = args.resume_from_checkpoint
-    trained = trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trained = trainer.train(args.resume_from_checkpoint)
     minutes, seconds = divmod(round(trained.metrics["train_runtime"]), 60)
     say(f"\nTrained to step {trainer.state.global_step} in {minutes} min {seconds:02d} s")
 
@@ -132,10 +153,19 @@ def main(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -> None:
     trainer.accelerator.end_training()
 
 
+def read_arguments(words: list[str]) -> tuple[RunArguments, KTAEGRPOConfig, ModelConfig]:
+    """Parse the command line. A dry run asks for no GPU, whatever the recipe is for."""
+    if "--dry_run" in words and not torch.accelerator.is_available():
+        words = [*words, "--use_cpu", "true"]
+    run, args, model = parse((RunArguments, KTAEGRPOConfig, ModelConfig), "train.py", words)
+    args.resume_from_checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
+    return run, args, model
+
+
 if __name__ == "__main__":
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     try:
-        arguments = parse((RunArguments, KTAEGRPOConfig, ModelConfig), "train.py")
+        arguments = read_arguments(sys.argv[1:])
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"train.py: {error}")
     main(*arguments)
