@@ -9,6 +9,8 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
+from ktae_trl.arguments import nearest
+
 logger = logging.getLogger(__name__)
 
 BOXED_SYSTEM_PROMPT = r"Please reason step by step, and put your final answer within \boxed{}."
@@ -25,6 +27,12 @@ class DataArguments:
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_split: str = field(default="train", metadata={"help": "Split of a Hub dataset or folder."})
+    dataset_filter: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Train on the rows whose columns have one of these values only, such as '{\"level\": [3, 4, 5]}'."
+        },
+    )
     eval_dataset_name: str | None = field(
         default=None, metadata={"help": "Held-out problems, in the same forms. Default: no evaluation."}
     )
@@ -40,6 +48,18 @@ class DataArguments:
     max_prompt_length: int | None = field(
         default=1024, metadata={"help": "Leave out prompts of more tokens. Default 1024; null for no limit."}
     )
+
+    def __post_init__(self):
+        if isinstance(self.dataset_filter, str):  # from the command line
+            try:
+                self.dataset_filter = json.loads(self.dataset_filter)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"dataset_filter is not JSON: {error}: {self.dataset_filter}") from None
+        chosen = self.dataset_filter
+        if chosen is not None and not (isinstance(chosen, dict) and all(isinstance(v, list) for v in chosen.values())):
+            raise ValueError(
+                f"dataset_filter maps columns to lists of values, as in {{level: [3, 4, 5]}}, not {chosen}"
+            )
 
 
 def load(name: str, config: str | None = None, split: str = "train") -> Dataset:
@@ -141,6 +161,25 @@ def to_prompts(
     return converted.rename_columns({"new_prompt": "prompt", "new_solution": "solution"})
 
 
+def keep_rows(dataset: Dataset, values: dict[str, list]) -> Dataset:
+    """Keep the rows that have, in each of these columns, one of its values.
+
+    Raises:
+        ValueError: a column that is not there, or no row is left (with the values that there are).
+    """
+    for column, wanted in values.items():
+        if column not in dataset.column_names:
+            raise ValueError(
+                f"dataset_filter: there is no column {column!r}{nearest(column, dataset.column_names)}. "
+                f"There are: {', '.join(dataset.column_names)}"
+            )
+        there = dataset.unique(column)
+        dataset = dataset.filter(lambda value, wanted=wanted: value in wanted, input_columns=column)
+        if len(dataset) == 0:
+            raise ValueError(f"dataset_filter: no row has {column} in {wanted}. There are: {str(there[:20])[1:-1]}")
+    return dataset
+
+
 def drop_long(dataset: Dataset, tokenizer, max_prompt_length: int | None) -> Dataset:
     """Leave out prompts of more than `max_prompt_length` tokens; a warning says how many were.
 
@@ -160,19 +199,19 @@ def drop_long(dataset: Dataset, tokenizer, max_prompt_length: int | None) -> Dat
 def load_prompts(arguments: DataArguments, tokenizer) -> tuple[Dataset, Dataset | None]:
     """Return the training prompts and the held-out ones (None if the arguments name none)."""
 
-    def prepare(name: str, split: str) -> Dataset:
+    def prepare(name: str, split: str, values: dict[str, list]) -> Dataset:
         dataset = to_prompts(
-            load(name, arguments.dataset_config, split),
+            keep_rows(load(name, arguments.dataset_config, split), values),
             problem_column=arguments.problem_column,
             answer_column=arguments.answer_column,
             system_prompt=arguments.system_prompt,
         )
         return drop_long(dataset, tokenizer, arguments.max_prompt_length)
 
-    train = prepare(arguments.dataset_name, arguments.dataset_split)
+    train = prepare(arguments.dataset_name, arguments.dataset_split, arguments.dataset_filter or {})
     if arguments.eval_dataset_name is None:
         return train, None
-    held_out = prepare(arguments.eval_dataset_name, arguments.eval_dataset_split)
+    held_out = prepare(arguments.eval_dataset_name, arguments.eval_dataset_split, {})
     return train, held_out.select(range(min(arguments.eval_size or len(held_out), len(held_out))))
 
 

@@ -132,3 +132,35 @@ def test_unknown_split(tmp_path):
     DatasetDict({"train": Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "splits")
     with pytest.raises(ValueError, match=r"has no split 'test'. There are: train"):
         data.load(str(tmp_path / "splits"), split="test")
+
+
+LEVELS = [{"problem": f"{n} =", "answer": str(n), "level": n % 5 + 1, "hard": n > 5} for n in range(10)]
+
+
+def test_a_filter_keeps_rows_with_these_values(write, tokenizer):
+    both = {"level": [3, 4], "hard": [True]}
+    arguments = {"dataset_name": write(lines(LEVELS)), "max_prompt_length": None}
+    arguments = data.DataArguments(**arguments, eval_dataset_name=arguments["dataset_name"], dataset_filter=both)
+    train, held_out = data.load_prompts(arguments, tokenizer)
+    assert train["solution"] == ["7", "8"]
+    assert len(held_out) == 10  # measured on all
+
+
+def test_a_filter_from_the_command_line():
+    assert data.DataArguments("x", dataset_filter='{"level": [3]}').dataset_filter == {"level": [3]}
+
+
+@pytest.mark.parametrize("bad", ["{level: [3]}", '{"level": 3}', "[3]", {"level": 3}])
+def test_a_filter_of_another_form(bad):
+    with pytest.raises(ValueError, match=r"dataset_filter (is not JSON|maps columns to lists of values)"):
+        data.DataArguments("x", dataset_filter=bad)
+
+
+def test_a_filter_that_leaves_nothing_says_what_there_is():
+    rows = Dataset.from_list(LEVELS)
+    with pytest.raises(ValueError, match=r"no row has level in \['Level 3'\]. There are: 1, 2, 3, 4, 5"):
+        data.keep_rows(rows, {"level": ["Level 3"]})
+    with pytest.raises(
+        ValueError, match=r"no column 'levels' \(did you mean 'level'\?\). There are: problem, answer, "
+    ):
+        data.keep_rows(rows, {"levels": [3]})
