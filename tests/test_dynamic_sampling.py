@@ -248,7 +248,10 @@ def test_it_is_plain_training_if_every_group_is_informative(tmp_path, settings):
 
 
 def test_columns_that_reward_functions_log_stay_with_their_rollouts(tmp_path):
+    calls = []
+
     def third_with_notes(prompts, completions, log_extra, log_metric, **kwargs):
+        calls.append(len(prompts))
         log_extra("number", [number(prompt) for prompt in prompts])
         log_metric("third/generated", float(len(prompts)))
         return third(prompts, completions)
@@ -258,6 +261,7 @@ def test_columns_that_reward_functions_log_stay_with_their_rollouts(tmp_path):
     trainer.train()
     assert list(trainer._logs["extra"]["number"]) == batches[0]["numbers"]
     assert logged(trainer, "third/generated") == [16]
+    assert calls == [16] * int(logged(trainer, "dynamic_sampling/generations")[0])  # nothing is graded twice
 
 
 def test_a_rollout_func_with_masks_and_fields_of_its_own(tmp_path):
