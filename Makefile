@@ -20,7 +20,7 @@ test-slow: $(VENV)/dev.installed
 
 # vLLM's CPU build is a package of its own that must not meet vllm; the other packages it brings are CUDA builds.
 test-vllm: $(VLLM_VENV)/installed
-	$(VLLM_VENV)/bin/pytest tests/test_vllm.py
+	$(VLLM_VENV)/bin/pytest tests/test_vllm.py tests/test_vllm_training.py
 
 $(VLLM_VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)

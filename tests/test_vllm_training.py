@@ -1,0 +1,163 @@
+"""Training with vLLM, on a CPU: `make test-vllm`, which builds an environment with vLLM's CPU build.
+
+An engine keeps state in its process, so each training is a process of its own (`vllm_run.py`). What a CPU cannot show
+is the sync of weights to a server: it goes over NCCL.
+"""
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from ktae_trl import tiny
+from tests.test_vllm import ENVIRONMENT
+from tests.training import difference
+
+pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm")
+pytestmark = pytest.mark.slow
+
+TESTS = Path(__file__).parent
+# 4 groups a step, long enough for careful solutions: all three steps have something to learn.
+COLOCATED = {"vllm_mode": "colocate", "per_device_train_batch_size": 32, "max_completion_length": 64}
+# Both compute in float32. Gaps of correct weights were below 1e-5.
+TINY = 1e-4
+
+
+def environment(**more: str) -> dict[str, str]:
+    return os.environ | ENVIRONMENT | {"PYTHONPATH": str(TESTS.parent)} | more
+
+
+def train(folder: Path, settings: dict, processes: int = 1) -> list[dict]:
+    (folder / "settings.json").write_text(json.dumps(settings))
+    command, more = [sys.executable], {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    if processes > 1:
+        # MULTI_GPU only makes accelerate call torchrun; ACCELERATE_USE_CPU keeps it on the CPU.
+        accelerate = {"distributed_type": "MULTI_GPU", "num_machines": 1, "num_processes": processes}
+        (folder / "accelerate.yaml").write_text(yaml.dump(accelerate))
+        command += ["-m", "accelerate.commands.launch", "--config_file", str(folder / "accelerate.yaml")]
+        command += ["--main_process_port", "0"]
+        more["ACCELERATE_USE_CPU"] = "true"
+    command += [str(TESTS / "vllm_run.py"), str(folder / "settings.json"), str(folder)]
+    done = subprocess.run(command, env=environment(**more), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(folder / f"process_{i}.pt", weights_only=True) for i in range(processes)]
+
+
+def check(result: dict, *, steps: int) -> None:
+    """KTAE's training on rollouts whose log-probabilities are those of the model at that step."""
+    assert result["moved"] > 1e-4
+    assert len(result["rollouts"]) == len(result["metrics"]) == steps
+    for rollouts, metrics in zip(result["rollouts"], result["metrics"], strict=True):
+        assert rollouts["gap"] < TINY
+        assert rollouts["credit"].isfinite().all()
+        assert metrics["grad_norm"] > 0
+        assert metrics["ktae/abs_value"] > 0
+        assert metrics["ktae/informative_groups"] > 0
+        assert all(math.isfinite(value) for value in metrics.values())
+
+
+def check_sync(result: dict) -> None:
+    """vLLM has other weights until they are synced, whether one step or a great change lies between."""
+    assert result["a_step_behind"] > 100 * TINY
+    assert result["stale"] > 100 * TINY
+    assert result["fresh"] < TINY
+
+
+def test_colocated(tmp_path):
+    (result,) = train(tmp_path, COLOCATED)
+    check(result, steps=3)
+    check_sync(result)
+    for metrics in result["metrics"]:  # the correction is TRL's default
+        for which in ("min", "mean", "max"):
+            assert metrics[f"sampling/importance_sampling_ratio/{which}"] == pytest.approx(1, abs=1e-3)
+
+
+def test_colocated_without_the_importance_sampling_correction(tmp_path):
+    (result,) = train(tmp_path, {**COLOCATED, "vllm_importance_sampling_correction": False})
+    check(result, steps=3)
+    check_sync(result)
+    assert not any(name.startswith("sampling/") for metrics in result["metrics"] for name in metrics)
+
+
+def test_colocated_with_lora(tmp_path):
+    """TRL merges the adapter into the weights it sends, and takes it out again."""
+    (result,) = train(tmp_path, {**COLOCATED, "lora": True, "learning_rate": 1e-2, "max_steps": 2})
+    check(result, steps=2)
+    check_sync(result)
+
+
+def test_colocated_in_each_of_two_processes(tmp_path):
+    # 12 rows a process: the second of the three groups lies on both.
+    results = train(tmp_path, {**COLOCATED, "per_device_train_batch_size": 12, "max_steps": 2}, processes=2)
+    for result in results:
+        assert result["processes"] == 2
+        assert result["distributed_type"] == "MULTI_CPU"
+        check(result, steps=2)
+        check_sync(result)
+        assert any((rollouts["credit"] != 0).any() for rollouts in result["rollouts"])
+    first, second = (result["rollouts"][0]["prompts"] for result in results)
+    assert first[0] != first[-1] == second[0] != second[-1]
+    assert difference(results[0]["weights"], results[1]["weights"]) == 0
+
+
+@pytest.fixture
+def server(tmp_path):
+    """TRL's server on a free port, stopped with everything it started."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, str(TESTS / "vllm_serve.py"), str(tiny.MODEL), str(port)]
+    with (tmp_path / "server.log").open("w") as log:
+        process = subprocess.Popen(command, env=environment(), stdout=log, stderr=log, start_new_session=True)
+    try:
+        address = f"http://127.0.0.1:{port}"
+        until = time.monotonic() + 150
+        while True:
+            waiting = process.poll() is None and time.monotonic() < until
+            assert waiting, (tmp_path / "server.log").read_text()[-3000:]
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=5).close()
+                break
+            except urllib.error.URLError:
+                time.sleep(0.5)
+        yield address
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_rollouts_of_a_server(tmp_path, server):
+    """TRL's server and client, and a step of KTAE on what they generate.
+
+    Not the sync of weights, which needs NCCL, so a GPU: `init_communicator` and `sync_weights` are patched away, and
+    the server keeps the weights it started with. So there is one step only.
+    """
+    settings = {**COLOCATED, "vllm_mode": "server", "vllm_server_base_url": server, "max_steps": 1}
+    (result,) = train(tmp_path, settings)
+    check(result, steps=1)
+    assert result["metrics"][0]["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-3)
+    answers = result["server"]
+    # Rounding may turn a tie between two tokens, but hardly among 8 short answers.
+    assert answers["greedy"] == answers["expected"]
+    # The log-probabilities of a completion are those after its own prompt, and of no other: nothing is out of order.
+    assert answers["prompts"]
+    assert max(answers["gaps"]) < TINY
+    assert min(answers["gaps_of_wrong_prompts"]) > 100 * TINY
+    # 4 prompts, 8 rollouts of each, side by side.
+    groups = [result["rollouts"][0]["prompts"][i : i + 8] for i in range(0, 32, 8)]
+    assert all(prompt == group[0] for group in groups for prompt in group)
+    assert len({tuple(group[0]) for group in groups}) == 4
