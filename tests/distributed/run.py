@@ -1,25 +1,41 @@
-"""One process of a training for `test_two_processes.py`: run.py SETTINGS.json FOLDER [CHECKPOINT].
+"""One process of a training for the tests beside this file: run.py SETTINGS.json FOLDER [CHECKPOINT].
 
-Writes, per process, what it is, the token credit of every generation and the final weights.
+Writes, per process, what it is, the token credit of every generation and the final weights; and saves the model.
 """
 
+import contextlib
 import json
 import sys
 from pathlib import Path
 
 import torch
+from peft import LoraConfig
 
 from ktae_trl import tiny
 from ktae_trl.evaluation.held_out import held_out_accuracy
-from tests.training import make_trainer, prompts, replay, weights
+from tests.distributed import cpu
+from tests.training import make_trainer, prompts, replay
 
-# transformers reads an optimizer's state back to "cpu:0" if there are several processes, a name torch does not know.
-torch.serialization.register_package(0, lambda _: None, lambda storage, name: storage if name == "cpu:0" else None)
+
+def whole_weights(trainer) -> dict[str, torch.Tensor]:
+    """Return the weights, put together where they are spread over processes (ZeRO-3, FSDP2)."""
+    weights = dict(trainer.accelerator.unwrap_model(trainer.model_wrapped).named_parameters())
+    together = contextlib.nullcontext()
+    if trainer.is_deepspeed_enabled:
+        import deepspeed
+
+        together = deepspeed.zero.GatheredParameters(list(weights.values()))
+    with together:
+        whole = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in weights.items()}
+        return {name: p.detach().clone() for name, p in whole.items()}
 
 
 def main(settings: dict, folder: Path, checkpoint: str | None = None) -> None:
+    settings |= cpu.fsdp_settings()
     if settings.pop("replay"):
         settings["rollout_func"] = replay
+    if "lora" in settings:
+        settings["peft_config"] = LoraConfig(**settings.pop("lora"))
     trainer = make_trainer(folder, train_dataset=prompts(settings.pop("prompts")), **settings)
     credits, generate = [], trainer._generate_and_score_completions
 
@@ -31,16 +47,18 @@ def main(settings: dict, folder: Path, checkpoint: str | None = None) -> None:
     trainer._generate_and_score_completions = spy
     trainer.train(resume_from_checkpoint=checkpoint)
     accelerator = trainer.accelerator
-    held_out = held_out_accuracy(trainer, prompts(5, tiny.HELD_OUT), samples=2, batch_size=2)
+    held_out = held_out_accuracy(trainer, prompts(21, tiny.HELD_OUT), samples=1, batch_size=8)
+    trainer.save_model(str(folder / "model"))
     torch.save(
         {
             "processes": accelerator.num_processes,
             "distributed_type": str(accelerator.distributed_type.value),
             "wrapped": type(trainer.model_wrapped).__name__,
+            "gradient_checkpointing": accelerator.unwrap_model(trainer.model_wrapped).is_gradient_checkpointing,
             "credits": credits,
             "held_out": held_out._asdict(),
-            "weights": weights(trainer),
-            "metrics": [entry for entry in trainer.state.log_history if "ktae/value_right" in entry],
+            "weights": whole_weights(trainer),
+            "metrics": [entry for entry in trainer.state.log_history if "loss" in entry],
         },
         folder / f"process_{accelerator.process_index}.pt",
     )

@@ -1,0 +1,83 @@
+"""Starts trainings on several processes as people start them on several devices, here on the CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+
+ROOT = Path(__file__).parents[2]
+
+# The file for accelerate, and what must come of it: the distributed type, and the class of the wrapped model. Several
+# ways of launching on a CPU run one process, independent processes or plain DDP instead, and exit 0.
+MODES = {
+    # MULTI_GPU only makes accelerate call torchrun.
+    "ddp": ({"distributed_type": "MULTI_GPU"}, "MULTI_CPU", "DistributedDataParallel"),
+    "zero1": ({"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 1}}, "DEEPSPEED", "DeepSpeedEngine"),
+    "zero2": ({"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}}, "DEEPSPEED", "DeepSpeedEngine"),
+    "zero3": (
+        {
+            "distributed_type": "DEEPSPEED",
+            "deepspeed_config": {"zero_stage": 3, "zero3_init_flag": True, "zero3_save_16bit_model": True},
+        },
+        "DEEPSPEED",
+        "DeepSpeedEngine",
+    ),
+    "fsdp2": (
+        {
+            "distributed_type": "FSDP",
+            "fsdp_config": {
+                "fsdp_version": 2,
+                "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+                "fsdp_state_dict_type": "FULL_STATE_DICT",
+            },
+        },
+        "FSDP",
+        "FSDPQwen2ForCausalLM",
+    ),
+}
+
+
+def accelerate(folder: Path, mode: str, processes: int = 2, **more) -> list[str]:
+    """Return the words that launch a script; `more` goes into accelerate's file in `folder`."""
+    folder.mkdir(exist_ok=True)
+    file = folder / "accelerate.yaml"
+    entries = {"num_machines": 1, "num_processes": processes, "main_process_port": 0, **MODES[mode][0], **more}
+    file.write_text(yaml.dump(entries))
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
+
+
+def environment(mode: str | None = None) -> dict[str, str]:
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    # The training settings say `use_cpu`. DDP takes this too; DeepSpeed and FSDP would turn into DDP.
+    return {**variables, "ACCELERATE_USE_CPU": "true"} if mode in (None, "ddp") else variables
+
+
+def run(folder: Path, settings: dict, *arguments: str) -> list[str]:
+    """Return the words that are run.py and its arguments."""
+    folder.mkdir(exist_ok=True)
+    (folder / "settings.json").write_text(json.dumps(settings))
+    return [str(Path(__file__).with_name("run.py")), str(folder / "settings.json"), str(folder), *arguments]
+
+
+def launch(folder: Path, settings: dict, mode: str | None, *arguments: str, processes: int = 2) -> list[dict]:
+    """Run run.py, without a mode as a plain single process; return the result of each process."""
+    launcher = accelerate(folder, mode, processes) if mode else [sys.executable]
+    words = [*launcher, *run(folder, settings, *arguments)]
+    done = subprocess.run(words, cwd=ROOT, env=environment(mode), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return read(folder, mode, processes)
+
+
+def read(folder: Path, mode: str | None, processes: int = 2) -> list[dict]:
+    """Return what the processes wrote, once sure that they ran together and in the mode that was meant."""
+    _, distributed_type, wrapped = MODES[mode] if mode else (None, "NO", "Qwen2ForCausalLM")
+    results = [torch.load(folder / f"process_{i}.pt", weights_only=True) for i in range(processes if mode else 1)]
+    for result in results:
+        assert result["processes"] == len(results)
+        assert result["distributed_type"] == distributed_type
+        assert result["wrapped"] in (wrapped, wrapped.replace("Qwen2ForCausalLM", "PeftModelForCausalLM"))
+    return results

@@ -1,0 +1,171 @@
+"""Several processes, in every way of spreading a model over them, against one."""
+
+import functools
+import socket
+import subprocess
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM
+
+from ktae_trl import tiny
+from tests.distributed.launching import MODES, ROOT, accelerate, environment, launch, read, run
+from tests.training import difference
+
+pytestmark = pytest.mark.slow
+
+# 3 groups of 8 a generation, each trained on twice. Replayed rollouts, a forward pass per generation, token-mean loss
+# and SGD, so that the processes' own seeds and shuffles make no difference. With momentum, because torch cannot load
+# the state of an optimizer that has none under FSDP2. In float32, and gradients are clipped.
+REPLAYED = {
+    "replay": True,
+    "prompts": 9,
+    "optim": "sgd",
+    "optim_args": "momentum=0.5",
+    "learning_rate": 0.1,
+    "loss_type": "dapo",
+    "steps_per_generation": 1,
+    "num_iterations": 2,
+    "max_steps": 6,
+    "save_strategy": "steps",
+    "save_steps": 3,  # in the middle of a generation cycle
+    "max_completion_length": 60,
+    "max_grad_norm": 0.2,
+}
+SAMPLED = {
+    "replay": False,
+    "prompts": 8,
+    "per_device_train_batch_size": 8,
+    "steps_per_generation": 2,
+    "num_iterations": 2,
+    "max_steps": 12,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "max_completion_length": 12,
+}
+# What is changed in REPLAYED.
+KINDS = {
+    "plain": {},
+    "other credit": {"ktae_combine": "add", "ktae_leave_one_out": True},
+    "lora": {
+        "lora": {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+        "gradient_checkpointing": True,
+        "save_strategy": "no",
+    },
+}
+# The clock's.
+TIMES = {"step_time", "ktae/seconds"}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A function that trains a kind in a mode, once, and returns the folder and the results of its processes."""
+
+    @functools.cache
+    def train(mode: str | None = None, processes: int = 2, kind: str = "plain"):
+        folder = tmp_path_factory.mktemp("run")
+        settings = {**REPLAYED, **KINDS[kind], "per_device_train_batch_size": 24 // processes if mode else 24}
+        return folder, launch(folder, settings, mode, processes=processes)
+
+    return train
+
+
+def assert_same_as_one(results: list[dict], one: dict) -> None:
+    rows = 24 // len(results)
+    assert len(one["credits"]) == len(results[0]["credits"]) == 3
+    for step, expected in enumerate(one["credits"]):
+        assert (expected != 0).any()
+        for rank, result in enumerate(results):
+            values = result["credits"][step]
+            mine = expected[rows * rank : rows * (rank + 1)]
+            torch.testing.assert_close(values, mine[:, : values.shape[1]], atol=1e-6, rtol=0)
+            assert (mine[:, values.shape[1] :] == 0).all()
+    for result in results:
+        assert difference(result["weights"], one["weights"]) < 1e-6
+        # 21 problems over 2 processes: 11 and 11, one of them twice.
+        assert result["held_out"]["greedy"] == one["held_out"]["greedy"]
+        assert result["held_out"] == results[0]["held_out"]
+    for together, alone in zip(results[0]["metrics"], one["metrics"], strict=True):
+        assert together.keys() == alone.keys()
+        for name in alone.keys() - TIMES:
+            assert together[name] == pytest.approx(alone[name], abs=1e-5), name
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_groups_spread_over_two_processes(trained, mode):
+    _, (one,) = trained()
+    # 12 rows a process: the second of the three groups lies on both.
+    folder, two = trained(mode)
+    assert_same_as_one(two, one)
+    # What trainer.save_model() saved is the trained model, and any process can load it.
+    saved = dict(AutoModelForCausalLM.from_pretrained(folder / "model").named_parameters())
+    untrained = dict(AutoModelForCausalLM.from_pretrained(tiny.MODEL, dtype=torch.float32).named_parameters())
+    assert difference(saved, two[0]["weights"]) == 0
+    assert difference(saved, untrained) > 1e-3
+
+
+@pytest.mark.parametrize("mode", ["zero2", "zero3", "fsdp2"])
+def test_resume_inside_a_generation_cycle(trained, tmp_path, mode):
+    folder, whole = trained(mode)
+    settings = {**REPLAYED, "per_device_train_batch_size": 12, "save_strategy": "no"}
+    resumed = launch(tmp_path, settings, mode, str(folder / "checkpoint-3"))
+    assert len(resumed[0]["credits"]) == 1  # steps 4, 5 and 6 needed one generation
+    assert difference(resumed[0]["weights"], whole[0]["weights"]) < 1e-6
+
+
+def test_whole_groups_on_each_of_three_processes(trained):
+    assert_same_as_one(trained("ddp", processes=3)[1], trained()[1][0])
+
+
+def test_adding_and_leaving_one_out(trained):
+    assert_same_as_one(trained("ddp", kind="other credit")[1], trained(kind="other credit")[1][0])
+
+
+@pytest.mark.parametrize("mode", ["ddp", "zero2", "zero3", "fsdp2"])
+def test_lora_with_gradient_checkpointing(trained, mode):
+    _, (one,) = trained(kind="lora")
+    folder, two = trained(mode, kind="lora")
+    assert_same_as_one(two, one)
+    assert all(result["gradient_checkpointing"] for result in two)
+    # B of an adapter starts at 0; the model's own weights stay.
+    assert {name.split(".")[-3] for name in two[0]["weights"] if "lora_" in name} == {"lora_A", "lora_B"}
+    untrained = AutoModelForCausalLM.from_pretrained(tiny.MODEL, dtype=torch.float32)
+    for name, value in two[0]["weights"].items():
+        if "lora_B" in name:
+            assert (value != 0).any()
+        elif "lora_" not in name:
+            own = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            assert torch.equal(value, untrained.get_parameter(own))
+    adapted = AutoPeftModelForCausalLM.from_pretrained(folder / "model")
+    saved = {name: value for name, value in adapted.named_parameters() if "lora_B" in name}
+    assert difference(saved, {name: two[0]["weights"][name] for name in saved}) == 0
+
+
+def test_two_nodes(trained, tmp_path):
+    """Two `accelerate launch` with a process each, as on two machines, that meet over the loopback interface."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = run(tmp_path, {**REPLAYED, "per_device_train_batch_size": 12, "save_strategy": "no"})
+    nodes = []
+    for rank in (0, 1):
+        where = {"num_machines": 2, "machine_rank": rank, "main_process_ip": "127.0.0.1", "main_process_port": port}
+        words = [*accelerate(tmp_path / f"node_{rank}", "ddp", **where), *script]
+        nodes.append(subprocess.Popen(words, cwd=ROOT, env=environment("ddp"), stderr=subprocess.PIPE, text=True))
+    try:
+        errors = [node.communicate(timeout=200)[1] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], errors
+    assert_same_as_one(read(tmp_path, "ddp"), trained()[1][0])
+
+
+def test_sampled_rollouts_resume_exactly(tmp_path):
+    whole = launch(tmp_path / "whole", SAMPLED, "ddp")
+    # 4 forward passes a generation of 4 prompts, 8 steps an epoch: inside a cycle, and one of the second epoch.
+    for step in (3, 10):
+        checkpoint = tmp_path / "whole" / f"checkpoint-{step}"
+        resumed = launch(tmp_path / f"from-{step}", SAMPLED, "ddp", str(checkpoint))
+        assert difference(resumed[0]["weights"], whole[0]["weights"]) == 0
