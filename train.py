@@ -20,6 +20,7 @@ from ktae_trl.console import MetricsTable
 from ktae_trl.data import DataArguments, load_prompts
 from ktae_trl.evaluation.held_out import Accuracy, held_out_accuracy
 from ktae_trl.rewards import load_rewards
+from ktae_trl.stopping import telling_how_to_go_on
 
 
 @dataclass
@@ -131,7 +132,8 @@ def main(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -> None:
         held_out = HeldOutAccuracy(trainer, run)
         trainer.add_callback(held_out)
 
-    trained = trainer.train(args.resume_from_checkpoint)
+    with telling_how_to_go_on(trainer):
+        trained = trainer.train(args.resume_from_checkpoint)
     minutes, seconds = divmod(round(trained.metrics["train_runtime"]), 60)
     say(f"\nTrained to step {trainer.state.global_step} in {minutes} min {seconds:02d} s")
 
@@ -144,6 +146,8 @@ def main(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -> None:
         results["train_seconds"] = trained.metrics["train_runtime"]
         trainer.save_metrics("held_out", results, combined=False)
 
+    if trainer.is_fsdp_enabled:  # with shards only, transformers would save no model here
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
     hub_dataset = None if Path(run.dataset_name).exists() else run.dataset_name
     trainer.create_model_card(dataset_name=hub_dataset)

@@ -325,6 +325,8 @@ class KTAEGRPOTrainer(GRPOTrainer):
             },
             self._rollouts_file(output_dir, self.accelerator.process_index),
         )
+        # The first process goes on to write trainer_state.json: a checkpoint that has one has all its files.
+        self.accelerator.wait_for_everyone()
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -1,0 +1,115 @@
+"""train.py on two processes: what it leaves, and what happens when one of them dies."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from ktae_trl import tiny
+from tests.distributed.launching import MODES, ROOT, accelerate, environment
+
+pytestmark = pytest.mark.slow
+SMALL = {
+    "max_steps": 2,
+    "logging_steps": 1,
+    "eval_strategy": "no",
+    "eval_size": 12,
+    "held_out_samples": 1,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 8,
+}
+
+
+def train(folder: Path, mode: str, settings: dict, **more) -> subprocess.Popen:
+    """Start train.py with the quickstart recipe; what it says goes to folder/said."""
+    words = [str(word) for key, value in {**SMALL, **settings}.items() for word in (f"--{key}", value)]
+    words = ["--config", "configs/quickstart.yaml", "--output_dir", str(folder / "out"), *words]
+    script = str(Path(__file__).with_name("train_on_cpu.py"))
+    with (folder / "said").open("w") as said:
+        return subprocess.Popen(
+            [*accelerate(folder, mode, **more), script, *words],
+            cwd=ROOT,
+            env=environment(mode),
+            stdout=said,
+            stderr=subprocess.STDOUT,
+        )
+
+
+@pytest.mark.parametrize("mode", ["zero3", "fsdp2"])
+def test_a_spread_model_is_saved_whole(tmp_path, mode):
+    # FSDP checkpoints in shards, as accelerate's own default is: transformers' save_model() saves nothing then.
+    more = {"fsdp_config": {**MODES["fsdp2"][0]["fsdp_config"], "fsdp_state_dict_type": "SHARDED_STATE_DICT"}}
+    settings = {"gradient_checkpointing": "true", "learning_rate": 1e-3}
+    launched = train(tmp_path, mode, settings, **(more if mode == "fsdp2" else {}))
+    # ZeRO-3 with gradient checkpointing can abort at exit, after all is done.
+    assert launched.wait(200) == 0, said(tmp_path)
+    assert f"\nran as 2 {' '.join(MODES[mode][1:])}\n" in said(tmp_path)
+    assert "Saved model" in said(tmp_path)
+    results = json.loads((tmp_path / "out" / "held_out_results.json").read_text())
+    assert set(results) >= {"before_greedy", "after_greedy"}
+    # Training moved all weights, and all of them are there.
+    saved = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "out").named_parameters())
+    untrained = dict(AutoModelForCausalLM.from_pretrained(tiny.MODEL, dtype=torch.float32).named_parameters())
+    assert saved.keys() == untrained.keys()
+    for name, value in saved.items():
+        assert 0 < (value - untrained[name]).abs().max() < 0.01
+
+
+def said(folder: Path) -> str:
+    return (folder / "said").read_text()
+
+
+def process(launched: subprocess.Popen, rank: int) -> int:
+    """Return the id of a process of a launch."""
+    for child in Path(f"/proc/{launched.pid}/task/{launched.pid}/children").read_text().split():
+        if f"RANK={rank}" in Path(f"/proc/{child}/environ").read_text().split("\0"):
+            return int(child)
+    raise ProcessLookupError(f"process {rank} of the launch")
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_a_process_dies_and_the_run_goes_on(tmp_path, dies):
+    settings = {"max_steps": 8, "save_steps": 2}
+    launched = train(tmp_path, "ddp", settings)
+    try:
+        until = time.monotonic() + 200
+        while not (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").exists():
+            assert launched.poll() is None, said(tmp_path)
+            assert time.monotonic() < until, said(tmp_path)
+            time.sleep(0.05)
+        time.sleep(0.1)  # into the third step
+        os.kill(process(launched, dies), signal.SIGKILL)
+        assert launched.wait(60) != 0
+    finally:
+        launched.kill()
+    # The other process said so, whether it met a broken connection or the launcher's SIGTERM first.
+    (line,) = re.findall(r"^train.py: .*", said(tmp_path), re.MULTILINE)
+    told = re.fullmatch(
+        r"train.py: training stopped after step (\d) \(process (\d)\): "
+        r"(?:the connection to another process broke|ended from outside \(SIGTERM\)).*\. "
+        r"Go on from the last checkpoint \((.*)\) with --resume_from_checkpoint true\.",
+        line,
+    )
+    assert told, line
+    step, survivor, checkpoint = told.groups()
+    assert 2 <= int(step) < 8
+    assert int(survivor) == 1 - dies
+    begin = int(checkpoint.rpartition("-")[2])
+    assert begin in (int(step), int(step) - 1)
+    # One that was being written when the process died does not stop the run from going on.
+    (tmp_path / "out" / "checkpoint-7").mkdir()
+    (tmp_path / "out" / "checkpoint-7" / "rollouts_0.pt").touch()
+
+    assert train(tmp_path, "ddp", {**settings, "resume_from_checkpoint": "true"}).wait(200) == 0, said(tmp_path)
+    assert "\nran as 2 MULTI_CPU DistributedDataParallel\n" in said(tmp_path)
+    assert "Trained to step 8" in said(tmp_path)
+    logged = json.loads((tmp_path / "out" / "checkpoint-8" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in logged] == list(range(1, 9))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -1,0 +1,97 @@
+"""What a training says that stops before its end."""
+
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ktae_trl.stopping import last_checkpoint, reason_of, telling_how_to_go_on
+
+
+def trainer_in(folder, step=7, processes=1):
+    return SimpleNamespace(
+        args=SimpleNamespace(output_dir=str(folder)),
+        state=SimpleNamespace(global_step=step),
+        accelerator=SimpleNamespace(process_index=0, num_processes=processes),
+    )
+
+
+def checkpoint(folder, step, whole=True):
+    path = folder / f"checkpoint-{step}"
+    path.mkdir()
+    if whole:
+        (path / "trainer_state.json").touch()
+    return str(path)
+
+
+def test_the_last_checkpoint_is_the_newest_whole_one(tmp_path):
+    assert last_checkpoint(str(tmp_path / "nothing")) is None
+    checkpoint(tmp_path, 10, whole=False)
+    assert last_checkpoint(str(tmp_path)) is None
+    checkpoint(tmp_path, 8)
+    nine = checkpoint(tmp_path, 9)
+    assert last_checkpoint(str(tmp_path)) == nine
+    assert last_checkpoint(str(tmp_path)) != checkpoint(tmp_path, 11, whole=False)
+    assert last_checkpoint(str(tmp_path)) != checkpoint(tmp_path, 100)[:-1]
+
+
+def test_an_error_passes_and_one_line_says_how_to_go_on(tmp_path, capfd):
+    with pytest.raises(ValueError, match="first"), telling_how_to_go_on(trainer_in(tmp_path)):
+        raise ValueError("first\nsecond")
+    line = "train.py: training stopped after step 7: ValueError: first. "
+    assert capfd.readouterr().err.strip() == f"{line}There is no checkpoint yet in {tmp_path}: start again."
+    six = checkpoint(tmp_path, 6)
+    with pytest.raises(ValueError, match="first"), telling_how_to_go_on(trainer_in(tmp_path)):
+        raise ValueError("first\nsecond")
+    go_on = f"Go on from the last checkpoint ({six}) with --resume_from_checkpoint true."
+    assert capfd.readouterr().err.strip() == line + go_on
+
+
+def test_training_that_ends_well_says_nothing(tmp_path, capfd):
+    before = signal.getsignal(signal.SIGTERM)
+    with telling_how_to_go_on(trainer_in(tmp_path)):
+        pass
+    assert capfd.readouterr().err == ""
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_reasons():
+    gloo = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:5. Check the logs.")
+    nccl = torch.distributed.DistBackendError("NCCL error in: x.cpp:1\nremote process exited")
+    for error in (gloo, nccl):
+        assert reason_of(error).startswith("the connection to another process broke, which has probably died [")
+    assert reason_of(KeyboardInterrupt()) == "interrupted"
+    assert reason_of(AssertionError()) == "AssertionError"
+    assert reason_of(ValueError("x. y")) == "ValueError: x. y"
+
+
+STUCK = """
+import ctypes, sys
+from tests.test_stopping import trainer_in
+from ktae_trl.stopping import telling_how_to_go_on
+with telling_how_to_go_on(trainer_in(sys.argv[1], processes=2)):
+    print("waiting", flush=True)
+    lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
+    lock(mutex)
+    lock(mutex)  # for ever, and no signal makes it return to Python: as in NCCL
+"""
+
+
+def test_sigterm_ends_a_process_that_waits_outside_of_python(tmp_path):
+    waiting = subprocess.Popen(
+        [sys.executable, "-c", STUCK, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert waiting.stdout.readline() == "waiting\n"
+        waiting.terminate()
+        _, errors = waiting.communicate(timeout=30)
+    finally:
+        waiting.kill()
+    assert waiting.returncode == 128 + signal.SIGTERM
+    assert "train.py: training stopped after step 7 (process 0): ended from outside (SIGTERM)" in errors
