@@ -118,6 +118,15 @@ def build_trainer(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -
     return trainer
 
 
+def save_whole_model(trainer: KTAEGRPOTrainer) -> None:
+    """Save a model that `from_pretrained` loads, also where checkpoints are in shards, as is accelerate's default."""
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    elif trainer.is_deepspeed_enabled:  # ZeRO-3 without `zero3_save_16bit_model`
+        trainer.deepspeed._config.zero_config.gather_16bit_weights_on_model_save = True
+    trainer.save_model()
+
+
 def main(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -> None:
     if run.dry_run:
         if args.process_index == 0:
@@ -146,14 +155,14 @@ def main(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -> None:
         results["train_seconds"] = trained.metrics["train_runtime"]
         trainer.save_metrics("held_out", results, combined=False)
 
-    if trainer.is_fsdp_enabled:  # with shards only, transformers would save no model here
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model()
+    save_whole_model(trainer)
     hub_dataset = None if Path(run.dataset_name).exists() else run.dataset_name
     trainer.create_model_card(dataset_name=hub_dataset)
     say(f"\nSaved model, tokenizer and card in {args.output_dir}")
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=hub_dataset)
+    # A process that leaves while the first still saves can abort (ZeRO-3), and the launcher would then end them all.
+    trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 
 

@@ -37,24 +37,26 @@ def parse(dataclass_types: Sequence[type], program: str, arguments: Sequence[str
     return tuple(parsed)
 
 
+def last_checkpoint(output_dir: str) -> str | None:
+    """Return the newest checkpoint that was written to its end, where `trainer_state.json` comes, or None."""
+    whole = [file.parent for file in Path(output_dir).glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]))) if whole else None
+
+
 def checkpoint_to_resume(asked: str | os.PathLike | bool | None, output_dir: str) -> str | None:
-    """Return the checkpoint folder that `resume_from_checkpoint` means: a folder, or true for the newest.
+    """Return the checkpoint that `resume_from_checkpoint` means: a folder, or true for the last one.
 
     Raises:
-        ValueError: the folder is no checkpoint, or there is none yet.
+        ValueError: the folder is no whole checkpoint, or there is none yet.
     """
     if asked is None or str(asked).lower() in ("false", ""):
         return None
-    checkpoints = [folder.parent for folder in Path(output_dir).glob("checkpoint-*/trainer_state.json")]
-    checkpoints.sort(key=lambda folder: int(folder.name.rpartition("-")[2]))
-    newest = f"The newest checkpoint of {output_dir} is {checkpoints[-1]}" if checkpoints else ""
+    last = last_checkpoint(output_dir)
     if str(asked).lower() == "true":
-        if not checkpoints:
+        if last is None:
             raise ValueError(f"{output_dir} holds no checkpoint to resume from: start without resume_from_checkpoint")
-        return str(checkpoints[-1])
+        return last
     if not (Path(asked) / "trainer_state.json").is_file():
-        raise ValueError(
-            f"{asked} is no checkpoint: it has no trainer_state.json. "
-            + (newest or f"There is none in {output_dir} either")
-        )
+        there = f"The last one of {output_dir} is {last}" if last else f"There is none in {output_dir} either"
+        raise ValueError(f"{asked} is no whole checkpoint: it has no trainer_state.json. {there}")
     return str(asked)

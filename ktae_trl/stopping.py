@@ -5,15 +5,10 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
-
-def last_checkpoint(output_dir: str) -> str | None:
-    """Return the newest checkpoint that was written to its end, where `trainer_state.json` comes, or None."""
-    whole = [file.parent for file in Path(output_dir).glob("checkpoint-*/trainer_state.json")]
-    return str(max(whole, key=lambda folder: int(folder.name.split("-")[-1]))) if whole else None
+from ktae_trl.arguments import last_checkpoint
 
 
 def advice(trainer, reason: str) -> str:

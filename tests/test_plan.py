@@ -211,7 +211,7 @@ def test_resuming_from_what_is_no_checkpoint_is_refused(tmp_path):
     trainer.save_model(tmp_path / "model")  # weights, but no state of a run
     for folder in ("model", "nowhere"):
         with pytest.raises(
-            ValueError, match=rf"{folder} is no checkpoint: it has no trainer_state.json.*none in .*run"
+            ValueError, match=rf"{folder} is no whole checkpoint: it has no trainer_state.json.*none in .*run"
         ):
             trainer.train(resume_from_checkpoint=str(tmp_path / folder))
     with pytest.raises(ValueError, match="run holds no checkpoint to resume from"):
@@ -228,7 +228,7 @@ def test_which_checkpoint_is_meant(tmp_path):
     assert checkpoint_to_resume(True, str(tmp_path)) == str(tmp_path / "checkpoint-10")
     assert checkpoint_to_resume("true", str(tmp_path)) == str(tmp_path / "checkpoint-10")
     assert checkpoint_to_resume(tmp_path / "checkpoint-9", "elsewhere") == str(tmp_path / "checkpoint-9")
-    with pytest.raises(ValueError, match=r"The newest checkpoint of .* is .*checkpoint-10"):
+    with pytest.raises(ValueError, match=r"The last one of .* is .*checkpoint-10"):
         checkpoint_to_resume(str(tmp_path / "checkpoint-11"), str(tmp_path))
 
 

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ktae_trl.stopping import last_checkpoint, reason_of, telling_how_to_go_on
+from ktae_trl.arguments import last_checkpoint
+from ktae_trl.stopping import reason_of, telling_how_to_go_on
 
 
 def trainer_in(folder, step=7, processes=1):

@@ -25,6 +25,11 @@ SMALL = {
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 8,
 }
+# accelerate's own defaults, with which transformers' save_model() saves no model.
+SHARDED = {
+    "zero3": {"deepspeed_config": {"zero_stage": 3, "zero3_init_flag": True, "zero3_save_16bit_model": False}},
+    "fsdp2": {"fsdp_config": {**MODES["fsdp2"][0]["fsdp_config"], "fsdp_state_dict_type": "SHARDED_STATE_DICT"}},
+}
 
 
 def train(folder: Path, mode: str, settings: dict, **more) -> subprocess.Popen:
@@ -42,12 +47,10 @@ def train(folder: Path, mode: str, settings: dict, **more) -> subprocess.Popen:
         )
 
 
-@pytest.mark.parametrize("mode", ["zero3", "fsdp2"])
+@pytest.mark.parametrize("mode", SHARDED)
 def test_a_spread_model_is_saved_whole(tmp_path, mode):
-    # FSDP checkpoints in shards, as accelerate's own default is: transformers' save_model() saves nothing then.
-    more = {"fsdp_config": {**MODES["fsdp2"][0]["fsdp_config"], "fsdp_state_dict_type": "SHARDED_STATE_DICT"}}
     settings = {"gradient_checkpointing": "true", "learning_rate": 1e-3}
-    launched = train(tmp_path, mode, settings, **(more if mode == "fsdp2" else {}))
+    launched = train(tmp_path, mode, settings, **SHARDED[mode])
     # ZeRO-3 with gradient checkpointing can abort at exit, after all is done.
     assert launched.wait(200) == 0, said(tmp_path)
     assert f"\nran as 2 {' '.join(MODES[mode][1:])}\n" in said(tmp_path)
