@@ -97,6 +97,18 @@ def test_colocated_with_lora(tmp_path):
     check_sync(result)
 
 
+def test_colocated_with_dynamic_sampling(tmp_path):
+    """Log-probabilities stay with their rollouts, which come from one generation or several."""
+    (result,) = train(tmp_path, {**COLOCATED, "dynamic_sampling": True})
+    check(result, steps=3)
+    check_sync(result)
+    for metrics in result["metrics"]:
+        assert metrics["dynamic_sampling/filled"] == 0
+        assert metrics["ktae/informative_groups"] == 1
+        assert metrics["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-3)
+    assert max(metrics["dynamic_sampling/generations"] for metrics in result["metrics"]) > 1
+
+
 def test_colocated_in_each_of_two_processes(tmp_path):
     # 12 rows a process: the second of the three groups lies on both.
     results = train(tmp_path, {**COLOCATED, "per_device_train_batch_size": 12, "max_steps": 2}, processes=2)

@@ -1,6 +1,7 @@
 """One process of a training for the tests beside this file: run.py SETTINGS.json FOLDER [CHECKPOINT].
 
-Writes, per process, what it is, the token credit of every generation and the final weights; and saves the model.
+Writes, per process, what it is, the token credit and the advantages of every generation and the final weights; and
+saves the model.
 """
 
 import contextlib
@@ -9,12 +10,23 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from peft import LoraConfig
 
 from ktae_trl import tiny
 from ktae_trl.evaluation.held_out import held_out_accuracy
 from tests.distributed import cpu
+from tests.test_dynamic_sampling import third
 from tests.training import make_trainer, prompts, replay
+
+
+def right_on_the_first(completions, **kwargs):
+    """Groups on the first process have right and wrong answers, those on the others are all wrong."""
+    first = PartialState().process_index == 0
+    return [float(first and i % 2) for i in range(len(completions))]
+
+
+REWARDS = {"third": third, "right_on_the_first": right_on_the_first}
 
 
 def whole_weights(trainer) -> dict[str, torch.Tensor]:
@@ -36,12 +48,15 @@ def main(settings: dict, folder: Path, checkpoint: str | None = None) -> None:
         settings["rollout_func"] = replay
     if "lora" in settings:
         settings["peft_config"] = LoraConfig(**settings.pop("lora"))
+    if "reward" in settings:
+        settings["reward_funcs"] = REWARDS[settings.pop("reward")]
     trainer = make_trainer(folder, train_dataset=prompts(settings.pop("prompts")), **settings)
-    credits, generate = [], trainer._generate_and_score_completions
+    credits, advantages, generate = [], [], trainer._generate_and_score_completions
 
     def spy(inputs):
         batch = generate(inputs)
         credits.append(batch["credit"].clone())
+        advantages.append(batch["advantages"].clone())
         return batch
 
     trainer._generate_and_score_completions = spy
@@ -56,6 +71,7 @@ def main(settings: dict, folder: Path, checkpoint: str | None = None) -> None:
             "wrapped": type(trainer.model_wrapped).__name__,
             "gradient_checkpointing": accelerator.unwrap_model(trainer.model_wrapped).is_gradient_checkpointing,
             "credits": credits,
+            "advantages": advantages,
             "held_out": held_out._asdict(),
             "weights": whole_weights(trainer),
             "metrics": [entry for entry in trainer.state.log_history if "loss" in entry],
