@@ -11,33 +11,23 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 
+
+def file(name: str, **zero) -> dict:
+    """Return a file of configs/accelerate in float32; `zero` goes into its `deepspeed_config`."""
+    config = yaml.safe_load((ROOT / f"configs/accelerate/{name}.yaml").read_text()) | {"mixed_precision": "no"}
+    return config | {"deepspeed_config": config["deepspeed_config"] | zero} if zero else config
+
+
 # The file for accelerate, and what must come of it: the distributed type, and the class of the wrapped model. Several
 # ways of launching on a CPU run one process, independent processes or plain DDP instead, and exit 0.
 MODES = {
-    # MULTI_GPU only makes accelerate call torchrun.
-    "ddp": ({"distributed_type": "MULTI_GPU"}, "MULTI_CPU", "DistributedDataParallel"),
-    "zero1": ({"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 1}}, "DEEPSPEED", "DeepSpeedEngine"),
-    "zero2": ({"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}}, "DEEPSPEED", "DeepSpeedEngine"),
-    "zero3": (
-        {
-            "distributed_type": "DEEPSPEED",
-            "deepspeed_config": {"zero_stage": 3, "zero3_init_flag": True, "zero3_save_16bit_model": True},
-        },
-        "DEEPSPEED",
-        "DeepSpeedEngine",
-    ),
-    "fsdp2": (
-        {
-            "distributed_type": "FSDP",
-            "fsdp_config": {
-                "fsdp_version": 2,
-                "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-                "fsdp_state_dict_type": "FULL_STATE_DICT",
-            },
-        },
-        "FSDP",
-        "FSDPQwen2ForCausalLM",
-    ),
+    "ddp": (file("ddp"), "MULTI_CPU", "DistributedDataParallel"),  # MULTI_GPU only makes accelerate call torchrun
+    "zero1": (file("zero2", zero_stage=1), "DEEPSPEED", "DeepSpeedEngine"),
+    **{
+        name: (file(name), "DEEPSPEED", "DeepSpeedEngine")
+        for name in ("zero2", "zero2_offload", "zero3", "zero3_offload", "two_nodes")
+    },
+    "fsdp2": (file("fsdp2"), "FSDP", "FSDPQwen2ForCausalLM"),
 }
 
 
@@ -45,7 +35,7 @@ def accelerate(folder: Path, mode: str, processes: int = 2, **more) -> list[str]
     """Return the words that launch a script; `more` goes into accelerate's file in `folder`."""
     folder.mkdir(exist_ok=True)
     file = folder / "accelerate.yaml"
-    entries = {"num_machines": 1, "num_processes": processes, "main_process_port": 0, **MODES[mode][0], **more}
+    entries = {**MODES[mode][0], "num_processes": processes, "main_process_port": 0, **more}
     file.write_text(yaml.dump(entries))
     return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
 

@@ -27,7 +27,7 @@ SMALL = {
 }
 # accelerate's own defaults, with which transformers' save_model() saves no model.
 SHARDED = {
-    "zero3": {"deepspeed_config": {"zero_stage": 3, "zero3_init_flag": True, "zero3_save_16bit_model": False}},
+    "zero3": {"deepspeed_config": {**MODES["zero3"][0]["deepspeed_config"], "zero3_save_16bit_model": False}},
     "fsdp2": {"fsdp_config": {**MODES["fsdp2"][0]["fsdp_config"], "fsdp_state_dict_type": "SHARDED_STATE_DICT"}},
 }
 
