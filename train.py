@@ -114,7 +114,7 @@ def build_trainer(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         correctness = args.correctness_reward or trainer.reward_func_names[0]
-        trainer.add_callback(MetricsTable(correctness, args.credit))
+        trainer.add_callback(MetricsTable(correctness, args.credit, args.dynamic_sampling))
     return trainer
 
 

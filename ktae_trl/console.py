@@ -18,14 +18,19 @@ _KTAE_COLUMNS = {
     "|K|>.9": ("ktae/saturated", "{:.0%}"),
     "A'/A": ("ktae/advantage_ratio", "{:.2f}"),
 }
+_SAMPLING_COLUMNS = {
+    "batches": ("dynamic_sampling/generations", "{:.1f}"),
+    "mixed": ("dynamic_sampling/informative_groups", "{:.0%}"),  # of all that were sampled
+}
 
 
 class MetricsTable(ProgressCallback):
     """The progress bar of `Trainer`, and above it a line of metrics per log in place of the whole dictionary."""
 
-    def __init__(self, correctness: str, credit: str):
+    def __init__(self, correctness: str, credit: str, dynamic_sampling: bool):
         super().__init__()
         columns = _COLUMNS | (_KTAE_COLUMNS if credit == "ktae" else {})
+        columns |= _SAMPLING_COLUMNS if dynamic_sampling else {}
         self._columns = {
             name: (metric.format(correctness=correctness), form) for name, (metric, form) in columns.items()
         }

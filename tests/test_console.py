@@ -9,8 +9,8 @@ LOGS = {"reward": 0.25, "rewards/math_accuracy/mean": 0.5, "completions/mean_len
 
 @pytest.fixture
 def table():
-    def make(credit):
-        table = MetricsTable("math_accuracy", credit)
+    def make(credit, dynamic_sampling=False):
+        table = MetricsTable("math_accuracy", credit, dynamic_sampling)
         table.training_bar = SimpleNamespace(lines=[], write=lambda line: table.training_bar.lines.append(line))
         return table
 
@@ -31,8 +31,11 @@ def test_a_line_per_log(table):
 def test_columns_of_token_credit_come_with_it(table):
     assert "K right" in table("ktae")._columns
     assert "K right" not in table("none")._columns
+    assert table("ktae")._columns["mixed"][0] == "ktae/informative_groups"
+    assert table("ktae", True)._columns["mixed"][0] == "dynamic_sampling/informative_groups"
+    assert "batches" in table("none", True)._columns
     assert table("none")._columns["right"][0] == "rewards/math_accuracy/mean"
 
 
 def test_other_processes_write_nothing():
-    MetricsTable("math_accuracy", "ktae").on_log(None, SimpleNamespace(global_step=1), None, logs=LOGS)
+    MetricsTable("math_accuracy", "ktae", False).on_log(None, SimpleNamespace(global_step=1), None, logs=LOGS)

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from benchmarks.published import table
 from ktae_trl.credit.combine import combine
 from ktae_trl.credit.ktae import key_token_values
+from ktae_trl.plan import ModelSize, memory_table
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 CAREFUL = "1: 9-3=6\n2: 6-1=5\n3: 5-3=2\n4: 2+5=7\nThe answer is \\boxed{7}."
 ROLLOUTS = [
     *[CAREFUL] * 4,
@@ -51,7 +54,7 @@ def test_the_published_table_is_what_the_command_prints(shared):
 
 def test_every_file_that_is_named_is_there():
     for path in re.findall(r"\]\(([^)h][^)]*)\)", README):
-        assert (Path(__file__).parents[1] / path).exists(), path
+        assert (ROOT / path).exists(), path
 
 
 def test_the_python_of_the_readme_compiles():
@@ -59,3 +62,46 @@ def test_the_python_of_the_readme_compiles():
     assert len(blocks) == 3
     for block in blocks:
         compile(block, "README.md", "exec")
+
+
+def test_the_memory_table_is_what_the_estimators_say():
+    pytest.importorskip("deepspeed", reason="the estimate is DeepSpeed's")
+    rows = re.findall(r"^\| Qwen\S+ \(([\d,]+) parameters, largest layer ([\d,]+)\) \| (.*) \|$", README, re.MULTILINE)
+    assert len(rows) == 2
+    for total, layer, cells in rows:
+        size = ModelSize(int(total.replace(",", "")), int(layer.replace(",", "")), 0, None)
+        shown = [f"{gpu:.3g}" + (f" ({cpu:.3g})" if "off" in name else "") for name, gpu, cpu in memory_table(size, 8)]
+        assert cells.split(" | ") == shown
+
+
+def test_the_table_of_recipes_is_what_they_say():
+    rows = re.findall(r"^\| (\[`.*?) \| .* \| ([\d,]+) x (\d+), (\d) \| (\d) (GPU|CPU)", README, re.MULTILINE)
+    shown = {}
+    for links, prompts, rollouts, steps, devices, device in rows:
+        for name in re.findall(r"\(configs/(\S+)\.yaml\)", links):
+            shown[name] = (
+                int(prompts.replace(",", "")),
+                int(rollouts),
+                int(steps),
+                int(devices) if device == "GPU" else 1,
+            )
+    assert shown.keys() == {path.stem for path in (ROOT / "configs").glob("*.yaml")}
+    for name, batch in shown.items():
+        recipe = yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text())
+        accumulated = recipe.get("gradient_accumulation_steps", 1)
+        per_generation = recipe.get("steps_per_generation", accumulated)
+        processes, rollouts = recipe.get("num_processes", 1), recipe["num_generations"]
+        prompts = recipe["per_device_train_batch_size"] * processes * per_generation // rollouts
+        assert batch == (prompts, rollouts, per_generation // accumulated, processes)
+
+
+def test_every_metric_has_a_row():
+    """Those of the trainer: its tests list them by name."""
+    written = "".join(
+        (ROOT / f"ktae_trl/{name}.py").read_text() for name in ("trainer", "sampling/dynamic", "credit/ktae")
+    )
+    section = README[README.index("## Metrics") : README.index("## Cost")]
+    named = set(re.findall(r'"((?:ktae|dynamic_sampling)/\w+)"', written))
+    assert len(named) > 12
+    for metric in named:
+        assert f"`{metric}`" in section or f"`.../{metric.partition('/')[2]}`" in section, metric
