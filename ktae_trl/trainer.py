@@ -239,7 +239,7 @@ class KTAEGRPOTrainer(GRPOTrainer):
         for name, values in extra_fields.items():  # of a rollout_func, for the reward functions
             for i, row in enumerate(inputs):
                 row[name] = values[i] if isinstance(values, list) else values
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids)
+        rewards = self._calculate_rewards(inputs, prompts, completions, completion_ids)
         # Columns that reward functions log go with their rollouts. What they log with `log_metric` is for the whole
         # generation: it stays, and the parent averages it over the generations.
         columns = {name: list(values) for name, values in self._pending_extra_logs.items()}
@@ -270,8 +270,9 @@ class KTAEGRPOTrainer(GRPOTrainer):
         stream, metrics = self._prompt_stream, self._metrics["train"]
         for name, value in chosen.metrics().items():
             metrics[name].append(value)
-        metrics["dynamic_sampling/prompts"].append(stream.position)
-        metrics["dynamic_sampling/epoch"].append(stream.position / stream.size)
+        # Where the run is, so no mean over the steps of a log.
+        metrics["dynamic_sampling/prompts"] = [stream.position]
+        metrics["dynamic_sampling/epoch"] = [stream.position / stream.size]
         generated = [rollout for generation in chosen.generations for rollout in generation.rollouts]
         tokens = [sum(len(rollout["completion_ids"]) for rollout in some) for some in (rollouts, generated)]
         trained, all_of_them = self.accelerator.reduce(torch.tensor(tokens, device=self.accelerator.device)).tolist()
