@@ -128,13 +128,16 @@ def save_whole_model(trainer: KTAEGRPOTrainer) -> None:
 
 
 def main(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -> None:
-    if run.dry_run:
-        if args.process_index == 0:
-            plan.show(run, args, model, *load(run, args, model))
-        return
-    if args.process_index == 0 and (warning := check_processes(args, run.num_processes)):
-        logging.warning(warning)
-    trainer = build_trainer(run, args, model)
+    try:
+        if run.dry_run:
+            if args.process_index == 0:
+                plan.show(run, args, model, *load(run, args, model))
+            return
+        if args.process_index == 0 and (warning := check_processes(args, run.num_processes)):
+            logging.warning(warning)
+        trainer = build_trainer(run, args, model)
+    except (ValueError, OSError, ImportError) as error:  # settings, data, a name on the Hub, what is not installed
+        sys.exit(f"train.py: {error}")
     say = trainer.accelerator.print
     held_out = None
     if trainer.eval_dataset is not None and run.held_out_samples > 0:

@@ -70,8 +70,14 @@ class Batches(NamedTuple):
 
 
 def check_processes(args: KTAEGRPOConfig, expected: int | None) -> str | None:
-    """Return a warning, with the arithmetic, if the recipe is written for another number of processes."""
+    """Return a warning, with the arithmetic, if the run is not spread over processes as the recipe is written for."""
     here = args.world_size
+    if args.n_gpu > 1:
+        return (
+            f"One process sees {args.n_gpu} GPUs and spreads its batches over them (torch's DataParallel), which is "
+            "slow and untested. For one GPU, set CUDA_VISIBLE_DEVICES=0; for all, accelerate launch --num_processes "
+            f"{args.n_gpu}."
+        )
     if expected in (None, here):
         return None
     wanted, found = Batches.of(args, expected), Batches.of(args, here)
@@ -79,11 +85,12 @@ def check_processes(args: KTAEGRPOConfig, expected: int | None) -> str | None:
         f"This recipe is written for {expected} processes (num_processes), but {here} were started.\n"
         f"  written for: {wanted}\n  started:     {found}\n"
     )
-    scaled = {
+    flags = {
+        "--num_processes": here,
         "--gradient_accumulation_steps": args.gradient_accumulation_steps * expected / here,
         "--steps_per_generation": args.steps_per_generation * expected / here,
     }
-    if all(value.is_integer() for value in scaled.values()):
-        flags = " ".join(f"{name} {value:.0f}" for name, value in scaled.items())
-        return f"{warning}  To keep the batches, add: {flags}"
+    if all(float(value).is_integer() for value in flags.values()):
+        words = " ".join(f"{name} {value:.0f}" for name, value in flags.items())
+        return f"{warning}  To keep the batches, add behind train.py: {words}"
     return f"{warning}  To keep the batches, change per_device_train_batch_size as well."

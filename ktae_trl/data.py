@@ -30,7 +30,8 @@ class DataArguments:
     dataset_filter: dict | str | None = field(
         default=None,
         metadata={
-            "help": "Train on the rows whose columns have one of these values only, such as '{\"level\": [3, 4, 5]}'."
+            "help": "Train on the rows whose columns have one of these values only, such as '{\"level\": [3, 4, 5]}'; "
+            "null for all rows."
         },
     )
     eval_dataset_name: str | None = field(
@@ -171,7 +172,7 @@ def keep_rows(dataset: Dataset, values: dict[str, list]) -> Dataset:
         if column not in dataset.column_names:
             raise ValueError(
                 f"dataset_filter: there is no column {column!r}{nearest(column, dataset.column_names)}. "
-                f"There are: {', '.join(dataset.column_names)}"
+                f"There are: {', '.join(dataset.column_names)}. For all rows: --dataset_filter null"
             )
         there = dataset.unique(column)
         dataset = dataset.filter(lambda value, wanted=wanted: value in wanted, input_columns=column)

@@ -54,7 +54,6 @@ class ModelSize(NamedTuple):
 
     total: int
     largest_layer: int  # of the modules that hold parameters themselves, as DeepSpeed counts
-    vocabulary: int
     dtype: torch.dtype | None  # that it was saved in
 
 
@@ -66,14 +65,15 @@ def model_size(name: str, revision: str | None = None, trust_remote_code: bool =
     model.tie_weights()
     layers = (sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules())
     total = sum(p.numel() for p in model.parameters())
-    return ModelSize(total, max(layers), config.get_text_config().vocab_size, config.dtype)
+    return ModelSize(total, max(layers), config.dtype)
 
 
 def memory_table(size: ModelSize, gpus: int) -> list[tuple[str, float, float]]:
     """Estimate what weights, gradients and Adam's states need on one machine: GiB per GPU and of main memory.
 
     DeepSpeed's estimators for full fine-tuning in mixed precision. "DDP" is that of ZeRO-2 on one GPU, where nothing is
-    shared; FSDP2 shards what ZeRO-3 shards. Activations, logits, a reference model and vLLM come on top.
+    shared; FSDP2 shards what ZeRO-3 shards. Activations, a reference model and vLLM come on top. (TRL computes
+    log-probabilities tile by tile: there are no logits of a whole batch.)
 
     Raises:
         ImportError: DeepSpeed is not installed.
@@ -178,19 +178,20 @@ def _show_memory(console: Console, args: KTAEGRPOConfig, model: ModelConfig, pro
             f"Weights, gradients and Adam's states on {processes} GPU{'s' * (processes > 1)} of one machine "
             "(DeepSpeed's estimators)."
         )
-    logits = args.per_device_train_batch_size * args.max_completion_length * size.vocabulary
+        if processes > 1 and args.gradient_accumulation_steps > 1:
+            console.print(
+                f"While it accumulates, FSDP2 holds all gradients on each GPU: {2 * size.total / GIB:.3g} GiB more."
+            )
     console.print("On top of that, per GPU:")
-    console.print(
-        f"  logits of a forward pass: {logits * (2 if args.bf16 or args.fp16 else 4) / GIB:.3g} GiB a copy, "
-        f"and some copies ({args.per_device_train_batch_size} x {args.max_completion_length:,} x {size.vocabulary:,}); "
-        "less with a smaller per_device_train_batch_size"
-    )
     if args.beta and not model.use_peft:
         reference = size.total * _width(model.dtype, size.dtype) / GIB
-        console.print(f"  reference model (beta > 0): {reference:.1f} GiB, shared out under ZeRO-3")
+        console.print(f"  reference model (beta > 0): up to {reference:.1f} GiB, shared out under ZeRO-3")
     if args.use_vllm and args.vllm_mode == "colocate":
         console.print(f"  vLLM: {args.vllm_gpu_memory_utilization:.0%} of the GPU (vllm_gpu_memory_utilization)")
-    console.print("  activations: they depend on lengths and gradient checkpointing, and are not estimated here")
+    console.print(
+        f"  activations of {args.per_device_train_batch_size} rollouts (per_device_train_batch_size), which depend on "
+        "lengths and gradient checkpointing and are not estimated here"
+    )
 
 
 def _width(asked: str | None, saved: torch.dtype | None) -> int:

@@ -28,7 +28,9 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     first = next(iter(str(error).strip().splitlines()), "")
-    if isinstance(error, torch.distributed.DistError) or "Connection closed by peer" in first:
+    # gloo has no error class of its own: a peer that died is "Connection closed by peer", "Connection reset by peer" or
+    # "Broken pipe", as the kernel noticed it, always with a source file of its transport layer.
+    if isinstance(error, torch.distributed.DistError) or "gloo/transport" in first:
         return f"the connection to another process broke, which has probably died [{first.rstrip('.')}]"
     return f"{type(error).__name__}: {first}".rstrip(":. ")
 

@@ -148,6 +148,7 @@ def test_a_filter_keeps_rows_with_these_values(write, tokenizer):
 
 def test_a_filter_from_the_command_line():
     assert data.DataArguments("x", dataset_filter='{"level": [3]}').dataset_filter == {"level": [3]}
+    assert data.DataArguments("x", dataset_filter="null").dataset_filter is None
 
 
 @pytest.mark.parametrize("bad", ["{level: [3]}", '{"level": 3}', "[3]", {"level": 3}])

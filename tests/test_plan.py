@@ -1,12 +1,13 @@
 """What a dry run says, against what training then does; and settings that do not go together."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+from transformers import AutoModelForCausalLM, Qwen2Config
 from trl import ModelConfig
 
 import train
@@ -72,7 +73,28 @@ def test_another_number_of_processes_is_explained(tmp_path):
     assert "written for 4 processes (num_processes), but 1 were started" in warning
     assert "8 rollouts x 4 processes x 8 steps_per_generation = 256 rollouts a generation (32 prompts x 8)" in warning
     assert "8 rollouts x 1 process x 8 steps_per_generation = 64 rollouts a generation (8 prompts x 8)" in warning
-    assert "add: --gradient_accumulation_steps 16 --steps_per_generation 32" in warning
+    assert (
+        "add behind train.py: --num_processes 1 --gradient_accumulation_steps 16 --steps_per_generation 32" in warning
+    )
+
+
+def test_the_flags_that_the_warning_gives_keep_the_batches_and_silence_it(tmp_path):
+    words = ["--config", "configs/own_data.yaml", "--use_cpu", "true", "--bf16", "false", "--use_vllm", "false"]
+    words += ["--output_dir", str(tmp_path), "--num_processes", "4"]
+    run, args, _ = train.read_arguments(words)
+    warning = check_processes(args, run.num_processes)
+    flags = re.search(r"add behind train.py: (.*)", warning)[1].split()
+    run, kept, _ = train.read_arguments([*words, *flags])
+    assert check_processes(kept, run.num_processes) is None
+    wanted, found = Batches.of(args, 4), Batches.of(kept, 1)
+    assert (wanted.rollouts, wanted.rollouts_per_step) == (found.rollouts, found.rollouts_per_step)
+
+
+def test_one_process_on_several_gpus_is_warned_of(tmp_path):
+    args = config(tmp_path)
+    args._n_gpu = 4
+    assert "One process sees 4 GPUs" in check_processes(args, 1)
+    assert "accelerate launch --num_processes 4" in check_processes(args, 1)
 
 
 # Data and memory
@@ -102,7 +124,6 @@ def test_parameters_are_counted_without_weights():
     model = AutoModelForCausalLM.from_pretrained(tiny.MODEL)
     assert size.total == model.num_parameters()
     assert size.largest_layer == max(p.numel() for p in model.parameters())  # no biases in the largest
-    assert size.vocabulary == len(AutoTokenizer.from_pretrained(tiny.MODEL))
 
 
 @pytest.mark.parametrize(
@@ -165,6 +186,20 @@ def test_a_dry_run_of_an_adapter_and_of_a_reference_model(tmp_path, capsys):
     offline = ["--config", "configs/quickstart.yaml", "--output_dir", str(tmp_path), "--eval_size", "8"]
     assert "Frozen weights: 0.0 GiB per GPU" in dry_run(capsys, *offline, "--use_peft", "true")
     assert "reference model (beta > 0)" in dry_run(capsys, *offline, "--beta", "0.1")
+
+
+def test_bad_data_and_settings_are_one_line(tmp_path, capsys):
+    offline = ["--config", "configs/quickstart.yaml", "--output_dir", str(tmp_path / "out")]
+    for words, said in (
+        (["--dataset_name", "nowhere.jsonl"], "There is no data file nowhere.jsonl"),
+        (["--dataset_filter", '{"level": [3]}'], r"there is no column 'level'.*For all rows: --dataset_filter null"),
+        (["--model_name_or_path", str(tmp_path / "no_model")], "no_model"),
+    ):
+        with pytest.raises(SystemExit, match=f"^train.py: .*{said}"):
+            dry_run(capsys, *offline, *words)
+    run, args, model = train.read_arguments([*offline, "--correctness_reward", "nothing"])
+    with pytest.raises(SystemExit, match=r"^train.py: .*nothing"):
+        train.main(run, args, model)
 
 
 def test_every_setting_that_is_shown_is_a_setting(tmp_path):

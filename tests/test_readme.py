@@ -69,7 +69,7 @@ def test_the_memory_table_is_what_the_estimators_say():
     rows = re.findall(r"^\| Qwen\S+ \(([\d,]+) parameters, largest layer ([\d,]+)\) \| (.*) \|$", README, re.MULTILINE)
     assert len(rows) == 2
     for total, layer, cells in rows:
-        size = ModelSize(int(total.replace(",", "")), int(layer.replace(",", "")), 0, None)
+        size = ModelSize(int(total.replace(",", "")), int(layer.replace(",", "")), None)
         shown = [f"{gpu:.3g}" + (f" ({cpu:.3g})" if "off" in name else "") for name, gpu, cpu in memory_table(size, 8)]
         assert cells.split(" | ") == shown
 

@@ -60,9 +60,16 @@ def test_training_that_ends_well_says_nothing(tmp_path, capfd):
 
 
 def test_reasons():
-    gloo = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:5. Check the logs.")
+    gloo = [
+        RuntimeError(f"[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] {what}. Check the logs.")
+        for what in (
+            "Connection closed by peer [127.0.0.1]:5",
+            "Read error [127.0.0.1]:5: Connection reset by peer",
+            "Write error [127.0.0.1]:5: Broken pipe",
+        )
+    ]
     nccl = torch.distributed.DistBackendError("NCCL error in: x.cpp:1\nremote process exited")
-    for error in (gloo, nccl):
+    for error in (*gloo, nccl):
         assert reason_of(error).startswith("the connection to another process broke, which has probably died [")
     assert reason_of(KeyboardInterrupt()) == "interrupted"
     assert reason_of(AssertionError()) == "AssertionError"
