@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, ProgressCallback, TrainerCallback
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from ktae_trl import KTAEGRPOConfig, KTAEGRPOTrainer, plan
 from ktae_trl.arguments import checkpoint_to_resume, parse
@@ -130,8 +130,9 @@ def save_whole_model(trainer: KTAEGRPOTrainer) -> None:
 def main(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -> None:
     try:
         if run.dry_run:
+            loaded = load(run, args, model)  # by all processes: they wait for each other in there
             if args.process_index == 0:
-                plan.show(run, args, model, *load(run, args, model))
+                plan.show(run, args, model, *loaded)
             return
         if args.process_index == 0 and (warning := check_processes(args, run.num_processes)):
             logging.warning(warning)
@@ -171,8 +172,11 @@ def main(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -> None:
 
 def read_arguments(words: list[str]) -> tuple[RunArguments, KTAEGRPOConfig, ModelConfig]:
     """Parse the command line. A dry run asks for no GPU, whatever the recipe is for."""
-    if "--dry_run" in words and not torch.accelerator.is_available():
-        words = [*words, "--use_cpu", "true"]
+    if not torch.accelerator.is_available():
+        run, *_ = TrlParser(RunArguments, allow_abbrev=False).parse_args_and_config(
+            words, return_remaining_strings=True
+        )
+        words = [*words, "--use_cpu", "true"] if run.dry_run else words
     run, args, model = parse((RunArguments, KTAEGRPOConfig, ModelConfig), "train.py", words)
     args.resume_from_checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     return run, args, model

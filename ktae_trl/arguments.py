@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -39,8 +40,12 @@ def parse(dataclass_types: Sequence[type], program: str, arguments: Sequence[str
 
 def last_checkpoint(output_dir: str) -> str | None:
     """Return the newest checkpoint that was written to its end, where `trainer_state.json` comes, or None."""
-    whole = [file.parent for file in Path(output_dir).glob("checkpoint-*/trainer_state.json")]
-    return str(max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]))) if whole else None
+    whole = {
+        int(step[1]): file.parent  # not a copy that somebody made, as checkpoint-100-best
+        for file in Path(output_dir).glob("checkpoint-*/trainer_state.json")
+        if (step := re.fullmatch(r"checkpoint-(\d+)", file.parent.name))
+    }
+    return str(whole[max(whole)]) if whole else None
 
 
 def checkpoint_to_resume(asked: str | os.PathLike | bool | None, output_dir: str) -> str | None:

@@ -19,11 +19,14 @@ class Batches(NamedTuple):
     @classmethod
     def of(cls, args: KTAEGRPOConfig, processes: int) -> "Batches":
         """Return what `args` makes of so many processes."""
+        steps = args.steps_per_generation
+        if args.fixed_generation_batch:
+            steps = args.generation_batch_size // (args.per_device_train_batch_size * processes)
         return cls(
             processes,
             args.per_device_train_batch_size,
             args.gradient_accumulation_steps,
-            args.steps_per_generation,
+            steps,
             args.num_iterations,
             args.num_generations,
         )
@@ -88,8 +91,9 @@ def check_processes(args: KTAEGRPOConfig, expected: int | None) -> str | None:
     flags = {
         "--num_processes": here,
         "--gradient_accumulation_steps": args.gradient_accumulation_steps * expected / here,
-        "--steps_per_generation": args.steps_per_generation * expected / here,
     }
+    if not args.fixed_generation_batch:
+        flags["--steps_per_generation"] = args.steps_per_generation * expected / here
     if all(float(value).is_integer() for value in flags.values()):
         words = " ".join(f"{name} {value:.0f}" for name, value in flags.items())
         return f"{warning}  To keep the batches, add behind train.py: {words}"

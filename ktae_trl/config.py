@@ -88,6 +88,8 @@ class KTAEGRPOConfig(GRPOConfig):
 
     def __post_init__(self):
         self._check_generation_batch()
+        # TRL sets the one that is not given, for the processes that were started.
+        self.fixed_generation_batch = self.generation_batch_size is not None
         super().__post_init__()
         for name, choices in (("credit", ["none", *METHODS]), ("ktae_combine", ["multiply", "add"])):
             value = getattr(self, name)

@@ -125,7 +125,8 @@ def show(run, args: KTAEGRPOConfig, model: ModelConfig, train: Dataset, held_out
 def resolved(run, args: KTAEGRPOConfig, model: ModelConfig) -> dict:
     """Return the settings by name: all of GRPO's and ours, of the others those that are no defaults."""
     always = {*type(run).__dataclass_fields__, *KTAEGRPOConfig.__annotations__, *GRPOConfig.__annotations__}
-    derived = {"generation_batch_size"}  # for the processes of this command; the batches are shown for the run's
+    # For the processes of this command; the batches are shown for the run's.
+    derived = "steps_per_generation" if args.fixed_generation_batch else "generation_batch_size"
     settings = {}
     for part in (run, model, args):
         for field in dataclasses.fields(part):
@@ -133,7 +134,7 @@ def resolved(run, args: KTAEGRPOConfig, model: ModelConfig) -> dict:
             default = field.default_factory() if callable(field.default_factory) else field.default
             shown = field.name in always or value != default
             value = getattr(value, "value", value)  # TrainingArguments' enumerations are strings
-            if shown and field.name not in derived and value != [] and isinstance(value, _PLAIN):
+            if shown and field.name != derived and value != [] and isinstance(value, _PLAIN):
                 settings[field.name] = value
     return settings
 

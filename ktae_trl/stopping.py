@@ -3,8 +3,8 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -37,33 +37,60 @@ def reason_of(error: BaseException) -> str:
 
 @contextmanager
 def telling_how_to_go_on(trainer) -> Iterator[None]:
-    """Around `trainer.train()`: errors pass, and SIGTERM ends the process, but first one line says how to go on."""
+    """Around `trainer.train()`: errors pass, and SIGTERM ends the process, but first one line says how to go on.
+
+    SIGTERM is left alone off the main thread, where Python sets no handlers, and where somebody handles it already (as
+    transformers' `enable_jit_checkpoint` does).
+    """
 
     def tell(reason: str) -> None:
         os.write(2, f"\n{advice(trainer, reason)}\n".encode())
 
-    def listen() -> None:
-        while number := os.read(receive, 1):
-            if number[0] == signal.SIGTERM:
-                tell("ended from outside (SIGTERM), as a launcher does when another process has died")
-                os._exit(128 + signal.SIGTERM)
+    main = threading.current_thread() is threading.main_thread()
+    listens = main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    try:
+        with _on_sigterm(tell) if listens else nullcontext():
+            yield
+    except BaseException as error:
+        tell(reason_of(error))
+        raise
 
+
+@contextmanager
+def _on_sigterm(tell: Callable[[str], None]) -> Iterator[None]:
     # A launcher sends SIGTERM to the others when a process has died. They may be waiting for it deep inside NCCL, where
     # no Python handler runs; so a thread answers.
     receive, send = os.pipe()
     os.set_blocking(send, False)
+
+    def listen() -> None:
+        while number := os.read(receive, 1)[0]:  # 0 ends it
+            if number == signal.SIGTERM:
+                try:
+                    tell("ended from outside (SIGTERM), as a launcher does when another process has died")
+                finally:
+                    os._exit(128 + signal.SIGTERM)
+
+    def in_child() -> None:
+        # A forked worker, as of a reward function's pool: its SIGTERM is its own.
+        if signal.getsignal(signal.SIGTERM) is ignore:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def ignore(*_) -> None:
+        pass
+
+    os.register_at_fork(after_in_child=in_child)
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()
     fd = signal.set_wakeup_fd(send, warn_on_full_buffer=False)
-    handler = signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.signal(signal.SIGTERM, ignore)
     try:
         yield
-    except BaseException as error:
-        tell(reason_of(error))
-        raise
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.set_wakeup_fd(fd)
-        os.close(send)  # ends the listener
+        os.write(send, b"\0")
         listener.join()
+        os.close(send)
         os.close(receive)

@@ -1,5 +1,6 @@
 """`KTAEGRPOTrainer`: TRL's `GRPOTrainer` with an advantage per token. Hooks only; the mathematics is in `credit`."""
 
+import copy
 import logging
 import os
 import textwrap
@@ -9,7 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import broadcast_object_list, send_to_device
 from datasets import Dataset
 from torch import Tensor
 from trl import GRPOTrainer
@@ -233,17 +234,25 @@ class KTAEGRPOTrainer(GRPOTrainer):
         metrics, self._metrics["train"] = self._metrics["train"], defaultdict(list)
         tokens = self.state.num_input_tokens_seen
         try:
-            prompt_ids, completion_ids, mask, completions, logprobs, extra_fields, *_ = self._generate(prompts)
+            prompt_ids, completion_ids, mask, completions, logprobs, extra_fields, images, _ = self._generate(prompts)
         finally:
             self._metrics["train"], self.state.num_input_tokens_seen = metrics, tokens
+        if images is not None:
+            raise ValueError("dynamic_sampling does not go with images, which some prompts hold")
         for name, values in extra_fields.items():  # of a rollout_func, for the reward functions
             for i, row in enumerate(inputs):
-                row[name] = values[i] if isinstance(values, list) else values
+                if not isinstance(values, list):
+                    row[name] = values
+                elif i < len(values):
+                    row[name] = values[i]
         rewards = self._calculate_rewards(inputs, prompts, completions, completion_ids)
         # Columns that reward functions log go with their rollouts. What they log with `log_metric` is for the whole
         # generation: it stays, and the parent averages it over the generations.
         columns = {name: list(values) for name, values in self._pending_extra_logs.items()}
         self._pending_extra_logs.clear()
+        for name, values in columns.items():
+            if len(values) != B:
+                raise ValueError(f"A reward function logged {len(values)} values of {name!r} for {B} completions")
         correctness = rewards[:, self._correctness_index].view(-1, G)
         return dynamic.Generation(
             indices=indices,
@@ -264,7 +273,7 @@ class KTAEGRPOTrainer(GRPOTrainer):
 
     def _rows(self, indices: list[int]) -> list[dict]:
         once = {index: self.train_dataset[index] for index in dict.fromkeys(indices)}
-        return [dict(once[index]) for index in indices]
+        return [copy.deepcopy(once[index]) for index in indices]  # a reward function may change its row
 
     def _log_sampling(self, chosen: dynamic.Selection, rollouts: list[dict], begin: int) -> None:
         stream, metrics = self._prompt_stream, self._metrics["train"]
@@ -333,6 +342,7 @@ class KTAEGRPOTrainer(GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self._restore_sampler()
+            self._restore_stream(checkpoint)
             self._restore_rollouts(checkpoint)
 
     def _restore_sampler(self) -> None:
@@ -340,6 +350,15 @@ class KTAEGRPOTrainer(GRPOTrainer):
         if sampler is not None and sampler.shuffle:
             for _ in range(int(self.state.epoch)):  # each past epoch drew one permutation
                 torch.randperm(sampler.num_samples, generator=sampler.generator)
+
+    def _restore_stream(self, checkpoint: str) -> None:
+        if self._prompt_stream is None:
+            return
+        # The first process says where it is: all must draw the same prompts, also where files were lost.
+        path, state = self._rollouts_file(checkpoint, 0), [None]
+        if self.accelerator.is_main_process and os.path.exists(path):
+            state = [torch.load(path, map_location="cpu", weights_only=True)["prompts"]]
+        self._prompt_stream.restore(broadcast_object_list(state)[0])
 
     def _restore_rollouts(self, checkpoint: str) -> None:
         path = self._rollouts_file(checkpoint, self.accelerator.process_index)
@@ -353,8 +372,6 @@ class KTAEGRPOTrainer(GRPOTrainer):
             return
         own = os.path.exists(path)
         saved = torch.load(path if own else first, map_location="cpu", weights_only=True)
-        if self._prompt_stream is not None:
-            self._prompt_stream.restore(saved.get("prompts"))
         layout, here = saved["layout"], self._layout()
         cycle = layout["steps_per_generation"] * layout["num_iterations"]
         if layout == here and (own or saved["rollouts"] is None):

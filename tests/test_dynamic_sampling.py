@@ -82,11 +82,19 @@ def test_the_stream_goes_on_from_a_position(position):
     assert resumed.take(14) == whole.take(14)
 
 
-def test_a_stream_of_other_data_begins_anew():
+@pytest.mark.parametrize("other", [PromptStream(12, seed=1), PromptStream(10, seed=2), PromptStream(10, 1, False)])
+def test_a_stream_of_other_data_or_order_begins_anew(other):
+    stream, fresh = PromptStream(10, seed=1), PromptStream(10, seed=1)
+    stream.take(7)
+    other.take(5)
+    with pytest.warns(UserWarning, match=r"drew prompts by .*; this run draws them by .*'size': 10"):
+        stream.restore(other.state())
+    assert stream.take(12) == fresh.take(12)
+
+
+def test_a_checkpoint_without_a_stream_begins_anew():
     stream = PromptStream(10, seed=1)
-    with pytest.warns(UserWarning, match="drew from 12 prompts; this run draws from 10"):
-        stream.restore({"position": 5, "size": 12})
-    with pytest.warns(UserWarning, match="was made without dynamic_sampling"):
+    with pytest.warns(UserWarning, match="holds no place in a stream"):
         stream.restore(None)
     assert stream.position == 0
 
@@ -345,6 +353,41 @@ def test_tools_are_refused(tmp_path):
     images = prompts(8).add_column("image", [None] * 8)
     with pytest.raises(ValueError, match="does not go with tools, environments or images"):
         make_trainer(tmp_path, train_dataset=images, **SAMPLING)
+
+
+def test_images_inside_of_prompts_are_refused(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, **SAMPLING)
+    generate = trainer._generate
+
+    def with_images(asked):
+        *rest, _, tool_images = generate(asked)
+        return *rest, [["an image"]] * len(asked), tool_images
+
+    monkeypatch.setattr(trainer, "_generate", with_images)
+    with pytest.raises(ValueError, match="does not go with images"):
+        trainer.train()
+
+
+def test_a_column_that_is_logged_too_short_is_named(tmp_path):
+    def short(completions, log_extra, **kwargs):
+        log_extra("half", ["x"] * (len(completions) // 2))
+        return alternating(completions)
+
+    with pytest.raises(ValueError, match=r"A reward function logged \d+ values of 'half' for \d+ completions"):
+        make_trainer(tmp_path, reward_funcs=short, **SAMPLING).train()
+
+
+def test_a_reward_function_may_change_its_rows(tmp_path):
+    lengths = []
+
+    def appends(completions, prompts, **kwargs):
+        for prompt in prompts:
+            lengths.append(len(prompt))
+            prompt.append({"role": "user", "content": "more"})
+        return alternating(completions)
+
+    make_trainer(tmp_path, reward_funcs=appends, **SAMPLING, max_steps=1).train()
+    assert set(lengths) == {2}
 
 
 def test_no_generations_are_refused(tmp_path):

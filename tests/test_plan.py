@@ -90,6 +90,15 @@ def test_the_flags_that_the_warning_gives_keep_the_batches_and_silence_it(tmp_pa
     assert (wanted.rollouts, wanted.rollouts_per_step) == (found.rollouts, found.rollouts_per_step)
 
 
+def test_a_generation_batch_that_is_given_stays_what_it_is(tmp_path):
+    args = config(tmp_path, per_device_train_batch_size=4, generation_batch_size=256, gradient_accumulation_steps=2)
+    assert Batches.of(args, 1).rollouts == Batches.of(args, 8).rollouts == 256
+    assert Batches.of(args, 8).steps == 4
+    warning = check_processes(args, 8)
+    assert warning.count("256 rollouts a generation") == 2
+    assert warning.endswith("add behind train.py: --num_processes 1 --gradient_accumulation_steps 16")
+
+
 def test_one_process_on_several_gpus_is_warned_of(tmp_path):
     args = config(tmp_path)
     args._n_gpu = 4
@@ -186,6 +195,23 @@ def test_a_dry_run_of_an_adapter_and_of_a_reference_model(tmp_path, capsys):
     offline = ["--config", "configs/quickstart.yaml", "--output_dir", str(tmp_path), "--eval_size", "8"]
     assert "Frozen weights: 0.0 GiB per GPU" in dry_run(capsys, *offline, "--use_peft", "true")
     assert "reference model (beta > 0)" in dry_run(capsys, *offline, "--beta", "0.1")
+
+
+@pytest.mark.parametrize(("words", "dry"), [(["--dry_run=true"], True), (["--dry_run", "false"], False), ([], False)])
+def test_only_a_dry_run_goes_to_the_cpu_by_itself(tmp_path, monkeypatch, words, dry):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    words += ["--output_dir", str(tmp_path), "--config", "configs/quickstart.yaml", "--use_cpu", "false"]
+    run, args, _ = train.read_arguments(words)
+    assert run.dry_run == dry
+    assert args.use_cpu == dry
+
+
+def test_a_dry_run_by_the_recipe(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(Path("configs/own_data.yaml").read_text() + "\ndry_run: true\n")
+    run, args, _ = train.read_arguments(["--config", str(recipe)])
+    assert run.dry_run
+    assert args.use_cpu
 
 
 def test_bad_data_and_settings_are_one_line(tmp_path, capsys):

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -37,6 +38,10 @@ def test_the_last_checkpoint_is_the_newest_whole_one(tmp_path):
     assert last_checkpoint(str(tmp_path)) == nine
     assert last_checkpoint(str(tmp_path)) != checkpoint(tmp_path, 11, whole=False)
     assert last_checkpoint(str(tmp_path)) != checkpoint(tmp_path, 100)[:-1]
+    for name in ("checkpoint-best", "checkpoint-200-copy"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").touch()
+    assert last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-100")
 
 
 def test_an_error_passes_and_one_line_says_how_to_go_on(tmp_path, capfd):
@@ -103,3 +108,57 @@ def test_sigterm_ends_a_process_that_waits_outside_of_python(tmp_path):
         waiting.kill()
     assert waiting.returncode == 128 + signal.SIGTERM
     assert "train.py: training stopped after step 7 (process 0): ended from outside (SIGTERM)" in errors
+
+
+WITH_WORKERS = """
+import multiprocessing, sys
+from tests.test_stopping import trainer_in
+from ktae_trl.stopping import telling_how_to_go_on
+context = multiprocessing.get_context("fork")
+with telling_how_to_go_on(trainer_in(sys.argv[1])):
+    worker = context.Process(target=sys.stdin.read)
+    worker.start()
+    worker.terminate()
+    worker.join(20)
+    assert worker.exitcode == -15, worker.exitcode
+    remains = context.Process(target=multiprocessing.Event().wait, daemon=True)
+    remains.start()
+print("trained", flush=True)
+"""
+
+
+def test_workers_that_are_forked_in_training_get_their_own_sigterm(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", WITH_WORKERS, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout == "trained\n", done.stderr
+    assert "SIGTERM" not in done.stderr
+
+
+def test_sigterm_is_left_to_whom_it_belongs(tmp_path):
+    def handler(*_):
+        pass
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        with telling_how_to_go_on(trainer_in(tmp_path)):
+            assert signal.getsignal(signal.SIGTERM) is handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_off_the_main_thread_only_errors_are_told(tmp_path, capfd):
+    errors = []
+
+    def train():
+        try:
+            with telling_how_to_go_on(trainer_in(tmp_path)):
+                raise ValueError("bad")
+        except ValueError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join()
+    assert len(errors) == 1
+    assert "train.py: training stopped after step 7: ValueError: bad." in capfd.readouterr().err

@@ -38,18 +38,20 @@ class PromptStream:
 
     def state(self) -> dict[str, int]:
         """Return what a checkpoint holds of the stream."""
-        return {"position": self.position, "size": self.size}
+        return {"position": self.position, **self._order_of()}
 
     def restore(self, state: dict[str, int] | None) -> None:
         """Go on from the state of a checkpoint; without one, or with one of other data, begin anew and warn."""
-        if state is not None and state["size"] == self.size:
-            self.position = state["position"]
-        else:
-            reason = "was made without dynamic_sampling" if state is None else f"drew from {state['size']} prompts"
+        there = {} if state is None else {name: state[name] for name in self._order_of()}
+        self.position = state["position"] if there == self._order_of() else 0
+        if there != self._order_of():
+            reason = f"drew prompts by {there}" if there else "holds no place in a stream of prompts"
             warnings.warn(
-                f"The checkpoint {reason}; this run draws from {self.size} training prompts, from the first on.",
-                stacklevel=2,
+                f"The checkpoint {reason}; this run draws them by {self._order_of()}, from the first on.", stacklevel=2
             )
+
+    def _order_of(self) -> dict[str, int]:
+        return {"size": self.size, "seed": self.seed, "shuffle": self.shuffle}
 
     def _permutation(self, epoch: int) -> list[int]:
         if not self.shuffle:

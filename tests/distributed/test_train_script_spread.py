@@ -65,6 +65,13 @@ def test_a_spread_model_is_saved_whole(tmp_path, mode):
         assert 0 < (value - untrained[name]).abs().max() < 0.01
 
 
+def test_a_dry_run_of_two_processes_is_shown_once(tmp_path):
+    launched = train(tmp_path, "ddp", {"dry_run": "true"})
+    assert launched.wait(200) == 0, said(tmp_path)
+    assert said(tmp_path).count("16 rollouts x 2 processes x 1 steps_per_generation = 32 rollouts a generation") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def said(folder: Path) -> str:
     return (folder / "said").read_text()
 
