@@ -22,6 +22,7 @@ from ktae_trl.config import KTAEGRPOConfig
 from ktae_trl.contract import check_trl
 from ktae_trl.credit import METHODS
 from ktae_trl.credit.combine import Rollouts, combine
+from ktae_trl.credit.policy import Policy
 from ktae_trl.rewards import SHAPING
 from ktae_trl.sampling import dynamic
 
@@ -135,7 +136,8 @@ class KTAEGRPOTrainer(GRPOTrainer):
         # A group of one, as evaluation may have, has nothing to compare.
         if self._assign_credit is not None and self._group_size() > 1:
             started = time.perf_counter()
-            credit = self._assign_credit(self._whole_groups(batch), self.args)
+            policy = Policy(self.model, self._tokenizer, self.accelerator)
+            credit = self._assign_credit(self._whole_groups(batch), self.args, policy)
             batch["credit"] = credit.values[:, : batch["completion_ids"].shape[1]]
             self._credit_how = credit.how
             self._log_stats(credit.stats, started)
@@ -170,6 +172,9 @@ class KTAEGRPOTrainer(GRPOTrainer):
             correct_PG=reward > self.args.correctness_threshold,
             scored_PG=~reward.isnan(),
             advantages_B=batch["advantages"],
+            prompt_ids_BL=batch["prompt_ids"],
+            prompt_mask_BL=batch["prompt_mask"],
+            lengths_B=batch["completion_mask"].sum(1),
             special_ids=tuple({self._tokenizer.pad_token_id, *self.eos_token_ids}),
             own=own,
         )

@@ -18,6 +18,9 @@ class Rollouts(NamedTuple):
     correct_PG: Tensor  # bool: the final answer is right
     scored_PG: Tensor  # bool: the final answer could be judged
     advantages_B: Tensor  # rollout advantages of the own rollouts
+    prompt_ids_BL: Tensor  # token ids of the own rollouts' prompts, padded on the left
+    prompt_mask_BL: Tensor  # 1 where there is a prompt token
+    lengths_B: Tensor  # tokens of the own rollouts, trained on or not
     special_ids: tuple[int, ...]  # padding and every end-of-sequence id
     own: slice
 

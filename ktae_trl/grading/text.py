@@ -58,6 +58,12 @@ def last_boxed(text: str) -> str | None:
     A last box that is cut off, or that holds more than 10,000 characters, is no answer, even if an earlier one is
     complete.
     """
+    box = last_box(text)
+    return None if box is None else text[box[1] : box[2]].strip()
+
+
+def last_box(text: str) -> tuple[int, int, int] | None:
+    """Return where the box of `last_boxed` begins, and where its content begins and ends, or None."""
     for box in reversed(list(_BOX.finditer(text))):
         start = box.end()
         if start == len(text):
@@ -70,7 +76,7 @@ def last_boxed(text: str) -> str | None:
     for token in _TOKEN.finditer(text, start, start + MAX_LENGTH + 2):
         depth += {"{": 1, "}": -1}.get(token.group(), 0)
         if depth == 0 and token.group() == "}":
-            return text[start + 1 : token.start()].strip()
+            return box.start(), start + 1, token.start()
     return None
 
 

@@ -1,0 +1,333 @@
+"""OAR: outcome-grounded advantage reshaping. A token counts by its influence on the model's final answer.
+
+Source: arXiv 2601.07408 (ACL 2026). Its hyperparameters could not be read in full: those of the authors' README are the
+defaults here. B rollouts, T tokens of a completion, L tokens of prompt and completion, A tokens of an answer, V of the
+vocabulary, H of a hidden state, R rows of one forward pass.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from tokenizers.decoders import DecodeStream
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
+
+from ktae_trl.credit.combine import Credit, Rollouts
+from ktae_trl.credit.policy import Policy
+from ktae_trl.grading.text import last_box
+
+ANSWERS = ("answer_mean", "last", "answer_joint")
+FLOOR = 0.1  # of the weight of a token of little influence, before weights are scaled to mean 1
+
+
+def assign_gradient(rollouts: Rollouts, args, policy: Policy) -> Credit:
+    """Weights by OAR-G: one backward pass to the embeddings."""
+    return _assign(rollouts, args, policy, gradient_influence)
+
+
+def assign_perturbation(rollouts: Rollouts, args, policy: Policy) -> Credit:
+    """Weights by OAR-P: one forward pass for each token or span, with padding in its place."""
+    pad = policy.tokenizer.pad_token_id
+    if pad not in {*policy.tokenizer.all_special_ids, *policy.tokenizer.added_tokens_decoder}:
+        raise ValueError(
+            f"oar_p puts the padding token in a token's place, but {policy.tokenizer.pad_token!r} (id {pad}) is an ordinary "
+            "token of this tokenizer. Set tokenizer.pad_token to a special one, or take credit: oar_g"
+        )
+    return _assign(rollouts, args, policy, perturbation_influence)
+
+
+def _assign(rollouts: Rollouts, args, policy: Policy, influence_of: Callable) -> Credit:
+    mask_BT = rollouts.own_rows(rollouts.mask_PGT)
+    ids_BT = rollouts.own_rows(rollouts.ids_PGT).long()
+    reasoning_BT, questions, answered = torch.zeros_like(mask_BT), [], []
+    places_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)
+    lengths = rollouts.lengths_B.tolist()
+    for row, ids in enumerate(ids_BT.tolist()):
+        answer = find_answer(ids[: lengths[row]], policy.tokenizer) if lengths[row] else None
+        if answer is None:
+            continue
+        answered.append(row)
+        reasoning_BT[row] = mask_BT[row] & (places_T < answer.box)
+        # A rollout with advantage 0 stays at 0, whatever its weights.
+        if reasoning_BT[row].sum() >= 2 and rollouts.advantages_B[row] != 0:
+            questions.append(_ask(row, ids_BT[row], reasoning_BT[row], answer, rollouts, args.oar_answer))
+    influence_BT = torch.zeros(mask_BT.shape, device=mask_BT.device)
+    for question, influence in zip(questions, influence_of(questions, args, policy), strict=True):
+        influence_BT[question.row, reasoning_BT[question.row]] = influence.float()
+    weights_BT = reshape(influence_BT, reasoning_BT, args.oar_quantile, args.oar_beta)
+    asked_BT = torch.zeros_like(mask_BT)
+    asked_BT[[question.row for question in questions]] = True
+    asked_BT &= reasoning_BT
+    stats = {
+        "oar/answered": (torch.tensor(len(answered)), mask_BT.any(1).sum()),
+        "oar/reshaped_tokens": (asked_BT.sum(), mask_BT.sum()),
+        "oar/mean_change": ((weights_BT - 1).abs().sum(), asked_BT.sum()),
+    }
+    return Credit(weights_BT, "scale", stats)
+
+
+def _ask(row: int, ids_T: Tensor, reasoning_T: Tensor, answer: Answer, rollouts: Rollouts, how: str) -> Question:
+    prompt = rollouts.prompt_ids_BL[row][rollouts.prompt_mask_BL[row].bool()].long()
+    if how == "last":
+        special = torch.tensor(rollouts.special_ids, device=ids_T.device)
+        length = rollouts.lengths_B[row]
+        told = torch.isin(ids_T[:length], special, invert=True).nonzero()
+        at_A = len(prompt) + told[-1]
+        targets_A = torch.zeros_like(at_A)  # not read
+    else:
+        tokens_A = torch.tensor(answer.tokens, device=ids_T.device)
+        at_A, targets_A = len(prompt) + tokens_A - 1, ids_T[tokens_A]
+    ids_L = torch.cat([prompt, ids_T])[: int(at_A[-1]) + 1]
+    return Question(row, ids_L, at_A, targets_A, len(prompt) + reasoning_T.nonzero().squeeze(1))
+
+
+def check_settings(answer: str, quantile: float, beta: float, noise_std: float, span: int, token_budget: int) -> None:
+    """Raise a ValueError that names the setting which is out of range."""
+    if answer not in ANSWERS:
+        raise ValueError(f"oar_answer={answer!r} is unknown. Choose from: {', '.join(ANSWERS)}")
+    if not 0 <= quantile < 1:
+        raise ValueError(f"oar_quantile must be at least 0 and below 1, not {quantile}")
+    for name, value in (("oar_beta", beta), ("oar_noise_std", noise_std)):
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{name} must be a positive number, not {value}")
+    for name, value in (("oar_span", span), ("oar_token_budget", token_budget)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+
+
+def reshape(influence_BT: Tensor, reasoning_BT: Tensor, quantile: float = 0.25, beta: float = 1.0) -> Tensor:
+    """Turn influences into weights of mean 1 over each rollout's reasoning tokens (bi-level reshaping).
+
+        I   = log(1 + influence), min-max normalised within the rollout
+        tau = the quantile of I in the rollout (linear interpolation)
+        w   = max(I / (tau + 1e-8), 0.1)                  where I < tau
+        w   = 1 + beta (I - tau) / (1 - tau + 1e-8)       where I >= tau
+        w   = w / mean(w)
+
+    Source: arXiv 2601.07408, section on bi-level reshaping.
+
+    Args:
+        influence_BT: (B, T) influence of each token, not negative. What is not reasoning is not read.
+        reasoning_BT: (B, T) bool, the tokens that share the rollout's advantage.
+        quantile: in [0, 1).
+        beta: how much the tokens above the quantile gain at most.
+
+    Returns:
+        (B, T) float32. 1 at all other tokens, and everywhere in a rollout with fewer than two reasoning tokens or with
+        the same influence of all of them.
+    """
+    n_B1 = reasoning_BT.sum(1, keepdim=True)
+    I_BT = influence_BT.float().clamp(min=0).log1p()
+    low_B1 = I_BT.masked_fill(~reasoning_BT, torch.inf).amin(1, keepdim=True)
+    high_B1 = I_BT.masked_fill(~reasoning_BT, -torch.inf).amax(1, keepdim=True)
+    differs_B1 = (n_B1 >= 2) & (high_B1 > low_B1)
+    I_BT = ((I_BT - low_B1) / (high_B1 - low_B1)).masked_fill(~reasoning_BT, torch.inf)
+    sorted_BT = I_BT.sort(1).values  # the others last
+    place_B1 = quantile * (n_B1 - 1).clamp(min=0)
+    below_B1 = place_B1.floor().long()
+    above_B1 = torch.minimum(below_B1 + 1, (n_B1 - 1).clamp(min=0))
+    tau_B1 = torch.lerp(sorted_BT.gather(1, below_B1), sorted_BT.gather(1, above_B1), place_B1 - below_B1)
+    w_BT = torch.where(
+        I_BT < tau_B1,
+        (I_BT / (tau_B1 + 1e-8)).clamp(min=FLOOR),
+        1 + beta * (I_BT - tau_B1) / (1 - tau_B1 + 1e-8),
+    )
+    mean_B1 = w_BT.masked_fill(~reasoning_BT, 0).sum(1, keepdim=True) / n_B1.clamp(min=1)
+    return torch.where(reasoning_BT & differs_B1, w_BT / mean_B1, 1.0)
+
+
+class Answer(NamedTuple):
+    """Where a completion's final answer is, in tokens."""
+
+    box: int  # tokens before this one end before the last `\\boxed{`
+    tokens: list[int]  # those that hold a character of its content, in order
+
+
+def find_answer(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Answer | None:
+    r"""Find the tokens of the last `\boxed{...}`, whose braces match; None without one, or with an empty one.
+
+    The text is that of the tokens as they were sampled, which need not be those that the tokenizer would choose. A token
+    that holds a brace and a part of the answer belongs to the answer, and so do all tokens of one character.
+
+    Raises:
+        ValueError: the tokenizer has no offsets (it is not a fast one).
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"OAR finds the answer by a tokenizer's offsets, which a slow one ({type(tokenizer).__name__}) does not have. "
+            "Load the fast one (use_fast=True, or a tokenizer.json), or take another method, such as credit: ktae"
+        )
+    stream, chunks, ends = DecodeStream(skip_special_tokens=False), [], [0]
+    for token in ids:
+        chunk = stream.step(tokenizer.backend_tokenizer, token) or ""  # "" inside of a character
+        chunks.append(chunk)
+        ends.append(ends[-1] + len(chunk))
+    text = "".join(chunks)
+    box = last_box(text)
+    if box is None:
+        return None
+    start, first, last = box
+    first += len(text[first:last]) - len(text[first:last].lstrip())
+    last -= len(text[first:last]) - len(text[first:last].rstrip())
+    held = [
+        i
+        for i, (begin, end) in enumerate(zip(ends, ends[1:], strict=False))
+        if (begin < last and end > first) or first <= begin == end < last
+    ]
+    if not held:
+        return None
+    return Answer(sum(end <= start for end in ends[1:]), held)
+
+
+class Question(NamedTuple):
+    """What is asked of one rollout: how much its answer depends on each reasoning token."""
+
+    row: int
+    ids_L: Tensor  # prompt and completion, up to the last position that matters
+    at_A: Tensor  # positions whose next-token distribution makes the answer
+    targets_A: Tensor  # the tokens that do come there
+    reasoning: Tensor  # positions of the reasoning tokens, ascending
+
+    def cost(self, tokens_per_logits: float) -> float:
+        """Return the memory of a row in a forward pass, in tokens."""
+        return len(self.ids_L) + len(self.at_A) * tokens_per_logits
+
+
+def answer_log_probs(logits_RAV: Tensor, targets_RA: Tensor, valid_RA: Tensor, answer: str) -> Tensor:
+    """Represent answers by log-probabilities.
+
+    `answer_mean` and `last`: (R, V), of the softmax of the mean logits over the answer's positions (with `last`, of one).
+    `answer_joint`: (R, 1), of the answer's tokens together.
+    """
+    if answer == "answer_joint":
+        log_probs_RA = logits_RAV.log_softmax(-1).gather(-1, targets_RA[..., None]).squeeze(-1)
+        return (log_probs_RA * valid_RA).sum(1, keepdim=True)
+    weights_RA = valid_RA / valid_RA.sum(1, keepdim=True)
+    return torch.einsum("rav,ra->rv", logits_RAV, weights_RA.to(logits_RAV.dtype)).log_softmax(-1)
+
+
+def divergence(clean: Tensor, changed: Tensor, answer: str) -> Tensor:
+    """Return how far the answer moved, (R,): KL(clean || changed), or the log-probability lost (`answer_joint`)."""
+    if answer == "answer_joint":
+        return (clean - changed).sum(-1)
+    return (clean.exp() * (clean - changed)).sum(-1)
+
+
+def perturbation_influence(questions: list[Question], args, policy: Policy) -> list[Tensor]:
+    """Return, for each question, the influence (tokens,) of its reasoning tokens by OAR-P.
+
+        I_t = KL(P || P_t), P_t with token t replaced by padding
+
+    With `oar_span` k > 1, k reasoning tokens in a row are replaced together and share their influence. The keys and values
+    of all that comes before the first replaced token are computed once, in the pass that gives P; so the prompt is not
+    computed again for each token.
+    """
+    plans = []
+    for question in questions:
+        spans = -(-len(question.reasoning) // args.oar_span)
+        rows = max(1, int(args.oar_token_budget // question.cost(policy.tokens_per_logits)))
+        plans.append(torch.arange(spans, device=question.ids_L.device).split(rows))
+    extra = policy.missing_rounds(sum(1 + len(chunks) for chunks in plans))
+    with torch.no_grad(), policy.reading():
+        influences = [_perturb(*plan, args, policy) for plan in zip(questions, plans, strict=True)]
+        for _ in range(extra):
+            one = torch.zeros(1, 1, dtype=torch.long, device=policy.accelerator.device)
+            policy.logits(one, one)
+    return influences
+
+
+def _perturb(question: Question, chunks: tuple[Tensor, ...], args, policy: Policy) -> Tensor:
+    _, ids_L, at_A, targets_A, reasoning = question
+    cache = DynamicCache(config=policy.model.config)
+    clean = _read(policy.logits(ids_L[None], at_A[None], cache), targets_A, args.oar_answer)
+    # Other kinds of layers (sliding windows, recurrent ones) do not keep what came before in a form that can be cut.
+    shared = all(type(layer) is DynamicLayer for layer in cache.layers)
+    span_L = torch.full_like(ids_L, -1)
+    span_L[reasoning] = torch.arange(len(reasoning), device=ids_L.device) // args.oar_span
+    influences = []
+    for spans in chunks:
+        R = len(spans)
+        ids_RL = torch.where(span_L == spans[:, None], policy.tokenizer.pad_token_id, ids_L)
+        begin = int(reasoning[spans[0] * args.oar_span]) if shared else 0
+        before = DynamicCache(_beginning(cache, begin, R), policy.model.config) if begin else None
+        logits_RAV = policy.logits(ids_RL[:, begin:], (at_A - begin).expand(R, -1), before)
+        influences.append(divergence(clean, _read(logits_RAV, targets_A, args.oar_answer), args.oar_answer))
+    return torch.cat(influences)[span_L[reasoning]].clamp(min=0)  # rounding; a token that speaks against the answer
+
+
+def _read(logits_RAV: Tensor, targets_A: Tensor, answer: str) -> Tensor:
+    targets_RA = targets_A.expand(len(logits_RAV), -1)
+    return answer_log_probs(logits_RAV, targets_RA, torch.ones_like(targets_RA, dtype=torch.bool), answer)
+
+
+def _beginning(cache: DynamicCache, length: int, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for keys, values, *_ in cache:
+        yield tuple(x[:, :, :length].expand(rows, -1, -1, -1) for x in (keys, values))
+
+
+def gradient_influence(questions: list[Question], args, policy: Policy) -> list[Tensor]:
+    """Return, for each question, the influence (tokens,) of its reasoning tokens by OAR-G.
+
+        J = KL(P || P_noisy), with noise of N(0, oar_noise_std^2) on the embeddings e of the reasoning tokens
+        I_t = |sum_h (dJ / de_t)_h e_t,h|
+
+    The noise is drawn by the rollout's own tokens: the same rollout gets the same weights in every batch, on every
+    process, and in a resumed run.
+    """
+    costs = [question.cost(policy.tokens_per_logits) for question in questions]
+    batches = list(_in_batches(costs, args.oar_token_budget))
+    extra = policy.missing_rounds(len(batches))
+    influences: dict[int, Tensor] = {}
+    with torch.enable_grad(), policy.reading():
+        for batch in batches:
+            influences |= zip(batch, _differentiate([questions[i] for i in batch], args, policy), strict=True)
+        for _ in range(extra):
+            one = torch.zeros(1, dtype=torch.long, device=policy.accelerator.device)
+            _differentiate([Question(0, one, one, one, one)], args, policy)
+    return [influences[i] for i in range(len(questions))]
+
+
+def _in_batches(costs: list[float], budget: int) -> Iterator[list[int]]:
+    """Put rows of similar cost together, the most costly first: at least one a batch, and no more than the budget."""
+    batch: list[int] = []
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        if batch and costs[batch[0]] * (len(batch) + 1) > budget:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def _differentiate(batch: list[Question], args, policy: Policy) -> list[Tensor]:
+    pad = torch.nn.utils.rnn.pad_sequence
+    ids_RL = pad([q.ids_L for q in batch], batch_first=True)
+    at_RA = pad([q.at_A for q in batch], batch_first=True)
+    targets_RA = pad([q.targets_A for q in batch], batch_first=True)
+    valid_RA = pad([torch.ones_like(q.at_A, dtype=torch.bool) for q in batch], batch_first=True)
+    clean_embeddings = noisy_embeddings = None
+
+    def add_noise(embeddings_RLH: Tensor) -> Tensor:
+        nonlocal clean_embeddings, noisy_embeddings
+        clean_embeddings = embeddings_RLH.detach()
+        noise = torch.zeros_like(clean_embeddings)
+        for row, question in enumerate(batch):
+            generator = torch.Generator(noise.device).manual_seed(zlib.crc32(question.ids_L.cpu().numpy().tobytes()))
+            shape = (len(question.reasoning), noise.shape[-1])
+            noise[row, question.reasoning] = torch.randn(
+                shape, generator=generator, device=noise.device, dtype=noise.dtype
+            )
+        noisy_embeddings = (clean_embeddings + args.oar_noise_std * noise).requires_grad_()
+        return noisy_embeddings
+
+    with torch.no_grad():
+        clean = answer_log_probs(policy.logits(ids_RL, at_RA), targets_RA, valid_RA, args.oar_answer)
+    noisy = answer_log_probs(
+        policy.logits(ids_RL, at_RA, change=add_noise), targets_RA, valid_RA, args.oar_answer
+    )
+    (gradient,) = torch.autograd.grad(divergence(clean, noisy, args.oar_answer).sum(), noisy_embeddings)
+    influence_RL = (gradient.float() * clean_embeddings.float()).sum(-1).abs()
+    return [influence_RL[row, question.reasoning] for row, question in enumerate(batch)]
