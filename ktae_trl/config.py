@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from trl import GRPOConfig
 
 from ktae_trl.arguments import nearest
-from ktae_trl.credit import METHODS
+from ktae_trl.credit import METHODS, oar
 from ktae_trl.credit.ktae import check_weights
 
 
@@ -31,7 +31,8 @@ class KTAEGRPOConfig(GRPOConfig):
 
     Parameters:
         credit (`str`, *optional*, defaults to `"ktae"`):
-            How tokens get credit: `"ktae"`, or `"none"` for TRL's GRPO, unchanged.
+            How tokens get credit: by `"ktae"` (statistics over right and wrong rollouts), `"oar_g"` or `"oar_p"`
+            (influence on the answer, by gradients or by perturbation), or `"none"` for TRL's GRPO, unchanged.
         ktae_combine (`str`, *optional*, defaults to `"multiply"`):
             How the key-token value K meets the rollout advantage A: `"multiply"` gives `A + |A| K`, which never turns
             the sign of A; `"add"` gives `A + K`, as published.
@@ -43,6 +44,20 @@ class KTAEGRPOConfig(GRPOConfig):
             Weight h3 of the term frequencies in the direction of a token.
         ktae_leave_one_out (`bool`, *optional*, defaults to `False`):
             Value each rollout's tokens by the other rollouts of its group only, so that it does not vote for itself.
+        oar_answer (`str`, *optional*, defaults to `"answer_mean"`):
+            What of the model's answer a token may influence: `"answer_mean"`, the mean logits where the answer's tokens
+            are predicted; `"answer_joint"`, the log-probability of these tokens together; `"last"`, the distribution
+            after the completion's last token.
+        oar_quantile (`float`, *optional*, defaults to `0.25`):
+            Tokens below this quantile of influence in their rollout lose weight, the others gain.
+        oar_beta (`float`, *optional*, defaults to `1.0`):
+            How much the most influential token gains, before weights are scaled to mean 1.
+        oar_noise_std (`float`, *optional*, defaults to `0.001`):
+            Standard deviation of the noise on the embeddings (`oar_g`).
+        oar_span (`int`, *optional*, defaults to `1`):
+            Perturb so many tokens in a row together; they share their weight (`oar_p`). 4 costs about a quarter of 1.
+        oar_token_budget (`int`, *optional*, defaults to `16384`):
+            Tokens, with those of prompts, that a forward pass of OAR holds at most. Lower it if memory runs out.
         correctness_reward (`str`, *optional*):
             Name of the reward function that says which rollouts are right. Defaults to the first one. A rollout for
             which it returns `None` is left out of the statistics.
@@ -58,7 +73,7 @@ class KTAEGRPOConfig(GRPOConfig):
 
     credit: str = field(
         default="ktae",
-        metadata={"help": "How tokens get credit: 'ktae', or 'none' for TRL's GRPO, unchanged."},
+        metadata={"help": "How tokens get credit: 'ktae', 'oar_g', 'oar_p', or 'none' for TRL's GRPO, unchanged."},
     )
     ktae_combine: str = field(
         default="multiply",
@@ -71,6 +86,16 @@ class KTAEGRPOConfig(GRPOConfig):
         default=False,
         metadata={"help": "Value each rollout's tokens by the other rollouts of its group only."},
     )
+    oar_answer: str = field(
+        default="answer_mean", metadata={"help": "What tokens may influence: 'answer_mean', 'answer_joint' or 'last'."}
+    )
+    oar_quantile: float = field(
+        default=0.25, metadata={"help": "Tokens below this quantile of influence lose weight, the others gain."}
+    )
+    oar_beta: float = field(default=1.0, metadata={"help": "How much the most influential token gains."})
+    oar_noise_std: float = field(default=1e-3, metadata={"help": "Noise on the embeddings (oar_g)."})
+    oar_span: int = field(default=1, metadata={"help": "Perturb so many tokens in a row together (oar_p)."})
+    oar_token_budget: int = field(default=16384, metadata={"help": "Tokens in a forward pass of OAR at most."})
     correctness_reward: str | None = field(
         default=None,
         metadata={"help": "Reward function that says which rollouts are right. Defaults to the first one."},
@@ -102,6 +127,14 @@ class KTAEGRPOConfig(GRPOConfig):
                 f"dynamic_sampling_max_batches must be at least 1, not {self.dynamic_sampling_max_batches}"
             )
         check_weights(self.ktae_fisher_weight, self.ktae_ig_weight, self.ktae_tf_weight)
+        oar.check_settings(
+            self.oar_answer,
+            self.oar_quantile,
+            self.oar_beta,
+            self.oar_noise_std,
+            self.oar_span,
+            self.oar_token_budget,
+        )
 
     def _check_generation_batch(self) -> None:
         # Before TRL's own check, whose message has the product only. The launcher sets the number of processes.

@@ -1,4 +1,4 @@
-"""Credit methods by name. Each takes the `Rollouts` of a process, the config and the `Policy`, and returns a `Credit`."""
+"""Credit methods by name: functions from the `Rollouts` of a process, the config and the `Policy` to a `Credit`."""
 
 from ktae_trl.credit import ktae, oar
 

@@ -313,7 +313,7 @@ class _Tables:
         return first.index_select(0, where).add_(a, alpha=self.width).add_(b)
 
 
-def assign(rollouts: Rollouts, args) -> Credit:
+def assign(rollouts: Rollouts, args, policy) -> Credit:
     """Give the rollouts their key-token values as `args` (a `KTAEGRPOConfig`) says; the trainer's entrance."""
     table = key_token_table(
         rollouts.ids_PGT,

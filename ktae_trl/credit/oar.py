@@ -7,6 +7,7 @@ vocabulary, H of a hidden state, R rows of one forward pass.
 
 import zlib
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,27 @@ ANSWERS = ("answer_mean", "last", "answer_joint")
 FLOOR = 0.1  # of the weight of a token of little influence, before weights are scaled to mean 1
 
 
+class Answer(NamedTuple):
+    """Where a completion's final answer is, in tokens."""
+
+    box: int  # tokens before this one end before the last `\\boxed{`
+    tokens: list[int]  # those that hold a character of its content, in order
+
+
+class Question(NamedTuple):
+    """What is asked of one rollout: how much its answer depends on each reasoning token."""
+
+    row: int
+    ids_L: Tensor  # prompt and completion, up to the last position that matters
+    at_A: Tensor  # positions whose next-token distribution makes the answer
+    targets_A: Tensor  # the tokens that do come there
+    reasoning: Tensor  # positions of the reasoning tokens, ascending
+
+    def cost(self, tokens_per_logits: float) -> float:
+        """Return the memory of a row in a forward pass, in tokens."""
+        return len(self.ids_L) + len(self.at_A) * tokens_per_logits
+
+
 def assign_gradient(rollouts: Rollouts, args, policy: Policy) -> Credit:
     """Weights by OAR-G: one backward pass to the embeddings."""
     return _assign(rollouts, args, policy, gradient_influence)
@@ -31,12 +53,27 @@ def assign_gradient(rollouts: Rollouts, args, policy: Policy) -> Credit:
 def assign_perturbation(rollouts: Rollouts, args, policy: Policy) -> Credit:
     """Weights by OAR-P: one forward pass for each token or span, with padding in its place."""
     pad = policy.tokenizer.pad_token_id
-    if pad not in {*policy.tokenizer.all_special_ids, *policy.tokenizer.added_tokens_decoder}:
+    token = policy.tokenizer.added_tokens_decoder.get(pad)  # `all_special_ids` has it, whatever it is
+    if token is None or not token.special:
         raise ValueError(
-            f"oar_p puts the padding token in a token's place, but {policy.tokenizer.pad_token!r} (id {pad}) is an ordinary "
-            "token of this tokenizer. Set tokenizer.pad_token to a special one, or take credit: oar_g"
+            f"oar_p puts the padding token in a token's place, but {policy.tokenizer.pad_token!r} (id {pad}) is an "
+            "ordinary token of this tokenizer. Set tokenizer.pad_token to a special one, or take credit: oar_g"
         )
     return _assign(rollouts, args, policy, perturbation_influence)
+
+
+def check_settings(answer: str, quantile: float, beta: float, noise_std: float, span: int, token_budget: int) -> None:
+    """Raise a ValueError that names the setting which is out of range."""
+    if answer not in ANSWERS:
+        raise ValueError(f"oar_answer={answer!r} is unknown. Choose from: {', '.join(ANSWERS)}")
+    if not 0 <= quantile < 1:
+        raise ValueError(f"oar_quantile must be at least 0 and below 1, not {quantile}")
+    for name, value in (("oar_beta", beta), ("oar_noise_std", noise_std)):
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{name} must be a positive number, not {value}")
+    for name, value in (("oar_span", span), ("oar_token_budget", token_budget)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
 
 
 def _assign(rollouts: Rollouts, args, policy: Policy, influence_of: Callable) -> Credit:
@@ -84,18 +121,40 @@ def _ask(row: int, ids_T: Tensor, reasoning_T: Tensor, answer: Answer, rollouts:
     return Question(row, ids_L, at_A, targets_A, len(prompt) + reasoning_T.nonzero().squeeze(1))
 
 
-def check_settings(answer: str, quantile: float, beta: float, noise_std: float, span: int, token_budget: int) -> None:
-    """Raise a ValueError that names the setting which is out of range."""
-    if answer not in ANSWERS:
-        raise ValueError(f"oar_answer={answer!r} is unknown. Choose from: {', '.join(ANSWERS)}")
-    if not 0 <= quantile < 1:
-        raise ValueError(f"oar_quantile must be at least 0 and below 1, not {quantile}")
-    for name, value in (("oar_beta", beta), ("oar_noise_std", noise_std)):
-        if not 0 < value < float("inf"):
-            raise ValueError(f"{name} must be a positive number, not {value}")
-    for name, value in (("oar_span", span), ("oar_token_budget", token_budget)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
+def find_answer(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Answer | None:
+    r"""Find the tokens of the last `\boxed{...}`, whose braces match; None without one, or with an empty one.
+
+    The text is that of the tokens as they were sampled, which need not be those that the tokenizer would choose. A
+    token that holds a brace and a part of the answer belongs to the answer, and so do all tokens of one character.
+
+    Raises:
+        ValueError: the tokenizer has no offsets (it is not a fast one).
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"OAR finds the answer by a tokenizer's offsets, which a slow one ({type(tokenizer).__name__}) does not "
+            "have. Load the fast one (use_fast=True, or a tokenizer.json), or take another method, such as credit: ktae"
+        )
+    stream, chunks, ends = DecodeStream(skip_special_tokens=False), [], [0]
+    for token in ids:
+        chunk = stream.step(tokenizer.backend_tokenizer, token) or ""  # "" inside of a character
+        chunks.append(chunk)
+        ends.append(ends[-1] + len(chunk))
+    text = "".join(chunks)
+    box = last_box(text)
+    if box is None:
+        return None
+    start, first, last = box
+    first += len(text[first:last]) - len(text[first:last].lstrip())
+    last -= len(text[first:last]) - len(text[first:last].rstrip())
+    held = [
+        i
+        for i, (begin, end) in enumerate(pairwise(ends))
+        if (begin < last and first < end) or first <= begin == end < last
+    ]
+    if not held:
+        return None
+    return Answer(sum(end <= start for end in ends[1:]), held)
 
 
 def reshape(influence_BT: Tensor, reasoning_BT: Tensor, quantile: float = 0.25, beta: float = 1.0) -> Tensor:
@@ -131,7 +190,7 @@ def reshape(influence_BT: Tensor, reasoning_BT: Tensor, quantile: float = 0.25, 
     above_B1 = torch.minimum(below_B1 + 1, (n_B1 - 1).clamp(min=0))
     tau_B1 = torch.lerp(sorted_BT.gather(1, below_B1), sorted_BT.gather(1, above_B1), place_B1 - below_B1)
     w_BT = torch.where(
-        I_BT < tau_B1,
+        tau_B1 > I_BT,
         (I_BT / (tau_B1 + 1e-8)).clamp(min=FLOOR),
         1 + beta * (I_BT - tau_B1) / (1 - tau_B1 + 1e-8),
     )
@@ -139,67 +198,10 @@ def reshape(influence_BT: Tensor, reasoning_BT: Tensor, quantile: float = 0.25, 
     return torch.where(reasoning_BT & differs_B1, w_BT / mean_B1, 1.0)
 
 
-class Answer(NamedTuple):
-    """Where a completion's final answer is, in tokens."""
-
-    box: int  # tokens before this one end before the last `\\boxed{`
-    tokens: list[int]  # those that hold a character of its content, in order
-
-
-def find_answer(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Answer | None:
-    r"""Find the tokens of the last `\boxed{...}`, whose braces match; None without one, or with an empty one.
-
-    The text is that of the tokens as they were sampled, which need not be those that the tokenizer would choose. A token
-    that holds a brace and a part of the answer belongs to the answer, and so do all tokens of one character.
-
-    Raises:
-        ValueError: the tokenizer has no offsets (it is not a fast one).
-    """
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"OAR finds the answer by a tokenizer's offsets, which a slow one ({type(tokenizer).__name__}) does not have. "
-            "Load the fast one (use_fast=True, or a tokenizer.json), or take another method, such as credit: ktae"
-        )
-    stream, chunks, ends = DecodeStream(skip_special_tokens=False), [], [0]
-    for token in ids:
-        chunk = stream.step(tokenizer.backend_tokenizer, token) or ""  # "" inside of a character
-        chunks.append(chunk)
-        ends.append(ends[-1] + len(chunk))
-    text = "".join(chunks)
-    box = last_box(text)
-    if box is None:
-        return None
-    start, first, last = box
-    first += len(text[first:last]) - len(text[first:last].lstrip())
-    last -= len(text[first:last]) - len(text[first:last].rstrip())
-    held = [
-        i
-        for i, (begin, end) in enumerate(zip(ends, ends[1:], strict=False))
-        if (begin < last and end > first) or first <= begin == end < last
-    ]
-    if not held:
-        return None
-    return Answer(sum(end <= start for end in ends[1:]), held)
-
-
-class Question(NamedTuple):
-    """What is asked of one rollout: how much its answer depends on each reasoning token."""
-
-    row: int
-    ids_L: Tensor  # prompt and completion, up to the last position that matters
-    at_A: Tensor  # positions whose next-token distribution makes the answer
-    targets_A: Tensor  # the tokens that do come there
-    reasoning: Tensor  # positions of the reasoning tokens, ascending
-
-    def cost(self, tokens_per_logits: float) -> float:
-        """Return the memory of a row in a forward pass, in tokens."""
-        return len(self.ids_L) + len(self.at_A) * tokens_per_logits
-
-
 def answer_log_probs(logits_RAV: Tensor, targets_RA: Tensor, valid_RA: Tensor, answer: str) -> Tensor:
     """Represent answers by log-probabilities.
 
-    `answer_mean` and `last`: (R, V), of the softmax of the mean logits over the answer's positions (with `last`, of one).
+    `answer_mean` and `last`: (R, V), of the softmax of the mean logits over the answer's positions (`last`: one).
     `answer_joint`: (R, 1), of the answer's tokens together.
     """
     if answer == "answer_joint":
@@ -214,58 +216,6 @@ def divergence(clean: Tensor, changed: Tensor, answer: str) -> Tensor:
     if answer == "answer_joint":
         return (clean - changed).sum(-1)
     return (clean.exp() * (clean - changed)).sum(-1)
-
-
-def perturbation_influence(questions: list[Question], args, policy: Policy) -> list[Tensor]:
-    """Return, for each question, the influence (tokens,) of its reasoning tokens by OAR-P.
-
-        I_t = KL(P || P_t), P_t with token t replaced by padding
-
-    With `oar_span` k > 1, k reasoning tokens in a row are replaced together and share their influence. The keys and values
-    of all that comes before the first replaced token are computed once, in the pass that gives P; so the prompt is not
-    computed again for each token.
-    """
-    plans = []
-    for question in questions:
-        spans = -(-len(question.reasoning) // args.oar_span)
-        rows = max(1, int(args.oar_token_budget // question.cost(policy.tokens_per_logits)))
-        plans.append(torch.arange(spans, device=question.ids_L.device).split(rows))
-    extra = policy.missing_rounds(sum(1 + len(chunks) for chunks in plans))
-    with torch.no_grad(), policy.reading():
-        influences = [_perturb(*plan, args, policy) for plan in zip(questions, plans, strict=True)]
-        for _ in range(extra):
-            one = torch.zeros(1, 1, dtype=torch.long, device=policy.accelerator.device)
-            policy.logits(one, one)
-    return influences
-
-
-def _perturb(question: Question, chunks: tuple[Tensor, ...], args, policy: Policy) -> Tensor:
-    _, ids_L, at_A, targets_A, reasoning = question
-    cache = DynamicCache(config=policy.model.config)
-    clean = _read(policy.logits(ids_L[None], at_A[None], cache), targets_A, args.oar_answer)
-    # Other kinds of layers (sliding windows, recurrent ones) do not keep what came before in a form that can be cut.
-    shared = all(type(layer) is DynamicLayer for layer in cache.layers)
-    span_L = torch.full_like(ids_L, -1)
-    span_L[reasoning] = torch.arange(len(reasoning), device=ids_L.device) // args.oar_span
-    influences = []
-    for spans in chunks:
-        R = len(spans)
-        ids_RL = torch.where(span_L == spans[:, None], policy.tokenizer.pad_token_id, ids_L)
-        begin = int(reasoning[spans[0] * args.oar_span]) if shared else 0
-        before = DynamicCache(_beginning(cache, begin, R), policy.model.config) if begin else None
-        logits_RAV = policy.logits(ids_RL[:, begin:], (at_A - begin).expand(R, -1), before)
-        influences.append(divergence(clean, _read(logits_RAV, targets_A, args.oar_answer), args.oar_answer))
-    return torch.cat(influences)[span_L[reasoning]].clamp(min=0)  # rounding; a token that speaks against the answer
-
-
-def _read(logits_RAV: Tensor, targets_A: Tensor, answer: str) -> Tensor:
-    targets_RA = targets_A.expand(len(logits_RAV), -1)
-    return answer_log_probs(logits_RAV, targets_RA, torch.ones_like(targets_RA, dtype=torch.bool), answer)
-
-
-def _beginning(cache: DynamicCache, length: int, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
-    for keys, values, *_ in cache:
-        yield tuple(x[:, :, :length].expand(rows, -1, -1, -1) for x in (keys, values))
 
 
 def gradient_influence(questions: list[Question], args, policy: Policy) -> list[Tensor]:
@@ -325,9 +275,59 @@ def _differentiate(batch: list[Question], args, policy: Policy) -> list[Tensor]:
 
     with torch.no_grad():
         clean = answer_log_probs(policy.logits(ids_RL, at_RA), targets_RA, valid_RA, args.oar_answer)
-    noisy = answer_log_probs(
-        policy.logits(ids_RL, at_RA, change=add_noise), targets_RA, valid_RA, args.oar_answer
-    )
+    noisy = answer_log_probs(policy.logits(ids_RL, at_RA, change=add_noise), targets_RA, valid_RA, args.oar_answer)
     (gradient,) = torch.autograd.grad(divergence(clean, noisy, args.oar_answer).sum(), noisy_embeddings)
     influence_RL = (gradient.float() * clean_embeddings.float()).sum(-1).abs()
     return [influence_RL[row, question.reasoning] for row, question in enumerate(batch)]
+
+
+def perturbation_influence(questions: list[Question], args, policy: Policy) -> list[Tensor]:
+    """Return, for each question, the influence (tokens,) of its reasoning tokens by OAR-P.
+
+        I_t = KL(P || P_t), P_t with token t replaced by padding
+
+    With `oar_span` k > 1, k reasoning tokens in a row are replaced together and share their influence. The keys and
+    values of all that comes before the first replaced token are computed once, in the pass that gives P; so the prompt
+    is not computed again for each token.
+    """
+    plans = []
+    for question in questions:
+        spans = -(-len(question.reasoning) // args.oar_span)
+        rows = max(1, int(args.oar_token_budget // question.cost(policy.tokens_per_logits)))
+        plans.append(torch.arange(spans, device=question.ids_L.device).split(rows))
+    extra = policy.missing_rounds(sum(1 + len(chunks) for chunks in plans))
+    with torch.no_grad(), policy.reading():
+        influences = [_perturb(*plan, args, policy) for plan in zip(questions, plans, strict=True)]
+        for _ in range(extra):
+            one = torch.zeros(1, 1, dtype=torch.long, device=policy.accelerator.device)
+            policy.logits(one, one)
+    return influences
+
+
+def _perturb(question: Question, chunks: tuple[Tensor, ...], args, policy: Policy) -> Tensor:
+    _, ids_L, at_A, targets_A, reasoning = question
+    cache = DynamicCache(config=policy.model.config)
+    clean = _read(policy.logits(ids_L[None], at_A[None], cache), targets_A, args.oar_answer)
+    # Other kinds of layers (sliding windows, recurrent ones) do not keep what came before in a form that can be cut.
+    shared = all(type(layer) is DynamicLayer for layer in cache.layers)
+    span_L = torch.full_like(ids_L, -1)
+    span_L[reasoning] = torch.arange(len(reasoning), device=ids_L.device) // args.oar_span
+    influences = []
+    for spans in chunks:
+        R = len(spans)
+        ids_RL = torch.where(span_L == spans[:, None], policy.tokenizer.pad_token_id, ids_L)
+        begin = int(reasoning[spans[0] * args.oar_span]) if shared else 0
+        before = DynamicCache(_beginning(cache, begin, R), policy.model.config) if begin else None
+        logits_RAV = policy.logits(ids_RL[:, begin:], (at_A - begin).expand(R, -1), before)
+        influences.append(divergence(clean, _read(logits_RAV, targets_A, args.oar_answer), args.oar_answer))
+    return torch.cat(influences)[span_L[reasoning]].clamp(min=0)  # rounding; a token that speaks against the answer
+
+
+def _read(logits_RAV: Tensor, targets_A: Tensor, answer: str) -> Tensor:
+    targets_RA = targets_A.expand(len(logits_RAV), -1)
+    return answer_log_probs(logits_RAV, targets_RA, torch.ones_like(targets_RA, dtype=torch.bool), answer)
+
+
+def _beginning(cache: DynamicCache, length: int, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for keys, values, *_ in cache:
+        yield tuple(x[:, :, :length].expand(rows, -1, -1, -1) for x in (keys, values))

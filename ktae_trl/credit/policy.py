@@ -1,7 +1,7 @@
 """The model that is trained, as a credit method may use it."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
@@ -50,7 +50,7 @@ class Policy:
         cache: DynamicCache | None = None,
         change: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Return the logits (B, A, V) in float32 at A positions of each row: what the model says comes after them.
+        """Return the logits (B, A, V), float32 or better, at A positions of each row: what is said to come after them.
 
         Args:
             ids_BL: token ids, padded on the right (with anything: later tokens are not seen by earlier ones).
@@ -72,7 +72,7 @@ class Policy:
         finally:
             for hook in hooks:
                 hook.remove()
-        return output.logits.float()
+        return output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
 
     def missing_rounds(self, rounds: int) -> int:
         """Return how many rounds of forwards the process with most makes beyond the `rounds` of this one.
