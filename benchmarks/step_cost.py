@@ -1,9 +1,9 @@
-"""What token credit costs a training step: `credit: ktae` against `credit: none` on the quickstart.
+"""What token credit costs a training step: each method against `credit: none` on the quickstart.
 
-python benchmarks/step_cost.py [--steps 20] [--pairs 3]
+python benchmarks/step_cost.py [ktae oar_g oar_p] [--steps 20] [--rounds 3]
 
-The learning rate is 0, so that all runs generate the same rollouts. Each run is a process of its own; the two kinds
-take turns.
+The learning rate is 0, so that all runs generate the same rollouts. Each run is a process of its own; the methods take
+turns.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def train(credit: str, steps: int) -> dict:
     log = [entry for entry in trainer.state.log_history if "step_time" in entry][2:]  # the first two warm up
     return {
         "step": [entry["step_time"] for entry in log],
-        "credit": [entry.get("ktae/seconds", 0.0) for entry in log],
+        "credit": [entry.get(f"{credit.partition('_')[0]}/seconds", 0.0) for entry in log],
         "length": [entry["completions/mean_length"] for entry in log],
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
@@ -50,34 +50,32 @@ def train(credit: str, steps: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("methods", nargs="*", default=["ktae"])
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--credit", help=argparse.SUPPRESS)  # set in the processes that this one starts
     arguments = parser.parse_args()
     if arguments.credit:
         print(json.dumps(train(arguments.credit, arguments.steps)))
         return
 
-    runs: dict[str, list[dict]] = {"none": [], "ktae": []}
-    for pair in range(arguments.pairs):
+    runs: dict[str, list[dict]] = {"none": [], **{method: [] for method in arguments.methods}}
+    for number in range(arguments.rounds):
         for credit, done in runs.items():
-            print(f"pair {pair + 1} of {arguments.pairs}: {credit}", file=sys.stderr)
+            print(f"round {number + 1} of {arguments.rounds}: {credit}", file=sys.stderr)
             command = [sys.executable, __file__, "--credit", credit, "--steps", str(arguments.steps)]
             output = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
             done.append(json.loads(output.splitlines()[-1]))
     assert all(run["length"] == runs["none"][0]["length"] for kind in runs.values() for run in kind)
 
-    def figure(credit: str, of: str) -> list[float]:
-        return [statistics.median(run[of]) if isinstance(run[of], list) else run[of] for run in runs[credit]]
-
-    print(f"\n{'':14}{'none':>10}{'ktae':>10}{'ratio of the pairs':>26}")
-    for label, of in (("s/step", "step"), ("peak MiB", "peak_mib")):
-        none, ktae = figure("none", of), figure("ktae", of)
-        ratios = sorted(b / a for a, b in zip(none, ktae, strict=True))
-        spread = f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
-        print(f"{label:14}{statistics.median(none):10.3f}{statistics.median(ktae):10.3f}{spread:>26}")
-    share = [sum(run["credit"]) / sum(run["step"]) for run in runs["ktae"]]
-    print(f"\ntime in key-token values: {statistics.median(share):.2%} of a step")
+    print(f"\n{'':10}{'s/step':>8}{'times none (range)':>26}{'in credit':>11}{'peak MiB':>10}{'times none':>12}")
+    for credit, done in runs.items():
+        steps = [statistics.median(run["step"]) for run in done]
+        ratios = sorted(own / statistics.median(run["step"]) for own, run in zip(steps, runs["none"], strict=True))
+        spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        share = statistics.median(sum(run["credit"]) / sum(run["step"]) for run in done)
+        peak, plain = (statistics.median(run["peak_mib"] for run in kind) for kind in (done, runs["none"]))
+        print(f"{credit:10}{statistics.median(steps):8.3f}{spread:>26}{share:11.2%}{peak:10,.0f}{peak / plain:12.2f}")
 
 
 if __name__ == "__main__":
