@@ -76,10 +76,8 @@ def trained(tmp_path_factory):
     return train
 
 
-def assert_same_as_one(
-    results: list[dict], one: dict, credit: float = 1e-6, weights: float = 1e-6, padding: float = 0
-) -> None:
-    """`credit` and `weights` are how far their values may be apart, `padding` is the credit of what is no token."""
+def assert_same_as_one(results: list[dict], one: dict, credit: float = 1e-6, padding: float = 0) -> None:
+    """`credit` is how far its values may be apart, and `padding` what it is where there is no token."""
     rows = 24 // len(results)
     assert len(one["credits"]) == len(results[0]["credits"]) == 3
     for step, expected in enumerate(one["credits"]):
@@ -90,14 +88,14 @@ def assert_same_as_one(
             torch.testing.assert_close(values, mine[:, : values.shape[1]], atol=credit, rtol=0)
             assert (mine[:, values.shape[1] :] == padding).all()
     for result in results:
-        assert difference(result["weights"], one["weights"]) < weights
+        assert difference(result["weights"], one["weights"]) < 1e-6
         # 21 problems over 2 processes: 11 and 11, one of them twice.
         assert result["held_out"]["greedy"] == one["held_out"]["greedy"]
         assert result["held_out"] == results[0]["held_out"]
     for together, alone in zip(results[0]["metrics"], one["metrics"], strict=True):
         assert together.keys() == alone.keys()
         for name in alone.keys() - TIMES:
-            assert together[name] == pytest.approx(alone[name], abs=1e-5), name
+            assert together[name] == pytest.approx(alone[name], abs=max(credit, 1e-5)), name
 
 
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "two_nodes"])
@@ -137,8 +135,8 @@ def test_the_model_is_read_by_several_processes(trained, mode, credit):
     """Processes have different numbers of forward passes to make; those of ZeRO-3 and FSDP2 wait for each other."""
     _, (one,) = trained(kind=credit)
     _, two = trained(mode, kind=credit)
-    # The influence of a token is a small difference of rounded numbers.
-    assert_same_as_one(two, one, credit=0.02, weights=1e-4, padding=1)
+    # The influence of a token is a small difference of rounded numbers, so that its weight is not exact.
+    assert_same_as_one(two, one, credit=0.01, padding=1)
 
 
 @pytest.mark.parametrize("mode", ["ddp", "zero2", "zero3", "fsdp2"])
