@@ -332,6 +332,33 @@ def test_training_by_its_weights(tmp_path, credit):
     assert all(np.isfinite(logged(trainer, "loss")))
 
 
+@pytest.mark.parametrize("how", oar.ANSWERS)
+def test_the_weights_of_a_rollout_are_those_of_the_loop(tmp_path, how):
+    """From TRL's padded batch to weights: prompt, reasoning and answer are where they should be."""
+    trainer = make_trainer(tmp_path, credit="oar_p", oar_answer=how, train_dataset=prompts(16), **OAR)
+    batch = trainer._generate_and_score_completions(list(next(iter(trainer.get_train_dataloader()))))
+    tokenizer, checked = trainer.processing_class, 0
+    for row in batch["advantages"].nonzero().squeeze(1).tolist():
+        prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()].tolist()
+        completion = batch["completion_ids"][row][batch["completion_mask"][row].bool()].tolist()
+        pieces = [tokenizer.decode([token]) for token in completion]
+        box = re.search(r"\\boxed\{(-?\d+)\}", "".join(pieces))
+        if box is None or completion[-1] != tokenizer.eos_token_id:
+            continue
+        ends = np.cumsum([len(piece) for piece in pieces])
+        begins = ends - [len(piece) for piece in pieces]
+        reasoning = np.flatnonzero(ends <= box.start()).tolist()
+        answer = np.flatnonzero((begins < box.end(1)) & (ends > box.start(1))).tolist()
+        assert "".join(pieces[i] for i in answer) == box[1]
+        expected = influences(trainer.model.eval(), prompt, completion[:-1], reasoning, answer, how, 0)
+        if max(expected) < 1e-4:  # what the model is sure of, whatever is missing; in float32 that is noise
+            continue
+        weights_T = oar.reshape(torch.tensor([expected]), torch.ones(1, len(expected), dtype=torch.bool))[0]
+        torch.testing.assert_close(batch["credit"][row][reasoning], weights_T, rtol=1e-2, atol=1e-2)
+        checked += 1
+    assert checked > 1
+
+
 def test_one_process_gives_a_rollout_the_same_weights_in_any_batch(tmp_path):
     found = []
     for size in (16, 8):
