@@ -212,10 +212,17 @@ def answer_log_probs(logits_RAV: Tensor, targets_RA: Tensor, valid_RA: Tensor, a
 
 
 def divergence(clean: Tensor, changed: Tensor, answer: str) -> Tensor:
-    """Return how far the answer moved, (R,): KL(clean || changed), or the log-probability lost (`answer_joint`)."""
+    """Return how far the answer moved, (R,): KL(clean || changed), or the log-probability lost (`answer_joint`).
+
+    Most tokens move it by so little that the rounding of log-probabilities would be more than sum p log(p / q). Since
+    p and q have the same sum, it is also sum p (q / p - 1 - log(q / p)), where that rounding enters squared.
+    """
+    lost = clean - changed
     if answer == "answer_joint":
-        return (clean - changed).sum(-1)
-    return (clean.exp() * (clean - changed)).sum(-1)
+        return lost.sum(-1)
+    p = clean.exp()
+    little = lost.clamp(-1, 1)
+    return torch.where(lost == little, p * (torch.expm1(-little) + little), p * lost + changed.exp() - p).sum(-1)
 
 
 def gradient_influence(questions: list[Question], args, policy: Policy) -> list[Tensor]:
