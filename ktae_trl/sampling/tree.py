@@ -69,20 +69,20 @@ def check(args) -> None:
     for name, least in (("tree_branching", 2), ("tree_depth", 1)):
         if getattr(args, name) < least:
             raise ValueError(f"{name} must be at least {least}, not {getattr(args, name)}")
-    N, D, L = Shape.of(args)
+    N, D, L = shape = Shape.of(args)
     rollouts, limit = args.num_generations, args.max_completion_length
     if args.tree_normalizer not in NORMALIZERS:
         raise ValueError(f"tree_normalizer must be one of {', '.join(NORMALIZERS)}, not {args.tree_normalizer!r}")
     if not 0 <= args.tree_min_spread <= 1:
         raise ValueError(f"tree_min_spread must lie between 0 and 1, not at {args.tree_min_spread}")
-    if rollouts != N**D:
+    if rollouts != shape.block(0):
         below = max(1, math.floor(math.log(rollouts, N) + 1e-9))
         nearest = " or ".join(f"{N**d} (tree_depth={d})" for d in (below, below + 1))
         raise ValueError(
             f"A tree has tree_branching ** tree_depth = {N} ** {D} = {N**D} leaves, which must be the rollouts of a "
             f"prompt, but num_generations={rollouts}. With this branching, the nearest are {nearest}"
         )
-    if L < 1 or D * L > limit:
+    if L < 1 or limit < D * L:
         raise ValueError(
             f"tree_depth x tree_segment_tokens = {D} x {L} tokens do not fit max_completion_length={limit}: a segment "
             f"must have at least 1 token, and at most {limit // D}"
