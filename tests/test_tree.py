@@ -10,7 +10,7 @@ import torch
 from ktae_trl.credit import tree
 from ktae_trl.credit.combine import Rollouts
 from ktae_trl.credit.tree import Shape, advantages_by_depth, node_values, sibling_advantages
-from ktae_trl.sampling.tree import sample
+from ktae_trl.sampling.tree import check, sample
 from tests.reference.tree_loop import Node, compare, nodes, rows
 
 EOS, NAN = 99, math.nan
@@ -240,3 +240,14 @@ def test_the_shape_fills_the_completion():
     args = settings(2, 3, None)
     args.max_completion_length = 50
     assert Shape.of(args) == (2, 3, 16)
+
+
+def test_a_process_must_hold_whole_trees():
+    """24 rows on two processes are three trees, one of which would lie on both."""
+    args = settings(2, 3, 4)
+    vars(args).update(max_completion_length=12, num_generations=8, per_device_train_batch_size=4)
+    args.steps_per_generation = 3
+    with pytest.raises(
+        ValueError, match=r"whole on a process, .* has 12 rows \(4 per_device_train_batch_size x 3 steps"
+    ):
+        check(args)
