@@ -53,14 +53,15 @@ def watch_calls(trainer, grow: bool, end_at_once: int | None) -> list[int]:
 def continuation(trainer, ids: list[int], seen: Counter) -> list[int]:
     seen[tuple(ids)] += 1
     rng = random.Random(f"{ids} {seen[tuple(ids)]}")
-    return [rng.randrange(3, 40) for _ in range(trainer.generation_config.max_new_tokens)]
+    tokens = [rng.randrange(3, 40) for _ in range(trainer.generation_config.max_new_tokens)]
+    return tokens if rng.random() < 0.7 else [*tokens[: rng.randrange(len(tokens))], trainer._tokenizer.eos_token_id]
 
 
-def by_last_token(completion_ids, **kwargs):
-    return [float(ids[-1] % 2) for ids in completion_ids]
+def by_tokens(completion_ids, **kwargs):
+    return [float(sum(ids) % 2) for ids in completion_ids]
 
 
-REWARDS = {"third": third, "right_on_the_first": right_on_the_first}
+REWARDS = {"third": third, "right_on_the_first": right_on_the_first, "by_tokens": by_tokens}
 
 
 def whole_weights(trainer) -> dict[str, torch.Tensor]:
@@ -84,9 +85,7 @@ def main(settings: dict, folder: Path, checkpoint: str | None = None) -> None:
         settings["peft_config"] = LoraConfig(**settings.pop("lora"))
     if "reward" in settings:
         settings["reward_funcs"] = REWARDS[settings.pop("reward")]
-    if grow := settings.pop("grow", False):
-        settings["reward_funcs"] = by_last_token
-    end_at_once = settings.pop("end_at_once", None)
+    grow, end_at_once = settings.pop("grow", False), settings.pop("end_at_once", None)
     trainer = make_trainer(folder, train_dataset=prompts(settings.pop("prompts")), **settings)
     credits, advantages, generate = [], [], trainer._generate_and_score_completions
 

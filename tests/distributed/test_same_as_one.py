@@ -57,7 +57,7 @@ KINDS = {
     },
 }
 # The clock's.
-TIMES = {"step_time", "ktae/seconds"}
+TIMES = {"step_time", "ktae/seconds", "tree/seconds"}
 
 
 @pytest.fixture(scope="module")
