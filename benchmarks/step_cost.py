@@ -42,8 +42,9 @@ def train(credit: str, steps: int) -> dict:
     log = [entry for entry in trainer.state.log_history if "step_time" in entry][2:]  # the first two warm up
     return {
         "step": [entry["step_time"] for entry in log],
-        "credit": [entry.get("ktae/seconds", 0.0) for entry in log],
+        "credit": [entry.get(f"{credit}/seconds", 0.0) for entry in log],
         "length": [entry["completions/mean_length"] for entry in log],
+        "metrics": [{name: value for name, value in entry.items() if name.startswith("tree/")} for entry in log],
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
 

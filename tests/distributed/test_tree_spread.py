@@ -35,7 +35,7 @@ def test_the_same_as_one_process(tmp_path, mode):
 @pytest.mark.parametrize("mode", ["ddp", "zero3", "fsdp2"])
 def test_one_process_s_texts_end_at_once(tmp_path, mode):
     """It generates on, a token a depth, as long as the other: otherwise the model's collectives would not meet."""
-    settings = {**SAMPLED, **TREE, "save_strategy": "no", "max_steps": 2, "prompts": 8, "end_at_once": 1}
+    settings = {**SAMPLED, **TREE, "save_strategy": "no", "num_iterations": 1, "max_steps": 4, "end_at_once": 1}
     two = launch(tmp_path, settings, mode)
     assert [len(result["calls"]) for result in two] == [6, 6]
     assert two[1]["calls"] == [4, 1, 1] * 2
