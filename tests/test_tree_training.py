@@ -322,11 +322,13 @@ def test_dynamic_sampling_keeps_trees_whole(tmp_path):
         return [float(n % 2 and number(prompt) % 3 > 0) for prompt, n in zip(prompts, sums, strict=True)]
 
     trainer = make_trainer(tmp_path, dynamic_sampling=True, reward_funcs=some, **TREE)
-    batches = watch(trainer)
+    batches, calls = watch(trainer), recorded(trainer)
     start = weights(trainer)
     trainer.train()
     assert difference(weights(trainer), start) > 1e-4
-    assert max(logged(trainer, "dynamic_sampling/generations")) > 1
+    generations = logged(trainer, "dynamic_sampling/generations")
+    assert max(generations) > 1
+    assert len(calls) == 3 * sum(generations)  # what is chosen is trained on, and nothing generated in its place
     assert logged(trainer, "dynamic_sampling/filled") == [0, 0, 0]
     assert min(logged(trainer, "tree/trained_share")) > 0
     assert trainer.rollout_func is None
