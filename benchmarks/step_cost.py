@@ -44,6 +44,7 @@ def train(credit: str, steps: int) -> dict:
         "step": [entry["step_time"] for entry in log],
         "credit": [entry.get(f"{credit.partition('_')[0]}/seconds", 0.0) for entry in log],
         "length": [entry["completions/mean_length"] for entry in log],
+        "metrics": [{name: value for name, value in entry.items() if name.startswith("tree/")} for entry in log],
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
 

@@ -9,6 +9,7 @@ from trl import GRPOConfig
 from ktae_trl.arguments import nearest
 from ktae_trl.credit import METHODS, oar
 from ktae_trl.credit.ktae import check_weights
+from ktae_trl.sampling import SAMPLERS
 
 
 @dataclass
@@ -32,7 +33,8 @@ class KTAEGRPOConfig(GRPOConfig):
     Parameters:
         credit (`str`, *optional*, defaults to `"ktae"`):
             How tokens get credit: by `"ktae"` (statistics over right and wrong rollouts), `"oar_g"` or `"oar_p"`
-            (influence on the answer, by gradients or by perturbation), or `"none"` for TRL's GRPO, unchanged.
+            (influence on the answer, by gradients or by perturbation), `"tree"` (rollouts sampled as trees, segments
+            compared with their siblings), or `"none"` for TRL's GRPO, unchanged.
         ktae_combine (`str`, *optional*, defaults to `"multiply"`):
             How the key-token value K meets the rollout advantage A: `"multiply"` gives `A + |A| K`, which never turns
             the sign of A; `"add"` gives `A + K`, as published.
@@ -69,11 +71,22 @@ class KTAEGRPOConfig(GRPOConfig):
             more prompts.
         dynamic_sampling_max_batches (`int`, *optional*, defaults to `10`):
             Generate at most so many batches to fill one. What is still missing then is filled with other groups.
+        tree_branching (`int`, *optional*, defaults to `2`):
+            With `credit="tree"`: segments sampled from each node.
+        tree_depth (`int`, *optional*, defaults to `3`):
+            Segments from the prompt to a leaf. `num_generations` must be `tree_branching ** tree_depth`.
+        tree_segment_tokens (`int`, *optional*):
+            Tokens of a segment at most. Defaults to `max_completion_length // tree_depth`.
+        tree_min_spread (`float`, *optional*, defaults to `0.1`):
+            Siblings whose values are all nearer than this are not trained apart: their advantages are 0.
+        tree_normalizer (`str`, *optional*, defaults to `"bernoulli"`):
+            What a segment's value, less the mean mu of its siblings, is divided by: `"bernoulli"` sqrt(mu (1 - mu)),
+            `"std"` the siblings' standard deviation, as in GRPO, or `"none"`.
     """
 
     credit: str = field(
         default="ktae",
-        metadata={"help": "How tokens get credit: 'ktae', 'oar_g', 'oar_p', or 'none' for TRL's GRPO, unchanged."},
+        metadata={"help": "How tokens get credit: 'ktae', 'oar_g', 'oar_p', 'tree', or 'none' for TRL's GRPO."},
     )
     ktae_combine: str = field(
         default="multiply",
@@ -110,6 +123,22 @@ class KTAEGRPOConfig(GRPOConfig):
     dynamic_sampling_max_batches: int = field(
         default=10, metadata={"help": "Generate at most so many batches to fill one."}
     )
+    tree_branching: int = field(default=2, metadata={"help": "Tree sampling: segments sampled from each node."})
+    tree_depth: int = field(
+        default=3,
+        metadata={"help": "Segments from the prompt to a leaf; num_generations is tree_branching ** tree_depth."},
+    )
+    tree_segment_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Tokens of a segment at most. Defaults to max_completion_length // tree_depth."},
+    )
+    tree_min_spread: float = field(
+        default=0.1, metadata={"help": "Siblings whose values are all nearer than this have no advantages."}
+    )
+    tree_normalizer: str = field(
+        default="bernoulli",
+        metadata={"help": "'bernoulli' (sqrt(mu (1 - mu))), 'std' (as in GRPO) or 'none'."},
+    )
 
     def __post_init__(self):
         self._check_generation_batch()
@@ -135,6 +164,8 @@ class KTAEGRPOConfig(GRPOConfig):
             self.oar_span,
             self.oar_token_budget,
         )
+        if self.credit in SAMPLERS:
+            SAMPLERS[self.credit].check(self)
 
     def _check_generation_batch(self) -> None:
         # Before TRL's own check, whose message has the product only. The launcher sets the number of processes.

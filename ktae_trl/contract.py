@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import trl
 from packaging.specifiers import SpecifierSet
+from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import RepeatSampler
 
 TESTED_TRL = ">=1.16,<1.17"
@@ -21,6 +22,8 @@ _RELIED_ON: dict[str, tuple[list[str], set[str]]] = {
             "_tokenizer",
             "environment_factories",
             "eos_token_ids",
+            "generation_config",
+            "max_new_tokens",
             "num_generations",
             "num_generations_eval",
             "num_iterations",
@@ -28,6 +31,7 @@ _RELIED_ON: dict[str, tuple[list[str], set[str]]] = {
             "rollout_func",
             "shuffle_dataset",
             "tools",
+            "vllm_generation",
         },
     ),
     "_get_train_sampler": (["dataset"], {"RepeatSampler"}),
@@ -36,6 +40,12 @@ _RELIED_ON: dict[str, tuple[list[str], set[str]]] = {
     "_generate": (
         ["prompts"],
         {"_metrics", "completion_ids", "env_mask", "logprobs", "num_input_tokens_seen", "prompt_ids", "rollout_func"},
+    ),
+    # A sampler generates segments, each from a prompt of its own, with a limit set where these two read it.
+    "_tokenize_prompts": (["prompts"], set()),
+    "_generate_single_turn": (
+        ["prompt_ids", "images", "multimodal_fields", "num_generations"],
+        {"generation_config", "generate", "vllm_generation"},
     ),
     "_log_completion_extra": (["column", "values"], {"_pending_extra_logs"}),
     "_calculate_rewards": (["inputs", "prompts", "completions", "completion_ids_list"], {"gather"}),
@@ -69,6 +79,7 @@ def check_trl(trainer_class: type, version: str = trl.__version__) -> None:
         UserWarning: the contract is intact, but this version of TRL was not tested.
     """
     missing = [problem for name, wanted in _RELIED_ON.items() for problem in _problems(trainer_class, name, *wanted)]
+    missing += _problems(VLLMGeneration, "generate", ["prompts", "num_generations"], {"max_completion_length"})
     # Resuming draws one permutation per past epoch: right as long as the sampler does, and is not told its epoch.
     missing += _problems(RepeatSampler, "__iter__", [], {"randperm", "generator", "num_samples"})
     if hasattr(RepeatSampler, "set_epoch"):

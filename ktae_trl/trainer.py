@@ -22,9 +22,9 @@ from ktae_trl.config import KTAEGRPOConfig
 from ktae_trl.contract import check_trl
 from ktae_trl.credit import METHODS
 from ktae_trl.credit.combine import Rollouts, combine
-from ktae_trl.credit.policy import Policy
+from ktae_trl.policy import Policy
 from ktae_trl.rewards import SHAPING
-from ktae_trl.sampling import dynamic
+from ktae_trl.sampling import SAMPLERS, dynamic
 
 check_trl(GRPOTrainer)
 logger = logging.getLogger(__name__)
@@ -109,6 +109,8 @@ class KTAEGRPOTrainer(GRPOTrainer):
         self._correctness_index = names.index(correctness)
         self._assign_credit = METHODS.get(args.credit)
         self._credit_how: str | None = None
+        self._sampler = SAMPLERS.get(args.credit)
+        self._check_sampler()
         self._chosen_rewards: Tensor | None = None  # set while the parent runs on rollouts that dynamic sampling chose
         self._prompt_stream = self._make_prompt_stream() if args.dynamic_sampling else None
         self._warned_of_filling = False
@@ -133,8 +135,9 @@ class KTAEGRPOTrainer(GRPOTrainer):
             batch = self._sample_informative_groups()
         else:
             batch = super()._generate_and_score_completions(inputs)
-        # A group of one, as evaluation may have, has nothing to compare.
-        if self._assign_credit is not None and self._group_size() > 1:
+        # A group of one, as evaluation may have, has nothing to compare; nor do samples in the place of a sampler's.
+        sampled = self._sampler is None or self.model.training
+        if self._assign_credit is not None and sampled and self._group_size() > 1:
             started = time.perf_counter()
             policy = Policy(self.model, self._tokenizer, self.accelerator)
             credit = self._assign_credit(self._whole_groups(batch), self.args, policy)
@@ -187,6 +190,51 @@ class KTAEGRPOTrainer(GRPOTrainer):
                 metrics[name].append(total / count if count else float("nan"))  # TRL leaves NaN out of its means
         # Reading the sums has waited for the device. A family of methods (oar_g, oar_p) shares its metrics' prefix.
         metrics[f"{self.args.credit.partition('_')[0]}/seconds"].append(time.perf_counter() - started)
+
+    # A credit method's own sampler, in training: it generates with TRL and hands its rollouts in as TRL's rollout_func.
+
+    def _check_sampler(self) -> None:
+        images = {"image", "images"} & set(getattr(self.train_dataset, "column_names", None) or ())
+        if self._sampler and (self.rollout_func or self.tools or self.environment_factories or images):
+            raise ValueError(
+                f"credit={self.args.credit!r} samples its rollouts itself, from text: it does not go with a "
+                "rollout_func, tools, environments or images"
+            )
+
+    def _generate(self, prompts):
+        if self._sampler is None or not self.model.training or self.rollout_func is not None:
+            return super()._generate(prompts)
+        self.rollout_func = self._sample
+        try:
+            return super()._generate(prompts)
+        finally:
+            self.rollout_func = None
+
+    def _sample(self, prompts, _) -> dict[str, list | None]:
+        prompt_ids, *_ = self._tokenize_prompts(prompts)
+        return self._sampler.sample(prompt_ids, self._continue, self.args, self.eos_token_ids)
+
+    def _continue(
+        self, prompt_ids: list[list[int]], max_tokens: int
+    ) -> tuple[list[list[int]], list[list[float]] | None]:
+        """Sample a continuation of each, of at most `max_tokens`. All processes must call it, if only with none."""
+        own = most = len(prompt_ids)
+        if self.use_vllm and (self.vllm_mode == "server" or self.args.vllm_tensor_parallel_size > 1):
+            # vLLM then takes as many prompts from each process, and the limit from one.
+            most = self.accelerator.gather(torch.tensor([own], device=self.accelerator.device)).max().item()
+        filling = [[self.eos_token_ids[0]]] * (max(most, 1) - own)
+        holder, limit = (
+            (self.vllm_generation, "max_completion_length")
+            if self.use_vllm
+            else (self.generation_config, "max_new_tokens")
+        )
+        whole = getattr(holder, limit)
+        setattr(holder, limit, max_tokens if most else 1)
+        try:
+            completion_ids, logprobs = self._generate_single_turn(prompt_ids + filling, None, {}, num_generations=1)
+        finally:
+            setattr(holder, limit, whole)
+        return completion_ids[:own], None if logprobs is None else logprobs[:own]
 
     # Dynamic sampling: generate and grade until the batch is full, then let the parent run once on what was chosen.
 

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 from trl import GRPOTrainer
+from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import RepeatSampler
 
 from ktae_trl.contract import TESTED_TRL, check_trl
@@ -24,6 +25,12 @@ def test_another_version_with_the_contract_intact_is_a_warning():
 def test_a_sampler_that_is_told_its_epoch_would_break_resuming(monkeypatch):
     monkeypatch.setattr(RepeatSampler, "set_epoch", lambda self, epoch: None, raising=False)
     with pytest.raises(ImportError, match=r"RepeatSampler\.set_epoch is new"):
+        check_trl(GRPOTrainer)
+
+
+def test_a_limit_of_tokens_that_vllm_no_longer_reads(monkeypatch):
+    monkeypatch.setattr(VLLMGeneration, "generate", lambda self, prompts, num_generations: prompts)
+    with pytest.raises(ImportError, match=r"VLLMGeneration\.generate no longer uses 'max_completion_length'"):
         check_trl(GRPOTrainer)
 
 

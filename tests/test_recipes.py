@@ -80,7 +80,10 @@ def parse_recipe(path: Path, output: Path, **overrides):
 
 
 def test_there_are_recipes():
-    assert {path.stem for path in RECIPES} == {"quickstart", "lora_24gb", "own_data", *EXPECTED}
+    others = {
+        f"{twin}_{credit}" for twin in ("quickstart", "qwen2.5_math_1.5b") for credit in ("oar_g", "oar_p", "tree")
+    }
+    assert {path.stem for path in RECIPES} == {"quickstart", "lora_24gb", "own_data", *EXPECTED, *others}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -151,6 +154,25 @@ def test_twins_differ_in_credit_only(run):
     plain, ktae = (read(ROOT / f"configs/qwen2.5_math_{run}{suffix}.yaml") for suffix in ("", "_ktae"))
     different = {key for key in {*plain, *ktae} if plain.get(key) != ktae.get(key)}
     assert {key for key in different if not key.startswith("ktae_")} == {"credit", "output_dir"}
+
+
+@pytest.mark.parametrize("credit", ["oar_g", "oar_p", "tree"])
+@pytest.mark.parametrize("twin", ["quickstart", "qwen2.5_math_1.5b"])
+def test_other_methods_differ_in_credit_only(twin, credit):
+    plain = read(ROOT / f"configs/{twin if twin == 'quickstart' else twin + '_grpo'}.yaml")
+    other = read(ROOT / f"configs/{twin}_{credit}.yaml")
+    different = {key for key in {*plain, *other} if plain.get(key) != other.get(key)}
+    own = credit.partition("_")[0]
+    assert {key for key in different if not key.startswith(("ktae_", f"{own}_"))} == {"credit", "output_dir"}
+    assert other["credit"] == credit
+
+
+@pytest.mark.parametrize("credit", ["oar_g", "oar_p", "tree"])
+def test_the_quickstart_with_another_method_trains(tmp_path, credit):
+    small = {"max_steps": 1, "per_device_train_batch_size": 16, "report_to": "none", "eval_strategy": "no"}
+    trainer = build_trainer(*parse_recipe(ROOT / f"configs/quickstart_{credit}.yaml", tmp_path, **small))
+    trainer.train()
+    assert trainer.state.global_step == 1
 
 
 def test_the_lora_recipe_trains_an_adapter(tmp_path):

@@ -54,16 +54,15 @@ def train(folder: Path, settings: dict, processes: int = 1) -> list[dict]:
     return [torch.load(folder / f"process_{i}.pt", weights_only=True) for i in range(processes)]
 
 
-def check(result: dict, *, steps: int) -> None:
-    """KTAE's training on rollouts whose log-probabilities are those of the model at that step."""
+def check(result: dict, *, steps: int, names: tuple[str, ...] = ("ktae/abs_value", "ktae/informative_groups")) -> None:
+    """A training on rollouts whose log-probabilities are those of the model at that step; the named metrics say more
+    than 0."""
     assert result["moved"] > 1e-4
     assert len(result["rollouts"]) == len(result["metrics"]) == steps
     for rollouts, metrics in zip(result["rollouts"], result["metrics"], strict=True):
         assert rollouts["gap"] < TINY
         assert rollouts["credit"].isfinite().all()
-        assert metrics["grad_norm"] > 0
-        assert metrics["ktae/abs_value"] > 0
-        assert metrics["ktae/informative_groups"] > 0
+        assert all(metrics[name] > 0 for name in ("grad_norm", *names))
         assert all(math.isfinite(value) for value in metrics.values())
 
 
@@ -123,6 +122,46 @@ def test_colocated_in_each_of_two_processes(tmp_path):
     assert difference(results[0]["weights"], results[1]["weights"]) == 0
 
 
+# Segments of 21 tokens at most, 8 leaves.
+TREES = {**COLOCATED, "credit": "tree"}
+TRAINED = ("tree/trained_share", "tree/signal_depth_1")
+
+
+def check_trees(rollouts: dict) -> None:
+    """Rows that share a node have the same tokens there, and one of them trains it."""
+    for first in range(0, len(rollouts["completions"]), 4):
+        rows, trained = rollouts["completions"][first : first + 4], rollouts["trained"][first : first + 4]
+        assert len({tuple(row[:21]) for row in rows}) == 1
+        assert trained[0, : len(rows[0][:21])].all()
+        assert not trained[1:, :21].any()
+
+
+def test_colocated_with_trees(tmp_path):
+    """The log-probabilities of paths are the model's, those of shared segments too; and paths are in the cache."""
+    (result,) = train(tmp_path, TREES)
+    check(result, steps=3, names=TRAINED)
+    check_sync(result)
+    for rollouts, metrics in zip(result["rollouts"], result["metrics"], strict=True):
+        check_trees(rollouts)
+        assert metrics["tree/generated_tokens"] * 4 == rollouts["trained"].sum()
+        for which in ("min", "mean", "max"):
+            assert metrics[f"sampling/importance_sampling_ratio/{which}"] == pytest.approx(1, abs=1e-3)
+    calls = result["calls"][:9]
+    assert [requests for requests, _, _ in calls[::3]] == [8, 8, 8]
+    for requests, known, cached in calls[1::3] + calls[2::3]:
+        assert cached > 0.5 * known or requests == 1  # whole blocks of 32; the prompts alone have fewer tokens
+
+
+def test_colocated_with_trees_and_dynamic_sampling(tmp_path):
+    (result,) = train(tmp_path, {**TREES, "dynamic_sampling": True, "vllm_importance_sampling_mode": "token_truncate"})
+    check(result, steps=3, names=TRAINED[:1])
+    check_sync(result)
+    for rollouts, metrics in zip(result["rollouts"], result["metrics"], strict=True):
+        check_trees(rollouts)
+        assert metrics["dynamic_sampling/filled"] == 0
+        assert metrics["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-3)
+
+
 @pytest.fixture
 def server(tmp_path):
     """TRL's server on a free port, stopped with everything it started."""
@@ -174,3 +213,14 @@ def test_rollouts_of_a_server(tmp_path, server):
     groups = [result["rollouts"][0]["prompts"][i : i + 8] for i in range(0, 32, 8)]
     assert all(prompt == group[0] for group in groups for prompt in group)
     assert len({tuple(group[0]) for group in groups}) == 4
+
+
+def test_trees_of_a_server(tmp_path, server):
+    """Two processes with other numbers of texts that go on: each gets its own segments."""
+    settings = {**TREES, "vllm_mode": "server", "vllm_server_base_url": server, "max_steps": 1}
+    results = train(tmp_path, {**settings, "per_device_train_batch_size": 16}, processes=2)
+    for result in results:
+        check(result, steps=1, names=())
+        check_trees(result["rollouts"][0])
+    assert results[0]["metrics"][0]["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-3)
+    assert difference(results[0]["weights"], results[1]["weights"]) == 0

@@ -26,7 +26,8 @@ def patch(mode: str) -> None:
         layer, "cpu_linear", torch.nn.functional.linear
     )
     # float32 like the model in training: then what is left of a gap is a fault, not rounding.
-    vllm_generation.LLM = functools.partial(vllm_generation.LLM, enforce_eager=True, dtype="float32")
+    # Small blocks, as on a GPU: the CPU build's own of 128 tokens are never full here, so nothing would be cached.
+    vllm_generation.LLM = functools.partial(vllm_generation.LLM, enforce_eager=True, dtype="float32", block_size=32)
     if mode == "server":  # a server gets its weights over NCCL, which needs a GPU
         VLLMClient.init_communicator = lambda self, device: None
         vllm_generation.VLLMGeneration.sync_weights = lambda self: None
@@ -44,6 +45,20 @@ def gaps(trainer, prompt_ids, completion_ids, logprobs) -> list[float]:
         mine = logits.float().log_softmax(-1)[range(len(completion)), completion]
         result.append((mine - torch.tensor(theirs)).abs().mean().item())
     return result
+
+
+def watch_cache(trainer) -> list[tuple[int, int, int]]:
+    """Collect, per call of the engine, its requests, the tokens they begin with and how many of these were cached."""
+    calls, generate = [], trainer.vllm_generation.llm.generate
+
+    def spy(*arguments, **more):
+        outputs = generate(*arguments, **more)
+        known = sum(len(output.prompt_token_ids) for output in outputs)
+        calls.append((len(outputs), known, sum(output.num_cached_tokens for output in outputs)))
+        return outputs
+
+    trainer.vllm_generation.llm.generate = spy
+    return calls
 
 
 def problems(trainer, n: int = 8) -> list[list[int]]:
@@ -98,12 +113,20 @@ def main(settings: dict, folder: Path) -> None:
             )
         ]
         result["rollouts"].append(
-            {"prompts": unpadded[0], "gap": max(gaps(trainer, *unpadded)), "credit": batch["credit"].clone()}
+            {
+                "prompts": unpadded[0],
+                "completions": unpadded[1],
+                "gap": max(gaps(trainer, *unpadded)),
+                "credit": batch["credit"].clone(),
+                "trained": (batch["completion_mask"] * batch.get("tool_mask", 1)).clone(),
+            }
         )
         return batch
 
     trainer._generate_and_score_completions = spy
-    if trainer.vllm_mode == "server":
+    if trainer.vllm_mode == "colocate":
+        result["calls"] = watch_cache(trainer)
+    elif trainer.accelerator.is_main_process:  # it alone knows the server
         result["server"] = ask_server(trainer)
     before = weights(trainer)
     trainer.train()

@@ -1,9 +1,10 @@
 """Credit methods by name: functions from the `Rollouts` of a process, the config and the `Policy` to a `Credit`."""
 
-from ktae_trl.credit import ktae, oar
+from ktae_trl.credit import ktae, oar, tree
 
 METHODS = {
     "ktae": ktae.assign,
     "oar_g": oar.assign_gradient,
     "oar_p": oar.assign_perturbation,
+    "tree": tree.assign,
 }

@@ -5,20 +5,22 @@ defaults here. B rollouts, T tokens of a completion, L tokens of prompt and comp
 vocabulary, H of a hidden state, R rows of one forward pass.
 """
 
+from __future__ import annotations
+
 import zlib
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicLayer
 
 from ktae_trl.credit.combine import Credit, Rollouts
-from ktae_trl.credit.policy import Policy
 from ktae_trl.grading.text import last_box
+
+if TYPE_CHECKING:  # it loads transformers
+    from ktae_trl.policy import Policy
 
 ANSWERS = ("answer_mean", "last", "answer_joint")
 FLOOR = 0.1  # of the weight of a token of little influence, before weights are scaled to mean 1
@@ -121,7 +123,7 @@ def _ask(row: int, ids_T: Tensor, reasoning_T: Tensor, answer: Answer, rollouts:
     return Question(row, ids_L, at_A, targets_A, len(prompt) + reasoning_T.nonzero().squeeze(1))
 
 
-def find_answer(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Answer | None:
+def find_answer(ids: list[int], tokenizer) -> Answer | None:
     r"""Find the tokens of the last `\boxed{...}`, whose braces match; None without one, or with an empty one.
 
     The text is that of the tokens as they were sampled, which need not be those that the tokenizer would choose. A
@@ -313,18 +315,15 @@ def perturbation_influence(questions: list[Question], args, policy: Policy) -> l
 
 def _perturb(question: Question, chunks: tuple[Tensor, ...], args, policy: Policy) -> Tensor:
     _, ids_L, at_A, targets_A, reasoning = question
-    cache = DynamicCache(config=policy.model.config)
+    cache = policy.empty_cache()
     clean = _read(policy.logits(ids_L[None], at_A[None], cache), targets_A, args.oar_answer)
-    # Other kinds of layers (sliding windows, recurrent ones) do not keep what came before in a form that can be cut.
-    shared = all(type(layer) is DynamicLayer for layer in cache.layers)
     span_L = torch.full_like(ids_L, -1)
     span_L[reasoning] = torch.arange(len(reasoning), device=ids_L.device) // args.oar_span
     influences = []
     for spans in chunks:
         R = len(spans)
         ids_RL = torch.where(span_L == spans[:, None], policy.tokenizer.pad_token_id, ids_L)
-        begin = int(reasoning[spans[0] * args.oar_span]) if shared else 0
-        before = DynamicCache(_beginning(cache, begin, R), policy.model.config) if begin else None
+        before, begin = policy.beginning(cache, int(reasoning[spans[0] * args.oar_span]), R)
         logits_RAV = policy.logits(ids_RL[:, begin:], (at_A - begin).expand(R, -1), before)
         influences.append(divergence(clean, _read(logits_RAV, targets_A, args.oar_answer), args.oar_answer))
     return torch.cat(influences)[span_L[reasoning]].clamp(min=0)  # rounding; a token that speaks against the answer
@@ -333,8 +332,3 @@ def _perturb(question: Question, chunks: tuple[Tensor, ...], args, policy: Polic
 def _read(logits_RAV: Tensor, targets_A: Tensor, answer: str) -> Tensor:
     targets_RA = targets_A.expand(len(logits_RAV), -1)
     return answer_log_probs(logits_RAV, targets_RA, torch.ones_like(targets_RA, dtype=torch.bool), answer)
-
-
-def _beginning(cache: DynamicCache, length: int, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
-    for keys, values, *_ in cache:
-        yield tuple(x[:, :, :length].expand(rows, -1, -1, -1) for x in (keys, values))

@@ -6,7 +6,9 @@ saves the model.
 
 import contextlib
 import json
+import random
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -26,7 +28,40 @@ def right_on_the_first(completions, **kwargs):
     return [float(first and i % 2) for i in range(len(completions))]
 
 
-REWARDS = {"third": third, "right_on_the_first": right_on_the_first}
+def watch_calls(trainer, grow: bool, end_at_once: int | None) -> list[int]:
+    """Collect how many texts the model continues in each call.
+
+    With `grow`, continuations depend on the text and on which of its continuations they are, so one process and two see
+    the same; those of the process `end_at_once` end at once.
+    """
+    calls, generate = [], trainer._generate_single_turn
+
+    def spy(prompt_ids, *arguments, **more):
+        calls.append(len(prompt_ids))
+        if grow:
+            seen = Counter()
+            return [continuation(trainer, ids, seen) for ids in prompt_ids], None
+        completion_ids, logprobs = generate(prompt_ids, *arguments, **more)
+        if trainer.accelerator.process_index == end_at_once:
+            completion_ids = [[trainer._tokenizer.eos_token_id] for _ in completion_ids]
+        return completion_ids, logprobs
+
+    trainer._generate_single_turn = spy
+    return calls
+
+
+def continuation(trainer, ids: list[int], seen: Counter) -> list[int]:
+    seen[tuple(ids)] += 1
+    rng = random.Random(f"{ids} {seen[tuple(ids)]}")
+    tokens = [rng.randrange(3, 40) for _ in range(trainer.generation_config.max_new_tokens)]
+    return tokens if rng.random() < 0.7 else [*tokens[: rng.randrange(len(tokens))], trainer._tokenizer.eos_token_id]
+
+
+def by_tokens(completion_ids, **kwargs):
+    return [float(sum(ids) % 2) for ids in completion_ids]
+
+
+REWARDS = {"third": third, "right_on_the_first": right_on_the_first, "by_tokens": by_tokens}
 
 
 def whole_weights(trainer) -> dict[str, torch.Tensor]:
@@ -50,6 +85,7 @@ def main(settings: dict, folder: Path, checkpoint: str | None = None) -> None:
         settings["peft_config"] = LoraConfig(**settings.pop("lora"))
     if "reward" in settings:
         settings["reward_funcs"] = REWARDS[settings.pop("reward")]
+    grow, end_at_once = settings.pop("grow", False), settings.pop("end_at_once", None)
     trainer = make_trainer(folder, train_dataset=prompts(settings.pop("prompts")), **settings)
     credits, advantages, generate = [], [], trainer._generate_and_score_completions
 
@@ -60,6 +96,7 @@ def main(settings: dict, folder: Path, checkpoint: str | None = None) -> None:
         return batch
 
     trainer._generate_and_score_completions = spy
+    calls = watch_calls(trainer, grow, end_at_once)
     trainer.train(resume_from_checkpoint=checkpoint)
     accelerator = trainer.accelerator
     held_out = held_out_accuracy(trainer, prompts(21, tiny.HELD_OUT), samples=1, batch_size=8)
@@ -72,6 +109,7 @@ def main(settings: dict, folder: Path, checkpoint: str | None = None) -> None:
             "gradient_checkpointing": accelerator.unwrap_model(trainer.model_wrapped).is_gradient_checkpointing,
             "credits": credits,
             "advantages": advantages,
+            "calls": calls,
             "held_out": held_out._asdict(),
             "weights": whole_weights(trainer),
             "metrics": [entry for entry in trainer.state.log_history if "loss" in entry],

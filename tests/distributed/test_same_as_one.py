@@ -60,7 +60,7 @@ KINDS = {
     "oar_p": {"credit": "oar_p", "save_strategy": "no", "oar_token_budget": 600, "oar_span": 2},
 }
 # The clock's.
-TIMES = {"step_time", "ktae/seconds", "oar/seconds"}
+TIMES = {"step_time", "ktae/seconds", "oar/seconds", "tree/seconds"}
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 
 class Policy:
@@ -73,6 +74,21 @@ class Policy:
             for hook in hooks:
                 hook.remove()
         return output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
+
+    def empty_cache(self) -> DynamicCache:
+        """Return a cache for `logits` to fill."""
+        return DynamicCache(config=self.model.config)
+
+    def beginning(self, cache: DynamicCache, length: int, rows: int) -> tuple[DynamicCache | None, int]:
+        """Return the first `length` tokens of a cache with one row, for so many rows, and how many tokens these are.
+
+        None and 0 for a model whose layers (sliding windows, recurrent ones) do not keep what came before in a form
+        that can be cut.
+        """
+        if length == 0 or any(type(layer) is not DynamicLayer for layer in cache.layers):
+            return None, 0
+        cut = (tuple(x[:, :, :length].expand(rows, -1, -1, -1) for x in (keys, values)) for keys, values, *_ in cache)
+        return DynamicCache(cut, self.model.config), length
 
     def missing_rounds(self, rounds: int) -> int:
         """Return how many rounds of forwards the process with most makes beyond the `rounds` of this one.

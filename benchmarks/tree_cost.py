@@ -1,0 +1,60 @@
+"""What a tree costs and saves against GRPO with as many leaves, on the quickstart: tokens of a prompt, and step time.
+
+python benchmarks/tree_cost.py [--steps 20] [--pairs 3]
+
+A tree's leaves share their beginnings, so fewer tokens are generated, one depth after the other. The forward pass reads
+whole rows all the same. The learning rate is 0: all runs sample from the same model. Each run is a process of its own;
+the two kinds take turns.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from itertools import chain
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+LEAVES = 8  # the quickstart's num_generations; by default a tree has a branching of 2 and a depth of 3
+
+
+def run(credit: str, steps: int) -> dict:
+    """Train in a process of its own and return, per step, seconds and what a prompt takes."""
+    command = [sys.executable, ROOT / "benchmarks/step_cost.py", "--credit", credit, "--steps", str(steps)]
+    output = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+    result = json.loads(output.splitlines()[-1])
+    generated = [LEAVES * length for length in result["length"]]  # in a tree a row counts only the tokens it trains
+    return {
+        "seconds a step": result["step"],
+        "tokens generated for a prompt": generated,
+        "of these in the loss": generated,
+        "tokens in a prompt's rows": [
+            m.get("tree/row_tokens", g) for m, g in zip(result["metrics"], generated, strict=True)
+        ],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--pairs", type=int, default=3)
+    arguments = parser.parse_args()
+    runs: dict[str, list[dict]] = {"none": [], "tree": []}
+    for pair in range(arguments.pairs):
+        for credit, done in runs.items():
+            print(f"pair {pair + 1} of {arguments.pairs}: {credit}", file=sys.stderr)
+            done.append(run(credit, arguments.steps))
+    print(f"\n{'median of all steps':32}{'none':>10}{'tree':>10}{'ratio of the pairs':>26}")
+    for label in runs["none"][0]:
+        none, tree = (statistics.median(chain.from_iterable(one[label] for one in runs[credit])) for credit in runs)
+        ratios = sorted(
+            statistics.median(b[label]) / statistics.median(a[label])
+            for a, b in zip(runs["none"], runs["tree"], strict=True)
+        )
+        spread = f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
+        print(f"{label:32}{none:10.2f}{tree:10.2f}{spread:>26}")
+
+
+if __name__ == "__main__":
+    main()
