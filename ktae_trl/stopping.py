@@ -71,16 +71,27 @@ def _on_sigterm(tell: Callable[[str], None]) -> Iterator[None]:
                 finally:
                     os._exit(128 + signal.SIGTERM)
 
-    def in_child() -> None:
-        # A forked worker, as of a reward function's pool: its SIGTERM is its own.
-        if signal.getsignal(signal.SIGTERM) is ignore:
-            signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
     def ignore(*_) -> None:
         pass
 
-    os.register_at_fork(after_in_child=in_child)
+    # A forked worker, as of a reward function's pool, has the same pipe: until its SIGTERM is its own, it gets none.
+    masks: dict[int, set] = {}
+
+    def before_fork() -> None:
+        if signal.getsignal(signal.SIGTERM) is ignore:
+            masks[threading.get_ident()] = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def after_fork() -> None:
+        if (mask := masks.pop(threading.get_ident(), None)) is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def after_fork_in_child() -> None:
+        if signal.getsignal(signal.SIGTERM) is ignore:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        after_fork()
+
+    os.register_at_fork(before=before_fork, after_in_parent=after_fork, after_in_child=after_fork_in_child)
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()
     fd = signal.set_wakeup_fd(send, warn_on_full_buffer=False)

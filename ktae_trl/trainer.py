@@ -3,7 +3,6 @@
 import copy
 import logging
 import os
-import textwrap
 import time
 import warnings
 from collections import defaultdict
@@ -18,6 +17,7 @@ from trl.import_utils import is_vllm_available
 
 from ktae_trl.arguments import checkpoint_to_resume, nearest
 from ktae_trl.batches import Batches
+from ktae_trl.cards import CARDS, Card
 from ktae_trl.config import KTAEGRPOConfig
 from ktae_trl.contract import check_trl
 from ktae_trl.credit import METHODS
@@ -62,23 +62,7 @@ class KTAEGRPOTrainer(GRPOTrainer):
     ```
     """
 
-    _tag_names = ["trl", "grpo", "ktae"]
-    _name = "KTAE"
-    _paper = {
-        "title": "KTAE: A Model-Free Algorithm to Key-Tokens Advantage Estimation in Mathematical Reasoning",
-        "id": "2505.16826",
-        # docstyle-ignore
-        "citation": textwrap.dedent("""\
-            @inproceedings{sun2025ktae,
-                title     = {{KTAE: A Model-Free Algorithm to Key-Tokens Advantage Estimation
-                             in Mathematical Reasoning}},
-                author    = {Wei Sun and Wen Yang and Pu Jian and Qianlong Du and Fuwei Cui and Shuo Ren
-                             and Jiajun Zhang},
-                booktitle = {Advances in Neural Information Processing Systems},
-                year      = 2025,
-                eprint    = {arXiv:2505.16826},
-            }"""),
-    }
+    _tag_names, _name, _paper = CARDS["ktae"]
 
     def __init__(self, model, reward_funcs=None, args: KTAEGRPOConfig | None = None, *positional, **kwargs):
         if args is None:
@@ -88,8 +72,8 @@ class KTAEGRPOTrainer(GRPOTrainer):
             raise TypeError(
                 f"args must be a KTAEGRPOConfig, which takes the same arguments, not a {type(args).__name__}"
             )
-        if args.credit == "none":  # so the model card says GRPO
-            self._tag_names, self._name, self._paper = GRPOTrainer._tag_names, GRPOTrainer._name, GRPOTrainer._paper
+        grpo = Card(GRPOTrainer._tag_names, GRPOTrainer._name, GRPOTrainer._paper)
+        self._tag_names, self._name, self._paper = CARDS.get(args.credit, grpo)
         if args.use_vllm and not is_vllm_available():
             raise ImportError(
                 "use_vllm is set, but vLLM is not installed. Install it, for GPUs: pip install 'ktae-trl[vllm]'. "

@@ -116,11 +116,12 @@ from tests.test_stopping import trainer_in
 from ktae_trl.stopping import telling_how_to_go_on
 context = multiprocessing.get_context("fork")
 with telling_how_to_go_on(trainer_in(sys.argv[1])):
-    worker = context.Process(target=sys.stdin.read)
-    worker.start()
-    worker.terminate()
-    worker.join(20)
-    assert worker.exitcode == -15, worker.exitcode
+    for _ in range(20):
+        worker = context.Process(target=multiprocessing.Event().wait)
+        worker.start()
+        worker.terminate()  # it may not have run a line yet
+        worker.join(20)
+        assert worker.exitcode == -15, worker.exitcode
     remains = context.Process(target=multiprocessing.Event().wait, daemon=True)
     remains.start()
 print("trained", flush=True)

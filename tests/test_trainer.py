@@ -64,7 +64,10 @@ def test_values_of_zero_leave_every_loss_as_it_is(tmp_path, loss_type, monkeypat
     settings = {"loss_type": loss_type, "rollout_func": replay, "max_steps": 2, "optim": "sgd"}
     plain = make_trainer(tmp_path / "a", credit="none", **settings)
     plain.train()
-    zeros = lambda rollouts, args: Credit(torch.zeros_like(rollouts.own_rows(rollouts.ids_PGT)).float(), "multiply", {})  # noqa: E731
+
+    def zeros(rollouts, args, policy):
+        return Credit(torch.zeros_like(rollouts.own_rows(rollouts.ids_PGT)).float(), "multiply", {})
+
     monkeypatch.setitem(METHODS, "ktae", zeros)
     zero = make_trainer(tmp_path / "b", **settings)
     start = weights(zero)
@@ -305,6 +308,9 @@ def test_model_card(tmp_path):
     for credit, words, others in (
         ("ktae", ["KTAE", "2505.16826", "sun2025ktae", "- ktae", "- grpo"], ["DeepSeekMath"]),
         ("none", ["GRPO", "DeepSeekMath", "- grpo"], ["2505.16826", "- ktae"]),
+        ("oar_g", ["OAR-G", "2601.07408", "li2026oar", "- oar", "- grpo"], ["2505.16826", "- ktae"]),
+        ("oar_p", ["OAR-P", "2601.07408", "li2026oar", "- oar", "- grpo"], ["2505.16826", "- ktae"]),
+        ("tree", ["TreeRPO", "2506.05183", "yang2025treerpo", "- treerpo", "- grpo"], ["2505.16826", "- ktae"]),
     ):
         trainer = make_trainer(tmp_path, credit=credit)
         trainer.create_model_card()
