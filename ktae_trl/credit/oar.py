@@ -101,7 +101,7 @@ def _assign(rollouts: Rollouts, args, policy: Policy, influence_of: Callable) ->
     asked_BT[[question.row for question in questions]] = True
     asked_BT &= reasoning_BT
     stats = {
-        "oar/answered": (torch.tensor(len(answered)), mask_BT.any(1).sum()),
+        "oar/answered": (torch.tensor(len(answered), device=mask_BT.device), mask_BT.any(1).sum()),
         "oar/reshaped_tokens": (asked_BT.sum(), mask_BT.sum()),
         "oar/mean_change": ((weights_BT - 1).abs().sum(), asked_BT.sum()),
     }

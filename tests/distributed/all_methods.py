@@ -1,0 +1,42 @@
+"""One process of the test in test_methods_spread.py: all_methods.py FOLDER. Trains with every method, full and LoRA."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+from ktae_trl.credit import METHODS
+from tests.test_methods import LORA, METHOD_SETTINGS, by_turns
+from tests.training import difference, make_trainer, prompts, weights
+
+
+def main(folder: Path) -> None:
+    done = {}
+    for credit in ("none", *METHODS):
+        for kind, adapter in (("full", None), ("lora", LORA)):
+            trainer = make_trainer(
+                folder / credit / kind,
+                credit=credit,
+                reward_funcs=by_turns,
+                train_dataset=prompts(12),
+                peft_config=adapter,
+                gradient_checkpointing=True,
+                **METHOD_SETTINGS,
+            )
+            before = weights(trainer)
+            trainer.train()
+            logged = [x for entry in trainer.state.log_history for x in entry.values() if isinstance(x, float)]
+            done[f"{credit} {kind}"] = {
+                "processes": trainer.accelerator.num_processes,
+                "wrapped": type(trainer.model_wrapped).__name__,
+                "steps": trainer.state.global_step,
+                "moved": difference(before, weights(trainer)),
+                "finite": all(math.isfinite(x) for x in logged),
+            }
+    (folder / f"process_{trainer.accelerator.process_index}.json").write_text(json.dumps(done))
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
