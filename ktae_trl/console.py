@@ -11,12 +11,24 @@ _COLUMNS = {
     "entropy": ("entropy", "{:.3f}"),
     "s/step": ("step_time", "{:.2f}"),
 }
-_KTAE_COLUMNS = {
-    "mixed": ("ktae/informative_groups", "{:.0%}"),
-    "K right": ("ktae/value_right", "{:+.3f}"),
-    "K wrong": ("ktae/value_wrong", "{:+.3f}"),
-    "|K|>.9": ("ktae/saturated", "{:.0%}"),
-    "A'/A": ("ktae/advantage_ratio", "{:.2f}"),
+_OAR_COLUMNS = {
+    "answered": ("oar/answered", "{:.0%}"),
+    "|w-1|": ("oar/mean_change", "{:.2f}"),
+}
+_CREDIT_COLUMNS = {
+    "ktae": {
+        "mixed": ("ktae/informative_groups", "{:.0%}"),
+        "K right": ("ktae/value_right", "{:+.3f}"),
+        "K wrong": ("ktae/value_wrong", "{:+.3f}"),
+        "|K|>.9": ("ktae/saturated", "{:.0%}"),
+        "A'/A": ("ktae/advantage_ratio", "{:.2f}"),
+    },
+    "oar_g": _OAR_COLUMNS,
+    "oar_p": _OAR_COLUMNS,
+    "tree": {
+        "tokens": ("tree/generated_tokens", "{:.0f}"),  # of a prompt
+        "A≠0": ("tree/trained_share", "{:.0%}"),
+    },
 }
 _SAMPLING_COLUMNS = {
     "batches": ("dynamic_sampling/generations", "{:.1f}"),
@@ -29,7 +41,7 @@ class MetricsTable(ProgressCallback):
 
     def __init__(self, correctness: str, credit: str, dynamic_sampling: bool):
         super().__init__()
-        columns = _COLUMNS | (_KTAE_COLUMNS if credit == "ktae" else {})
+        columns = _COLUMNS | _CREDIT_COLUMNS.get(credit, {})
         columns |= _SAMPLING_COLUMNS if dynamic_sampling else {}
         self._columns = {
             name: (metric.format(correctness=correctness), form) for name, (metric, form) in columns.items()

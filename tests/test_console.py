@@ -33,6 +33,8 @@ def test_columns_of_token_credit_come_with_it(table):
     assert "K right" not in table("none")._columns
     assert table("ktae")._columns["mixed"][0] == "ktae/informative_groups"
     assert table("ktae", True)._columns["mixed"][0] == "dynamic_sampling/informative_groups"
+    assert table("oar_g")._columns["|w-1|"][0] == table("oar_p")._columns["|w-1|"][0] == "oar/mean_change"
+    assert table("tree")._columns["tokens"][0] == "tree/generated_tokens"
     assert "batches" in table("none", True)._columns
     assert table("none")._columns["right"][0] == "rewards/math_accuracy/mean"
 

@@ -370,6 +370,24 @@ def test_the_weights_of_a_rollout_are_those_of_the_loop(tmp_path, how):
     assert checked > 3
 
 
+@pytest.mark.parametrize("credit", ["oar_g", "oar_p"])
+def test_training_in_mixed_precision(tmp_path, credit):
+    """Under autocast to bf16 the weights are near those of single precision, where influence is not tiny."""
+    found = {}
+    for bf16 in (True, False):
+        trainer = make_trainer(tmp_path, credit=credit, bf16=bf16, **OAR)
+        batches, generate = [], trainer._generate_and_score_completions
+        trainer._generate_and_score_completions = lambda i, g=generate, b=batches: b.append(g(i)) or b[-1]
+        trainer.train()
+        assert all(np.isfinite(logged(trainer, "loss")))
+        found[bf16] = batches[0]["credit"]
+    assert torch.isfinite(found[True]).all()
+    changed = (found[False] != 1).any(1)
+    assert torch.equal(changed, (found[True] != 1).any(1))
+    both = torch.stack([found[True][changed].flatten(), found[False][changed].flatten()])
+    assert torch.corrcoef(both)[0, 1] > 0.5
+
+
 def test_one_process_gives_a_rollout_the_same_weights_in_any_batch(tmp_path):
     found = []
     for size in (16, 8):
