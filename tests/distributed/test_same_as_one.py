@@ -56,7 +56,7 @@ KINDS = {
         "save_strategy": "no",
     },
     # OAR looks at the model between two training steps of each generation.
-    "oar_g": {"credit": "oar_g", "save_strategy": "no"},
+    "oar_g": {"credit": "oar_g", "save_strategy": "no", "oar_token_budget": 300},
     "oar_p": {"credit": "oar_p", "save_strategy": "no", "oar_token_budget": 600, "oar_span": 2},
 }
 # The clock's.
@@ -76,8 +76,10 @@ def trained(tmp_path_factory):
     return train
 
 
-def assert_same_as_one(results: list[dict], one: dict, credit: float = 1e-6, padding: float = 0) -> None:
-    """`credit` is how far its values may be apart, and `padding` what it is where there is no token."""
+def assert_same_as_one(
+    results: list[dict], one: dict, credit: float = 1e-6, weights: float = 1e-6, padding: float = 0
+) -> None:
+    """`credit` and `weights` are how far their values may be apart, `padding` is the credit of what is no token."""
     rows = 24 // len(results)
     assert len(one["credits"]) == len(results[0]["credits"]) == 3
     for step, expected in enumerate(one["credits"]):
@@ -88,7 +90,7 @@ def assert_same_as_one(results: list[dict], one: dict, credit: float = 1e-6, pad
             torch.testing.assert_close(values, mine[:, : values.shape[1]], atol=credit, rtol=0)
             assert (mine[:, values.shape[1] :] == padding).all()
     for result in results:
-        assert difference(result["weights"], one["weights"]) < 1e-6
+        assert difference(result["weights"], one["weights"]) < weights
         # 21 problems over 2 processes: 11 and 11, one of them twice.
         assert result["held_out"]["greedy"] == one["held_out"]["greedy"]
         assert result["held_out"] == results[0]["held_out"]
@@ -136,7 +138,7 @@ def test_the_model_is_read_by_several_processes(trained, mode, credit):
     _, (one,) = trained(kind=credit)
     _, two = trained(mode, kind=credit)
     # The influence of a token is a small difference of rounded numbers, so that its weight is not exact.
-    assert_same_as_one(two, one, credit=0.01, padding=1)
+    assert_same_as_one(two, one, credit=0.01, weights=1e-5, padding=1)
 
 
 @pytest.mark.parametrize("mode", ["ddp", "zero2", "zero3", "fsdp2"])
