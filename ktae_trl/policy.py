@@ -28,15 +28,16 @@ class Policy:
     def reading(self) -> Iterator[None]:
         """Put the model in evaluation mode, and back as it was.
 
-        Layers that are checkpointed in training are here too where gradients are on; dropout, which is inside of them,
-        is off.
+        Layers that are checkpointed in training are here too where gradients are on (not with `use_reentrant`, which
+        knows no `torch.autograd.grad`); dropout, which is inside of them, is off.
         """
         modules = list(self.model.modules())
         training = [module.training for module in modules]
         self.model.eval()
         if torch.is_grad_enabled():
             for module in modules:
-                if getattr(module, "gradient_checkpointing", False):
+                checkpoint = getattr(module, "_gradient_checkpointing_func", None)  # a partial
+                if getattr(module, "gradient_checkpointing", False) and not checkpoint.keywords.get("use_reentrant"):
                     module.training = True
         try:
             yield

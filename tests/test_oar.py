@@ -275,12 +275,12 @@ def test_divergence_in_single_precision(size):
 
 
 @pytest.mark.parametrize("credit", ["oar_g", "oar_p"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}, {"use_reentrant": True}])
 def test_gradients_and_modes_of_training_are_left_alone(accelerator, credit, checkpointing):
     model = AutoModelForCausalLM.from_pretrained(tiny.MODEL, dtype=torch.float64, attention_dropout=0.5)
     model.train()
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable(checkpointing)
     model.model.norm.eval()  # somebody's choice
     before = copy.deepcopy(model)
     model(torch.tensor([PROMPT])).logits.sum().backward()

@@ -1,6 +1,7 @@
 """Several processes, in every way of spreading a model over them, against one."""
 
 import functools
+import itertools
 import socket
 import subprocess
 
@@ -44,20 +45,22 @@ SAMPLED = {
     "save_steps": 1,
     "max_completion_length": 12,
 }
+LORA = {
+    "lora": {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+    "gradient_checkpointing": True,
+    "save_strategy": "no",
+}
 # What is changed in REPLAYED.
 KINDS = {
     "plain": {},
     "other credit": {"ktae_combine": "add", "ktae_leave_one_out": True},
     # accelerate puts DeepSpeed's own Adam in place of any optimizer whose states are off-loaded.
     "adam": {"optim": "adamw_torch", "optim_args": None, "learning_rate": 1e-3, "adam_epsilon": 1e-3},
-    "lora": {
-        "lora": {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
-        "gradient_checkpointing": True,
-        "save_strategy": "no",
-    },
+    "lora": LORA,
     # OAR looks at the model between two training steps of each generation.
     "oar_g": {"credit": "oar_g", "save_strategy": "no", "oar_token_budget": 300},
     "oar_p": {"credit": "oar_p", "save_strategy": "no", "oar_token_budget": 600, "oar_span": 2},
+    "oar_g lora": {"credit": "oar_g", "oar_token_budget": 300, **LORA},
 }
 # The clock's.
 TIMES = {"step_time", "ktae/seconds", "oar/seconds", "tree/seconds"}
@@ -131,12 +134,18 @@ def test_adding_and_leaving_one_out(trained):
     assert_same_as_one(trained("ddp", kind="other credit")[1], trained(kind="other credit")[1][0])
 
 
-@pytest.mark.parametrize("credit", ["oar_g", "oar_p"])
-@pytest.mark.parametrize("mode", ["ddp", "zero2", "zero3", "fsdp2"])
-def test_the_model_is_read_by_several_processes(trained, mode, credit):
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [
+        *itertools.product(["ddp", "zero2", "zero3", "fsdp2"], ["oar_g", "oar_p"]),
+        ("zero3", "oar_g lora"),  # for which TRL takes reentrant checkpoints
+        ("fsdp2", "oar_g lora"),
+    ],
+)
+def test_the_model_is_read_by_several_processes(trained, mode, kind):
     """Processes have different numbers of forward passes to make; those of ZeRO-3 and FSDP2 wait for each other."""
-    _, (one,) = trained(kind=credit)
-    _, two = trained(mode, kind=credit)
+    _, (one,) = trained(kind=kind)
+    _, two = trained(mode, kind=kind)
     # The influence of a token is a small difference of rounded numbers, so that its weight is not exact.
     assert_same_as_one(two, one, credit=0.01, weights=1e-5, padding=1)
 
