@@ -55,11 +55,13 @@ class KTAEGRPOConfig(GRPOConfig):
         oar_beta (`float`, *optional*, defaults to `1.0`):
             How much the most influential token gains, before weights are scaled to mean 1.
         oar_noise_std (`float`, *optional*, defaults to `0.001`):
-            Standard deviation of the noise on the embeddings (`oar_g`).
+            Standard deviation of the noise on the embeddings (`oar_g`). In bf16 the effect of so little is lost in
+            rounding: take 0.01.
         oar_span (`int`, *optional*, defaults to `1`):
             Perturb so many tokens in a row together; they share their weight (`oar_p`). 4 costs about a quarter of 1.
         oar_token_budget (`int`, *optional*, defaults to `16384`):
-            Tokens, with those of prompts, that a forward pass of OAR holds at most. Lower it if memory runs out.
+            Tokens, with those of prompts, that a forward pass of OAR holds at most. Lower it if memory runs out:
+            `oar_g` keeps all activations where there are no checkpoints, or reentrant ones (PEFT under ZeRO-3).
         correctness_reward (`str`, *optional*):
             Name of the reward function that says which rollouts are right. Defaults to the first one. A rollout for
             which it returns `None` is left out of the statistics.

@@ -18,8 +18,11 @@ class Policy:
     through the model itself, and gradients are asked for with `torch.autograd.grad`, for embeddings only.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator):
+    def __init__(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, images: bool = False
+    ):
         self.model, self.tokenizer, self.accelerator = model, tokenizer, accelerator
+        self.images = images
         config = model.config.get_text_config()
         # A logit vector takes as much memory as the hidden states of so many tokens.
         self.tokens_per_logits = config.vocab_size / config.hidden_size
@@ -30,15 +33,20 @@ class Policy:
 
         Layers that are checkpointed in training are here too where gradients are on (not with `use_reentrant`, which
         knows no `torch.autograd.grad`); dropout, which is inside of them, is off.
+
+        Raises:
+            ValueError: the rollouts have images, which do not come this way.
         """
+        if self.images:
+            raise ValueError("This credit method reads the model by text only: it does not go with images")
         modules = list(self.model.modules())
         training = [module.training for module in modules]
         self.model.eval()
         if torch.is_grad_enabled():
             for module in modules:
                 checkpoint = getattr(module, "_gradient_checkpointing_func", None)  # a partial
-                if getattr(module, "gradient_checkpointing", False) and not checkpoint.keywords.get("use_reentrant"):
-                    module.training = True
+                if getattr(module, "gradient_checkpointing", False) and checkpoint is not None:
+                    module.training = not checkpoint.keywords.get("use_reentrant")
         try:
             yield
         finally:

@@ -123,7 +123,7 @@ class KTAEGRPOTrainer(GRPOTrainer):
         sampled = self._sampler is None or self.model.training
         if self._assign_credit is not None and sampled and self._group_size() > 1:
             started = time.perf_counter()
-            policy = Policy(self.model, self._tokenizer, self.accelerator)
+            policy = Policy(self.model, self._tokenizer, self.accelerator, images="pixel_values" in batch)
             credit = self._assign_credit(self._whole_groups(batch), self.args, policy)
             batch["credit"] = credit.values[:, : batch["completion_ids"].shape[1]]
             self._credit_how = credit.how

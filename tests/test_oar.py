@@ -88,6 +88,23 @@ def test_tokens_that_the_tokenizer_would_not_choose():
     assert (answer.box, [tokenizer.decode(ids[i]) for i in answer.tokens]) == (2, ["1", "2"])
 
 
+def byte_fallback() -> PreTrainedTokenizerFast:
+    """As sentencepiece's: what is no piece is spelt in bytes."""
+    pieces = ["<unk>", *(f"<0x{i:02X}>" for i in range(256)), *r"\boxed{}12", "▁so"]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def test_bytes_that_make_no_character():
+    tokenizer = byte_fallback()
+    broken = [f"<0x{byte:02X}>" for byte in (0xF0, 0x9F, 0x98, 0x80, 0x9F, 0x0A, 0xE2)]
+    ids = tokenizer.convert_tokens_to_ids(["▁so", *broken, *r"\boxed{12}"])
+    answer = oar.find_answer(ids, tokenizer)
+    assert (answer.box, answer.tokens) == (8, [15, 16])
+
+
 def test_a_tokenizer_without_offsets_is_refused():
     slow = SimpleNamespace(is_fast=False)
     with pytest.raises(ValueError, match=r"offsets, which a slow one .* does not have.*such as credit: ktae"):
@@ -255,8 +272,9 @@ def test_gradients_do_not_depend_on_the_batch(accelerator):
 
 
 def test_batches_keep_to_the_budget():
-    assert list(oar._in_batches([5, 9, 1, 5, 4], 10)) == [[1], [0, 3], [4, 2]]
-    assert list(oar._in_batches([50, 60], 10)) == [[1], [0]]
+    assert list(oar._in_batches([(5, 0), (9, 0), (1, 0), (3, 2), (4, 0)], 10)) == [[1], [0], [3], [4, 2]]
+    assert list(oar._in_batches([(5, 0), (9, 0), (1, 0), (5, 0), (4, 0)], 10)) == [[1], [0, 3], [4, 2]]
+    assert list(oar._in_batches([(50, 0), (60, 0)], 10)) == [[1], [0]]
     assert list(oar._in_batches([], 10)) == []
 
 
@@ -375,7 +393,7 @@ def test_training_in_mixed_precision(tmp_path, credit):
     """Under autocast to bf16 the weights are near those of single precision, where influence is not tiny."""
     found = {}
     for bf16 in (True, False):
-        trainer = make_trainer(tmp_path, credit=credit, bf16=bf16, **OAR)
+        trainer = make_trainer(tmp_path, credit=credit, bf16=bf16, oar_noise_std=0.01, **OAR)
         batches, generate = [], trainer._generate_and_score_completions
         trainer._generate_and_score_completions = lambda i, g=generate, b=batches: b.append(g(i)) or b[-1]
         trainer.train()
@@ -385,7 +403,7 @@ def test_training_in_mixed_precision(tmp_path, credit):
     changed = (found[False] != 1).any(1)
     assert torch.equal(changed, (found[True] != 1).any(1))
     both = torch.stack([found[True][changed].flatten(), found[False][changed].flatten()])
-    assert torch.corrcoef(both)[0, 1] > 0.5
+    assert torch.corrcoef(both)[0, 1] > (0.95 if credit == "oar_g" else 0.7)
 
 
 def test_one_process_gives_a_rollout_the_same_weights_in_any_batch(tmp_path):

@@ -86,7 +86,7 @@ def _assign(rollouts: Rollouts, args, policy: Policy, influence_of: Callable) ->
     lengths = rollouts.lengths_B.tolist()
     for row, ids in enumerate(ids_BT.tolist()):
         answer = find_answer(ids[: lengths[row]], policy.tokenizer) if lengths[row] else None
-        if answer is None:
+        if answer is None or not mask_BT[row, answer.tokens[-1]]:  # a tool's output, say
             continue
         answered.append(row)
         reasoning_BT[row] = mask_BT[row] & (places_T < answer.box)
@@ -139,9 +139,13 @@ def find_answer(ids: list[int], tokenizer) -> Answer | None:
         )
     stream, chunks, ends = DecodeStream(skip_special_tokens=False), [], [0]
     for token in ids:
-        chunk = stream.step(tokenizer.backend_tokenizer, token) or ""  # "" inside of a character
-        chunks.append(chunk)
-        ends.append(ends[-1] + len(chunk))
+        try:
+            chunk = stream.step(tokenizer.backend_tokenizer, token)
+        except Exception:  # it has no class of its own: bytes that make no character
+            stream = DecodeStream(skip_special_tokens=False)
+            chunk = stream.step(tokenizer.backend_tokenizer, token)
+        chunks.append(chunk or "")  # "" inside of a character
+        ends.append(ends[-1] + len(chunks[-1]))
     text = "".join(chunks)
     box = last_box(text)
     if box is None:
@@ -233,11 +237,12 @@ def gradient_influence(questions: list[Question], args, policy: Policy) -> list[
         J = KL(P || P_noisy), with noise of N(0, oar_noise_std^2) on the embeddings e of the reasoning tokens
         I_t = |sum_h (dJ / de_t)_h e_t,h|
 
-    The noise is drawn by the rollout's own tokens: the same rollout gets the same weights in every batch, on every
-    process, and in a resumed run.
+    The noise is drawn by the rollout's own tokens: in float32 the same rollout gets the same weights in every batch, on
+    every process, and in a resumed run. In bf16 the gradient, which is about P_noisy - P, drowns in the rounding of the
+    forward passes if the noise is small: take 0.01.
     """
-    costs = [question.cost(policy.tokens_per_logits) for question in questions]
-    batches = list(_in_batches(costs, args.oar_token_budget))
+    sizes = [(len(question.ids_L), len(question.at_A) * policy.tokens_per_logits) for question in questions]
+    batches = list(_in_batches(sizes, args.oar_token_budget))
     extra = policy.missing_rounds(len(batches))
     influences: dict[int, Tensor] = {}
     with torch.enable_grad(), policy.reading():
@@ -249,11 +254,15 @@ def gradient_influence(questions: list[Question], args, policy: Policy) -> list[
     return [influences[i] for i in range(len(questions))]
 
 
-def _in_batches(costs: list[float], budget: int) -> Iterator[list[int]]:
-    """Put rows of similar cost together, the most costly first: at least one a batch, and no more than the budget."""
+def _in_batches(sizes: list[tuple[float, float]], budget: int) -> Iterator[list[int]]:
+    """Put rows of similar size together, the largest first: at least one a batch, and no more than the budget.
+
+    Rows of a batch are padded in both of their sizes, tokens and logits.
+    """
     batch: list[int] = []
-    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        if batch and costs[batch[0]] * (len(batch) + 1) > budget:
+    for i in sorted(range(len(sizes)), key=lambda i: -sum(sizes[i])):
+        padded = [max(some) for some in zip(*(sizes[j] for j in [*batch, i]), strict=True)]
+        if batch and sum(padded) * (len(batch) + 1) > budget:
             yield batch
             batch = []
         batch.append(i)
