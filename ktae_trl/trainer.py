@@ -20,7 +20,7 @@ from ktae_trl.batches import Batches
 from ktae_trl.cards import CARDS, Card
 from ktae_trl.config import KTAEGRPOConfig
 from ktae_trl.contract import check_trl
-from ktae_trl.credit import METHODS
+from ktae_trl.credit import METHODS, TOKENIZER_CHECKS
 from ktae_trl.credit.combine import Rollouts, combine
 from ktae_trl.policy import Policy
 from ktae_trl.rewards import SHAPING
@@ -92,6 +92,8 @@ class KTAEGRPOTrainer(GRPOTrainer):
             )
         self._correctness_index = names.index(correctness)
         self._assign_credit = METHODS.get(args.credit)
+        if args.credit in TOKENIZER_CHECKS:
+            TOKENIZER_CHECKS[args.credit](self._tokenizer)
         self._credit_how: str | None = None
         self._sampler = SAMPLERS.get(args.credit)
         self._check_sampler()

@@ -8,3 +8,8 @@ METHODS = {
     "oar_p": oar.assign_perturbation,
     "tree": tree.assign,
 }
+# What a method asks of the tokenizer, so that a run without it does not begin.
+TOKENIZER_CHECKS = {
+    "oar_g": oar.check_offsets,
+    "oar_p": oar.check_offsets_and_padding,
+}

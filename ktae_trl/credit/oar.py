@@ -54,14 +54,28 @@ def assign_gradient(rollouts: Rollouts, args, policy: Policy) -> Credit:
 
 def assign_perturbation(rollouts: Rollouts, args, policy: Policy) -> Credit:
     """Weights by OAR-P: one forward pass for each token or span, with padding in its place."""
-    pad = policy.tokenizer.pad_token_id
-    token = policy.tokenizer.added_tokens_decoder.get(pad)  # `all_special_ids` has it, whatever it is
+    return _assign(rollouts, args, policy, perturbation_influence)
+
+
+def check_offsets(tokenizer) -> None:
+    """Raise a ValueError if this is no fast tokenizer."""
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"OAR finds the answer by a tokenizer's offsets, which a slow one ({type(tokenizer).__name__}) does not "
+            "have. Load the fast one (use_fast=True, or a tokenizer.json), or take another method, such as credit: ktae"
+        )
+
+
+def check_offsets_and_padding(tokenizer) -> None:
+    """Raise a ValueError if this is no fast tokenizer, or if it pads with an ordinary token."""
+    check_offsets(tokenizer)
+    token = tokenizer.added_tokens_decoder.get(tokenizer.pad_token_id)  # `all_special_ids` has it, whatever it is
     if token is None or not token.special:
         raise ValueError(
-            f"oar_p puts the padding token in a token's place, but {policy.tokenizer.pad_token!r} (id {pad}) is an "
-            "ordinary token of this tokenizer. Set tokenizer.pad_token to a special one, or take credit: oar_g"
+            f"oar_p puts the padding token in a token's place, but {tokenizer.pad_token!r} "
+            f"(id {tokenizer.pad_token_id}) is an ordinary token of this tokenizer. Set tokenizer.pad_token to a "
+            "special one, or take credit: oar_g"
         )
-    return _assign(rollouts, args, policy, perturbation_influence)
 
 
 def check_settings(answer: str, quantile: float, beta: float, noise_std: float, span: int, token_budget: int) -> None:
@@ -128,15 +142,7 @@ def find_answer(ids: list[int], tokenizer) -> Answer | None:
 
     The text is that of the tokens as they were sampled, which need not be those that the tokenizer would choose. A
     token that holds a brace and a part of the answer belongs to the answer, and so do all tokens of one character.
-
-    Raises:
-        ValueError: the tokenizer has no offsets (it is not a fast one).
     """
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"OAR finds the answer by a tokenizer's offsets, which a slow one ({type(tokenizer).__name__}) does not "
-            "have. Load the fast one (use_fast=True, or a tokenizer.json), or take another method, such as credit: ktae"
-        )
     stream, chunks, ends = DecodeStream(skip_special_tokens=False), [], [0]
     for token in ids:
         try:
