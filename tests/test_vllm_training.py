@@ -69,7 +69,8 @@ def check(
         assert rollouts["gap"] < TINY
         assert rollouts["credit"].isfinite().all()
         assert all(metrics[name] > 0 for name in (("grad_norm", *names) if moves else names))
-        assert all(math.isfinite(value) for value in metrics.values())
+        # TRL logs None for a mean over nothing, such as siblings of a depth that no text has reached.
+        assert all(math.isfinite(value) for value in metrics.values() if moves or value is not None)
 
 
 def check_sync(result: dict) -> None:
