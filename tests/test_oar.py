@@ -405,7 +405,7 @@ def test_training_in_mixed_precision(tmp_path, credit):
     changed = (found[False] != 1).any(1)
     assert torch.equal(changed, (found[True] != 1).any(1))
     both = torch.stack([found[True][changed].flatten(), found[False][changed].flatten()])
-    assert torch.corrcoef(both)[0, 1] > (0.95 if credit == "oar_g" else 0.7)
+    assert torch.corrcoef(both)[0, 1] > 0.9
 
 
 def test_one_process_gives_a_rollout_the_same_weights_in_any_batch(tmp_path):
@@ -420,6 +420,35 @@ def test_one_process_gives_a_rollout_the_same_weights_in_any_batch(tmp_path):
     assert shared
     for ids in shared:
         torch.testing.assert_close(found[0][ids], found[1][ids], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("credit", "setting"),
+    [
+        ("oar_g", {"oar_answer": "answer_joint"}),
+        ("oar_p", {"oar_quantile": 0.6}),
+        ("oar_g", {"oar_beta": 3.0}),
+        ("oar_g", {"oar_noise_std": 0.1}),
+        ("oar_p", {"oar_span": 3}),
+        ("oar_p", {"oar_token_budget": 200}),
+    ],
+)
+def test_every_setting_reaches_the_weights(tmp_path, monkeypatch, credit, setting):
+    found, passes = [], []
+    for changed in ({}, setting):
+        calls, logits = [], Policy.logits
+        monkeypatch.setattr(Policy, "logits", lambda *a, f=logits, c=calls, **k: c.append(1) or f(*a, **k))
+        trainer = make_trainer(tmp_path, credit=credit, **changed, **OAR)
+        found.append(
+            trainer._generate_and_score_completions(list(next(iter(trainer.get_train_dataloader()))))["credit"]
+        )
+        passes.append(len(calls))
+        monkeypatch.undo()
+    if "oar_token_budget" in setting:  # smaller passes, the same weights
+        assert passes[1] > passes[0] > 0
+        torch.testing.assert_close(*found, rtol=0, atol=1e-2)
+    else:
+        assert difference({"": found[0]}, {"": found[1]}) > 0.1
 
 
 # Bad input
