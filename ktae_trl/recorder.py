@@ -61,7 +61,7 @@ class Recorder(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self._every and state.is_world_process_zero:
-            records.append_metrics(self.folder, {"step": state.global_step, **(logs or {})})
+            self._try(records.append_metrics, self.folder, {"step": state.global_step, **(logs or {})})
 
     def take_sample(self) -> records.Record | None:
         """Return the group to be shown, once; None if there is no new one, and on other processes than the first."""
@@ -79,7 +79,8 @@ class Recorder(TrainerCallback):
             how: how credit meets the advantages, None without credit.
         """
         due = self._every and (step - 1) // self._every != (self._last_step - 1) // self._every
-        if not due and not self.args.log_completions:
+        show = self.args.log_completions and how is not None
+        if not due and not show:
             return
         n_right_P, n_wrong_P = (correct_PG & scored_PG).sum(1), (~correct_PG & scored_PG).sum(1)
         balance_P = torch.minimum(n_right_P, n_wrong_P)
@@ -89,20 +90,24 @@ class Recorder(TrainerCallback):
             self._last_step = step
         else:
             chosen = []
-        shown = by_balance[:1].tolist() if self.args.log_completions and balance_P.any() else []
+        shown = by_balance[:1].tolist() if show and balance_P.any() else []
         wanted = sorted({*chosen, *shown})
         rows = gather_object(self._rows(wanted, step, batch, rewards, correct_PG, scored_PG, how))
         if not self.accelerator.is_main_process:
             return
         method = self._method(how, len(correct_PG))
-        if shown and how is not None:
+        if shown:
             self._sample = records.Record(method, [row for row in rows if row["group"] == shown[0]])
         if chosen:
             record = records.Record(method, [row for row in rows if row["group"] in set(chosen)])
-            try:
-                records.write(self.folder / records.file_name(step), record)
-            except OSError as error:  # a full disk must not end a training
-                logger.warning("The rollouts of step %d could not be recorded: %s", step, error)
+            self._try(records.write, self.folder / records.file_name(step), record)
+
+    @staticmethod
+    def _try(write, *arguments) -> None:
+        try:
+            write(*arguments)
+        except OSError as error:  # a full disk must not end a training
+            logger.warning("What was to be recorded is lost: %s", error)
 
     def _method(self, how: str | None, groups: int) -> records.Method:
         args = self.args
