@@ -24,7 +24,7 @@ from ktae_trl.report.__main__ import main
 from ktae_trl.report.groups import describe
 from ktae_trl.report.page import collect, curves, render
 from ktae_trl.report.rows import group_advantages, read_rows
-from ktae_trl.report.tokens import colour, label, token_strings, visible
+from ktae_trl.report.tokens import colour, one_line, token_strings, visible
 from tests.reference import ktae_loop
 from tests.reporting import HOSTILE, Page, random_group, rows_of_group, write_run
 
@@ -278,15 +278,15 @@ def test_a_page_without_groups_or_records(tmp_path):
 
 def test_what_has_no_ink_is_written_out():
     assert visible("plain text") == "plain text"
-    assert visible("a\nb\tc\r") == "a↵\nb⇥\tc␍"
-    assert visible("\0\x1b\x7f\x85") == "␀␛␡⟨U+0085⟩"
+    assert visible("a\nb\tc\r") == "a↵\nb⇥\tc⟨CR⟩"
+    assert visible("\0\x1b\x1f\x7f\x85\x86") == "⟨NUL⟩⟨ESC⟩⟨US⟩⟨DEL⟩⟨NEL⟩⟨U+0086⟩"
     assert visible("\u202ex\u2069\u200b\u200d\xa0\u3000\ufe0f\ue000\u3164") == (
         "⟨RLO⟩x⟨PDI⟩⟨ZWSP⟩⟨ZWJ⟩⟨NBSP⟩⟨U+3000⟩⟨U+FE0F⟩⟨U+E000⟩⟨U+3164⟩"
     )
     assert visible("\ud800 \u2028") == "⟨U+D800⟩ ⟨U+2028⟩"
     assert visible("\u0301e") == "◌\u0301e"
     assert visible("déjà 猫 שלום 😀") == "déjà 猫 שלום 😀"
-    assert label(" a\n b") == "␣a↵␣b"
+    assert one_line(visible(" a\n b")) == "␣a↵␣b"
 
 
 def test_nothing_visible_turns_or_hides():
@@ -516,6 +516,10 @@ def test_a_notebook_shows_coloured_tokens_and_the_table(tokenizer):
     assert f"rgb{colour(four['credit'][place])}" in style
     assert "2 of 2" in parsed.text
     assert "one rollout only" in parsed.text
+    assert (
+        "↵↵"
+        not in explain([{**row, "completion": row["completion"] + "\n"} for row in rollouts()], tokenizer)._repr_html_()
+    )
 
 
 # The command line

@@ -371,7 +371,7 @@
     right: "right rollouts that have it", wrong: "wrong rollouts that have it", p: "Fisher’s exact test, two-sided",
     IG: "information gain, bits", D: "direction", K: "key-token value",
   };
-  const one = (text) => text.replace(/[\n\t]/g, "").replaceAll(" ", "␣");
+  const oneLine = (text) => text.replace(/[\n\t]/g, "").replaceAll(" ", "␣");
 
   function table() {
     const { data } = shown;
@@ -420,7 +420,7 @@
   }
 
   function tableRow(i, tokens, data) {
-    const name = make("button", { type: "button", className: `name`, textContent: one(tokens.text[i]) });
+    const name = make("button", { type: "button", className: `name`, textContent: oneLine(tokens.text[i]) });
     name.title = "Mark its occurrences";
     name.onclick = () => mark(shown.marked === i ? null : i, true);
     const cell = (text) => make("td", { className: "number", textContent: text });
@@ -502,7 +502,7 @@
       make(
         "div",
         { className: "title" },
-        make("b", { textContent: one(tokens.text[token]) }),
+        make("b", { textContent: oneLine(tokens.text[token]) }),
         make("span", { textContent: `id ${tokens.id[token]} · no. ${span.place + 1}` }),
       ),
       facts,

@@ -16,7 +16,7 @@ from ktae_trl.grading import grade_many
 from ktae_trl.records import Method, Record
 from ktae_trl.report.groups import clip, describe, split, statistics
 from ktae_trl.report.page import collect, progress, write
-from ktae_trl.report.tokens import colour, label, token_strings, visible
+from ktae_trl.report.tokens import colour, one_line, token_strings, visible
 
 COMBINE = ("multiply", "add")
 # What a notebook shows; the page has all.
@@ -255,7 +255,7 @@ def _inline(method: Method, rows: list[dict[str, Any]]) -> dict[str, Any]:
         return f"{label_of(i)}  a {a}  b {b}  c {group['right'] - a}  d {group['wrong'] - b}{numbers}"
 
     def label_of(i: int) -> str:
-        return label(tokens["text"][i])
+        return one_line(tokens["text"][i])
 
     def rollout(own: dict[str, Any]) -> dict[str, Any]:
         cells = own["cells"]
