@@ -24,7 +24,7 @@ from ktae_trl.report.__main__ import main
 from ktae_trl.report.groups import describe
 from ktae_trl.report.page import collect, curves, render
 from ktae_trl.report.rows import group_advantages, read_rows
-from ktae_trl.report.tokens import colour, one_line, token_strings, visible
+from ktae_trl.report.tokens import colour, label, token_strings, visible
 from tests.reference import ktae_loop
 from tests.reporting import HOSTILE, Page, random_group, rows_of_group, write_run
 
@@ -286,7 +286,7 @@ def test_what_has_no_ink_is_written_out():
     assert visible("\ud800 \u2028") == "⟨U+D800⟩ ⟨U+2028⟩"
     assert visible("\u0301e") == "◌\u0301e"
     assert visible("déjà 猫 שלום 😀") == "déjà 猫 שלום 😀"
-    assert one_line(visible(" a\n b")) == "␣a↵␣b"
+    assert label(" a\n b") == "␣a↵␣b"
 
 
 def test_nothing_visible_turns_or_hides():
@@ -520,6 +520,22 @@ def test_a_notebook_shows_coloured_tokens_and_the_table(tokenizer):
         "↵↵"
         not in explain([{**row, "completion": row["completion"] + "\n"} for row in rollouts()], tokenizer)._repr_html_()
     )
+
+
+@pytest.mark.parametrize(
+    ("how", "values", "shades", "told"),
+    [
+        ("scale", [[0.5, 1.0], [3.0, math.nan]], [-0.5, 0, 1, 0], "weight 0"),
+        ("replace", [[2.0, -1.0], [0.0, -4.0]], [0.5, -0.25, 0, -1], "advantage below 0"),
+        (None, None, [0] * 4, "wrong -1"),
+    ],
+)
+def test_a_notebook_shows_other_methods_too(how, values, shades, told):
+    rows = rows_of_group([["x", "y"], ["y", "z"]], [True, False], how=how, credit=values)
+    html = Page(KeyTokens(Record(Method("other", how), rows))._repr_html_())
+    styles = [a["style"] for tag, a in html.elements if tag == "span" and "title" in a]
+    assert [f"rgb{colour(shade)}" in style for shade, style in zip(shades, styles, strict=True)] == [True] * 4
+    assert told in html.text
 
 
 # The command line

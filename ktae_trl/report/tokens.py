@@ -49,8 +49,13 @@ def _visible_character(character: str) -> str:
     return character
 
 
+def label(text: str) -> str:
+    """Return `text` visible and on one line: a token by itself, as in a table."""
+    return one_line(visible(text))
+
+
 def one_line(shown: str) -> str:
-    """Return a visible text on one line and with its spaces as `␣`: a token by itself, as in a table."""
+    """Return what `visible` gave on one line, with `␣` for its spaces."""
     return shown.replace("\n", "").replace("\t", "").replace(" ", "␣")
 
 
@@ -64,6 +69,19 @@ def colour(value: float, dark: bool = False) -> tuple[int, int, int]:
     value = 0.0 if value != value else max(-1.0, min(1.0, value))
     end = positive if value > 0 else negative
     return tuple(round(a + abs(value) * (b - a)) for a, b in zip(ground, end, strict=True))
+
+
+def shade(value: float | None, how: str, most: float) -> float:
+    """Return how far, from -1 to 1, the credit of a token speaks against or for it: 0 for what changes nothing.
+
+    Args:
+        value: as in `Credit.values`; None without credit.
+        how: as in `Credit.how`.
+        most: the largest |value| beside it, to which the segment advantages of `replace` are compared.
+    """
+    if value is None:
+        return 0.0
+    return {"scale": value - 1, "replace": value / (most or 1.0)}.get(how, value)
 
 
 def token_strings(ids: Iterable[int], tokenizer) -> dict[int, str]:
