@@ -1,0 +1,167 @@
+"""From the rows of a group to what is shown of it: its key-token statistics, computed again, and its tokens.
+
+The result is plain data that JSON can hold: the page reads it in the browser, the notebook's view from Python.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from ktae_trl.credit.ktae import key_token_table
+from ktae_trl.records import Method, Record
+from ktae_trl.report.tokens import visible
+
+LONGEST_TOKEN = 200  # characters that are shown of one
+_AGREE = 1e-4  # K of the record and K computed again differ by no more, if the same code made them
+_STATISTICS = ("a", "b", "p", "F", "IG", "D", "K")
+
+
+class Statistics(NamedTuple):
+    """Key-token statistics of one group."""
+
+    right: int  # right rollouts that vote
+    wrong: int
+    values: list[list[float]]  # K of each position of each rollout, by the method's settings
+    tokens: dict[int, tuple]  # token id -> _STATISTICS, K of the whole group; none unless both sides vote
+
+
+def split(record: Record) -> Iterator[list[dict[str, Any]]]:
+    """Yield the rows of each group, in the order of their first rows."""
+    groups: dict[tuple[int, int], list[dict]] = {}
+    for row in record.rows:
+        groups.setdefault((row["step"], row["group"]), []).append(row)
+    yield from groups.values()
+
+
+def statistics(method: Method, rows: list[dict[str, Any]]) -> Statistics:
+    """Compute the key-token statistics of a group from its rows' token ids and verdicts.
+
+    Args:
+        method: its weights, leave-one-out and special ids are used, whatever its credit is.
+        rows: all rows of one group, with the columns of `records.schema`.
+    """
+    lengths = [len(row["token_ids"]) for row in rows]
+    ids = torch.zeros(1, len(rows), max(lengths), dtype=torch.int64)
+    mask = torch.zeros(ids.shape, dtype=torch.bool)
+    for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        ids[0, i, :length] = torch.tensor(row["token_ids"], dtype=torch.int64)
+        mask[0, i, :length] = torch.tensor(row["trained"], dtype=torch.bool)
+    correct = torch.tensor([[row["correct"] is True for row in rows]])
+    settings = {
+        "fisher_weight": method.fisher_weight,
+        "ig_weight": method.ig_weight,
+        "tf_weight": method.tf_weight,
+        "scored": torch.tensor([[row["correct"] is not None for row in rows]]),
+        "ignore_ids": method.special_ids,
+    }
+    table = key_token_table(ids, mask, correct, **settings)
+    values = table.values
+    if method.leave_one_out:
+        values = key_token_table(ids, mask, correct, leave_one_out=True, **settings).values
+    K = dict(zip(ids[table.values != 0].tolist(), table.values[table.values != 0].tolist(), strict=True))
+    columns = [getattr(table, name).tolist() for name in ("a", "b", "p", "F", "IG", "D")]
+    tokens = {
+        token: (*numbers, K.get(token, 0.0)) for token, *numbers in zip(table.token.tolist(), *columns, strict=True)
+    }
+    by_row = [values[0, i, :length].tolist() for i, length in enumerate(lengths)]
+    return Statistics(int(table.n_right), int(table.n_wrong), by_row, tokens)
+
+
+def describe(method: Method, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what is shown of a group, with every string made visible and every number fit for JSON.
+
+    `tokens` are columns over the distinct tokens of the group; a rollout's `at` has a number for each of its
+    positions, that of an entry of its `cells`: a token with a value, an advantage and whether it is trained on.
+    """
+    found = statistics(method, rows)
+    number_of: dict[tuple[int, str], int] = {}
+    rollouts = []
+    for row in rows:
+        credit = row["credit"] if row["credit"] is not None else [None] * len(row["token_ids"])
+        cells: dict[tuple, int] = {}
+        at = []
+        for *token, value, advantage, trained in zip(
+            row["token_ids"], row["tokens"], credit, row["advantages"], row["trained"], strict=True
+        ):
+            token = number_of.setdefault(tuple(token), len(number_of))
+            at.append(cells.setdefault((token, value, advantage, trained), len(cells)))
+        token, value, advantage, trained = zip(*cells, strict=True) if cells else ((),) * 4
+        rollouts.append(
+            {
+                "rollout": row["rollout"],
+                "correct": row["correct"],
+                "advantage": number(row["advantage"]),
+                "rewards": {visible(name): number(reward) for name, reward in row["rewards"].items()},
+                "cells": {
+                    "token": token,
+                    "value": list(map(number, value)),
+                    "advantage": list(map(number, advantage)),
+                    "trained": list(map(int, trained)),
+                },
+                "at": at,
+            }
+        )
+    nothing = (None,) * len(_STATISTICS)
+    of_token = [found.tokens.get(token, nothing) for token, _ in number_of]
+    return {
+        "step": rows[0]["step"],
+        "group": rows[0]["group"],
+        "right": found.right,
+        "wrong": found.wrong,
+        "unscored": sum(row["correct"] is None for row in rows),
+        "notes": _notes(method, rows, found),
+        "score": number(_mean_abs(found.values, rows)),
+        "tokens": {
+            "id": [token for token, _ in number_of],
+            "text": [clip(visible(text), LONGEST_TOKEN) for _, text in number_of],
+            **{name: [number(numbers[i]) for numbers in of_token] for i, name in enumerate(_STATISTICS)},
+        },
+        "rollouts": rollouts,
+    }
+
+
+def number(x: float | None) -> float | str | None:
+    """Return `x` to 7 digits, the precision of a record; what JSON does not know (NaN, infinities) as its name."""
+    if x is None or isinstance(x, int):
+        return x
+    return float(f"{x:.7g}") if math.isfinite(x) else str(x)
+
+
+def clip(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[:length]}… ({len(text):,} characters)"
+
+
+def _mean_abs(values: list[list[float]], rows: list[dict[str, Any]]) -> float:
+    """Return the mean |K| of the tokens that are trained on: how much a group tells."""
+    sizes = sum(sum(row["trained"]) for row in rows)
+    return sum(abs(v) for row in values for v in row) / max(sizes, 1)
+
+
+def _notes(method: Method, rows: list[dict[str, Any]], found: Statistics) -> list[str]:
+    notes = []
+    silent = sum(row["correct"] is not None and not any(row["trained"]) for row in rows)
+    if len(rows) == 1:
+        notes.append("There is one rollout only: nothing to compare it with, so all values are 0.")
+    elif not found.right and not found.wrong:
+        notes.append("No rollout could be judged, so there are no statistics.")
+    elif not found.right or not found.wrong:
+        side = "right" if found.right else "wrong"
+        notes.append(f"All rollouts that count are {side}: there is nothing to compare, so all values are 0.")
+    if silent:
+        notes.append(f"Rollouts of which no token is trained on do not count: {silent}.")
+    if method.credit == "ktae":
+        differences = [
+            abs(recorded - again)
+            for row, values in zip(rows, found.values, strict=True)
+            for recorded, again in zip(row["credit"] or values, values, strict=True)
+        ]
+        largest = max((math.inf if d != d else d for d in differences), default=0.0)
+        if largest > _AGREE:
+            notes.append(
+                f"K computed again differs from the recorded K by up to {largest:.2g}: another version of ktae_trl "
+                "made the record, or the group is not whole. Tokens are coloured by the recorded K; a, b, p, F, IG "
+                "and D are computed again."
+            )
+    return notes

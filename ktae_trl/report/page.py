@@ -1,0 +1,300 @@
+"""One HTML file that shows a run's recorded groups, their key tokens, and the run's curves. It asks no network.
+
+Model output never becomes markup: groups travel as compressed JSON in base64, each unpacked when it is shown, and the
+page's script puts them in as text. The page's policy lets no other script run and loads nothing.
+"""
+
+import base64
+import hashlib
+import json
+import os.path
+import re
+import sys
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple, TypeVar
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from rich.console import Console
+from rich.progress import track
+
+from ktae_trl import records
+from ktae_trl.records import Method, Record
+from ktae_trl.report.groups import describe, number, split
+from ktae_trl.report.tokens import colour, visible
+
+LEVELS = 20  # shades on each side of 0
+# What the credit of a record is called, by how it met the advantages.
+_VALUE = {
+    "multiply": {"symbol": "K", "name": "key-token value K"},
+    "add": {"symbol": "K", "name": "key-token value K"},
+    "scale": {"symbol": "w", "name": "weight w"},
+    "replace": {"symbol": "v", "name": "segment advantage v"},
+}
+_FORMULA = {"multiply": "A′ = A + |A| K", "add": "A′ = A + K", "scale": "A′ = A w", "replace": "A′ = v"}
+_TITLES = {
+    "ktae": "KTAE (key tokens)",
+    "oar_g": "OAR-G (influence by gradients)",
+    "oar_p": "OAR-P (influence by perturbation)",
+    "tree": "TreeRPO (sampled trees)",
+    "none": "GRPO (one advantage for all tokens)",
+}
+# Panel -> patterns of the metrics it shows. A metric goes into the first panel that wants it.
+_PANELS = {
+    "Reward": r"reward",
+    "Rewards by function": r"rewards/.+/mean",
+    "Completion length (tokens)": r"completions/mean_length",
+    "Entropy": r"entropy",
+    "Mean value K": r"ktae/value_(right|wrong)",
+    "Shares": r"ktae/(saturated|informative_groups)|oar/(answered|reshaped_tokens)|tree/(signal_depth_\d+|trained_share)",
+    "Mean |w − 1|": r"oar/mean_change",
+    "Tokens of a tree": r"tree/(generated|row)_tokens",
+}
+_SATURATED = 0.9  # as in the metric ktae/saturated
+T = TypeVar("T")
+
+
+class Shown(NamedTuple):
+    """What a page holds."""
+
+    groups: list[dict[str, Any]]  # an entry of the page's list each
+    blocks: list[str]  # their data, packed
+    methods: list[dict[str, Any]]
+    by_step: list[dict[str, float]]  # what the records say of each step, named like the trainer's metrics
+
+
+def write_report(source: str | Path, output: str | Path) -> Path:
+    """Write the page of a run: its curves, and every recorded group with its tokens coloured by their values.
+
+    Args:
+        source: a run's folder, its folder of records, or one record.
+        output: the HTML file; its folder is made if need be.
+
+    Raises:
+        FileNotFoundError: there are no records.
+        ValueError: a file is not a record, or of another schema version.
+    """
+    source = Path(source)
+    paths = [source] if source.is_file() else records.files(source)
+    if not paths:
+        raise FileNotFoundError(
+            f"{source} holds no records (step_*.parquet, also in its folder {records.FOLDER!r})"
+            if source.is_dir()
+            else f"There is no {source} (looked in {Path.cwd()})"
+        )
+    folder = source.parent if source.is_file() else source
+    run = folder.resolve()
+    name = run.parent.name if run.name == records.FOLDER else run.name
+    shown = collect(records.read(path) for path in progress(paths, "Reading records"))
+    metrics = records.read_metrics(folder)
+    note = None if metrics else "The curves are means over the recorded groups: there are no metrics of the trainer."
+    return write(output, name, shown, curves(metrics or shown.by_step), note)
+
+
+def write(
+    output: str | Path, name: str, shown: Shown, panels: Sequence[dict[str, Any]] = (), note: str | None = None
+) -> Path:
+    """Write a page; who opens it at the same time sees the old one or the new."""
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.name}.part")
+    partial.write_text(render(name, shown, panels, note), encoding="utf-8", newline="\n")
+    partial.replace(output)
+    return output
+
+
+def collect(some: Iterable[Record]) -> Shown:
+    """Describe and pack the groups of these records, one record at a time."""
+    shown = Shown([], [], [], [])
+    methods: list[Method] = []
+    prompts: list[str] = []
+    for record in some:
+        settings = record.method._replace(generated_groups=None)
+        if settings not in methods:
+            methods.append(settings)
+            shown.methods.append(_method(settings))
+        begin = len(shown.groups)
+        means: list[dict[str, list[float]]] = []
+        for rows in split(record):
+            group = describe(record.method, rows)
+            means.append(_sums(group))
+            prompts.append(visible(rows[0]["prompt"]))
+            shown.blocks.append(pack(group))
+            shown.groups.append(
+                {
+                    **{key: group[key] for key in ("step", "group", "score", "unscored")},
+                    "right": sum(row["correct"] is True for row in rows),
+                    "wrong": sum(row["correct"] is False for row in rows),
+                    "method": methods.index(settings),
+                    "generated": record.method.generated_groups,
+                }
+            )
+        if shown.groups[begin:]:
+            step = shown.groups[begin]["step"]
+            shown.by_step.append({"step": step, **_means(means, shown.groups[begin:])})
+    same = _same_beginning(prompts)
+    for group, prompt in zip(shown.groups, prompts, strict=True):
+        group |= {"prompt": prompt, "own": same}
+    return shown
+
+
+def _same_beginning(prompts: list[str]) -> int:
+    """Return how many characters of the prompts say nothing in a list of them: a template, up to a space."""
+    if len(set(prompts)) < 2:
+        return 0
+    same = os.path.commonprefix(prompts)
+    return max(same.rfind(" "), same.rfind("\n")) + 1
+
+
+def _method(method: Method) -> dict[str, Any]:
+    """Return a method's names for the page."""
+    settings = {}
+    if method.how is not None:
+        settings["advantage of a token"] = _FORMULA[method.how]
+    weights = (method.fisher_weight, method.ig_weight, method.tf_weight)
+    settings["weights h1 (Fisher), h2 (IG), h3 (TF)"] = ", ".join(f"{weight:g}" for weight in weights)
+    settings["leave one out"] = "yes" if method.leave_one_out else "no"
+    return {
+        "credit": method.credit,
+        "title": _TITLES.get(method.credit, visible(method.credit)),
+        "how": method.how,
+        "value": _VALUE.get(method.how),
+        "settings": settings,
+    }
+
+
+def _sums(group: dict[str, Any]) -> dict[str, list[float]]:
+    """Return what the curves need of a group, when the trainer left no metrics: lists to take means of."""
+    found: dict[str, list[float]] = {"completions/mean_length": [len(r["at"]) for r in group["rollouts"]]}
+    for rollout in group["rollouts"]:
+        for name, reward in rollout["rewards"].items():
+            found.setdefault(f"rewards/{name}/mean", []).append(reward)
+        K = [group["tokens"]["K"][token] or 0.0 for token in rollout["cells"]["token"]]
+        values = [K[cell] for cell in rollout["at"] if rollout["cells"]["trained"][cell]]
+        if rollout["correct"] is not None:
+            found.setdefault(f"ktae/value_{'right' if rollout['correct'] else 'wrong'}", []).extend(values)
+        found.setdefault("ktae/saturated", []).extend(float(abs(v) > _SATURATED) for v in values)
+    return found
+
+
+def _means(some: list[dict[str, list[float]]], groups: list[dict[str, Any]]) -> dict[str, float]:
+    pooled: dict[str, list[float]] = {}
+    for found in some:
+        for name, values in found.items():
+            pooled.setdefault(name, []).extend(v for v in values if isinstance(v, (int, float)))
+    pooled["ktae/informative_groups"] = [float(group["right"] > 0 and group["wrong"] > 0) for group in groups]
+    return {name: fmean(values) for name, values in pooled.items() if values}
+
+
+def curves(metrics: list[dict[str, float]]) -> list[dict[str, Any]]:
+    """Return the panels with Plotly's traces of the metrics that are known at two steps or more.
+
+    Metrics of the evaluation (`eval_...`) go beside those of the training, dashed.
+    """
+    panels = []
+    names = list(dict.fromkeys(name for entry in metrics for name in entry))
+    for title, pattern in _PANELS.items():
+        traces = []
+        for name in names:
+            if not re.fullmatch(rf"(eval_)?({pattern})", name):
+                continue
+            points = [(entry["step"], number(entry[name])) for entry in metrics if name in entry]
+            points = [(step, value) for step, value in points if isinstance(value, (int, float))]
+            if len(points) < 2:
+                continue
+            evaluated = name.startswith("eval_")
+            x, y = zip(*points, strict=True)
+            traces.append(
+                {
+                    "x": x,
+                    "y": y,
+                    "name": _short(visible(name.removeprefix("eval_"))) + (" (held-out)" if evaluated else ""),
+                    "metric": visible(name.removeprefix("eval_")),
+                    "mode": "lines+markers" if len(points) < 20 else "lines",
+                    "line": {"width": 1.6, "dash": "dot" if evaluated else "solid"},
+                }
+            )
+        if traces:
+            panels.append({"title": title, "traces": traces})
+    return panels
+
+
+def _short(metric: str) -> str:
+    """Return a metric's name without its family: `value_right` of `ktae/value_right`."""
+    inner = re.fullmatch(r"rewards/(.+)/mean", metric)
+    return (inner[1] if inner else metric.rpartition("/")[2]).replace("_", " ")
+
+
+def pack(data: Any) -> str:
+    """Return data as compressed JSON in base64, which is safe in a script element."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    return base64.b64encode(zlib.compress(text.encode(), 6)).decode()
+
+
+def render(name: str, shown: Shown, panels: Sequence[dict[str, Any]] = (), note: str | None = None) -> str:
+    """Return the page. Plotly's script is in it only if there are curves."""
+    environment = Environment(
+        loader=PackageLoader("ktae_trl.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    css, javascript = ((Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    scripts = [script(javascript)]
+    if panels:
+        from plotly.offline import get_plotlyjs
+
+        scripts.insert(0, script(get_plotlyjs()))
+    steps = {group["step"] for group in shown.groups}
+    return environment.get_template("page.html.jinja").render(
+        name=visible(name),
+        methods=shown.methods,
+        groups=len(shown.groups),
+        rollouts=sum(group["right"] + group["wrong"] + group["unscored"] for group in shown.groups),
+        steps=sorted(steps),
+        recorded=_recorded(shown.groups),
+        curves=bool(panels),
+        curves_note=note if panels else None,
+        index=pack({"groups": shown.groups, "methods": shown.methods, "panels": panels, "levels": LEVELS}),
+        blocks=shown.blocks,
+        css=Markup(css),
+        shades=[(i + LEVELS, colour(i / LEVELS), colour(i / LEVELS, dark=True)) for i in range(-LEVELS, LEVELS + 1)],
+        scripts=scripts,
+        hashes=[f"'sha256-{_sha256(text)}'" for text in scripts],
+    )
+
+
+def _recorded(groups: list[dict[str, Any]]) -> str | None:
+    """Say which share of the generations was recorded, if not all of it or if it is not known."""
+    by_step: dict[int, list[dict]] = {}
+    for group in groups:
+        by_step.setdefault(group["step"], []).append(group)
+    counts = {(len(some), some[0]["generated"]) for some in by_step.values() if some[0]["generated"]}
+    if not counts or all(some == whole for some, whole in counts):
+        return None
+    if len(counts) == 1:
+        some, whole = counts.pop()
+        return f"{some} of the {whole} groups of each recorded generation"
+    return (
+        f"{sum(some for some, _ in counts)} of {sum(whole for _, whole in counts)} groups of the recorded generations"
+    )
+
+
+def script(text: str) -> Markup:
+    """Return the text of a script so that HTML leaves it as it is, to the byte: its hash is in the page's policy."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return Markup(text.replace("</script", "<\\/script").replace("<!--", "<\\!--"))
+
+
+def _sha256(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def progress(some: Iterable[T], what: str) -> Iterable[T]:
+    """Show on a terminal how far the work on these has come."""
+    console = Console(stderr=True)
+    return track(some, what, console=console, transient=True, disable=not (console.is_terminal and sys.stderr.isatty()))
