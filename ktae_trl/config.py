@@ -84,6 +84,13 @@ class KTAEGRPOConfig(GRPOConfig):
         tree_normalizer (`str`, *optional*, defaults to `"bernoulli"`):
             What a segment's value, less the mean mu of its siblings, is divided by: `"bernoulli"` sqrt(mu (1 - mu)),
             `"std"` the siblings' standard deviation, as in GRPO, or `"none"`.
+        record_steps (`int`, *optional*, defaults to `0`):
+            Record rollouts, with the value and the advantage of every token, once in so many optimizer steps, in
+            `output_dir/rollouts`, for `python -m ktae_trl.report` and for pandas. 0 records none.
+        record_groups (`int`, *optional*, defaults to `16`):
+            Groups in a record at most; those whose right and wrong rollouts are nearest to half and half come first.
+        record_files (`int`, *optional*, defaults to `100`):
+            Records of a run at most: a run of more steps is recorded less often.
     """
 
     credit: str = field(
@@ -141,6 +148,11 @@ class KTAEGRPOConfig(GRPOConfig):
         default="bernoulli",
         metadata={"help": "'bernoulli' (sqrt(mu (1 - mu))), 'std' (as in GRPO) or 'none'."},
     )
+    record_steps: int = field(
+        default=0, metadata={"help": "Record rollouts once in so many optimizer steps; 0 records none."}
+    )
+    record_groups: int = field(default=16, metadata={"help": "Groups in a record at most."})
+    record_files: int = field(default=100, metadata={"help": "Records of a run at most."})
 
     def __post_init__(self):
         self._check_generation_batch()
@@ -157,6 +169,9 @@ class KTAEGRPOConfig(GRPOConfig):
             raise ValueError(
                 f"dynamic_sampling_max_batches must be at least 1, not {self.dynamic_sampling_max_batches}"
             )
+        for name, least in (("record_steps", 0), ("record_groups", 1), ("record_files", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
         check_weights(self.ktae_fisher_weight, self.ktae_ig_weight, self.ktae_tf_weight)
         oar.check_settings(
             self.oar_answer,

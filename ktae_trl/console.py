@@ -1,6 +1,15 @@
-"""Training metrics as a table that a person can read while it grows."""
+"""What a training shows in the terminal: metrics as a table that grows, and a right and a wrong rollout in colour."""
 
+from rich import box
+from rich.console import Console
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
 from transformers import ProgressCallback
+
+from ktae_trl.records import Record
+from ktae_trl.report.groups import LONGEST_TOKEN, clip
+from ktae_trl.report.tokens import colour, shades, visible
 
 # Column -> (metric, format)
 _COLUMNS = {
@@ -36,6 +45,15 @@ _SAMPLING_COLUMNS = {
 }
 
 
+_PROMPT_CHARACTERS, _TOKENS = 300, 400  # of a sample, that are printed
+_LEGEND = {
+    "multiply": [("K = -1: speaks for wrong", -1.0), ("0", 0.0), ("K = +1: speaks for right", 1.0)],
+    "add": [("K = -1: speaks for wrong", -1.0), ("0", 0.0), ("K = +1: speaks for right", 1.0)],
+    "scale": [("w = 0: no weight", -1.0), ("1", 0.0), ("w = 2 and more", 1.0)],
+    "replace": [("least advantage", -1.0), ("0", 0.0), ("greatest advantage", 1.0)],
+}
+
+
 class MetricsTable(ProgressCallback):
     """The progress bar of `Trainer`, and above it a line of metrics per log in place of the whole dictionary."""
 
@@ -62,3 +80,40 @@ class MetricsTable(ProgressCallback):
     def _write(self, label: str, cells) -> None:
         if self.training_bar is not None:  # only the first process has one
             self.training_bar.write(f"{label:<8}" + "".join(f"{cell:>9}" for cell in cells))
+
+
+def print_sample(record: Record, step: int) -> None:
+    """Print a right and a wrong rollout of a group that has both, each token on the colour of its credit."""
+    how = record.method.how
+    prompt = visible(" ".join(record.rows[0]["prompt"].split()))  # its end holds the question
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=Text(f"Step {step}: {'...' if len(prompt) > _PROMPT_CHARACTERS else ''}{prompt[-_PROMPT_CHARACTERS:]}"),
+        caption=Text.assemble(*((f" {name} ", _style(value)) for name, value in _LEGEND[how])),
+        title_justify="left",
+        caption_justify="left",
+        title_style="bold",
+        caption_style="",
+    )
+    cells = []
+    for correct, name in ((True, "right"), (False, "wrong")):
+        row = next(row for row in record.rows if row["correct"] is correct)
+        table.add_column(f"{name}, A = {row['advantage']:+.2f}, {len(row['tokens'])} tokens", ratio=1)
+        cells.append(_coloured(row, how))
+    table.add_row(*cells)
+    Console().print(table)
+
+
+def _coloured(row: dict, how: str) -> Text:
+    text = Text()
+    for token, value in zip(row["tokens"][:_TOKENS], shades(row["credit"], how)[:_TOKENS], strict=True):
+        text.append(clip(visible(token), LONGEST_TOKEN), _style(value))
+    if len(row["tokens"]) > _TOKENS:
+        text.append(f" ... {len(row['tokens']) - _TOKENS} more tokens")
+    return text
+
+
+def _style(value: float) -> Style | str:
+    """Return white on the dark scale, which can be read on any ground; nothing for a token without credit."""
+    red, green, blue = colour(value, dark=True)
+    return Style.parse(f"#ffffff on #{red:02x}{green:02x}{blue:02x}") if value else ""

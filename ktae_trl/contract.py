@@ -24,6 +24,7 @@ _RELIED_ON: dict[str, tuple[list[str], set[str]]] = {
             "eos_token_ids",
             "generation_config",
             "max_new_tokens",
+            "num_completions_to_print",
             "num_generations",
             "num_generations_eval",
             "num_iterations",

@@ -1,11 +1,12 @@
 """Records of a training's rollouts, for reports and for pandas: a Parquet file for each step that is recorded.
 
-`OUTPUT_DIR/rollouts/step_000010.parquet` holds whole groups, a row a rollout; `metrics.jsonl` beside the files has a line
-for each time that the trainer logged.
+`OUTPUT_DIR/rollouts/step_000010.parquet` holds whole groups, a row a rollout; `metrics.jsonl` beside it has a line for
+each time that the trainer logged.
 """
 
 import json
 import logging
+import math
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -100,22 +101,48 @@ def read(path: str | Path) -> Record:
     return Record(Method(**method), table.drop_columns("schema_version").to_pylist())
 
 
-def files(folder: str | Path) -> list[Path]:
-    """Return the records in a folder, or in the `rollouts` of a run's folder, by step."""
+def folder_of(folder: str | Path) -> Path:
+    """Return the folder of the records: that of a run has them in `rollouts`."""
     folder = Path(folder)
-    inner = folder / FOLDER
-    return sorted((inner if inner.is_dir() else folder).glob("step_*.parquet"), key=step_of)
+    return folder / FOLDER if (folder / FOLDER).is_dir() else folder
+
+
+def files(folder: str | Path) -> list[Path]:
+    """Return the records of a run, by step."""
+    return sorted(folder_of(folder).glob("step_*.parquet"), key=step_of)
+
+
+def file_name(step: int) -> str:
+    return f"step_{step:06}.parquet"
 
 
 def step_of(path: Path) -> int:
     return int(re.fullmatch(r"step_(\d+)\.parquet", path.name)[1])
 
 
+def forget(folder: Path, step: int) -> int:
+    """Remove what was recorded after this step, metrics too; return the number of records removed."""
+    later = [path for path in files(folder) if step_of(path) > step]
+    for path in later:
+        path.unlink()
+    kept = [entry for entry in read_metrics(folder) if entry["step"] <= step]
+    (folder / METRICS).unlink(missing_ok=True)
+    for entry in kept:
+        append_metrics(folder, entry)
+    return len(later)
+
+
+def append_metrics(folder: Path, entry: dict[str, Any]) -> None:
+    """Add a line to the metrics; what is no number or not finite becomes null."""
+    folder.mkdir(parents=True, exist_ok=True)
+    finite = {k: v if isinstance(v, (int, float)) and math.isfinite(v) else None for k, v in entry.items()}
+    with (folder / METRICS).open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(finite) + "\n")
+
+
 def read_metrics(folder: str | Path) -> list[dict[str, float]]:
-    """Return what the trainer logged, by step; of a step that was logged twice (a resumed run) the last is kept."""
-    folder = Path(folder)
-    inner = folder / FOLDER
-    path = (inner if inner.is_dir() else folder) / METRICS
+    """Return what the trainer logged, an entry a step and one an evaluation; of a number logged twice the last one."""
+    path = folder_of(folder) / METRICS
     if not path.exists():
         return []
     found: dict[tuple[int, bool], dict] = {}
@@ -125,5 +152,5 @@ def read_metrics(folder: str | Path) -> list[dict[str, float]]:
         except json.JSONDecodeError:
             logger.warning("%s: a line that is no JSON is left out (an interrupted run?)", path)
             continue
-        found[entry["step"], any(name.startswith("eval_") for name in entry)] = entry
+        found.setdefault((entry["step"], any(name.startswith("eval_") for name in entry)), {}).update(entry)
     return [found[key] for key in sorted(found)]

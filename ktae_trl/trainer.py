@@ -19,12 +19,15 @@ from ktae_trl.arguments import checkpoint_to_resume, nearest
 from ktae_trl.batches import Batches
 from ktae_trl.cards import CARDS, Card
 from ktae_trl.config import KTAEGRPOConfig
+from ktae_trl.console import print_sample
 from ktae_trl.contract import check_trl
 from ktae_trl.credit import METHODS, TOKENIZER_CHECKS
 from ktae_trl.credit.combine import Rollouts, combine
 from ktae_trl.policy import Policy
+from ktae_trl.recorder import Recorder
 from ktae_trl.rewards import SHAPING
 from ktae_trl.sampling import SAMPLERS, dynamic
+from ktae_trl.trackers import send_sample
 
 check_trl(GRPOTrainer)
 logger = logging.getLogger(__name__)
@@ -100,6 +103,11 @@ class KTAEGRPOTrainer(GRPOTrainer):
         self._chosen_rewards: Tensor | None = None  # set while the parent runs on rollouts that dynamic sampling chose
         self._prompt_stream = self._make_prompt_stream() if args.dynamic_sampling else None
         self._warned_of_filling = False
+        self._special_ids = tuple({self._tokenizer.pad_token_id, *self.eos_token_ids})
+        self._recorder = Recorder(args, names, self._tokenizer, self._special_ids, self.accelerator)
+        self.add_callback(self._recorder)
+        if args.credit != "none" and args.num_completions_to_print is None:
+            self.num_completions_to_print = 0  # `log_completions` shows key tokens instead of all completions
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
@@ -130,7 +138,21 @@ class KTAEGRPOTrainer(GRPOTrainer):
             batch["credit"] = credit.values[:, : batch["completion_ids"].shape[1]]
             self._credit_how = credit.how
             self._log_stats(credit.stats, started)
+        if self.model.training:
+            how = self._credit_how if "credit" in batch else None
+            self._recorder.look(self.state.global_step + 1, batch, self._gathered_rewards, *self._verdicts(), how)
         return batch
+
+    def _verdicts(self) -> tuple[Tensor, Tensor]:
+        """Return for the groups of all processes which rollouts are right, and which could be judged: (P, G) each."""
+        reward = self._gathered_rewards[:, self._correctness_index].view(-1, self._group_size())
+        return reward > self.args.correctness_threshold, ~reward.isnan()
+
+    def log(self, logs, start_time=None):
+        super().log(logs, start_time)
+        if self.model.training and (sample := self._recorder.take_sample()):
+            print_sample(sample, self.state.global_step)
+            send_sample(sample, self.state.global_step, self.callback_handler)
 
     def _group_size(self) -> int:
         return self.num_generations if self.model.training else self.num_generations_eval
@@ -153,18 +175,18 @@ class KTAEGRPOTrainer(GRPOTrainer):
         if B % G:  # groups straddle processes
             ids, mask = (self.accelerator.pad_across_processes(x, dim=1) for x in (ids, mask.int()))
             ids, mask = (self.accelerator.gather(x)[first * G : last * G] for x in (ids, mask))
-        reward = self._gathered_rewards[first * G : last * G, self._correctness_index].view(-1, G)
+        correct_PG, scored_PG = (x[first:last] for x in self._verdicts())
         own = slice(begin - first * G, begin - first * G + B)
         return Rollouts(
             ids_PGT=ids.view(-1, G, ids.shape[1]),
             mask_PGT=mask.view(-1, G, ids.shape[1]).bool(),
-            correct_PG=reward > self.args.correctness_threshold,
-            scored_PG=~reward.isnan(),
+            correct_PG=correct_PG,
+            scored_PG=scored_PG,
             advantages_B=batch["advantages"],
             prompt_ids_BL=batch["prompt_ids"],
             prompt_mask_BL=batch["prompt_mask"],
             lengths_B=batch["completion_mask"].sum(1),
-            special_ids=tuple({self._tokenizer.pad_token_id, *self.eos_token_ids}),
+            special_ids=self._special_ids,
             own=own,
         )
 

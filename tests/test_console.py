@@ -1,8 +1,14 @@
+import io
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
+from ktae_trl import console, records
 from ktae_trl.console import MetricsTable
+from ktae_trl.report.tokens import colour
+from tests.test_records import row
+from tests.test_trackers import GROUP
 
 LOGS = {"reward": 0.25, "rewards/math_accuracy/mean": 0.5, "completions/mean_length": 17.25, "ktae/value_right": None}
 
@@ -41,3 +47,34 @@ def test_columns_of_token_credit_come_with_it(table):
 
 def test_other_processes_write_nothing():
     MetricsTable("math_accuracy", "ktae", False).on_log(None, SimpleNamespace(global_step=1), None, logs=LOGS)
+
+
+def test_sample_shows_each_token_on_the_colour_of_its_credit(monkeypatch):
+    out = io.StringIO()
+    terminal = Console(file=out, force_terminal=True, color_system="truecolor", width=120)
+    monkeypatch.setattr(console, "Console", lambda: terminal)
+    console.print_sample(GROUP, 3)
+    text = out.getvalue()
+    for token, value in (("7", 1.0), ("|`↵", -1.0)):
+        red, green, blue = colour(value, dark=True)
+        assert f"\x1b[38;2;255;255;255;48;2;{red};{green};{blue}m{token}\x1b[0m" in text
+    assert "\x1b[0m 9" in text  # no credit, no colour
+    assert "right, A = +0.50, 2 tokens" in text
+    assert "wrong, A = +0.50, 2 tokens" in text
+
+
+def test_sample_of_a_long_and_hostile_group(monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr(console, "Console", lambda: Console(file=out, width=100))
+    hostile = "[red]\x1b[2J\x00\u202e" + "a" * 10_000
+    rows = [
+        row(correct=i == 0, prompt=hostile, tokens=[hostile] * 500, credit=[0.5] * 500, token_ids=[5] * 500)
+        for i in range(2)
+    ]
+    console.print_sample(records.Record(records.Method("ktae", "multiply"), rows), 1)
+    text = out.getvalue()
+    assert "\x1b" not in text
+    assert "\x00" not in text
+    assert "\u202e" not in text
+    assert "[red]␛[2J" in text  # neither markup nor control
+    assert "100 more tokens" in text

@@ -10,8 +10,8 @@ import importlib
 
 _HOMES = {
     "write_report": "ktae_trl.report.page",
-    "explain": "ktae_trl.report.explain",
-    "KeyTokens": "ktae_trl.report.explain",
+    "explain": "ktae_trl.report.rows",
+    "KeyTokens": "ktae_trl.report.rows",
 }
 __all__ = ["KeyTokens", "explain", "write_report"]
 

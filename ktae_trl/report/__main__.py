@@ -43,7 +43,7 @@ def _report(words: list[str]) -> Path:
 def _explain(words: list[str]) -> Path:
     parser = argparse.ArgumentParser(
         prog="python -m ktae_trl.report explain",
-        description="Write the key tokens of rollouts of any origin as one page. Rows with the same prompt are a group.",
+        description="Write the key tokens of rollouts of any origin as one page. Rows with one prompt are a group.",
     )
     parser.add_argument(
         "file",
@@ -59,7 +59,7 @@ def _explain(words: list[str]) -> Path:
     parser.add_argument("--leave_one_out", action="store_true", help="value each rollout's tokens by the others")
     options = vars(parser.parse_args(words))
 
-    from ktae_trl.report.explain import explain, read_rows
+    from ktae_trl.report.rows import explain, read_rows
 
     file, output = options.pop("file"), options.pop("output")
     rows = read_rows(file)

@@ -28,10 +28,10 @@
 
   // Numbers. A string is one that JSON does not know: nan, inf.
   const minus = (text) => text.replace("-", "−");
-  function decimal(x, signed = false) {
+  function decimal(x, signed = false, digits = 4) {
     if (x === null || x === undefined) return "–";
     if (typeof x === "string") return minus(x);
-    const text = Math.abs(x) >= 1000 ? Math.round(x).toLocaleString("en") : x.toFixed(4);
+    const text = Math.abs(x) >= 1000 ? Math.round(x).toLocaleString("en") : x.toFixed(digits);
     return minus(signed && x > 0 ? `+${text}` : text);
   }
   const probability = (p) => (typeof p === "number" && p > 0 && p < 0.001 ? minus(p.toExponential(2)) : decimal(p));
@@ -43,6 +43,7 @@
   let listed = LIST_PIECE;
   let filtering = 0;
   let showing = 0;
+  let current = null; // the number of the group that is wanted; it may not be unpacked yet
   let shown = null; // what is on the page: {number, data, rollouts, modes, mode, marked, ...}
   const kept = new Map();
   const texts = [];
@@ -57,6 +58,7 @@
 
   // The list of groups.
 
+  const titled = (group) => (index.steps > 1 ? `step ${group.step} · group ${group.group}` : `group ${group.group}`);
   const key = (group) => `step-${group.step}-group-${group.group}`;
   const ORDERS = {
     run: () => 0,
@@ -131,23 +133,24 @@
       make(
         "div",
         { className: "line" },
-        make("span", { textContent: `step ${group.step} · group ${group.group}` }),
+        make("span", { textContent: titled(group) }),
         make("span", { className: "tally", textContent: tally(group) }),
       ),
       bar,
-      make("div", { className: "preview", textContent: group.prompt.slice(group.own, group.own + 160).replace(/↵?\n/g, " ") }),
+      make("div", { className: "preview", textContent: group.prompt.slice(...group.own).slice(0, 160).replace(/↵?\n/g, " ") }),
     );
     link.dataset.number = number;
-    if (shown?.number === number) link.setAttribute("aria-current", "true");
+    if (current === number) link.setAttribute("aria-current", "true");
     return make("li", {}, link);
   }
 
   const linkOf = (number) => $("list").querySelector(`a[data-number="${number}"]`);
 
   function go(by, focus = false) {
-    const place = found.indexOf(shown?.number);
+    const place = found.indexOf(current);
     const number = found[place < 0 ? 0 : place + by];
     if (number === undefined) return;
+    current = number;
     while (found.indexOf(number) >= listed) {
       listed += LIST_PIECE;
       list();
@@ -166,6 +169,7 @@
 
   async function show(number, jump) {
     const turn = ++showing;
+    current = number;
     hideTip();
     const data = await load(number);
     if (turn !== showing) return;
@@ -184,7 +188,7 @@
     $("group").replaceChildren(...parts, prompt(group.prompt), legend(), work);
     $("group").dataset.group = key(group);
     delete $("group").dataset.complete;
-    document.title = `step ${group.step}, group ${group.group} · ${document.querySelector("h1").textContent}`;
+    document.title = `${titled(group)} · ${document.querySelector("h1").textContent}`;
     if (jump) head.scrollIntoView();
     for (const rollout of shown.rollouts) {
       fill(rollout, FIRST_TOKENS);
@@ -200,7 +204,7 @@
     return make(
       "div",
       { className: "head" },
-      make("h2", { textContent: `Step ${group.step} · group ${group.group}` }),
+      make("h2", { textContent: titled(group).replace(/^./, (first) => first.toUpperCase()) }),
       make("span", { className: "tally", textContent: tally(group) + score }),
       make("span", { className: "steps" }, move(-1, "← Previous", "k"), move(1, "Next →", "j")),
     );
@@ -242,7 +246,7 @@
     }
     const most = largest(data.rollouts.flatMap((r) => r.cells.advantage)) || 1;
     const ends = [decimal(-most, true), decimal(most, true)];
-    credit("advantage A′ of the token", (r, c) => asNumber(r.cells.advantage[c]) / most, ends);
+    credit("advantage A' of the token", (r, c) => asNumber(r.cells.advantage[c]) / most, ends);
     return all;
   }
 
@@ -411,7 +415,7 @@
     name.title = "Mark its occurrences";
     name.onclick = () => mark(shown.marked === i ? null : i, true);
     const cell = (text) => make("td", { className: "number", textContent: text });
-    const value = make("span", { className: `value v${level(tokens.K[i])}`, textContent: decimal(tokens.K[i], true) });
+    const value = make("span", { className: `value v${level(tokens.K[i])}`, textContent: decimal(tokens.K[i], true, 3) });
     const row = make(
       "tr",
       {},
@@ -419,8 +423,8 @@
       cell(`${tokens.a[i]} of ${data.right}`),
       cell(`${tokens.b[i]} of ${data.wrong}`),
       cell(probability(tokens.p[i])),
-      cell(decimal(tokens.IG[i])),
-      cell(decimal(tokens.D[i], true)),
+      cell(decimal(tokens.IG[i], false, 3)),
+      cell(decimal(tokens.D[i], true, 2)),
       make("td", { className: "number" }, value),
     );
     row.dataset.token = i;
@@ -467,7 +471,7 @@
     const counted = tokens.p[token] !== null;
     if (value) fact(value.symbol, decimal(data.cells.value[cell], value.symbol !== "w"));
     if (value?.symbol !== "K" && counted) fact("K", decimal(tokens.K[token], true));
-    fact("A′", decimal(data.cells.advantage[cell], true));
+    fact("A'", decimal(data.cells.advantage[cell], true));
     fact("A", decimal(data.advantage, true));
     if (counted) {
       const [a, b] = [tokens.a[token], tokens.b[token]];
@@ -596,6 +600,23 @@
     return colour;
   }
 
+  function caption(panel) {
+    const names = [...new Set(panel.traces.map((trace) => trace.name))];
+    const keys = names.map((name, i) => {
+      const line = make("i");
+      line.style.borderColor = `var(--c${i % 5})`;
+      return make("span", {}, line, name);
+    });
+    const heldOut = panel.traces.some((trace) => trace.evaluated);
+    return make(
+      "figcaption",
+      {},
+      make("b", { textContent: panel.title }),
+      ...(names.length > 1 ? keys : []),
+      heldOut ? make("span", {}, make("i", { className: "dotted" }), "held-out") : null,
+    );
+  }
+
   function plot() {
     if (!index?.panels.length || !$("overview").open) return;
     const [text, line] = [resolved("--soft"), resolved("--line")];
@@ -603,13 +624,13 @@
     const axis = { gridcolor: line, zerolinecolor: line, linecolor: line, automargin: true, fixedrange: true };
     for (const [i, panel] of index.panels.entries()) {
       if (!$(`plot-${i}`)) {
-        const drawing = make("div", { className: "plot", id: `plot-${i}` });
-        $("curves").append(make("figure", {}, make("figcaption", { textContent: panel.title }), drawing));
+        $("curves").append(make("figure", {}, caption(panel), make("div", { className: "plot", id: `plot-${i}` })));
       }
-      const metrics = [...new Set(panel.traces.map((trace) => trace.metric))];
-      const traces = panel.traces.map((trace) => ({
+      const names = [...new Set(panel.traces.map((trace) => trace.name))];
+      const traces = panel.traces.map(({ name, evaluated, line, ...trace }) => ({
         ...trace,
-        line: { ...trace.line, color: colours[metrics.indexOf(trace.metric) % colours.length] },
+        name: evaluated ? `${name}, held-out` : name,
+        line: { ...line, color: colours[names.indexOf(name) % colours.length] },
         marker: { size: 5 },
       }));
       Plotly.react(
@@ -622,8 +643,7 @@
           plot_bgcolor: "transparent",
           hovermode: "x unified",
           hoverlabel: { bgcolor: resolved("--bg"), bordercolor: line, font: { color: resolved("--text") } },
-          showlegend: traces.length > 1,
-          legend: { orientation: "h", y: -0.18, yanchor: "top", font: { size: 10.5 } },
+          showlegend: false, // the caption is one
           xaxis: { ...axis, nticks: 6 },
           yaxis: { ...axis, nticks: 5 },
         },
@@ -647,6 +667,8 @@
       listed += LIST_PIECE;
       list();
     };
+    index.steps = new Set(index.groups.map((group) => group.step)).size;
+    $("step").parentElement.hidden = index.steps < 2;
     await filter();
     addEventListener("hashchange", () => open(true));
     await open(false);

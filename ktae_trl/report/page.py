@@ -7,7 +7,6 @@ page's script puts them in as text. The page's policy lets no other script run a
 import base64
 import hashlib
 import json
-import os.path
 import re
 import sys
 import zlib
@@ -34,7 +33,7 @@ _VALUE = {
     "scale": {"symbol": "w", "name": "weight w"},
     "replace": {"symbol": "v", "name": "segment advantage v"},
 }
-_FORMULA = {"multiply": "A′ = A + |A| K", "add": "A′ = A + K", "scale": "A′ = A w", "replace": "A′ = v"}
+_FORMULA = {"multiply": "A' = A + |A| K", "add": "A' = A + K", "scale": "A' = A w", "replace": "A' = v"}
 _TITLES = {
     "ktae": "KTAE (key tokens)",
     "oar_g": "OAR-G (influence by gradients)",
@@ -49,8 +48,8 @@ _PANELS = {
     "Completion length (tokens)": r"completions/mean_length",
     "Entropy": r"entropy",
     "Mean value K": r"ktae/value_(right|wrong)",
-    "Shares": r"ktae/(saturated|informative_groups)|oar/(answered|reshaped_tokens)|tree/(signal_depth_\d+|trained_share)",
-    "Mean |w − 1|": r"oar/mean_change",
+    "Shares": r"ktae/(saturated|informative_groups)|oar/(answered|reshaped_tokens)|tree/(signal_.+|trained_share)",
+    "Mean |w - 1|": r"oar/mean_change",
     "Tokens of a tree": r"tree/(generated|row)_tokens",
 }
 _SATURATED = 0.9  # as in the metric ktae/saturated
@@ -135,18 +134,25 @@ def collect(some: Iterable[Record]) -> Shown:
         if shown.groups[begin:]:
             step = shown.groups[begin]["step"]
             shown.by_step.append({"step": step, **_means(means, shown.groups[begin:])})
-    same = _same_beginning(prompts)
+    begin, end = _own_part(prompts)
     for group, prompt in zip(shown.groups, prompts, strict=True):
-        group |= {"prompt": prompt, "own": same}
+        group |= {"prompt": prompt, "own": [begin, len(prompt) - end]}
     return shown
 
 
-def _same_beginning(prompts: list[str]) -> int:
-    """Return how many characters of the prompts say nothing in a list of them: a template, up to a space."""
+def _own_part(prompts: list[str]) -> tuple[int, int]:
+    """Return how many characters all prompts begin and end with: a template, which tells nothing in a list of them."""
     if len(set(prompts)) < 2:
-        return 0
-    same = os.path.commonprefix(prompts)
-    return max(same.rfind(" "), same.rfind("\n")) + 1
+        return 0, 0
+    begin = _same_beginning(prompts)
+    return begin, _same_beginning([prompt[begin:][::-1] for prompt in prompts])
+
+
+def _same_beginning(texts: list[str]) -> int:
+    """Return how many characters all texts begin with, up to the end of a word."""
+    first, last = min(texts), max(texts)
+    same = next((i for i, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))
+    return max(first.rfind(" ", 0, same), first.rfind("\n", 0, same)) + 1
 
 
 def _method(method: Method) -> dict[str, Any]:
@@ -211,8 +217,8 @@ def curves(metrics: list[dict[str, float]]) -> list[dict[str, Any]]:
                 {
                     "x": x,
                     "y": y,
-                    "name": _short(visible(name.removeprefix("eval_"))) + (" (held-out)" if evaluated else ""),
-                    "metric": visible(name.removeprefix("eval_")),
+                    "name": _short(visible(name.removeprefix("eval_"))),
+                    "evaluated": evaluated,
                     "mode": "lines+markers" if len(points) < 20 else "lines",
                     "line": {"width": 1.6, "dash": "dot" if evaluated else "solid"},
                 }

@@ -262,7 +262,7 @@ def _inline(method: Method, rows: list[dict[str, Any]]) -> dict[str, Any]:
         shown = [
             {
                 "text": tokens["text"][cells["token"][cell]],
-                "title": f"{facts(cells['token'][cell])}  A′ {cells['advantage'][cell]:+.4f}",
+                "title": f"{facts(cells['token'][cell])}  A' {cells['advantage'][cell]:+.4f}",
                 "colour": colour(cells["value"][cell]),
             }
             for cell in own["at"][: _INLINE["tokens"]]
