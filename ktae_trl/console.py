@@ -9,7 +9,7 @@ from transformers import ProgressCallback
 
 from ktae_trl.records import Record
 from ktae_trl.report.groups import LONGEST_TOKEN, clip
-from ktae_trl.report.tokens import colour, shades, visible
+from ktae_trl.report.tokens import colour, shade, visible
 
 # Column -> (metric, format)
 _COLUMNS = {
@@ -95,19 +95,20 @@ def print_sample(record: Record, step: int) -> None:
         title_style="bold",
         caption_style="",
     )
+    most = max((abs(value) for row in record.rows for value in row["credit"]), default=0.0)
     cells = []
     for correct, name in ((True, "right"), (False, "wrong")):
         row = next(row for row in record.rows if row["correct"] is correct)
         table.add_column(f"{name}, A = {row['advantage']:+.2f}, {len(row['tokens'])} tokens", ratio=1)
-        cells.append(_coloured(row, how))
+        cells.append(_coloured(row, how, most))
     table.add_row(*cells)
     Console().print(table)
 
 
-def _coloured(row: dict, how: str) -> Text:
+def _coloured(row: dict, how: str, most: float) -> Text:
     text = Text()
-    for token, value in zip(row["tokens"][:_TOKENS], shades(row["credit"], how)[:_TOKENS], strict=True):
-        text.append(clip(visible(token), LONGEST_TOKEN), _style(value))
+    for token, value in zip(row["tokens"][:_TOKENS], row["credit"][:_TOKENS], strict=True):
+        text.append(clip(visible(token), LONGEST_TOKEN), _style(shade(value, how, most)))
     if len(row["tokens"]) > _TOKENS:
         text.append(f" ... {len(row['tokens']) - _TOKENS} more tokens")
     return text

@@ -16,7 +16,7 @@ from ktae_trl.grading import grade_many
 from ktae_trl.records import Method, Record
 from ktae_trl.report.groups import describe, split, statistics
 from ktae_trl.report.page import collect, progress, write
-from ktae_trl.report.tokens import colour, label, token_strings
+from ktae_trl.report.tokens import colour, label, shade, token_strings
 
 COMBINE = ("multiply", "add")
 # What a notebook shows; the page has all.
@@ -263,7 +263,7 @@ def _inline(method: Method, rows: list[dict[str, Any]]) -> dict[str, Any]:
             {
                 "text": tokens["text"][cells["token"][cell]],
                 "title": f"{facts(cells['token'][cell])}  A' {cells['advantage'][cell]:+.4f}",
-                "colour": colour(cells["value"][cell]),
+                "colour": colour(shade(cells["value"][cell], method.how, most)),
             }
             for cell in own["at"][: _INLINE["tokens"]]
         ]
@@ -273,6 +273,7 @@ def _inline(method: Method, rows: list[dict[str, Any]]) -> dict[str, Any]:
         all_of_it = [own for own in group["rollouts"] if own["correct"] is correct]
         return [rollout(own) for own in all_of_it[: _INLINE["rollouts"]]], len(all_of_it)
 
+    most = max((abs(value) for row in rows for value in row["credit"] or []), default=0.0)
     counted = [i for i, p in enumerate(tokens["p"]) if p is not None]
     counted.sort(key=lambda i: (-tokens["IG"][i], -abs(tokens["K"][i])))
     return {

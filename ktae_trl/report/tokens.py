@@ -67,6 +67,19 @@ def colour(value: float, dark: bool = False) -> tuple[int, int, int]:
     return tuple(round(a + abs(value) * (b - a)) for a, b in zip(ground, end, strict=True))
 
 
+def shade(value: float | None, how: str, most: float) -> float:
+    """Return how far, from -1 to 1, the credit of a token speaks against or for it: 0 for what changes nothing.
+
+    Args:
+        value: as in `Credit.values`; None without credit.
+        how: as in `Credit.how`.
+        most: the largest |value| beside it, to which the segment advantages of `replace` are compared.
+    """
+    if value is None:
+        return 0.0
+    return {"scale": value - 1, "replace": value / (most or 1.0)}.get(how, value)
+
+
 def token_strings(ids: Iterable[int], tokenizer) -> dict[int, str]:
     """Return the text of each distinct id as it stands inside of a text, with its leading space.
 
