@@ -130,6 +130,7 @@ def number(x: float | None) -> float | str | None:
 
 
 def clip(text: str, length: int) -> str:
+    """Return the first characters of `text`, and how many it has if there are more."""
     return text if len(text) <= length else f"{text[:length]}… ({len(text):,} characters)"
 
 

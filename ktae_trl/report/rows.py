@@ -14,13 +14,13 @@ from ktae_trl.credit.combine import combine as combine_with
 from ktae_trl.credit.ktae import check_weights
 from ktae_trl.grading import grade_many
 from ktae_trl.records import Method, Record
-from ktae_trl.report.groups import describe, split, statistics
+from ktae_trl.report.groups import clip, describe, split, statistics
 from ktae_trl.report.page import collect, progress, write
-from ktae_trl.report.tokens import colour, label, shade, token_strings
+from ktae_trl.report.tokens import colour, label, shade, token_strings, visible
 
 COMBINE = ("multiply", "add")
 # What a notebook shows; the page has all.
-_INLINE = {"groups": 3, "rollouts": 3, "tokens": 400, "key_tokens": 12}
+_INLINE = {"groups": 3, "rollouts": 3, "tokens": 400, "key_tokens": 12, "characters": 2000}
 
 
 class KeyTokens(NamedTuple):
@@ -38,10 +38,10 @@ class KeyTokens(NamedTuple):
         groups = list(split(self.record))
         kinds = Counter(map(_kind, groups))
         parts = [f"{count} {kind}" for kind in _KINDS if (count := kinds[kind])]
-        text = f"{len(groups)} prompts ({', '.join(parts)}), {len(self.record.rows)} rollouts"
         unscored = sum(row["correct"] is None for row in self.record.rows)
+        text = f"prompts: {len(groups)} ({', '.join(parts)}); rollouts: {len(self.record.rows)}"
         if unscored:
-            text += f", {unscored} of them without a verdict, left out of the statistics"
+            text += f", {unscored} without a verdict, left out of the statistics"
         return text
 
     def _repr_html_(self) -> str:
@@ -277,7 +277,7 @@ def _inline(method: Method, rows: list[dict[str, Any]]) -> dict[str, Any]:
     counted = [i for i, p in enumerate(tokens["p"]) if p is not None]
     counted.sort(key=lambda i: (-tokens["IG"][i], -abs(tokens["K"][i])))
     return {
-        "prompt": rows[0]["prompt"],
+        "prompt": clip(visible(rows[0]["prompt"]), _INLINE["characters"]),
         "notes": group["notes"],
         "sides": {"Right": side(True), "Wrong": side(False), "Not judged": side(None)},
         "right": group["right"],
