@@ -28,6 +28,7 @@ from ktae_trl import hub as our_hub
 from ktae_trl import model_card, tiny
 from ktae_trl.evaluation.samples import fingerprint
 from ktae_trl.hub import HubError
+from tests.distributed import launching
 from tests.hub_server import TOKEN, serving
 from tests.training import make_trainer
 
@@ -490,18 +491,22 @@ def test_what_is_no_model_is_refused(server, tmp_path, capsys):
 # train.py, as a user starts it
 
 
+def client(server, token: str = TOKEN) -> dict[str, str]:
+    """The environment of a process that knows this server as the Hub."""
+    switches = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    return {**os.environ, **switches, "HF_ENDPOINT": server.url, "HF_TOKEN": token, "OMP_NUM_THREADS": "1"}
+
+
 def train(server, output: Path, *words: str, token: str = TOKEN, lines: str = "") -> subprocess.CompletedProcess:
     recipe = output.parent / "recipe.yaml"
     recipe.write_text((ROOT / "configs/quickstart.yaml").read_text() + lines)
     small = {"max_steps": 1, "per_device_train_batch_size": 16, "eval_strategy": "no", "eval_size": 4}
     small |= {"held_out_samples": 1, "report_to": "none", "output_dir": output, "save_strategy": "no"}
-    environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_TOKEN": token, "HF_HUB_OFFLINE": "0"}
-    environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "train.py", "--config", str(recipe), *map(str, words)]
         + [str(word) for key, value in small.items() for word in (f"--{key}", value)],
         cwd=ROOT,
-        env=environment,
+        env=client(server, token),
         capture_output=True,
         text=True,
         timeout=200,
@@ -553,10 +558,36 @@ def test_train_py_says_how_to_go_on_when_the_upload_fails(server, tmp_path):
     before = snapshot(tmp_path / "sums")
     server.faults.clear()
     command = [sys.executable, "-m", "ktae_trl.hub", *retry_command(last)]
-    environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
-    environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+    again = subprocess.run(command, cwd=ROOT, env=client(server), capture_output=True, text=True, timeout=100)
     assert again.returncode == 0, again.stderr
     assert server.repos["ann/sums"]["private"]
     assert server.repos["ann/sums"]["files"] == files_for_the_hub(tmp_path / "sums")
     assert snapshot(tmp_path / "sums") == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fails", ["at the start", "at the end"])
+def test_two_processes_end_when_the_upload_fails(server, tmp_path, fails):
+    server.fault(*(("refuse", "POST /api/repos", 401) if fails == "at the start" else ("drop", "/commit/")))
+    words = ["--config", "configs/quickstart.yaml", "--output_dir", str(tmp_path / "sums"), "--push_to_hub", "true"]
+    small = {"max_steps": 1, "per_device_train_batch_size": 16, "eval_strategy": "no", "held_out_samples": 0}
+    words += [str(word) for key, value in (small | {"save_strategy": "no"}).items() for word in (f"--{key}", value)]
+    done = subprocess.run(
+        [*launching.accelerate(tmp_path / "launch", "ddp"), "tests/distributed/train_on_cpu.py", *words],
+        cwd=ROOT,
+        env={**client(server), "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=200,  # a process that waits for one that is gone would wait for half an hour
+    )
+    assert done.returncode != 0
+    (line,) = re.findall(r"^train\.py: .*(?:Hub|upload).*$", done.stderr, re.MULTILINE)
+    if fails == "at the start":
+        assert "it knows no valid token (401)" in line
+        assert not (tmp_path / "sums").exists()
+        return
+    assert "\nran as 2 MULTI_CPU DistributedDataParallel\n" in done.stdout
+    assert line.startswith("train.py: The upload to ann/sums failed: the connection broke (")
+    server.faults.clear()
+    our_hub.main(retry_command(line))
+    assert server.repos["ann/sums"]["files"] == files_for_the_hub(tmp_path / "sums")
