@@ -84,7 +84,7 @@ def our_uploads() -> Iterator[None]:
 
 def repo_name(args) -> str:
     """Return the name that training arguments give a repository: `hub_model_id`, or their folder's."""
-    return args.hub_model_id or Path(args.output_dir).resolve().name
+    return args.hub_model_id or Path(args.output_dir).absolute().name
 
 
 def create_repo(name: str, *, private: bool | None = None, token: str | None = None) -> str:
@@ -244,7 +244,7 @@ def publish(
     if not (folder / PAGE).exists():
         write_page(folder)
     model_card.update(folder, repo_id=repo_id, results=found)
-    return send(folder, repo_id or folder.resolve().name, private, revision=revision)
+    return send(folder, repo_id or folder.absolute().name, private, revision=revision)
 
 
 def main(words: list[str]) -> None:

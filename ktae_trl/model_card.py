@@ -85,7 +85,7 @@ def complete(
         adapter: whether the weights are those of a PEFT adapter.
         name: what the quick start loads, a Hub id or a folder.
     """
-    card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+    card = _load(path)
     card.data.tags = sorted(set(card.data.tags or []))
     if adapter:
         card.data.library_name = "peft"
@@ -93,7 +93,7 @@ def complete(
     text = card.text
     text = re.sub(r"(?m)^(# Model Card for )(.*)$", lambda line: line[1] + escaped(line[2]), text, count=1)
     if local_base is not None:  # TRL writes None
-        local = f"version of a local model ({escaped(local_base)})"
+        local = "version of a local model" + (f" ({escaped(local_base)})" if local_base else "")
         text = text.replace("version of [None](https://huggingface.co/None)", local, 1)
     if local_data is not None:
         text = text.replace(
@@ -118,11 +118,14 @@ def update(folder: Path, *, repo_id: str | None = None, results: Sequence[EvalRe
 
     Results of the same benchmark and metric are replaced, all others stay. What was measured in training
     (`held_out_results.json`) is added by itself. A folder without a card is left alone.
+
+    Raises:
+        ValueError: somebody has edited the card's metadata, and they are no YAML or no model-index any more.
     """
     path = folder / CARD
     if not path.exists():
         return
-    card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+    card = _load(path)
     card.data.model_name = card.data.model_name or folder.name
     known = [*(card.data.eval_results or []), *held_out_results(folder, card.data.datasets), *results]
     card.data.eval_results = list({_identity(r): r for r in known}.values()) or None
@@ -149,6 +152,13 @@ def name_model(text: str, name: str) -> str:
     """Return the card's text with this model in the quick start: a Hub id or a folder."""
     quick_start = re.compile(r'(pipeline\("text-generation", model=)"(?:[^"\\\n]|\\.)*"')
     return quick_start.sub(lambda found: found[1] + json.dumps(name, ensure_ascii=False), text, count=1)
+
+
+def _load(path: Path) -> ModelCard:
+    try:
+        return ModelCard(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"The metadata at the top of {path} cannot be read: {error}") from error
 
 
 def _save(card: ModelCard, path: Path) -> None:

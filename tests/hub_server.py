@@ -20,14 +20,14 @@ LARGE = (".safetensors", ".bin", ".pt")  # through LFS, as the Hub's .gitattribu
 class Hub(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, token: str | None = TOKEN, user: str = "ann"):
+    def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.token, self.user = token, user
+        self.token, self.user, self.large = TOKEN, "ann", LARGE
         self.repos: dict[str, dict] = {}  # id -> private, files, commits
         self.objects: dict[str, bytes] = {}  # LFS, by sha256
         self.requests: list[tuple[str, str]] = []
         self.faults: list[dict] = []
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     @property
     def url(self) -> str:
@@ -143,7 +143,7 @@ class Handler(BaseHTTPRequestHandler):
         return {**asked, "actions": {"upload": {"href": f"{self.server.url}/lfs/{asked['oid']}"}}}
 
     def mode(self, repo: dict, file: dict) -> dict:
-        large = file["path"].endswith(LARGE)
+        large = file["path"].endswith(self.server.large)
         there = repo["files"].get(file["path"])
         mark = None
         if there is not None:
@@ -166,8 +166,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def serving(**options):
-    hub = Hub(**options)
+def serving():
+    hub = Hub()
     try:
         yield hub
     finally:

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import types
@@ -18,6 +19,7 @@ from huggingface_hub import EvalResult, ModelCard, constants
 from huggingface_hub.repocard import metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import close_session
+from huggingface_hub.utils._runtime import is_xet_available
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -78,9 +80,8 @@ def record(folder: Path) -> None:
     (folder / "rollouts" / "metrics.jsonl").write_text("{}\n")
 
 
-@pytest.fixture
-def run(tmp_path_factory, request):
-    """The folder that a short run left, with a checkpoint, records and measured results."""
+@pytest.fixture(scope="module")
+def one_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "sums"
     trainer = make_trainer(folder, **SETTINGS, save_strategy="steps", save_steps=1)
     trainer.train()
@@ -91,6 +92,12 @@ def run(tmp_path_factory, request):
     record(folder)
     assert list(folder.glob("checkpoint-1/*"))
     return folder
+
+
+@pytest.fixture
+def run(one_run, tmp_path):
+    """The folder that a short run left, with a checkpoint, records and measured results."""
+    return Path(shutil.copytree(one_run, tmp_path / "runs" / "sums"))
 
 
 def measured(folder: Path, model: Path, **change) -> Path:
@@ -442,6 +449,33 @@ def test_trying_again_sends_only_what_is_missing(server, report, run):
     assert server.asked("PUT /lfs") == sent
     our_hub.publish(run, "ann/sums")
     assert len(server.repos["ann/sums"]["commits"]) == 1  # nothing had changed
+
+
+def test_the_client_s_other_way_of_uploading(server, report, run, monkeypatch):
+    """With Xet, which is the default, the client sends a folder in several commits. (This Hub stores all as files.)"""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    monkeypatch.delenv("HF_HUB_DISABLE_XET")
+    assert is_xet_available()
+    server.large = ()
+    server.fault("drop", "/commit/")
+    with pytest.raises(HubError, match="the connection broke"):
+        our_hub.publish(run)
+    server.faults.clear()
+    our_hub.publish(run)
+    assert server.repos["ann/sums"]["files"] == files_for_the_hub(run)
+    assert not server.asked("lfs")
+
+
+def test_metadata_that_somebody_broke_are_not_overwritten(server, run):
+    card = run / "README.md"
+    for broken in ("---\ntags: [a\n---\n# Mine\n", "---\nmodel-index: 3\n---\n# Mine\n"):
+        card.write_text(broken)
+        with pytest.raises(SystemExit, match=r"The metadata at the top of .* cannot be read"):
+            our_hub.main([str(run)])
+        assert card.read_text() == broken
+    card.unlink()
+    our_hub.main([str(run)])
+    assert "README.md" not in server.repos["ann/sums"]["files"]
 
 
 def test_results_go_up_with_the_command(server, report, run, tmp_path):
