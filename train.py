@@ -20,7 +20,7 @@ from ktae_trl.console import MetricsTable
 from ktae_trl.data import DataArguments, load_prompts
 from ktae_trl.evaluation.held_out import Accuracy, held_out_accuracy
 from ktae_trl.hub import HubError, create_repo, repo_name
-from ktae_trl.model_card import settings_of
+from ktae_trl.model_card import PAGE, settings_of
 from ktae_trl.rewards import load_rewards
 from ktae_trl.stopping import telling_how_to_go_on
 
@@ -156,12 +156,10 @@ def main(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -> None:
         results["train_seconds"] = trained.metrics["train_runtime"]
         trainer.save_metrics("held_out", results, combined=False)
 
-    if args.push_to_hub:
-        trainer.save_for_hub()
-    else:
-        trainer.save_whole_model()
-        trainer.create_model_card()
+    trainer.save_all(push=args.push_to_hub)
     say(f"\nSaved model, tokenizer and card in {args.output_dir}")
+    if (page := Path(args.output_dir, PAGE)).exists():
+        say(f"The key tokens of the run, for a browser: {page}")
     # A process that leaves while the first still saves can abort (ZeRO-3), and the launcher would then end them all.
     # One that waits while the first uploads a large model can run into the limit of its wait.
     trainer.accelerator.wait_for_everyone()

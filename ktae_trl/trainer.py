@@ -409,16 +409,22 @@ class KTAEGRPOTrainer(GRPOTrainer):
             self.deepspeed._config.zero_config.gather_16bit_weights_on_model_save = True
         self.save_model(_internal_call=True)
 
-    def save_for_hub(self, **card) -> None:
-        """Write to `output_dir` what goes to the Hub: whole model, tokenizer, page, card. For all processes."""
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+    def save_all(self, *, push: bool, **card) -> None:
+        """Write to `output_dir`: whole model, tokenizer, the key-token page of a recorded run, card. For all processes.
+
+        Args:
+            push: it is to be uploaded; trackers are told, which may have something for the card.
+            card: `model_name`, `dataset_name` and `tags`.
+        """
+        if push:
+            self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_whole_model()
         if self.is_world_process_zero():
             hub.write_page(Path(self.args.output_dir))
             self.create_model_card(**card)
 
     def upload(self, message="End of training", blocking=True, token=None, revision=None):
-        """Upload what `save_for_hub` wrote. For the first process; the others need not be there any more."""
+        """Upload what `save_all` wrote. For the first process; the others need not be there any more."""
         folder, args = Path(self.args.output_dir), self.args
         token, revision = token or args.hub_token, revision or args.hub_revision
         self._finish_current_push()
@@ -438,7 +444,7 @@ class KTAEGRPOTrainer(GRPOTrainer):
         Raises:
             HubError: the upload failed. All is on disk; the message has the command that tries again.
         """
-        self.save_for_hub(**kwargs)
+        self.save_all(push=True, **kwargs)
         if self.is_world_process_zero():
             return self.upload(commit_message, blocking, token, revision)
 
