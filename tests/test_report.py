@@ -170,11 +170,33 @@ def test_the_page_of_a_run(tmp_path):
     train, held_out = index["panels"][0]["traces"]
     assert (train["x"], train["y"], train["evaluated"]) == ([1, 2], [0.1, 0.2], False)
     assert (held_out["x"], held_out["y"], held_out["evaluated"]) == ([2, 4], [0.25, 0.5], True)
-    assert "4 of 16 groups of the recorded generations" in page.text
+    assert "Recorded: 4 of the 16 groups of these generations" in page.text
     assert len(page.code) == 2  # Plotly's and ours
 
     one = Page(write_report(sources[1] / "step_000020.parquet", tmp_path / "one.html").read_text())
     assert [g["step"] for g in one.data("index")["groups"]] == [20]
+
+
+def test_a_page_of_a_long_run_holds_a_share_of_each_step(tmp_path):
+    def group(right: int, wrong: int) -> list[dict]:
+        return rows_of_group([["x"]] * (right + wrong), [True] * right + [False] * wrong)
+
+    write_run(tmp_path, {1: [group(4, 0), group(3, 1), group(2, 2)], 2: [group(1, 3)]}, generated_groups=3)
+
+    def shown(max_groups: int) -> tuple[list[tuple[int, int]], str]:
+        page = Page(write_report(tmp_path, tmp_path / "page.html", max_groups).read_text())
+        return [(group["right"], group["wrong"]) for group in page.data("index")["groups"]], page.text
+
+    for most, groups in ((4, [(3, 1), (2, 2), (1, 3)]), (1, [(2, 2), (1, 3)])):
+        found, text = shown(most)
+        assert found == groups
+        assert f"holds {len(groups)} of 4 recorded groups" in text
+        assert "Recorded: 4 of the 6 groups" in text
+    found, text = shown(6)
+    assert len(found) == 4
+    assert "recorded groups" not in text
+    with pytest.raises(ValueError, match="max_groups must be at least 1"):
+        write_report(tmp_path, tmp_path / "page.html", 0)
 
 
 def test_curves_without_metrics_come_from_the_records(tmp_path):
@@ -194,7 +216,7 @@ def test_curves_without_metrics_come_from_the_records(tmp_path):
     titles = [panel["title"] for panel in curves(shown.by_step)]
     assert titles == ["Rewards by function", "Completion length (tokens)", "Mean value K", "Shares"]
     write_run(tmp_path, {1: [mixed], 2: [mixed]})
-    assert "means over the recorded groups" in Page(write_report(tmp_path, tmp_path / "p.html").read_text()).text
+    assert "means over the groups of this page" in Page(write_report(tmp_path, tmp_path / "p.html").read_text()).text
 
 
 def test_curves_need_two_points_that_are_numbers():
@@ -543,7 +565,7 @@ def test_a_notebook_shows_other_methods_too(how, values, shades, told):
 
 def test_the_command_line(tmp_path, capsys):
     write_run(tmp_path / "run", {1: [random_group(0)]})
-    main([str(tmp_path / "run"), "-o", str(tmp_path / "run.html")])
+    main([str(tmp_path / "run"), "-o", str(tmp_path / "run.html"), "--max_groups", "3"])
     assert re.fullmatch(rf"{tmp_path}/run\.html: [\d.]+ MB\n", capsys.readouterr().out)
 
     with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:
@@ -577,6 +599,7 @@ def test_the_command_line(tmp_path, capsys):
     [
         (["{}/none"], "There is no {}/none"),
         (["{}"], "{} holds no records"),
+        (["{}", "--max_groups", "0"], "max_groups must be at least 1, not 0"),
         (["{}/bad.parquet"], "{}/bad.parquet is no Parquet file"),
         (["explain", "{}/none.jsonl", "--tokenizer", str(tiny.MODEL)], "There is no file {}/none.jsonl"),
         (["explain", "{}/empty.jsonl", "--tokenizer", str(tiny.MODEL)], "{}/empty.jsonl holds no rollouts"),

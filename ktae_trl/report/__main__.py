@@ -33,11 +33,12 @@ def _report(words: list[str]) -> Path:
     )
     parser.add_argument("run", type=Path, help="a run's folder, its folder of records, or one step_*.parquet")
     parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="default: report.html")
-    options = parser.parse_args(words)
+    parser.add_argument("--max_groups", type=int, help="of a run that recorded more, show so many; default: 400")
+    options = vars(parser.parse_args(words))
 
     from ktae_trl.report.page import write_report
 
-    return write_report(options.run, options.output)
+    return write_report(options.pop("run"), **{name: value for name, value in options.items() if value is not None})
 
 
 def _explain(words: list[str]) -> Path:

@@ -25,6 +25,7 @@ from ktae_trl.records import Method, Record
 from ktae_trl.report.groups import describe, number, split
 from ktae_trl.report.tokens import colour, visible
 
+MAX_GROUPS = 400  # 0.13 MB each, for 16 rollouts of 1,000 tokens
 LEVELS = 20  # shades on each side of 0
 # What the credit of a record is called, by how it met the advantages.
 _VALUE = {
@@ -63,19 +64,24 @@ class Shown(NamedTuple):
     blocks: list[str]  # their data, packed
     methods: list[dict[str, Any]]
     by_step: list[dict[str, float]]  # what the records say of each step, named like the trainer's metrics
+    notes: list[str]  # what of the records is not in it
 
 
-def write_report(source: str | Path, output: str | Path) -> Path:
-    """Write the page of a run: its curves, and every recorded group with its tokens coloured by their values.
+def write_report(source: str | Path, output: str | Path, max_groups: int = MAX_GROUPS) -> Path:
+    """Write the page of a run: its curves, and its recorded groups with their tokens coloured by their values.
 
     Args:
         source: a run's folder, its folder of records, or one record.
         output: the HTML file; its folder is made if need be.
+        max_groups: of a run that recorded more, each record gives an equal share of so many, and at least one: the
+            groups whose right and wrong rollouts are nearest to half and half. The page says so.
 
     Raises:
         FileNotFoundError: there are no records.
-        ValueError: a file is not a record, or of another schema version.
+        ValueError: a file is not a record, or of another schema version; or `max_groups` is below 1.
     """
+    if max_groups < 1:
+        raise ValueError(f"max_groups must be at least 1, not {max_groups}")
     source = Path(source)
     paths = [source] if source.is_file() else records.files(source)
     if not paths:
@@ -87,27 +93,29 @@ def write_report(source: str | Path, output: str | Path) -> Path:
     folder = source.parent if source.is_file() else source
     run = folder.resolve()
     name = run.parent.name if run.name == records.FOLDER else run.name
-    shown = collect(records.read(path) for path in progress(paths, "Reading records"))
+    share = max(1, max_groups // len(paths))
+    shown = collect((records.read(path) for path in progress(paths, "Reading records")), share)
     metrics = records.read_metrics(folder)
-    note = None if metrics else "The curves are means over the recorded groups: there are no metrics of the trainer."
-    return write(output, name, shown, curves(metrics or shown.by_step), note)
+    panels = curves(metrics or shown.by_step)
+    if panels and not metrics:
+        shown.notes.append("The curves are means over the groups of this page: there are no metrics of the trainer.")
+    return write(output, name, shown, panels)
 
 
-def write(
-    output: str | Path, name: str, shown: Shown, panels: Sequence[dict[str, Any]] = (), note: str | None = None
-) -> Path:
+def write(output: str | Path, name: str, shown: Shown, panels: Sequence[dict[str, Any]] = ()) -> Path:
     """Write a page; who opens it at the same time sees the old one or the new."""
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.part")
-    partial.write_text(render(name, shown, panels, note), encoding="utf-8", newline="\n")
+    partial.write_text(render(name, shown, panels), encoding="utf-8", newline="\n")
     partial.replace(output)
     return output
 
 
-def collect(some: Iterable[Record]) -> Shown:
-    """Describe and pack the groups of these records, one record at a time."""
-    shown = Shown([], [], [], [])
+def collect(some: Iterable[Record], most: int | None = None) -> Shown:
+    """Describe and pack the groups of these records, one record at a time and at most so many of each."""
+    shown = Shown([], [], [], [], [])
+    recorded, known, generated = 0, 0, 0  # groups; those of generations whose size is known; in these generations
     methods: list[Method] = []
     prompts: list[str] = []
     for record in some:
@@ -117,7 +125,11 @@ def collect(some: Iterable[Record]) -> Shown:
             shown.methods.append(_method(settings))
         begin = len(shown.groups)
         means: list[dict[str, list[float]]] = []
-        for rows in split(record):
+        groups = list(split(record))
+        recorded += len(groups)
+        if record.method.generated_groups:
+            known, generated = known + len(groups), generated + record.method.generated_groups
+        for rows in _nearest_to_half(groups, most):
             group = describe(record.method, rows)
             means.append(_sums(group))
             prompts.append(visible(rows[0]["prompt"]))
@@ -128,16 +140,32 @@ def collect(some: Iterable[Record]) -> Shown:
                     "right": sum(row["correct"] is True for row in rows),
                     "wrong": sum(row["correct"] is False for row in rows),
                     "method": methods.index(settings),
-                    "generated": record.method.generated_groups,
                 }
             )
         if shown.groups[begin:]:
             step = shown.groups[begin]["step"]
             shown.by_step.append({"step": step, **_means(means, shown.groups[begin:])})
+    if known < generated:
+        shown.notes.append(f"Recorded: {known} of the {generated} groups of these generations.")
+    if len(shown.groups) < recorded:
+        shown.notes.append(
+            f"This page holds {len(shown.groups)} of {recorded} recorded groups: of each step those whose right and "
+            "wrong rollouts are nearest to half and half. All of one step: make the page of its file, or raise "
+            "max_groups."
+        )
     begin, end = _own_part(prompts)
     for group, prompt in zip(shown.groups, prompts, strict=True):
         group |= {"prompt": prompt, "own": [begin, len(prompt) - end]}
     return shown
+
+
+def _nearest_to_half(groups: list[list[dict[str, Any]]], most: int | None) -> list[list[dict[str, Any]]]:
+    """Return so many of the groups, in their order: those with most rollouts on their smaller side, right or wrong."""
+
+    def smaller_side(i: int) -> int:
+        return min(sum(row["correct"] is side for row in groups[i]) for side in (True, False))
+
+    return [groups[i] for i in sorted(sorted(range(len(groups)), key=smaller_side, reverse=True)[:most])]
 
 
 def _own_part(prompts: list[str]) -> tuple[int, int]:
@@ -240,7 +268,7 @@ def pack(data: Any) -> str:
     return base64.b64encode(zlib.compress(text.encode(), 6)).decode()
 
 
-def render(name: str, shown: Shown, panels: Sequence[dict[str, Any]] = (), note: str | None = None) -> str:
+def render(name: str, shown: Shown, panels: Sequence[dict[str, Any]] = ()) -> str:
     """Return the page. Plotly's script is in it only if there are curves."""
     environment = Environment(
         loader=PackageLoader("ktae_trl.report", "."),
@@ -262,31 +290,14 @@ def render(name: str, shown: Shown, panels: Sequence[dict[str, Any]] = (), note:
         groups=len(shown.groups),
         rollouts=sum(group["right"] + group["wrong"] + group["unscored"] for group in shown.groups),
         steps=sorted(steps),
-        recorded=_recorded(shown.groups),
+        notes=shown.notes,
         curves=bool(panels),
-        curves_note=note if panels else None,
         index=pack({"groups": shown.groups, "methods": shown.methods, "panels": panels, "levels": LEVELS}),
         blocks=shown.blocks,
         css=Markup(css),
         shades=[(i + LEVELS, colour(i / LEVELS), colour(i / LEVELS, dark=True)) for i in range(-LEVELS, LEVELS + 1)],
         scripts=scripts,
         hashes=[f"'sha256-{_sha256(text)}'" for text in scripts],
-    )
-
-
-def _recorded(groups: list[dict[str, Any]]) -> str | None:
-    """Say which share of the generations was recorded, if not all of it or if it is not known."""
-    by_step: dict[int, list[dict]] = {}
-    for group in groups:
-        by_step.setdefault(group["step"], []).append(group)
-    counts = {(len(some), some[0]["generated"]) for some in by_step.values() if some[0]["generated"]}
-    if not counts or all(some == whole for some, whole in counts):
-        return None
-    if len(counts) == 1:
-        some, whole = counts.pop()
-        return f"{some} of the {whole} groups of each recorded generation"
-    return (
-        f"{sum(some for some, _ in counts)} of {sum(whole for _, whole in counts)} groups of the recorded generations"
     )
 
 
