@@ -152,7 +152,9 @@ def retry_command(message: str) -> list[str]:
 
 
 def test_the_card_says_what_the_run_was(tmp_path):
-    trainer = make_trainer(tmp_path / "sums", ktae_tf_weight=2.0, hub_token="hf_secret_of_somebody_1234")
+    trainer = make_trainer(
+        tmp_path / "sums", ktae_tf_weight=2.0, hub_token="hf_secret_of_somebody_1234", hub_model_id="ann/sums"
+    )
     trainer.recipe = {"dataset_name": "nlile/hendrycks-MATH-benchmark", "system_prompt": "Use ```python\nfences```."}
     trainer.create_model_card()
     text = (tmp_path / "sums" / "README.md").read_text()
@@ -170,6 +172,7 @@ def test_the_card_says_what_the_run_was(tmp_path):
     assert settings["learning_rate"] == 1e-3
     assert settings["credit"] == "ktae"
     assert not {"output_dir", "hub_token", "ktae_ig_weight", "accelerator_config"} & settings.keys()
+    assert not [name for name in settings if name.startswith("hub_")]
     assert "hf_secret" not in text
     assert "secret" not in text
     assert text.count("## Training procedure") == text.count("### Framework versions") == 1
@@ -279,6 +282,19 @@ def test_results_become_metadata_and_a_table(run, tmp_path):
     assert text.count("| aime24 |") == 2
 
 
+def test_results_of_an_earlier_run_are_not_those_of_one_that_still_trains(tmp_path):
+    trainer = make_trainer(tmp_path)
+    (tmp_path / model_card.HELD_OUT).write_text(
+        json.dumps({"after_greedy": 0.5, "after_sampled": 0.5, "after_samples": 1})
+    )
+    trainer.is_in_train = True  # as when a checkpoint is saved
+    trainer.create_model_card()
+    assert "50.0%" not in (tmp_path / "README.md").read_text()
+    trainer.is_in_train = False
+    trainer.create_model_card()
+    assert "50.0%" in (tmp_path / "README.md").read_text()
+
+
 def test_greedy_results_say_so(run, tmp_path):
     settings = {"temperature": 0.0, "top_p": 1.0, "samples": 1, "max_new_tokens": 30, "seed": 0}
     folder = measured(tmp_path / "eval", run, settings={**settings, "fingerprint": fingerprint(str(run))})
@@ -342,6 +358,14 @@ def test_push_an_adapter_in_the_background(server, tmp_path):
     assert data.get("base_model") is None  # it came from a folder, which the Hub would refuse
     assert data.library_name == "peft"
     assert {"treerpo", "trl", "grpo", "mine"} <= set(data.tags)
+
+
+def test_a_push_in_the_background_fails(server, tmp_path, caplog):
+    server.fault("refuse", "/preupload/", 403)
+    future = make_trainer(tmp_path / "sums").push_to_hub(blocking=False)
+    assert isinstance(future.exception(timeout=60), HubError)
+    assert "in the background failed: The upload to sums failed: the token may not write there" in caplog.text
+    assert (tmp_path / "sums" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("credit", ["none", "oar_g"])
