@@ -76,5 +76,5 @@ def test_sample_of_a_long_and_hostile_group(monkeypatch):
     assert "\x1b" not in text
     assert "\x00" not in text
     assert "\u202e" not in text
-    assert "[red]␛[2J" in text  # neither markup nor control
+    assert "[red]⟨ESC⟩[2J" in text  # neither markup nor control
     assert "100 more tokens" in text

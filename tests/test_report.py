@@ -278,8 +278,8 @@ def test_a_page_without_groups_or_records(tmp_path):
 
 def test_what_has_no_ink_is_written_out():
     assert visible("plain text") == "plain text"
-    assert visible("a\nb\tc\r") == "a↵\nb⇥\tc␍"
-    assert visible("\0\x1b\x7f\x85") == "␀␛␡⟨U+0085⟩"
+    assert visible("a\nb\tc\r") == "a↵\nb⇥\tc⟨CR⟩"
+    assert visible("\0\x1b\x1f\x7f\x85\x86") == "⟨NUL⟩⟨ESC⟩⟨US⟩⟨DEL⟩⟨NEL⟩⟨U+0086⟩"
     assert visible("\u202ex\u2069\u200b\u200d\xa0\u3000\ufe0f\ue000\u3164") == (
         "⟨RLO⟩x⟨PDI⟩⟨ZWSP⟩⟨ZWJ⟩⟨NBSP⟩⟨U+3000⟩⟨U+FE0F⟩⟨U+E000⟩⟨U+3164⟩"
     )
@@ -516,6 +516,26 @@ def test_a_notebook_shows_coloured_tokens_and_the_table(tokenizer):
     assert f"rgb{colour(four['credit'][place])}" in style
     assert "2 of 2" in parsed.text
     assert "one rollout only" in parsed.text
+    assert (
+        "↵↵"
+        not in explain([{**row, "completion": row["completion"] + "\n"} for row in rollouts()], tokenizer)._repr_html_()
+    )
+
+
+@pytest.mark.parametrize(
+    ("how", "values", "shades", "told"),
+    [
+        ("scale", [[0.5, 1.0], [3.0, math.nan]], [-0.5, 0, 1, 0], "weight 0"),
+        ("replace", [[2.0, -1.0], [0.0, -4.0]], [0.5, -0.25, 0, -1], "advantage below 0"),
+        (None, None, [0] * 4, "wrong -1"),
+    ],
+)
+def test_a_notebook_shows_other_methods_too(how, values, shades, told):
+    rows = rows_of_group([["x", "y"], ["y", "z"]], [True, False], how=how, credit=values)
+    html = Page(KeyTokens(Record(Method("other", how), rows))._repr_html_())
+    styles = [a["style"] for tag, a in html.elements if tag == "span" and "title" in a]
+    assert [f"rgb{colour(shade)}" in style for shade, style in zip(shades, styles, strict=True)] == [True] * 4
+    assert told in html.text
 
 
 # The command line

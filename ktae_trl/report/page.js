@@ -150,14 +150,23 @@
     const place = found.indexOf(current);
     const number = found[place < 0 ? 0 : place + by];
     if (number === undefined) return;
-    current = number;
     while (found.indexOf(number) >= listed) {
       listed += LIST_PIECE;
       list();
     }
-    location.replace(`#${key(index.groups[number])}`); // leaves the way back to where one came from
+    show(number, true);
     if (focus) linkOf(number).focus();
+    history.replaceState(null, "", `#${key(index.groups[number])}`);
   }
+
+  // Not by the browser's way of following a link, which takes the focus from it.
+  $("list").addEventListener("click", (event) => {
+    const link = event.target.closest("a");
+    if (!link || event.ctrlKey || event.metaKey || event.shiftKey) return;
+    event.preventDefault();
+    show(Number(link.dataset.number), true);
+    history.pushState(null, "", link.hash);
+  });
 
   function fromHash() {
     const wanted = decodeURIComponent(location.hash.slice(1));
@@ -362,7 +371,7 @@
     right: "right rollouts that have it", wrong: "wrong rollouts that have it", p: "Fisher’s exact test, two-sided",
     IG: "information gain, bits", D: "direction", K: "key-token value",
   };
-  const one = (text) => text.replace(/[\n\t]/g, "").replaceAll(" ", "␣");
+  const oneLine = (text) => text.replace(/[\n\t]/g, "").replaceAll(" ", "␣");
 
   function table() {
     const { data } = shown;
@@ -411,7 +420,7 @@
   }
 
   function tableRow(i, tokens, data) {
-    const name = make("button", { type: "button", className: `name`, textContent: one(tokens.text[i]) });
+    const name = make("button", { type: "button", className: `name`, textContent: oneLine(tokens.text[i]) });
     name.title = "Mark its occurrences";
     name.onclick = () => mark(shown.marked === i ? null : i, true);
     const cell = (text) => make("td", { className: "number", textContent: text });
@@ -493,7 +502,7 @@
       make(
         "div",
         { className: "title" },
-        make("b", { textContent: one(tokens.text[token]) }),
+        make("b", { textContent: oneLine(tokens.text[token]) }),
         make("span", { textContent: `id ${tokens.id[token]} · no. ${span.place + 1}` }),
       ),
       facts,
@@ -554,7 +563,8 @@
     if (event.ctrlKey || event.metaKey || event.altKey || $("help").open) return;
     const field = event.target.matches?.("input, select, textarea");
     if (event.key === "Escape") {
-      if (field) event.target.blur();
+      if (field) event.target.blur(); // and keep what was found, to go through it with j and k
+      if (field) event.preventDefault();
       if (!$("tip").hidden) hideTip();
       else if (shown && shown.marked !== null) mark(null);
       return;
@@ -670,7 +680,7 @@
     index.steps = new Set(index.groups.map((group) => group.step)).size;
     $("step").parentElement.hidden = index.steps < 2;
     await filter();
-    addEventListener("hashchange", () => open(true));
+    addEventListener("popstate", () => open(true)); // also when the address was changed by hand
     await open(false);
     setTimeout(plot);
   }

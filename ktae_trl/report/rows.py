@@ -16,7 +16,7 @@ from ktae_trl.grading import grade_many
 from ktae_trl.records import Method, Record
 from ktae_trl.report.groups import clip, describe, split, statistics
 from ktae_trl.report.page import collect, progress, write
-from ktae_trl.report.tokens import colour, label, shade, token_strings, visible
+from ktae_trl.report.tokens import colour, one_line, shade, token_strings, visible
 
 COMBINE = ("multiply", "add")
 # What a notebook shows; the page has all.
@@ -55,6 +55,7 @@ class KeyTokens(NamedTuple):
             rest=len(groups) - len(some),
             summary=self.summary(),
             ramp=[colour(i / 10) for i in range(-10, 11)],
+            ends=_ENDS.get(self.record.method.how, ("K: wrong -1", "+1 right")),
         )
 
 
@@ -242,6 +243,19 @@ def _encodable(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def _known(value: float | str | None) -> float | None:
+    """Return a number as it is, and None for what is none: no credit, or the name of a NaN."""
+    return None if isinstance(value, str) else value
+
+
+def _written(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:+.4f}"
+
+
+# What the ends of the colours mean, by how the credit met the advantages.
+_ENDS = {"scale": ("weight 0", "2 or more"), "replace": ("advantage below 0", "above 0")}
+
+
 def _inline(method: Method, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return what a notebook shows of a group: some rollouts of each side and the tokens that tell most."""
     group = describe(method, rows)
@@ -255,15 +269,15 @@ def _inline(method: Method, rows: list[dict[str, Any]]) -> dict[str, Any]:
         return f"{label_of(i)}  a {a}  b {b}  c {group['right'] - a}  d {group['wrong'] - b}{numbers}"
 
     def label_of(i: int) -> str:
-        return label(tokens["text"][i])
+        return one_line(tokens["text"][i])
 
     def rollout(own: dict[str, Any]) -> dict[str, Any]:
         cells = own["cells"]
         shown = [
             {
                 "text": tokens["text"][cells["token"][cell]],
-                "title": f"{facts(cells['token'][cell])}  A' {cells['advantage'][cell]:+.4f}",
-                "colour": colour(shade(cells["value"][cell], method.how, most)),
+                "title": f"{facts(cells['token'][cell])}  A' {_written(cells['advantage'][cell])}",
+                "colour": colour(shade(_known(cells["value"][cell]), method.how, most)),
             }
             for cell in own["at"][: _INLINE["tokens"]]
         ]
@@ -273,7 +287,8 @@ def _inline(method: Method, rows: list[dict[str, Any]]) -> dict[str, Any]:
         all_of_it = [own for own in group["rollouts"] if own["correct"] is correct]
         return [rollout(own) for own in all_of_it[: _INLINE["rollouts"]]], len(all_of_it)
 
-    most = max((abs(value) for row in rows for value in row["credit"] or []), default=0.0)
+    values = [_known(value) for own in group["rollouts"] for value in own["cells"]["value"]]
+    most = max((abs(value) for value in values if value is not None), default=0.0)
     counted = [i for i, p in enumerate(tokens["p"]) if p is not None]
     counted.sort(key=lambda i: (-tokens["IG"][i], -abs(tokens["K"][i])))
     return {

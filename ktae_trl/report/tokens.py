@@ -7,7 +7,10 @@ from functools import lru_cache
 # Characters without ink that Unicode does not file under controls or formats; the ranges of variation selectors too.
 _INVISIBLE = {0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2800, 0x3164, 0xFFA0, *range(0x180B, 0x1810)}
 _INVISIBLE |= {*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)}
+_CONTROLS = "NUL SOH STX ETX EOT ENQ ACK BEL BS TAB LF VT FF CR SO SI"
+_CONTROLS += " DLE DC1 DC2 DC3 DC4 NAK SYN ETB CAN EM SUB ESC FS GS RS US"
 _NAMES = {
+    **dict(enumerate(_CONTROLS.split())), 0x7F: "DEL", 0x85: "NEL",
     0xA0: "NBSP", 0xAD: "SHY", 0x61C: "ALM", 0x200B: "ZWSP", 0x200C: "ZWNJ", 0x200D: "ZWJ", 0x200E: "LRM",
     0x200F: "RLM", 0x202A: "LRE", 0x202B: "RLE", 0x202C: "PDF", 0x202D: "LRO", 0x202E: "RLO", 0x2060: "WJ",
     0x2066: "LRI", 0x2067: "RLI", 0x2068: "FSI", 0x2069: "PDI", 0xFEFF: "BOM",
@@ -25,9 +28,9 @@ _SCALES = {
 def visible(text: str) -> str:
     """Return `text` with everything that has no ink written out, so that it can neither hide nor reorder anything.
 
-    A newline becomes `↵` and the newline, a tab `⇥` and the tab, other control characters their picture (`␀`), and
-    invisible ones, those that turn the direction of writing, and lone surrogates a name: `⟨RLM⟩`, `⟨U+D800⟩`. A
-    combining mark in front has nothing to combine with and gets `◌`. Spaces stay.
+    A newline becomes `↵` and the newline, a tab `⇥` and the tab. Other control characters, invisible ones, those that
+    turn the direction of writing, and lone surrogates become names: `⟨NUL⟩`, `⟨RLM⟩`, `⟨U+D800⟩` (many fonts lack the
+    pictures of control characters). A combining mark in front has nothing to combine with and gets `◌`. Spaces stay.
     """
     if text.isascii() and text.isprintable():
         return text
@@ -40,10 +43,6 @@ def _visible_character(character: str) -> str:
     code = ord(character)
     if character in "\n\t":
         return {"\n": "↵\n", "\t": "⇥\t"}[character]
-    if code < 0x20:
-        return chr(0x2400 + code)
-    if code == 0x7F:
-        return "␡"
     unseen = unicodedata.category(character) in _UNSEEN_CATEGORIES and character != " "
     if unseen or code in _INVISIBLE:
         return f"⟨{_NAMES.get(code, f'U+{code:04X}')}⟩"
@@ -51,8 +50,13 @@ def _visible_character(character: str) -> str:
 
 
 def label(text: str) -> str:
-    """Return `visible(text)` on one line and with its spaces as `␣`: a token by itself, as in a table."""
-    return visible(text).replace("\n", "").replace("\t", "").replace(" ", "␣")
+    """Return `text` visible and on one line: a token by itself, as in a table."""
+    return one_line(visible(text))
+
+
+def one_line(shown: str) -> str:
+    """Return what `visible` gave on one line, with `␣` for its spaces."""
+    return shown.replace("\n", "").replace("\t", "").replace(" ", "␣")
 
 
 def colour(value: float, dark: bool = False) -> tuple[int, int, int]:
