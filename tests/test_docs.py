@@ -329,13 +329,13 @@ def test_what_a_training_logs_has_a_row(tmp_path):
 
 
 def templates() -> list[str]:
-    """Every string of the code as a pattern: what is put in later stands for anything."""
+    """Every string of the code as a pattern, the longest first: what is put in later stands for anything."""
     found = set()
     for path in [*(ROOT / "ktae_trl").rglob("*.py"), ROOT / "train.py", ROOT / "eval.py"]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant | ast.JoinedStr | ast.BinOp):
                 found.add(pattern(node))
-    return [text for text in found if len(words_of(text)) >= 2]
+    return sorted((text for text in found if len(words_of(text)) >= 2), key=lambda text: (-len(text), text))
 
 
 def words_of(text: str) -> list[str]:
@@ -354,12 +354,15 @@ def pattern(node: ast.AST) -> str:
 
 def is_said(quote: str, patterns: list[str]) -> bool:
     """Whether a message of the code reads so; a sentence that is put into it must be of the code too."""
+    there = set(words_of(quote))
+    patterns = [text for text in patterns if there.issuperset(words_of(text))]
     for text in patterns:
         if match := re.fullmatch(text, quote, re.DOTALL):
             inserted = " ".join(match.groups())
             for inner in patterns:
                 inserted = re.sub(inner, lambda found: " ".join(found.groups()), inserted)
-            if len(words_of(inserted)) <= 5:  # names, mostly
+            # No name and no path; "interrupted" and the columns of somebody's data are what is left.
+            if len(re.findall(r"(?<![\w./'-])[a-z]{2,}(?![\w/'-])", inserted)) <= 2:
                 return True
     return False
 
