@@ -379,8 +379,14 @@ def test_cards_of_other_methods_on_the_hub(server, tmp_path, credit):
 def test_uploads_during_training(server, report, tmp_path):
     """`push_to_hub: true` and `hub_strategy: every_save`, as transformers has it, but without the rollouts."""
     folder = tmp_path / "sums"
-    record(folder)
-    settings = {**SETTINGS, "max_steps": 2, "save_strategy": "steps", "save_steps": 1, "hub_always_push": True}
+    settings = {
+        **SETTINGS,
+        "max_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "hub_always_push": True,
+        "record_steps": 1,
+    }
     trainer = make_trainer(folder, **settings, push_to_hub=True, hub_private_repo=True, hub_token=TOKEN)
     assert server.repos["ann/sums"]["private"]
     trainer.train()
