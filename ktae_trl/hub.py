@@ -10,7 +10,7 @@ import json
 import logging
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import cache
@@ -40,9 +40,7 @@ class Api(HfApi):
 
     def upload_folder(self, *, ignore_patterns=None, run_as_future=False, **kwargs) -> CommitInfo | Future:
         if run_as_future:
-            future = self.run_as_future(self.upload_folder, ignore_patterns=ignore_patterns, **kwargs)
-            future.add_done_callback(_warn_of_failure)
-            return future
+            return self.run_as_future(_or_warn, self.upload_folder, ignore_patterns=ignore_patterns, **kwargs)
         with _patience():
             return super().upload_folder(ignore_patterns=[*(ignore_patterns or []), *NOT_UPLOADED], **kwargs)
 
@@ -52,12 +50,16 @@ def api() -> Api:
     return Api(library_name="ktae_trl")  # one: its background uploads come one after the other
 
 
-def _warn_of_failure(future: Future) -> None:
-    if not future.cancelled() and (error := future.exception()) is not None:
+def _or_warn(upload: Callable[..., CommitInfo], *arguments, **kwargs) -> CommitInfo:
+    """Upload; what fails is a warning too, for nobody may look at the future of an upload in the background."""
+    try:
+        return upload(*arguments, **kwargs)
+    except Exception as error:
         logger.warning(
             "An upload to the Hub in the background failed: %s. Nothing is lost on disk, and the next one has it all.",
             error if isinstance(error, HubError) else reason_of(error),
         )
+        raise
 
 
 @contextmanager
@@ -129,9 +131,9 @@ def send(
         HubError: with the command that tries again.
     """
     if not wait:
-        future = api().run_as_future(send, folder, name, private, token=token, revision=revision, message=message)
-        future.add_done_callback(_warn_of_failure)
-        return future
+        return api().run_as_future(
+            _or_warn, send, folder, name, private, token=token, revision=revision, message=message
+        )
     try:
         repo_id = create_repo(name, private=private, token=token)
         model_card.update(folder, repo_id=repo_id)

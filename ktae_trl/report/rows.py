@@ -44,6 +44,9 @@ class KeyTokens(NamedTuple):
             text += f", {unscored} without a verdict, left out of the statistics"
         return text
 
+    def __repr__(self) -> str:
+        return f"KeyTokens: {self.summary()}"  # a notebook stores it beside the HTML
+
     def _repr_html_(self) -> str:
         groups = sorted(split(self.record), key=lambda rows: _KINDS.index(_kind(rows)))
         some = [_inline(self.record.method, rows) for rows in groups[: _INLINE["groups"]]]
