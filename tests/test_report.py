@@ -590,6 +590,7 @@ def test_the_command_line(tmp_path, capsys):
         "weights h1 (Fisher), h2 (IG), h3 (TF)": "2, 3, 0",
         "leave one out": "yes",
     }
+    assert method["leave_one_out"]
     group = page.data("block-0")
     assert (group["right"], group["wrong"], group["notes"]) == (2, 2, [])
 
