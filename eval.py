@@ -163,10 +163,13 @@ def evaluate(args: EvalArguments) -> None:
 
     with complaints():
         # With `only`, those finished before stay in the summary.
-        names = [b.name for b in parse_benchmarks(args.benchmarks) if store.path(b.name).exists()]
+        benchmarks = parse_benchmarks(args.benchmarks)
+        names = [b.name for b in benchmarks if store.path(b.name).exists()]
         rows = {name: read_samples(store.path(name)) for name in names}
         finished = [summary.results(name, r) for name, r in rows.items() if all("verdict" in row for row in r)]
         figures = summary.summarise(finished, args.k)
+    sources = {b.name: {"dataset": b.dataset, "config": b.config, "split": b.split} for b in benchmarks}
+    figures |= {"datasets": {name: sources[name] for name in figures["benchmarks"]}}
     figures |= {"model": args.model_name_or_path, "settings": settings}
     figures |= {"new_samples": len(requests) - len(done), "sampling_seconds": round(seconds, 1)}
     _finish(store.folder, figures, args.model_name_or_path)

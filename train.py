@@ -19,6 +19,8 @@ from ktae_trl.batches import check_processes
 from ktae_trl.console import MetricsTable
 from ktae_trl.data import DataArguments, load_prompts
 from ktae_trl.evaluation.held_out import Accuracy, held_out_accuracy
+from ktae_trl.hub import HubError, create_repo, repo_name
+from ktae_trl.model_card import PAGE, settings_of
 from ktae_trl.rewards import load_rewards
 from ktae_trl.stopping import telling_how_to_go_on
 
@@ -111,20 +113,12 @@ def build_trainer(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )
+    trainer.recipe = {"dataset_name": run.dataset_name} | settings_of(run) | settings_of(model)
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         correctness = args.correctness_reward or trainer.reward_func_names[0]
         trainer.add_callback(MetricsTable(correctness, args.credit, args.dynamic_sampling))
     return trainer
-
-
-def save_whole_model(trainer: KTAEGRPOTrainer) -> None:
-    """Save a model that `from_pretrained` loads, also where checkpoints are in shards, as is accelerate's default."""
-    if trainer.is_fsdp_enabled:
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    elif trainer.is_deepspeed_enabled:  # ZeRO-3 without `zero3_save_16bit_model`
-        trainer.deepspeed._config.zero_config.gather_16bit_weights_on_model_save = True
-    trainer.save_model()
 
 
 def main(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -> None:
@@ -136,6 +130,8 @@ def main(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -> None:
             return
         if args.process_index == 0 and (warning := check_processes(args, run.num_processes)):
             logging.warning(warning)
+        if args.push_to_hub and args.process_index == 0:  # before anything is loaded
+            create_repo(repo_name(args), private=args.hub_private_repo, token=args.hub_token)
         trainer = build_trainer(run, args, model)
     except (ValueError, OSError, ImportError) as error:  # settings, data, a name on the Hub, what is not installed
         sys.exit(f"train.py: {error}")
@@ -156,18 +152,23 @@ def main(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -> None:
         say(f"\nHeld-out accuracy ({problems})\n  before: {before or 'not measured'}\n  after:  {after}")
         results = {f"after_{name}": value for name, value in after._asdict().items()}
         results |= {f"before_{name}": value for name, value in before._asdict().items()} if before else {}
+        results["problems"] = len(trainer.eval_dataset)
         results["train_seconds"] = trained.metrics["train_runtime"]
         trainer.save_metrics("held_out", results, combined=False)
 
-    save_whole_model(trainer)
-    hub_dataset = None if Path(run.dataset_name).exists() else run.dataset_name
-    trainer.create_model_card(dataset_name=hub_dataset)
+    trainer.save_all(push=args.push_to_hub)
     say(f"\nSaved model, tokenizer and card in {args.output_dir}")
-    if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=hub_dataset)
+    if (page := Path(args.output_dir, PAGE)).exists():
+        say(f"The key tokens of the run, for a browser: {page}")
     # A process that leaves while the first still saves can abort (ZeRO-3), and the launcher would then end them all.
+    # One that waits while the first uploads a large model can run into the limit of its wait.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+    if args.push_to_hub and args.process_index == 0:
+        try:
+            print(f"\nUploaded to {trainer.upload().repo_url}")
+        except HubError as error:
+            sys.exit(f"\ntrain.py: {error}")
 
 
 def read_arguments(words: list[str]) -> tuple[RunArguments, KTAEGRPOConfig, ModelConfig]:

@@ -1,19 +1,24 @@
-"""What a model card says of the method that trained the model: tags, name, paper. Without an entry it is GRPO's."""
+"""What a model card says of the method that trained the model: tags, name, paper, what it does. Else it is GRPO's."""
 
 import textwrap
 from typing import NamedTuple
 
 
 class Card(NamedTuple):
-    """TRL's `_tag_names`, `_name` and `_paper`."""
+    """TRL's `_tag_names`, `_name` and `_paper`, and a sentence on what the method does."""
 
     tags: list[str]
     name: str
     paper: dict[str, str]
+    does: str = ""
 
 
-def _card(tag: str, name: str, title: str, arxiv: str, citation: str) -> Card:
-    return Card(["trl", "grpo", tag], name, {"title": title, "id": arxiv, "citation": textwrap.dedent(citation)})
+def _card(tag: str, name: str, does: str, title: str, arxiv: str, citation: str) -> Card:
+    paper = {"title": title, "id": arxiv, "citation": textwrap.dedent(citation)}
+    return Card(["trl", "grpo", tag], name, paper, does)
+
+
+NONE = "Every token of a completion gets the same advantage, that of its rollout."
 
 
 _OAR = (
@@ -34,6 +39,8 @@ CARDS = {
     "ktae": _card(
         "ktae",
         "KTAE",
+        "Each token's advantage is that of its rollout, scaled by how much the token goes with the right or the wrong "
+        "rollouts of its prompt (Fisher's exact test, information gain, term frequencies).",
         "KTAE: A Model-Free Algorithm to Key-Tokens Advantage Estimation in Mathematical Reasoning",
         "2505.16826",
         """\
@@ -47,11 +54,25 @@ CARDS = {
             eprint    = {arXiv:2505.16826},
         }""",
     ),
-    "oar_g": _card("oar", "OAR-G", *_OAR),
-    "oar_p": _card("oar", "OAR-P", *_OAR),
+    "oar_g": _card(
+        "oar",
+        "OAR-G",
+        "Each token's advantage is that of its rollout, weighted by the token's influence on the answer, as the "
+        "gradient of the answer at its embedding tells it.",
+        *_OAR,
+    ),
+    "oar_p": _card(
+        "oar",
+        "OAR-P",
+        "Each token's advantage is that of its rollout, weighted by the token's influence on the answer: what its "
+        "absence does to it.",
+        *_OAR,
+    ),
     "tree": _card(
         "treerpo",
         "TreeRPO",
+        "Rollouts are sampled as trees, and the tokens of a segment get its own advantage: how right the answers below "
+        "it are, against those of its siblings.",
         "TreeRPO: Tree Relative Policy Optimization",
         "2506.05183",
         """\

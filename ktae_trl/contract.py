@@ -64,6 +64,12 @@ _RELIED_ON: dict[str, tuple[list[str], set[str]]] = {
     ),
     # `dim` and `unsqueeze`: advantages of shape (B,) are widened, those of shape (B, T) taken as they are.
     "_compute_loss": (["model", "inputs"], {"advantages", "tool_mask", "dim", "unsqueeze"}),
+    # Cards and uploads. What is uploaded in training goes by `hf_api`, which we put our patterns into.
+    "create_model_card": (["model_name", "dataset_name", "tags"], {"_tag_names", "_name", "_paper"}),
+    "_push_from_checkpoint": (["checkpoint_folder"], {"hf_api", "upload_folder"}),
+    "_finish_current_push": ([], {"push_in_progress"}),
+    "init_hf_repo": (["token"], {"hub_model_id", "push_in_progress"}),
+    "save_model": (["_internal_call"], set()),
     # These two are transformers' own.
     "_save_rng_state": (["output_dir"], set()),
     "_load_optimizer_and_scheduler": (["checkpoint"], set()),

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from ktae_trl import records
 from ktae_trl.credit.combine import combine
+from ktae_trl.model_card import PAGE
 from ktae_trl.report.tokens import token_strings
 
 logger = logging.getLogger(__name__)
@@ -35,21 +36,10 @@ class Recorder(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Set how often to record, and take away what a run recorded after the step that this one starts from."""
-        wanted, most = self.args.record_steps, self.args.record_files
-        if not wanted:
-            return
-        self._every = max(wanted, math.ceil(state.max_steps / most))
         last = [0]
         if self.accelerator.is_main_process:
-            if self._every > wanted:
-                logger.warning(
-                    "Rollouts are recorded every %d steps, not every %d: record_files allows %d files for %d steps.",
-                    self._every,
-                    wanted,
-                    most,
-                    state.max_steps,
-                )
             if removed := records.forget(self.folder, state.global_step):
+                (self.folder.parent / PAGE).unlink(missing_ok=True)  # it shows them
                 logger.warning(
                     "%d records of an earlier run, of steps after %d, were removed from %s.",
                     removed,
@@ -58,6 +48,16 @@ class Recorder(TrainerCallback):
                 )
             last = [max(map(records.step_of, records.files(self.folder)), default=0)]
         self._last_step = broadcast_object_list(last)[0]
+        wanted, most = self.args.record_steps, self.args.record_files
+        self._every = max(wanted, math.ceil(state.max_steps / most)) if wanted else 0
+        if self._every > wanted and self.accelerator.is_main_process:
+            logger.warning(
+                "Rollouts are recorded every %d steps, not every %d: record_files allows %d files for %d steps.",
+                self._every,
+                wanted,
+                most,
+                state.max_steps,
+            )
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self._every and state.is_world_process_zero:

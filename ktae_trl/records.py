@@ -149,8 +149,9 @@ def read_metrics(folder: str | Path) -> list[dict[str, float]]:
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError:
-            logger.warning("%s: a line that is no JSON is left out (an interrupted run?)", path)
+            step = entry["step"]
+        except (ValueError, TypeError, KeyError):
+            logger.warning("%s: a line that is no entry is left out (of an interrupted run?): %s", path, line[:80])
             continue
-        found.setdefault((entry["step"], any(name.startswith("eval_") for name in entry)), {}).update(entry)
+        found.setdefault((step, any(name.startswith("eval_") for name in entry)), {}).update(entry)
     return [found[key] for key in sorted(found)]

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from ktae_trl import tiny
 from ktae_trl.grading import grade
+from ktae_trl.hub import read_results
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--config", "configs/eval/quickstart.yaml", "--limit", "24", "--samples", "4", "--batch_size", "16"]
@@ -76,6 +77,17 @@ def test_the_whole_path(evaluated):
     assert list(figures["pass"]) == ["1", "2", "4"]
     assert summary["settings"]["temperature"] == 1.0
     assert summary["new_samples"] == 96
+
+
+def test_the_summary_goes_into_a_model_card(evaluated):
+    accuracy, *others = read_results(evaluated, Path("ktae_trl/tiny/model"), None)
+    rows = samples(evaluated)
+    assert accuracy.metric_value == pytest.approx(sum(row["verdict"] for row in rows) / 96, abs=1e-5)
+    assert accuracy.metric_name == "accuracy, mean of 4 samples at temperature 1, top_p 1"
+    assert (accuracy.dataset_type, accuracy.dataset_name, accuracy.dataset_split) == ("held_out", "sums", "test")
+    low, high = accuracy.metric_args["interval_95"]
+    assert low < accuracy.metric_value < high
+    assert [r.metric_name for r in others] == [f"{kind}@{k} of 4 samples" for kind in ("pass", "maj") for k in (2, 4)]
 
 
 def test_a_second_run_samples_nothing(script, evaluated, capsys):

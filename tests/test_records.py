@@ -178,6 +178,14 @@ def test_a_resumed_run_has_the_records_of_one_that_was_not_interrupted(tmp_path,
     )
 
 
+def test_a_run_that_begins_anew_is_not_mixed_with_the_one_before(tmp_path):
+    make_trainer(tmp_path, **RECORDING).train()
+    (tmp_path / "key_tokens.html").write_text("of the first run")
+    make_trainer(tmp_path, **RECORDING | {"record_steps": 0}).train()
+    assert records.files(tmp_path) == records.read_metrics(tmp_path) == []
+    assert not (tmp_path / "key_tokens.html").exists()
+
+
 def test_metrics_are_those_that_were_logged(tmp_path):
     trainer = make_trainer(tmp_path, **RECORDING)
     trainer.train()
@@ -253,14 +261,14 @@ def test_what_is_no_record_is_refused(tmp_path):
 def test_a_broken_line_of_metrics_is_left_out(tmp_path, caplog):
     records.append_metrics(tmp_path, {"step": 1, "reward": 0.5, "loss": math.nan, "note": "text"})
     with (tmp_path / records.METRICS).open("a") as lines:
-        lines.write('{"step": 2, "rew\n')
+        lines.write('{"step": 2, "rew\n3\n{"reward": 1}\n')
     records.append_metrics(tmp_path, {"step": 1, "reward": 0.75})
     records.append_metrics(tmp_path, {"step": 1, "eval_reward": 0.25})
     assert records.read_metrics(tmp_path) == [
         {"step": 1, "reward": 0.75, "loss": None, "note": None},
         {"step": 1, "eval_reward": 0.25},
     ]
-    assert "no JSON" in caplog.text
+    assert caplog.text.count("a line that is no entry is left out") == 3
     assert json.loads((tmp_path / records.METRICS).read_text().splitlines()[0])["loss"] is None
 
 

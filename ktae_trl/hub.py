@@ -1,0 +1,275 @@
+"""A run's folder on the Hub: the card, the key-token page beside it, and an upload that can be tried again.
+
+python -m ktae_trl.hub FOLDER [--repo_id USER/NAME] [--private true|false] [--results RESULTS ...] [--revision BRANCH]
+
+RESULTS are folders of eval.py, or their summary.json. No GPU is needed, and no model is loaded.
+"""
+
+import argparse
+import json
+import logging
+import shlex
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import httpx
+from huggingface_hub import CommitInfo, HfApi, get_session
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+from ktae_trl import model_card, records
+from ktae_trl.evaluation.samples import fingerprint
+from ktae_trl.model_card import CARD, PAGE
+
+# transformers leaves out checkpoints and what begins with an underscore. Rollouts hold the data that was trained on;
+# training_args.bin is a pickle with `hub_token` in it.
+NOT_UPLOADED = [f"{records.FOLDER}/*", "completions/*", "training_args.bin"]
+TIMEOUT = 120.0  # seconds without a sign of life; the client itself would wait for ever
+logger = logging.getLogger(__name__)
+
+
+class HubError(OSError):
+    """The Hub could not be reached or refused; the message says what to do."""
+
+
+class Api(HfApi):
+    """huggingface_hub's client; folders are uploaded without what is not for others, and not for ever."""
+
+    def upload_folder(self, *, ignore_patterns=None, run_as_future=False, **kwargs) -> CommitInfo | Future:
+        if run_as_future:
+            future = self.run_as_future(self.upload_folder, ignore_patterns=ignore_patterns, **kwargs)
+            future.add_done_callback(_warn_of_failure)
+            return future
+        with _patience():
+            return super().upload_folder(ignore_patterns=[*(ignore_patterns or []), *NOT_UPLOADED], **kwargs)
+
+
+@cache
+def api() -> Api:
+    return Api(library_name="ktae_trl")  # one: its background uploads come one after the other
+
+
+def _warn_of_failure(future: Future) -> None:
+    if not future.cancelled() and (error := future.exception()) is not None:
+        logger.warning(
+            "An upload to the Hub in the background failed: %s. Nothing is lost on disk, and the next one has it all.",
+            error if isinstance(error, HubError) else reason_of(error),
+        )
+
+
+@contextmanager
+def _patience() -> Iterator[None]:
+    session = get_session()
+    before, session.timeout = session.timeout, httpx.Timeout(TIMEOUT)
+    try:
+        yield
+    finally:
+        session.timeout = before
+
+
+@contextmanager
+def our_uploads() -> Iterator[None]:
+    """In here, transformers uploads by `api`: `Trainer._push_from_checkpoint` takes no patterns of files."""
+    from transformers import trainer  # heavy: the command line can do without
+
+    theirs, trainer.hf_api = trainer.hf_api, api
+    try:
+        yield
+    finally:
+        trainer.hf_api = theirs
+
+
+def repo_name(args) -> str:
+    """Return the name that training arguments give a repository: `hub_model_id`, or their folder's."""
+    return args.hub_model_id or Path(args.output_dir).absolute().name
+
+
+def create_repo(name: str, *, private: bool | None = None, token: str | None = None) -> str:
+    """Create a model's repository unless it is there, and return its whole id.
+
+    Args:
+        name: USER/NAME, or NAME for one's own.
+        private: None leaves it to the account's or the organisation's default.
+
+    Raises:
+        HubError: the Hub refuses or is not reached, or the repository is there and public though `private` is set.
+    """
+    try:
+        with _patience():
+            repo_id = api().create_repo(name, token=token, private=private, exist_ok=True).repo_id
+            public = private and api().model_info(repo_id, token=token).private is False
+    except Exception as error:
+        raise HubError(f"The repository {name} could not be made on the Hub: {reason_of(error)}") from error
+    if public:
+        raise HubError(
+            f"{repo_id} is on the Hub already and public, though a private repository was asked for. Make it private "
+            "in its settings there, or choose another name"
+        )
+    return repo_id
+
+
+def send(
+    folder: Path,
+    name: str,
+    private: bool | None = None,
+    *,
+    token: str | None = None,
+    revision: str | None = None,
+    message: str = "Upload model",
+    wait: bool = True,
+) -> CommitInfo | Future:
+    """Upload a run's folder, all but checkpoints, rollouts and training arguments, to a repository of that name.
+
+    Files that are there already are not sent again. Without `wait` it is done in the background.
+
+    Raises:
+        HubError: with the command that tries again.
+    """
+    if not wait:
+        future = api().run_as_future(send, folder, name, private, token=token, revision=revision, message=message)
+        future.add_done_callback(_warn_of_failure)
+        return future
+    try:
+        repo_id = create_repo(name, private=private, token=token)
+        model_card.update(folder, repo_id=repo_id)
+        return api().upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=message,
+            token=token,
+            revision=revision,
+            ignore_patterns=["_*", "checkpoint-*"],
+        )
+    except Exception as error:  # whatever it was, the model is on disk
+        raise HubError(failed(folder, name, private, revision, error)) from error
+
+
+def failed(folder: Path, repo_id: str, private: bool | None, revision: str | None, error: BaseException) -> str:
+    """Return what to say of a failed upload: what failed, where the model is, the command that tries again."""
+    words = ["python", "-m", "ktae_trl.hub", str(folder), "--repo_id", repo_id]
+    words += [] if private is None else ["--private", str(private).lower()]
+    words += [] if revision is None else ["--revision", revision]
+    return (
+        f"The upload to {repo_id} failed: {error if isinstance(error, HubError) else reason_of(error)}. Nothing is "
+        f"lost: the model is in {folder}. Try again: {shlex.join(words)}"
+    )
+
+
+def reason_of(error: BaseException) -> str:
+    """Return in a line why the Hub could not be asked."""
+    chain = [error]
+    while (error := error.__cause__ or error.__context__) is not None and error not in chain:
+        chain.append(error)
+    for error in chain:
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        if status == 401 or isinstance(error, LocalTokenNotFoundError):
+            return "it knows no valid token (401). Log in with `hf auth login`, or set HF_TOKEN"
+        if status == 403:
+            said = error.server_message or "forbidden"
+            return f"the token may not write there (403: {said}). Take one with write access"
+        if isinstance(error, OfflineModeIsEnabled):
+            return "HF_HUB_OFFLINE is set, so the Hub is not asked"
+        if isinstance(error, httpx.TimeoutException):
+            return f"no answer within {TIMEOUT:g} seconds"
+        if isinstance(error, httpx.TransportError):
+            return f"the connection broke ({type(error).__name__}: {error})"
+    said = [" ".join(str(error).split()).rstrip(".") for error in chain[:2]]
+    return f"{type(chain[0]).__name__}: " + "; ".join(text for text in said if text)
+
+
+def write_page(folder: Path) -> None:
+    """Write the key-token page if the run has records. One that cannot be made is a warning."""
+    if not records.files(folder):
+        return
+    partial = folder / f"_{PAGE}"
+    try:
+        from ktae_trl.report import write_report  # heavy, and for this only
+
+        write_report(folder, partial)
+        partial.replace(folder / PAGE)
+    except Exception as error:  # a page is not worth a model
+        partial.unlink(missing_ok=True)
+        logger.warning("The key-token page of %s could not be made: %s: %s", folder, type(error).__name__, error)
+
+
+def read_results(path: Path, folder: Path, repo_id: str | None) -> list:
+    """Return what eval.py measured, if it was this model.
+
+    Raises:
+        ValueError: the file is no summary of eval.py, or one of another model.
+        FileNotFoundError: there is none.
+    """
+    file = path / "summary.json" if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"{path} holds no summary.json: is it a folder that eval.py wrote?")
+    try:
+        summary = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(summary, dict) or not {"benchmarks", "model", "settings"} <= summary.keys():
+        raise ValueError(f"{file} does not say which model it is of: only what eval.py sampled can go into a card")
+    mark = summary["settings"].get("fingerprint")
+    if mark != fingerprint(str(folder)) if mark else summary["model"] not in (repo_id, str(folder)):
+        raise ValueError(
+            f"{file} was measured on {summary['model']}, which does not hold the weights that are in {folder} now. "
+            f"Measure again: python eval.py --config ... --model_name_or_path {folder}"
+        )
+    return model_card.eval_results(summary)
+
+
+def publish(
+    folder: Path,
+    repo_id: str | None = None,
+    *,
+    private: bool | None = None,
+    results: list[Path] = (),
+    revision: str | None = None,
+) -> CommitInfo:
+    """Complete a run's folder (page, card) and upload it.
+
+    Raises:
+        ValueError, FileNotFoundError: the folder holds no model, or the results are not of it.
+        HubError: the Hub refuses or is not reached; what was added stays on disk.
+    """
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise FileNotFoundError(f"{folder} holds no model: neither config.json nor adapter_config.json is there")
+    found = [result for path in results for result in read_results(path, folder, repo_id)]
+    if not (folder / CARD).exists():
+        if found:
+            raise FileNotFoundError(f"{folder} holds no {CARD} that the results could go into")
+        logger.warning("%s holds no %s: the model will have no card", folder, CARD)
+    if not (folder / PAGE).exists():
+        write_page(folder)
+    model_card.update(folder, repo_id=repo_id, results=found)
+    return send(folder, repo_id or folder.absolute().name, private, revision=revision)
+
+
+def main(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m ktae_trl.hub", description="Upload a run's folder to the Hub.")
+    parser.add_argument("folder", type=Path, help="what train.py or trainer.push_to_hub() left")
+    parser.add_argument("--repo_id", help="USER/NAME; default: the folder's name, in your own account")
+    parser.add_argument(
+        "--private",
+        type=str.lower,
+        choices=["true", "false"],
+        help="for a new repository; default: what your account or organisation has set",
+    )
+    parser.add_argument("--results", type=Path, nargs="+", default=[], help="folders of eval.py, for the model card")
+    parser.add_argument("--revision", help="branch, which must be there; default: main")
+    options = parser.parse_args(words)
+    private = None if options.private is None else options.private == "true"
+    try:
+        done = publish(
+            options.folder, options.repo_id, private=private, results=options.results, revision=options.revision
+        )
+    except (ValueError, OSError) as error:
+        sys.exit(f"ktae_trl.hub: {error}")
+    print(f"Uploaded {options.folder}: {done.repo_url}")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    main(sys.argv[1:])
