@@ -175,6 +175,7 @@ def test_the_page_of_a_run(tmp_path):
 
     one = Page(write_report(sources[1] / "step_000020.parquet", tmp_path / "one.html").read_text())
     assert [g["step"] for g in one.data("index")["groups"]] == [20]
+    assert one.data("index")["panels"] == index["panels"]  # those of the run
 
 
 def test_a_page_of_a_long_run_holds_a_share_of_each_step(tmp_path):
@@ -590,6 +591,7 @@ def test_the_command_line(tmp_path, capsys):
         "weights h1 (Fisher), h2 (IG), h3 (TF)": "2, 3, 0",
         "leave one out": "yes",
     }
+    assert method["leave_one_out"]
     group = page.data("block-0")
     assert (group["right"], group["wrong"], group["notes"]) == (2, 2, [])
 

@@ -109,6 +109,16 @@ def test_a_tooltip_has_the_numbers_of_the_parquet_row(visit, report, run):
     assert checked >= 5
 
 
+def test_leave_one_out_is_told(visit, tmp_path):
+    rows = random_group(seed=4, leave_one_out=True)
+    write_run(tmp_path, {1: [rows]}, leave_one_out=True)
+    page = visit(write_report(tmp_path, tmp_path / "page.html"))
+    page.locator("article.rollout", has_text="Rollout 0").locator(".t").first.hover()
+    assert float(facts(page)["K"]) == pytest.approx(rows[0]["credit"][0], abs=6e-5)
+    assert "K leaves this rollout out" in page.locator("#tip").inner_text()
+    assert "K of the whole group" in page.locator(".table").inner_text()
+
+
 def test_colours_are_those_of_the_values(visit, report, run):
     from ktae_trl.report.tokens import colour
 

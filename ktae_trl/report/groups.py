@@ -144,14 +144,14 @@ def _notes(method: Method, rows: list[dict[str, Any]], found: Statistics) -> lis
     notes = []
     silent = sum(row["correct"] is not None and not any(row["trained"]) for row in rows)
     if len(rows) == 1:
-        notes.append("There is one rollout only: nothing to compare it with, so all values are 0.")
+        notes.append("There is one rollout only: nothing to compare it with, so K is 0 for all tokens.")
     elif not found.right and not found.wrong:
         notes.append("No rollout could be judged, so there are no statistics.")
     elif not found.right or not found.wrong:
         side = "right" if found.right else "wrong"
-        notes.append(f"All rollouts that count are {side}: there is nothing to compare, so all values are 0.")
+        notes.append(f"All rollouts that count are {side}: there is nothing to compare, so K is 0 for all tokens.")
     if silent:
-        notes.append(f"Rollouts of which no token is trained on do not count: {silent}.")
+        notes.append(f"Rollouts without a token that is trained on do not count: {silent}.")
     if method.credit == "ktae":
         differences = [
             abs(recorded - again)

@@ -416,6 +416,7 @@
     draw();
     shown.redraw = draw;
     box.append(make("h3", { textContent: `Key tokens (${rows.length})` }), make("table", {}, make("thead", {}, make("tr", {}, ...headers)), body), more);
+    if (shown.method.leave_one_out) box.append(make("p", { className: "note", textContent: "K of the whole group. In a rollout K leaves that rollout out." }));
     return box;
   }
 
@@ -496,6 +497,7 @@
       fact("D", decimal(tokens.D[token], true));
     }
     const remarks = [];
+    if (shown.method.leave_one_out && counted) remarks.push("K leaves this rollout out; the other numbers are the whole group's.");
     if (!data.cells.trained[cell]) remarks.push("Not trained on in this rollout.");
     if (!counted) remarks.push(right && wrong ? "Not counted." : "No statistics: nothing to compare in this group.");
     $("tip").replaceChildren(

@@ -196,6 +196,7 @@ def _method(method: Method) -> dict[str, Any]:
         "title": _TITLES.get(method.credit, visible(method.credit)),
         "how": method.how,
         "value": _VALUE.get(method.how),
+        "leave_one_out": method.credit == "ktae" and method.leave_one_out,
         "settings": settings,
     }
 
