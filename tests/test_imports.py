@@ -17,6 +17,8 @@ PACKAGE = Path(__file__).parents[1] / "ktae_trl"
         ("ktae_trl.grading", {"torch", "trl", "transformers", "sympy", "numpy"}),
         ("ktae_trl.grading.symbolic, ktae_trl.grading.worker", {"torch", "trl", "transformers", "numpy"}),
         ("ktae_trl.credit", {"trl", "transformers"}),
+        ("ktae_trl.report.page, ktae_trl.report.rows", {"trl", "transformers"}),
+        ("ktae_trl.hub", {"torch", "trl", "transformers"}),
     ],
 )
 def test_imports_stay_light(module, forbidden):
