@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import fisher_exact
@@ -320,9 +321,21 @@ def test_nothing_visible_turns_or_hides():
         )
 
 
+def linear(rgb: tuple[int, int, int]) -> np.ndarray:
+    return np.array([c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in rgb])
+
+
 def luminance(rgb: tuple[int, int, int]) -> float:
-    linear = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in rgb]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return linear(rgb) @ (0.2126, 0.7152, 0.0722)
+
+
+# What is left of linear RGB without one kind of cone (Machado, Oliveira and Fernandes 2009, severity 1).
+SIGHT = {
+    "all": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
 
 
 @pytest.mark.parametrize("dark", [False, True])
@@ -333,9 +346,12 @@ def test_colours_can_be_told_apart_and_read(dark):
     for shade in shades:
         high, low = sorted((luminance(shade), text), reverse=True)
         assert (high + 0.05) / (low + 0.05) >= 4.5
-    # Blue against red is what all common kinds of colour blindness keep.
-    assert all(shade[2] > shade[0] for shade in shades[21:])
-    assert all(shade[0] > shade[2] for shade in shades[:20])
+    assert all(r < g < b for r, g, b in shades[25:])  # blue
+    assert all(r > g > b for r, g, b in shades[:16])  # orange
+    for name, cones in SIGHT.items():
+        against, ground, for_it = (np.array(cones) @ linear(shades[i]) for i in (0, 20, 40))
+        for one, other in ((against, for_it), (against, ground), (for_it, ground)):
+            assert np.linalg.norm(one - other) > 0.15, name
     assert colour(7, dark) == shades[-1]
     assert colour(float("nan"), dark) == colour(0, dark)
 
