@@ -70,7 +70,9 @@ _RELIED_ON: dict[str, tuple[list[str], set[str]]] = {
     "_finish_current_push": ([], {"push_in_progress"}),
     "init_hf_repo": (["token"], {"hub_model_id", "push_in_progress"}),
     "save_model": (["_internal_call"], set()),
-    # These two are transformers' own.
+    # The sample of `log_completions` is shown after it.
+    "log": (["logs", "start_time"], {"log_completions"}),
+    # These are transformers' own.
     "_save_rng_state": (["output_dir"], set()),
     "_load_optimizer_and_scheduler": (["checkpoint"], set()),
 }
