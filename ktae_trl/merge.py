@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
@@ -109,10 +109,35 @@ def _merged_adapter(source: Path, base: str | None) -> tuple[PreTrainedModel, st
         raise ValueError(
             f"The base model of the adapter, {named}, could not be loaded: {first}. Say where it is with --base"
         ) from error
-    # Rounded once, at the end: a small change of a bfloat16 weight would be lost in each of the two.
-    model = PeftModel.from_pretrained(model, source).merge_and_unload()
-    model.config.dtype = config.dtype
-    return model, named
+    try:
+        # Rounded once, at the end: a small change of a bfloat16 weight would be lost in each of the two.
+        adapted = _adapted(model, source)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"The adapter in {source} does not fit {named}: {error}. Name its base model by --base"
+        ) from None
+    whole = adapted.merge_and_unload()
+    whole.config.dtype = config.dtype
+    return whole, named
+
+
+def _adapted(model: PreTrainedModel, source: Path) -> PeftModel:
+    """Return the model with its adapter, every weight of which must have its place."""
+    weights = load_peft_weights(str(source), device="cpu")
+    tokens = [len(weight) for name, weight in weights.items() if name.endswith("embed_tokens.weight")]
+    if tokens and tokens[0] != model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(tokens[0], mean_resizing=False)  # the adapter brings them
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is not None and head.weight is embeddings.weight:
+        # Merged into one of two that are tied, an adapter would change the other as well.
+        ends = [f".{name}.lora_" for name, module in model.named_modules() if module in (embeddings, head)]
+        if any(end in name for name in weights for end in ends):
+            head.weight = torch.nn.Parameter(head.weight.detach().clone())
+            model.config.tie_word_embeddings = False
+    adapted = PeftModel.from_pretrained(model, source)
+    if missing := set(weights) - set(get_peft_model_state_dict(adapted)):
+        raise ValueError(f"it has no place for {len(missing)} of the adapter's weights, such as {min(missing)}")
+    return adapted
 
 
 def _settings_of(source: Path, base: str | None) -> str:

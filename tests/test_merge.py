@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ktae_trl import merge as merging
 from ktae_trl import tiny
@@ -69,6 +69,54 @@ def test_an_adapter(adapter, tmp_path):
     assert merged.dtype == torch.float32
     torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=0)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["merged"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": "all-linear", "use_dora": True},
+    ],
+    ids=str,
+)
+def test_what_an_adapter_does_to_tied_embeddings(tmp_path, settings):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(tiny.MODEL, dtype=torch.float32)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=16, task_type="CAUSAL_LM", **settings))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            parameter.data += torch.randn_like(parameter) * 0.1
+    model.save_pretrained(tmp_path / "adapter")
+    expected = logits(model)
+    assert (expected - base()).abs().max() > 0.1
+    merge(tmp_path / "adapter", tmp_path / "merged", dtype="float32")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=1e-5)
+
+
+def test_an_adapter_with_more_tokens_than_its_base(tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(tiny.MODEL, dtype=torch.float32)
+    model.resize_token_embeddings(model.get_input_embeddings().num_embeddings + 3)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "adapter")
+    merge(tmp_path / "adapter", tmp_path / "merged", dtype="float32")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), logits(model), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("change", [{"num_hidden_layers": 3}, {"hidden_size": 64, "num_attention_heads": 2}], ids=str)
+def test_another_base_is_refused(adapter, tmp_path, change):
+    config = json.loads((Path(tiny.MODEL) / "config.json").read_text()) | change
+    config.pop("layer_types", None)  # one for each layer
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"The adapter in .*adapter does not fit .*other: "):
+        merge(adapter, tmp_path / "merged", base=str(tmp_path / "other"))
+    assert not (tmp_path / "merged").exists()
 
 
 def test_dtype(adapter, tmp_path):
