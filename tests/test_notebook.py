@@ -153,7 +153,8 @@ def test_the_cells_of_a_real_model_run(tmp_path):
         {
             'MODEL = "tiny"': f'MODEL = "{tiny.MODEL}"',
             'load("openai/gsm8k", "main", split)': f'load("{data}")',
-            '"max_steps": 100': '"max_steps": 1',
+            '"max_steps": 30': '"max_steps": 1',
+            'credit="ktae"': 'credit="none"',  # as its last words propose
         },
     )
     assert f"answer: {rows[0]['answer']}" in re.sub(r" +", " ", printed(cells["data"]))
