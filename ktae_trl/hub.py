@@ -10,6 +10,7 @@ import json
 import logging
 import shlex
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -25,9 +26,11 @@ from ktae_trl.evaluation.samples import fingerprint
 from ktae_trl.model_card import CARD, PAGE
 
 # transformers leaves out checkpoints and what begins with an underscore. Rollouts hold the data that was trained on;
-# training_args.bin is a pickle with `hub_token` in it.
-NOT_UPLOADED = [f"{records.FOLDER}/*", "completions/*", "training_args.bin"]
+# training_args.bin is a pickle with `hub_token` in it, and TensorBoard's logs have all arguments in clear.
+NOT_UPLOADED = [f"{records.FOLDER}/*", "completions/*", "runs/*", "training_args.bin"]
 TIMEOUT = 120.0  # seconds without a sign of life; the client itself would wait for ever
+_waiting: list = []  # the client's own time-out, and an entry for each upload that has set ours
+_waiting_lock = threading.Lock()
 logger = logging.getLogger(__name__)
 
 
@@ -64,12 +67,20 @@ def _or_warn(upload: Callable[..., CommitInfo], *arguments, **kwargs) -> CommitI
 
 @contextmanager
 def _patience() -> Iterator[None]:
+    """In here the client, which all threads share, waits no longer than `TIMEOUT`."""
     session = get_session()
-    before, session.timeout = session.timeout, httpx.Timeout(TIMEOUT)
+    with _waiting_lock:
+        if not _waiting:
+            _waiting.append(session.timeout)
+        _waiting.append(session.timeout)
+        session.timeout = httpx.Timeout(TIMEOUT)
     try:
         yield
     finally:
-        session.timeout = before
+        with _waiting_lock:
+            _waiting.pop()
+            if len(_waiting) == 1:
+                session.timeout = _waiting.pop()
 
 
 @contextmanager

@@ -18,6 +18,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard
 
+from ktae_trl import __version__
+
 CARD = "README.md"
 PAGE = "key_tokens.html"
 HELD_OUT = "held_out_results.json"
@@ -47,14 +49,15 @@ def settings_of(arguments: Any) -> dict[str, Any]:
         if dataclasses.is_dataclass(value):  # such as accelerator_config
             value = settings_of(value)
             untouched = not value
-        if not (untouched or field.name in _LEFT_OUT or field.name.startswith("hub_")):
+        if not (untouched or field.name in _LEFT_OUT or field.name.startswith(("hub_", "vllm_server_"))):
             found[field.name] = value
     return _plain(found)
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items() if v is not None and not _SECRET_NAME.search(str(k))}
+        some = {str(k): v for k, v in value.items() if v is not None}
+        return {k: "<secret>" if _SECRET_NAME.search(k) else _plain(v) for k, v in some.items()}
     if isinstance(value, enum.Enum):
         return _plain(value.value)
     if isinstance(value, (list, tuple, set)):
@@ -62,7 +65,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (bool, int, float)) or value is None:
         return value
     text = _SECRET_VALUE.sub("<secret>", str(value))
-    return f".../{Path(text).name}" if os.path.isabs(text) else text  # whose home it was is nobody's business
+    a_path = os.path.isabs(text) and not re.search(r"\s", text)
+    return f".../{Path(text).name}" if a_path else text  # whose home it was is nobody's business
 
 
 def complete(
@@ -87,6 +91,7 @@ def complete(
     """
     card = _load(path)
     card.data.tags = sorted(set(card.data.tags or []))
+    vars(card.data).pop("licence", None)  # TRL's, which says "license"
     if adapter:
         card.data.library_name = "peft"
         card.data.base_model_relation = "adapter" if card.data.base_model else None
@@ -102,10 +107,13 @@ def complete(
     more = [does] if does else []
     if adapter:
         more.append("The weights are those of a PEFT adapter, which `transformers` loads on top of the base model.")
+    if adapter and local_base is not None:
+        more.append("That model is not on the Hub: `python -m ktae_trl.merge` makes one model of both.")
     if settings:
         written = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=1000)
         fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", written)), default=0))
         more.append(f"### Settings\n\nWhat differs from the defaults:\n\n{fence}yaml\n{written}{fence}")
+    text = text.replace(_VERSIONS, f"{_VERSIONS}\n- ktae-trl: {__version__}", 1).replace("\n\n- TRL:", "\n- TRL:", 1)
     head, procedure, rest = text.partition(_PROCEDURE)
     before, versions, after = rest.partition(_VERSIONS)
     rest = "\n\n".join([before.strip(), *more]) + f"\n{versions}{after}"

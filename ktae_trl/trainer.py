@@ -114,6 +114,8 @@ class KTAEGRPOTrainer(GRPOTrainer):
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        if checkpoint is None and self.is_world_process_zero():  # that of an earlier run
+            Path(self.args.output_dir, model_card.HELD_OUT).unlink(missing_ok=True)
         return super().train(checkpoint, *args, **kwargs)
 
     # Credit: look at whole groups after each generation, combine in the loss.
@@ -379,11 +381,18 @@ class KTAEGRPOTrainer(GRPOTrainer):
         data = dataset_name or self.recipe.get("dataset_name")
         on_hub = model_card.is_hub_id(data)
         tags = [*([tags] if isinstance(tags, str) else tags or []), *(getattr(self.model, "model_tags", None) or [])]
-        super().create_model_card(" ".join((model_name or output.name).split()), data if on_hub else None, tags)
+        super().create_model_card(
+            " ".join((model_name or (self.args.hub_model_id or output.name).split("/")[-1]).split()),
+            data if on_hub else None,
+            tags,
+        )
         if not self.is_world_process_zero():
             return
         base = self.model.config._name_or_path
         known = {"credit": self.args.credit, "reward_funcs": self.reward_func_names}
+        family = f"{self.args.credit.partition('_')[0]}_"
+        known |= {name: value for name, value in vars(self.args).items() if name.startswith(family)}
+        known |= {"num_generations": self.num_generations, "num_processes": self.accelerator.num_processes}
         model_card.complete(
             output / model_card.CARD,
             does=self._does,

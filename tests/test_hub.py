@@ -171,7 +171,9 @@ def test_the_card_says_what_the_run_was(tmp_path):
     assert settings["system_prompt"] == "Use ```python\nfences```."
     assert settings["learning_rate"] == 1e-3
     assert settings["credit"] == "ktae"
-    assert not {"output_dir", "hub_token", "ktae_ig_weight", "accelerator_config"} & settings.keys()
+    assert (settings["ktae_ig_weight"], settings["num_generations"], settings["num_processes"]) == (1.0, 8, 1)
+    assert not {"output_dir", "hub_token", "weight_decay", "accelerator_config"} & settings.keys()
+    assert f"- ktae-trl: {ktae_trl.__version__}\n- TRL: " in text
     assert not [name for name in settings if name.startswith("hub_")]
     assert "hf_secret" not in text
     assert "secret" not in text
@@ -184,6 +186,8 @@ def test_settings_hide_secrets_and_homes():
     hidden = {"token": "abc", "api_key": "abc", "trust_remote_code": True, "url": "http://ann:pw@host/x", "t": None}
     args = ktae_trl.KTAEGRPOConfig(output_dir="x", use_cpu=True, bf16=False, model_init_kwargs=hidden)
     assert model_card.settings_of(args)["model_init_kwargs"] == {
+        "token": "<secret>",
+        "api_key": "<secret>",
         "trust_remote_code": True,
         "url": "http://<secret>@host/x",
     }
@@ -224,7 +228,7 @@ def test_names_do_not_break_the_card(tmp_path, name):
     text = (tmp_path / "run" / "README.md").read_text()
     card = ModelCard(text)
     assert card.data.model_name == " ".join(name.split())
-    assert set(card.data.to_dict()) == {"library_name", "model_name", "tags", "licence"}
+    assert set(card.data.to_dict()) == {"library_name", "model_name", "tags"}
     body = card.text
     (heading,) = re.findall("^# Model.*", body, re.MULTILINE)
     block = re.search("```yaml\n(.*?)^```$", body, re.DOTALL | re.MULTILINE)
@@ -386,6 +390,7 @@ def test_uploads_during_training(server, report, tmp_path):
         "save_steps": 1,
         "hub_always_push": True,
         "record_steps": 1,
+        "report_to": "tensorboard",
     }
     trainer = make_trainer(folder, **settings, push_to_hub=True, hub_private_repo=True, hub_token=TOKEN)
     assert server.repos["ann/sums"]["private"]
@@ -394,11 +399,22 @@ def test_uploads_during_training(server, report, tmp_path):
     messages = [commit["message"] for commit in repo["commits"]]
     assert messages  # one that has nothing new to send makes no commit
     assert set(messages) <= {"Training in progress, step 1", "Training in progress, step 2"}
-    assert not [name for name in repo["files"] if "rollouts" in name or "checkpoint" in name]
+    assert list(folder.glob("runs/*/events*"))
+    assert not [name for name in repo["files"] if re.search("rollouts|checkpoint|events|training_args", name)]
     assert not [name for name, data in repo["files"].items() if TOKEN.encode() in data]
     assert repo["files"]["model.safetensors"] == (folder / "model.safetensors").read_bytes()
     trainer.push_to_hub()
     assert repo["files"].keys() >= {"key_tokens.html", "README.md"}
+
+
+def test_a_card_has_no_results_of_an_earlier_run(tmp_path):
+    (tmp_path / model_card.HELD_OUT).write_text('{"after_greedy": 0.99, "after_sampled": 0.98, "after_samples": 4}')
+    trainer = make_trainer(tmp_path)
+    trainer.save_all(push=False)
+    assert "99.0%" in (tmp_path / "README.md").read_text()
+    trainer.train()
+    trainer.save_all(push=False)
+    assert "99.0%" not in (tmp_path / "README.md").read_text()
 
 
 def test_failed_uploads_during_training_are_a_warning(server, tmp_path, caplog):

@@ -112,16 +112,20 @@ def test_sampled_training_logs_every_metric(tmp_path):
 
 
 def test_metrics_by_hand(replaying):
-    trainer = replaying()
+    def first_group_all_right(completions, solution, **_):
+        return [1.0 if i < 8 else float(i % 2) for i in range(len(completions))]
+
+    trainer = replaying(reward_funcs=first_group_all_right)
     batch = generate(trainer)
     values, mask, advantages = batch["credit"], batch["completion_mask"].bool(), batch["advantages"]
     right = trainer._gathered_rewards[:, 0] > 0
     final = combine(advantages, values, "multiply")
     own = {name.removeprefix("ktae/"): value[-1] for name, value in trainer._metrics["train"].items()}
-    assert own["value_right"] == pytest.approx(values[right][mask[right]].mean().item(), rel=1e-5)
-    assert own["value_wrong"] == pytest.approx(values[~right][mask[~right]].mean().item(), rel=1e-5)
-    assert own["abs_value"] == pytest.approx(values[mask].abs().mean().item(), rel=1e-5)
-    assert own["saturated"] == pytest.approx((values[mask].abs() > 0.9).float().mean().item(), rel=1e-5)
+    valued = mask & (torch.arange(16) >= 8)[:, None]  # the first group has no values
+    assert own["value_right"] == pytest.approx(values[right][valued[right]].mean().item(), rel=1e-5)
+    assert own["value_wrong"] == pytest.approx(values[~right][valued[~right]].mean().item(), rel=1e-5)
+    assert own["abs_value"] == pytest.approx(values[valued].abs().mean().item(), rel=1e-5)
+    assert own["saturated"] == pytest.approx((values[valued].abs() > 0.9).float().mean().item(), rel=1e-5)
     judged = mask & (advantages != 0)[:, None]
     silenced = final.abs() <= 1e-3 * advantages.abs()[:, None]
     assert own["zero_factor"] == pytest.approx(silenced[judged].float().mean().item(), rel=1e-5)
@@ -298,7 +302,7 @@ def test_training_goes_on_when_no_group_says_anything(tmp_path):
         trainer.train()
         assert trainer.state.global_step == 2
         assert logged(trainer, "ktae/informative_groups") == [0, 0]
-        assert logged(trainer, "ktae/value_right") in ([0, 0], [None, None])
+        assert logged(trainer, "ktae/value_right") == [None, None]
 
 
 # What a user sees
@@ -306,11 +310,11 @@ def test_training_goes_on_when_no_group_says_anything(tmp_path):
 
 def test_model_card(tmp_path):
     for credit, words, others in (
-        ("ktae", ["KTAE", "2505.16826", "sun2025ktae", "- ktae", "- grpo"], ["DeepSeekMath"]),
-        ("none", ["GRPO", "DeepSeekMath", "- grpo"], ["2505.16826", "- ktae"]),
-        ("oar_g", ["OAR-G", "2601.07408", "li2026oar", "- oar", "- grpo"], ["2505.16826", "- ktae"]),
-        ("oar_p", ["OAR-P", "2601.07408", "li2026oar", "- oar", "- grpo"], ["2505.16826", "- ktae"]),
-        ("tree", ["TreeRPO", "2506.05183", "yang2025treerpo", "- treerpo", "- grpo"], ["2505.16826", "- ktae"]),
+        ("ktae", ["KTAE", "2505.16826", "sun2025ktae", "- ktae\n", "- grpo"], ["DeepSeekMath"]),
+        ("none", ["GRPO", "DeepSeekMath", "- grpo"], ["2505.16826", "- ktae\n"]),
+        ("oar_g", ["OAR-G", "2601.07408", "li2026oar", "- oar", "- grpo"], ["2505.16826", "- ktae\n"]),
+        ("oar_p", ["OAR-P", "2601.07408", "li2026oar", "- oar", "- grpo"], ["2505.16826", "- ktae\n"]),
+        ("tree", ["TreeRPO", "2506.05183", "yang2025treerpo", "- treerpo", "- grpo"], ["2505.16826", "- ktae\n"]),
     ):
         trainer = make_trainer(tmp_path, credit=credit)
         trainer.create_model_card()

@@ -337,20 +337,23 @@ def _stats(rollouts: Rollouts, table: KeyTokenTable, values: Tensor, how: str) -
     )
     advantages = combine(rollouts.advantages_B, values, how).abs()
     before = rollouts.advantages_B.abs()[:, None].expand_as(advantages)
-    informative = ((table.n_right > 0) & (table.n_wrong > 0))[:, None].expand_as(rollouts.correct_PG)
+    informative = rollouts.own_rows(
+        ((table.n_right > 0) & (table.n_wrong > 0))[:, None, None].expand_as(rollouts.correct_PG[..., None])
+    )
+    valued = mask & informative  # elsewhere all K are 0
 
     def mean(x: Tensor, over: Tensor) -> tuple[Tensor, Tensor]:
         over = over.expand_as(x)
         return (x * over).sum(), over.sum()
 
     return {
-        "ktae/value_right": mean(values, mask & scored & correct),
-        "ktae/value_wrong": mean(values, mask & scored & ~correct),
-        "ktae/abs_value": mean(values.abs(), mask),
-        "ktae/saturated": mean((values.abs() > _SATURATED).float(), mask),
+        "ktae/value_right": mean(values, valued & scored & correct),
+        "ktae/value_wrong": mean(values, valued & scored & ~correct),
+        "ktae/abs_value": mean(values.abs(), valued),
+        "ktae/saturated": mean((values.abs() > _SATURATED).float(), valued),
         "ktae/zero_factor": mean((advantages <= _SILENCED * before).float(), mask & (before > 0)),
         "ktae/advantage_ratio": ((advantages * mask).sum(), (before * mask).sum()),
-        "ktae/informative_groups": mean(rollouts.own_rows(informative).float(), torch.ones_like(mask[:, 0])),
+        "ktae/informative_groups": mean(informative[:, 0].float(), torch.ones_like(mask[:, 0])),
     }
 
 

@@ -207,6 +207,8 @@ def _sums(group: dict[str, Any]) -> dict[str, list[float]]:
     for rollout in group["rollouts"]:
         for name, reward in rollout["rewards"].items():
             found.setdefault(f"rewards/{name}/mean", []).append(reward)
+        if not (group["right"] and group["wrong"]):
+            continue  # as in the trainer's metrics
         K = [group["tokens"]["K"][token] or 0.0 for token in rollout["cells"]["token"]]
         values = [K[cell] for cell in rollout["at"] if rollout["cells"]["trained"][cell]]
         if rollout["correct"] is not None:
