@@ -1,5 +1,7 @@
 """What a training shows in the terminal: metrics as a table that grows, and a right and a wrong rollout in colour."""
 
+import logging
+
 from rich import box
 from rich.console import Console
 from rich.style import Style
@@ -10,6 +12,8 @@ from transformers import ProgressCallback
 from ktae_trl.records import Record
 from ktae_trl.report.groups import LONGEST_TOKEN, clip
 from ktae_trl.report.tokens import colour, shade, visible
+
+logger = logging.getLogger(__name__)
 
 # Column -> (metric, format)
 _COLUMNS = {
@@ -83,7 +87,10 @@ class MetricsTable(ProgressCallback):
 
 
 def print_sample(record: Record, step: int) -> None:
-    """Print a right and a wrong rollout of a group that has both, each token on the colour of its credit."""
+    """Print a right and a wrong rollout of a group, as far as it has them, each token on the colour of its credit.
+
+    A terminal that cannot show it, or is gone, is a warning.
+    """
     how = record.method.how
     prompt = visible(" ".join(record.rows[0]["prompt"].split()))  # its end holds the question
     table = Table(
@@ -97,12 +104,17 @@ def print_sample(record: Record, step: int) -> None:
     )
     most = max((abs(value) for row in record.rows for value in row["credit"]), default=0.0)
     cells = []
-    for correct, name in ((True, "right"), (False, "wrong")):
-        row = next(row for row in record.rows if row["correct"] is correct)
-        table.add_column(f"{name}, A = {row['advantage']:+.2f}, {len(row['tokens'])} tokens", ratio=1)
-        cells.append(_coloured(row, how, most))
+    first = {row["correct"]: row for row in reversed(record.rows)}
+    for correct, name in ((True, "right"), (False, "wrong"), (None, "not judged")):
+        if correct in first and len(cells) < 2:
+            row = first[correct]
+            table.add_column(f"{name}, A = {row['advantage']:+.2f}, {len(row['tokens'])} tokens", ratio=1)
+            cells.append(_coloured(row, how, most))
     table.add_row(*cells)
-    Console().print(table)
+    try:
+        Console().print(table)
+    except (UnicodeEncodeError, OSError) as error:
+        logger.warning("The sample of step %d could not be printed: %s", step, error)
 
 
 def _coloured(row: dict, how: str, most: float) -> Text:

@@ -23,11 +23,16 @@ class Recorder(TrainerCallback):
 
     The number of files stays within `record_files`: a run that has more steps is recorded less often. A file holds at
     most `record_groups` groups, those whose right and wrong rollouts are nearest to half and half first. With
-    `log_completions` the first process also keeps such a group of the newest generation, to be shown.
+    `log_completions` the first process also keeps the best such group of the newest generation, to be shown.
     """
 
     def __init__(self, args, reward_names: list[str], tokenizer, special_ids: tuple[int, ...], accelerator):
-        self.args, self.reward_names = args, reward_names
+        self.args = args
+        # Functions of one name, such as lambdas, have a column each.
+        self.reward_names = [
+            f"{name} ({reward_names[:i].count(name) + 1})" if name in reward_names[:i] else name
+            for i, name in enumerate(reward_names)
+        ]
         self.tokenizer, self.special_ids, self.accelerator = tokenizer, special_ids, accelerator
         self.folder = Path(args.output_dir) / records.FOLDER
         self._sample: records.Record | None = None
@@ -38,7 +43,7 @@ class Recorder(TrainerCallback):
         """Set how often to record, and take away what a run recorded after the step that this one starts from."""
         last = [0]
         if self.accelerator.is_main_process:
-            if removed := records.forget(self.folder, state.global_step):
+            if removed := self._try(records.forget, self.folder, state.global_step):
                 (self.folder.parent / PAGE).unlink(missing_ok=True)  # it shows them
                 logger.warning(
                     "%d records of an earlier run, of steps after %d, were removed from %s.",
@@ -90,7 +95,7 @@ class Recorder(TrainerCallback):
             self._last_step = step
         else:
             chosen = []
-        shown = by_balance[:1].tolist() if show and balance_P.any() else []
+        shown = by_balance[:1].tolist() if show else []
         wanted = sorted({*chosen, *shown})
         rows = gather_object(self._rows(wanted, step, batch, rewards, correct_PG, scored_PG, how))
         if not self.accelerator.is_main_process:
@@ -103,9 +108,9 @@ class Recorder(TrainerCallback):
             self._try(records.write, self.folder / records.file_name(step), record)
 
     @staticmethod
-    def _try(write, *arguments) -> None:
+    def _try(write, *arguments):
         try:
-            write(*arguments)
+            return write(*arguments)
         except OSError as error:  # a full disk must not end a training
             logger.warning("What was to be recorded is lost: %s", error)
 

@@ -18,6 +18,7 @@ FOLDER = "rollouts"
 METRICS = "metrics.jsonl"
 SCHEMA_VERSION = 1
 _METADATA = b"ktae_trl"
+_NAME = re.compile(r"step_(\d+)\.parquet", re.ASCII)
 logger = logging.getLogger(__name__)
 
 
@@ -96,9 +97,12 @@ def read(path: str | Path) -> Record:
             f"{path} has schema version {max(versions)}, this ktae_trl reads {SCHEMA_VERSION}: use the version of "
             "ktae_trl that wrote it"
         )
-    method = json.loads(text)
-    method["special_ids"] = tuple(method["special_ids"])
-    return Record(Method(**method), table.drop_columns("schema_version").to_pylist())
+    try:
+        method = Method(**json.loads(text))
+    except TypeError as error:
+        raise ValueError(f"{path} was made by another version of ktae_trl: {error}") from None
+    method = method._replace(special_ids=tuple(method.special_ids))
+    return Record(method, table.drop_columns("schema_version").to_pylist())
 
 
 def folder_of(folder: str | Path) -> Path:
@@ -108,8 +112,9 @@ def folder_of(folder: str | Path) -> Path:
 
 
 def files(folder: str | Path) -> list[Path]:
-    """Return the records of a run, by step."""
-    return sorted(folder_of(folder).glob("step_*.parquet"), key=step_of)
+    """Return the records of a run, by step. Files of other names, such as copies, are none."""
+    found = folder_of(folder).glob("step_*.parquet")
+    return sorted((path for path in found if _NAME.fullmatch(path.name)), key=step_of)
 
 
 def file_name(step: int) -> str:
@@ -117,7 +122,7 @@ def file_name(step: int) -> str:
 
 
 def step_of(path: Path) -> int:
-    return int(re.fullmatch(r"step_(\d+)\.parquet", path.name)[1])
+    return int(_NAME.fullmatch(path.name)[1])
 
 
 def forget(folder: Path, step: int) -> int:
@@ -125,10 +130,12 @@ def forget(folder: Path, step: int) -> int:
     later = [path for path in files(folder) if step_of(path) > step]
     for path in later:
         path.unlink()
-    kept = [entry for entry in read_metrics(folder) if entry["step"] <= step]
-    (folder / METRICS).unlink(missing_ok=True)
-    for entry in kept:
-        append_metrics(folder, entry)
+    metrics = read_metrics(folder)
+    kept = [entry for entry in metrics if entry["step"] <= step]
+    if len(kept) < len(metrics):
+        partial = folder / f".{METRICS}.part"
+        partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+        partial.replace(folder / METRICS)
     return len(later)
 
 
@@ -146,12 +153,12 @@ def read_metrics(folder: str | Path) -> list[dict[str, float]]:
     if not path.exists():
         return []
     found: dict[tuple[int, bool], dict] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             entry = json.loads(line)
-            step = entry["step"]
-        except (ValueError, TypeError, KeyError):
-            logger.warning("%s: a line that is no entry is left out (of an interrupted run?): %s", path, line[:80])
+            step = int(entry["step"])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            logger.warning("%s: a line that is no entry is left out (of an interrupted run?): %r", path, line[:80])
             continue
         found.setdefault((step, any(name.startswith("eval_") for name in entry)), {}).update(entry)
     return [found[key] for key in sorted(found)]

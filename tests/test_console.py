@@ -9,6 +9,7 @@ from ktae_trl.console import MetricsTable
 from ktae_trl.report.tokens import colour
 from tests.test_records import row
 from tests.test_trackers import GROUP
+from tests.training import make_trainer, replay
 
 LOGS = {"reward": 0.25, "rewards/math_accuracy/mean": 0.5, "completions/mean_length": 17.25, "ktae/value_right": None}
 
@@ -78,3 +79,40 @@ def test_sample_of_a_long_and_hostile_group(monkeypatch):
     assert "\u202e" not in text
     assert "[red]⟨ESC⟩[2J" in text  # neither markup nor control
     assert "100 more tokens" in text
+
+
+def test_sample_of_a_group_that_is_all_wrong_or_not_judged(capsys):
+    for verdict, name in ((False, "wrong, A"), (None, "not judged, A")):
+        rows = [row(correct=verdict, credit=[0.0]) for _ in range(2)]
+        console.print_sample(records.Record(records.Method("ktae", "multiply"), rows), 1)
+        text = capsys.readouterr().out
+        assert name in text
+        assert text.count(", A = ") == 1
+
+
+def test_a_terminal_that_cannot_show_it_ends_no_training(monkeypatch, caplog):
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(console, "Console", lambda: Console(file=narrow))
+    console.print_sample(GROUP, 3)
+    assert "The sample of step 3 could not be printed" in caplog.text
+
+
+def test_a_training_prints_its_samples(tmp_path, capsys):
+    def all_wrong(completions, **_):
+        return [0.0] * len(completions)
+
+    make_trainer(
+        tmp_path / "a", rollout_func=replay, log_completions=True, max_steps=1, per_device_train_batch_size=32
+    ).train()
+    text = capsys.readouterr().out
+    assert "right, A = +" in text
+    assert "wrong, A = -" in text
+    make_trainer(
+        tmp_path / "b",
+        rollout_func=replay,
+        log_completions=True,
+        max_steps=1,
+        per_device_train_batch_size=32,
+        reward_funcs=all_wrong,
+    ).train()
+    assert "wrong, A = +0.00" in capsys.readouterr().out

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from trl import GRPOTrainer
 
 from ktae_trl import KTAEGRPOConfig, records
-from ktae_trl.credit.combine import combine
 from ktae_trl.credit.ktae import key_token_values
 from tests.training import make_trainer, replay
 
@@ -33,29 +33,60 @@ def spy(trainer):
     return seen
 
 
-def test_a_record_holds_what_was_trained_on(tmp_path):
-    trainer = make_trainer(tmp_path, **RECORDING)
-    batches = spy(trainer)
+def spy_on_loss(monkeypatch) -> list[dict]:
+    """Keep the advantages that TRL's loss gets, by prompt and completion: a dictionary for each step."""
+    seen, original = [], GRPOTrainer._compute_loss
+
+    def loss(self, model, inputs):
+        texts = zip(inputs["prompt_ids"].tolist(), inputs["completion_ids"].tolist(), strict=True)
+        keys = [(tuple(prompt), tuple(completion)) for prompt, completion in texts]
+        seen.append(dict(zip(keys, inputs["advantages"].clone(), strict=True)))
+        return original(self, model, inputs)
+
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", loss)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("settings", "how"),
+    [
+        ({}, "multiply"),
+        ({"ktae_combine": "add", "ktae_leave_one_out": True}, "add"),
+        ({"credit": "oar_g"}, "scale"),
+        ({"credit": "tree", "rollout_func": None}, "replace"),
+        ({"credit": "none"}, None),
+    ],
+    ids=str,
+)
+def test_a_record_holds_what_was_trained_on(tmp_path, monkeypatch, settings, how):
+    trainer = make_trainer(tmp_path, **RECORDING | settings)
+    batches, losses = spy(trainer), spy_on_loss(monkeypatch)
     trainer.train()
     found = records.files(tmp_path)
     assert [path.name for path in found] == ["step_000001.parquet", "step_000002.parquet"]
     for path, batch, step in zip(found, batches, (1, 2), strict=True):
         method, rows = records.read(path)
-        assert (method.credit, method.how, method.generated_groups) == ("ktae", "multiply", 4)
+        assert (method.credit, method.how, method.generated_groups) == (settings.get("credit", "ktae"), how, 4)
         assert [(r["step"], r["group"], r["rollout"]) for r in rows] == [(step, *divmod(i, 8)) for i in range(32)]
         tokenizer = trainer.processing_class
-        A = combine(batch["advantages"], batch["credit"], "multiply")
         for i, row in enumerate(rows):
             n = int(batch["completion_mask"][i].sum())
             assert row["token_ids"] == batch["completion_ids"][i, :n].tolist()
             assert row["completion"] == tokenizer.decode(row["token_ids"], skip_special_tokens=True)
             assert row["prompt"] == tokenizer.decode(batch["prompt_ids"][i][batch["prompt_mask"][i].bool()])
-            assert row["trained"] == [True] * n
+            mask = batch["tool_mask"][i, :n].bool().tolist() if "tool_mask" in batch else [True] * n
+            assert row["trained"] == mask
             assert row["rewards"] == {"math_accuracy": batch["rewards"][i, 0].item()}
             assert row["correct"] is (batch["rewards"][i, 0].item() > 0)
             assert row["advantage"] == batch["advantages"][i].item()
-            assert row["credit"] == batch["credit"][i, :n].tolist()
-            assert row["advantages"] == A[i, :n].tolist()
+            assert row["credit"] == (None if how is None else batch["credit"][i, :n].tolist())
+            if how != "replace":  # rows of a tree can have the same ids and other advantages
+                text = (tuple(batch["prompt_ids"][i].tolist()), tuple(batch["completion_ids"][i].tolist()))
+                final = losses[step - 1][text]
+                final = final.expand(n) if final.dim() == 0 else final[:n]
+                assert row["advantages"] == pytest.approx(final.tolist(), abs=1e-6)
+            else:
+                assert row["advantages"] == row["credit"]
 
 
 def test_values_can_be_computed_again_from_a_record(tmp_path):
@@ -134,9 +165,18 @@ def test_a_tree_marks_what_other_rows_train(tmp_path):
     assert not all(all(row["trained"]) for row in rows)
 
 
+def test_functions_of_one_name_have_a_column_each(tmp_path):
+    rewards = [lambda completions, value=value, **_: [value] * len(completions) for value in (1.0, 0.25)]
+    make_trainer(tmp_path, **RECORDING, reward_funcs=rewards).train()
+    _, rows = records.read(records.files(tmp_path)[0])
+    assert rows[0]["rewards"] == {"<lambda>": 1.0, "<lambda> (2)": 0.25}
+
+
 def test_informative_groups_come_first(tmp_path):
     def last_groups_are_mixed(completions, **_):
-        return [float(i >= 16 and i % 2) for i in range(len(completions))]
+        rewards = [float(i >= 16 and i % 2) for i in range(len(completions))]
+        # The second group: right ones and such as cannot be judged.
+        return [*rewards[:8], *([1.0, None] * 4), *rewards[16:]]
 
     make_trainer(tmp_path, **RECORDING, reward_funcs=last_groups_are_mixed, record_groups=3).train()
     method, rows = records.read(records.files(tmp_path)[0])
@@ -252,23 +292,50 @@ def test_what_is_no_record_is_refused(tmp_path):
         records.read(path)
     records.write(path, records.Record(METHOD, [row()]))
     table = pq.read_table(path)
+    metadata = {b"ktae_trl": b'{"credit": "ktae", "how": "add", "new": 1}'}
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+    with pytest.raises(ValueError, match=r"was made by another version of ktae_trl: .*'new'"):
+        records.read(path)
     newer = table.set_column(0, table.schema.field(0), pa.array([99], pa.int8()))
     pq.write_table(newer, path)
     with pytest.raises(ValueError, match="has schema version 99, this ktae_trl reads 1"):
         records.read(path)
 
 
+def test_files_that_are_no_records_are_passed_over(tmp_path):
+    records.write(tmp_path / "step_000001.parquet", records.Record(METHOD, [row()]))
+    for name in ("step_000001 (1).parquet", "step_x.parquet", ".step_000002.parquet.part"):
+        (tmp_path / name).write_text("a copy")
+    assert records.files(tmp_path) == [tmp_path / "step_000001.parquet"]
+
+
+def test_metrics_outlive_a_full_disk(tmp_path, monkeypatch):
+    for step in range(1, 5):
+        records.append_metrics(tmp_path, {"step": step, "reward": 0.5})
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(records.Path, "write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        records.forget(tmp_path, 2)
+    assert len(records.read_metrics(tmp_path)) == 4
+    monkeypatch.undo()
+    records.forget(tmp_path, 2)
+    assert [entry["step"] for entry in records.read_metrics(tmp_path)] == [1, 2]
+
+
 def test_a_broken_line_of_metrics_is_left_out(tmp_path, caplog):
     records.append_metrics(tmp_path, {"step": 1, "reward": 0.5, "loss": math.nan, "note": "text"})
     with (tmp_path / records.METRICS).open("a") as lines:
-        lines.write('{"step": 2, "rew\n3\n{"reward": 1}\n')
+        lines.write('{"step": 2, "rew\n3\n{"reward": 1}\n{"step": "x"}\n' + "[" * 100_000 + "\n")
     records.append_metrics(tmp_path, {"step": 1, "reward": 0.75})
     records.append_metrics(tmp_path, {"step": 1, "eval_reward": 0.25})
     assert records.read_metrics(tmp_path) == [
         {"step": 1, "reward": 0.75, "loss": None, "note": None},
         {"step": 1, "eval_reward": 0.25},
     ]
-    assert caplog.text.count("a line that is no entry is left out") == 3
+    assert caplog.text.count("a line that is no entry is left out") == 5
     assert json.loads((tmp_path / records.METRICS).read_text().splitlines()[0])["loss"] is None
 
 

@@ -280,9 +280,9 @@ def test_the_list_leaves_out_what_all_prompts_share():
     prompts = ["<user> Solve it: 12 + 3 = <end> now", "<user> Solve it: 12 - 4 = <end> now"]
     rows = [row for i, p in enumerate(prompts) for row in rows_of_group([["x"]], [True], prompt=p, group=i)]
     groups = collect([Record(KTAE, rows)]).groups
-    assert [g["prompt"][slice(*g["own"])] for g in groups] == ["+ 3", "- 4"]
+    assert [g["preview"] for g in groups] == ["+ 3", "- 4"]
     (group,) = collect([Record(KTAE, rows[:1])]).groups
-    assert group["prompt"][slice(*group["own"])] == prompts[0]
+    assert group["preview"] == prompts[0]
 
 
 def test_a_page_without_groups_or_records(tmp_path):
@@ -528,7 +528,8 @@ def test_hostile_rows_are_explained(tokenizer, tmp_path):
     group = page.data("block-0")
     assert len(group["rollouts"]) == len(texts)
     assert {"ï", "¿", "½"} <= set(group["tokens"]["text"])  # U+FFFD, in the bytes of this tokenizer
-    assert "⟨U+DFFF⟩" in page.data("index")["groups"][0]["prompt"]
+    assert "\ufffd" in page.data("index")["groups"][0]["prompt"]
+    records.write(tmp_path / "step_000001.parquet", found.record)  # a file takes no lone surrogates
     assert len(page.data("block-1")["rollouts"][0]["at"]) == 1_000_000
     html = found._repr_html_()
     assert len(html) < 1e6
@@ -656,3 +657,63 @@ def test_records_of_training_are_what_is_compared(tmp_path):
         assert row["credit"] == pytest.approx(values[0, i, : len(row["credit"])].tolist(), abs=1e-5)
     write_run(tmp_path, {1: [rows]})
     assert records.read(records.files(tmp_path)[0]).rows[0]["token_ids"] == rows[0]["token_ids"]
+
+
+def test_a_tree_counts_what_several_rows_share(tmp_path):
+    """One row trains a shared segment, but all rollouts below it have its tokens."""
+    trained = [[True, True], [False, True], [True, True], [False, True]]
+    rows = rows_of_group([["s", "x"], ["s", "y"], ["t", "x"], ["t", "z"]], [True, True, False, False])
+    for row, mask in zip(rows, trained, strict=True):
+        row |= {"trained": mask, "credit": [0.5 * kept for kept in mask]}
+    tree = KTAE._replace(credit="tree", how="replace")
+    group = describe(tree, rows)
+    counts = {text: (a, b) for text, a, b in zip(*(group["tokens"][name] for name in ("text", "a", "b")), strict=True)}
+    assert counts == {"s": (2, 0), "t": (0, 2), "x": (1, 1), "y": (1, 0), "z": (0, 1)}
+    assert describe(KTAE, rows)["tokens"]["a"][0] == 1  # elsewhere, such as a tool's output, it does not count
+    for row in rows:
+        row["trained"] = [False, False]
+    assert not [note for note in describe(tree, rows)["notes"] if "do not count" in note]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (gzip.compress(b'{"prompt": 1}')[:12] + b"garbage" * 9, "is no file of JSON lines"),
+        (b"[" * 100_000, "line 1: not JSON"),
+    ],
+    ids=["gzip", "deep"],
+)
+def test_broken_files_are_said_to_be(tmp_path, content, message):
+    path = tmp_path / ("rows.jsonl.gz" if message.startswith("is") else "rows.jsonl")
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_rows(path)
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "p", "completion": "c", "correct": true}', encoding="utf-8-sig")
+    assert read_rows(path)[0]["prompt"] == "p"
+
+
+def test_messages_quote_no_escape_sequences(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"\x1b[31mred": 1}))
+    with pytest.raises(SystemExit, match=r"It has: ⟨ESC⟩\[31mred"):
+        main(["explain", str(path), "--tokenizer", "x"])
+
+
+def test_a_folder_is_no_place_for_a_page(tmp_path):
+    write_run(tmp_path, {1: [rows_of_group([["x"], ["y"]], [True, False])]})
+    with pytest.raises(IsADirectoryError, match="is a folder: name a file"):
+        write_report(tmp_path, tmp_path)
+    assert not list(tmp_path.parent.glob("*.part"))
+
+
+def test_a_preview_is_cut_by_characters(tmp_path):
+    groups = [
+        [{**row, "group": i, "prompt": f"{'😀' * 9} {i} end"} for row in rows_of_group([["x"], ["y"]], [True, False])]
+        for i in range(3)
+    ]
+    shown = collect([Record(KTAE, [row for group in groups for row in group])])
+    assert [group["preview"] for group in shown.groups] == ["0", "1", "2"]

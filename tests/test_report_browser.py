@@ -1,10 +1,12 @@
 """The report in headless Chromium, opened from disk: what a person sees, with the mouse and with the keyboard."""
 
 import json
+import math
 import shutil
 import time
 
 import pytest
+from scipy.stats import entropy, fisher_exact
 
 from benchmarks.report_page import write_records
 from ktae_trl import records
@@ -82,6 +84,26 @@ def facts(page) -> dict[str, str]:
     return {name: text.replace(MINUS, "-").replace(",", "") for name, text in values}
 
 
+def information_gain(a: int, b: int, c: int, d: int) -> float:
+    """H(Y) - H(Y | presence) in bits, by SciPy."""
+    n = a + b + c + d
+    parts = [(pair, sum(pair) / n) for pair in ((a, b), (c, d)) if sum(pair)]
+    return entropy([a + c, b + d], base=2) - sum(share * entropy(pair, base=2) for pair, share in parts)
+
+
+def direction(token: int, right: list[dict], wrong: list[dict]) -> float:
+    """D by the formulas of docs/how_ktae_works.md."""
+    sides = [[ids for row in side for ids in row["token_ids"]] for side in (right, wrong)]
+    mean = sum(map(len, sides)) / 2
+    shares = [sum(token in row["token_ids"] for row in side) / len(side) for side in (right, wrong)]
+    T, F = (
+        3 * f / (f + 2 * (0.5 + 0.5 * len(side) / mean))
+        for side, f in ((side, side.count(token) / len(side)) for side in sides)
+    )
+    ends = [math.asin(math.sqrt(share)) for share in shares]
+    return ends[0] - ends[1] + T / (F + 1e-5) - F / (T + 1e-5)
+
+
 def test_a_tooltip_has_the_numbers_of_the_parquet_row(visit, report, run):
     page = visit(report)
     rows = [row for row in records.read(records.files(run)[0]).rows if row["group"] == 0]
@@ -104,7 +126,13 @@ def test_a_tooltip_has_the_numbers_of_the_parquet_row(visit, report, run):
             a, b = (sum(token in r["token_ids"] for r in side) for side in (right, wrong))
             assert (shown["a"], shown["b"]) == (f"{a} of {len(right)} right", f"{b} of {len(wrong)} wrong")
             assert (shown["c"], shown["d"]) == (str(len(right) - a), str(len(wrong) - b))
-            assert {"p", "F", "IG", "D"} <= shown.keys()
+            p = fisher_exact([[a, b], [len(right) - a, len(wrong) - b]]).pvalue
+            assert float(shown["p"]) == pytest.approx(p, abs=6e-5)
+            assert float(shown["F"]) == pytest.approx(0 if p > 1 - 1e-9 else math.exp(-2 * p), abs=6e-5)
+            bits = information_gain(a, b, len(right) - a, len(wrong) - b)
+            assert float(shown["IG"]) == pytest.approx(bits, abs=6e-5)
+            D = direction(token, right, wrong)
+            assert float(shown["D"].replace(",", "")) == pytest.approx(D, rel=1e-3, abs=6e-5)
             checked += 1
     assert checked >= 5
 

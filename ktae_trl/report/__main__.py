@@ -10,6 +10,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ktae_trl.report.tokens import visible
+
 _EPILOG = """rollouts of any origin:
   python -m ktae_trl.report explain rollouts.jsonl --tokenizer NAME -o page.html    (explain --help)"""
 
@@ -19,7 +21,7 @@ def main(words: list[str]) -> None:
     try:
         page = _explain(words[1:]) if words[:1] == ["explain"] else _report(words)
     except (ValueError, OSError) as error:
-        sys.exit(f"report: {' '.join(str(error).split())}")
+        sys.exit(f"report: {visible(' '.join(str(error).split()))}")  # which may quote a file of whatever origin
     size = page.stat().st_size
     Console(soft_wrap=True, highlight=False).print(f"{page}: {size / 1e6:.1f} MB", markup=False)
 
@@ -76,8 +78,7 @@ def _load_tokenizer(name: str):
     try:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # of many kinds, by what is wrong with it
-        first = str(error).strip().partition("\n")[0]
-        raise ValueError(f"the tokenizer {name!r} could not be loaded: {first}") from None
+        raise ValueError(f"the tokenizer {name!r} could not be loaded: {error}") from None
 
 
 if __name__ == "__main__":

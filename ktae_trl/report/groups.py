@@ -35,6 +35,11 @@ def split(record: Record) -> Iterator[list[dict[str, Any]]]:
     yield from groups.values()
 
 
+def counted(method: Method, row: dict[str, Any]) -> list[bool]:
+    """Return which tokens of a rollout count: those trained on; in a tree all, as one row trains what several share."""
+    return [True] * len(row["trained"]) if method.credit == "tree" else row["trained"]
+
+
 def statistics(method: Method, rows: list[dict[str, Any]]) -> Statistics:
     """Compute the key-token statistics of a group from its rows' token ids and verdicts.
 
@@ -47,7 +52,7 @@ def statistics(method: Method, rows: list[dict[str, Any]]) -> Statistics:
     mask = torch.zeros(ids.shape, dtype=torch.bool)
     for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         ids[0, i, :length] = torch.tensor(row["token_ids"], dtype=torch.int64)
-        mask[0, i, :length] = torch.tensor(row["trained"], dtype=torch.bool)
+        mask[0, i, :length] = torch.tensor(counted(method, row), dtype=torch.bool)
     correct = torch.tensor([[row["correct"] is True for row in rows]])
     settings = {
         "fisher_weight": method.fisher_weight,
@@ -112,7 +117,7 @@ def describe(method: Method, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "wrong": found.wrong,
         "unscored": sum(row["correct"] is None for row in rows),
         "notes": _notes(method, rows, found),
-        "score": number(_mean_abs(found.values, rows)),
+        "score": number(_mean_abs(found.values, [counted(method, row) for row in rows])),
         "tokens": {
             "id": [token for token, _ in number_of],
             "text": [clip(visible(text), LONGEST_TOKEN) for _, text in number_of],
@@ -134,15 +139,14 @@ def clip(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[:length]}… ({len(text):,} characters)"
 
 
-def _mean_abs(values: list[list[float]], rows: list[dict[str, Any]]) -> float:
-    """Return the mean |K| of the tokens that are trained on: how much a group tells."""
-    sizes = sum(sum(row["trained"]) for row in rows)
-    return sum(abs(v) for row in values for v in row) / max(sizes, 1)
+def _mean_abs(values: list[list[float]], counted: list[list[bool]]) -> float:
+    """Return the mean |K| of the tokens that count: how much a group tells."""
+    return sum(abs(v) for row in values for v in row) / max(sum(map(sum, counted)), 1)
 
 
 def _notes(method: Method, rows: list[dict[str, Any]], found: Statistics) -> list[str]:
     notes = []
-    silent = sum(row["correct"] is not None and not any(row["trained"]) for row in rows)
+    silent = sum(row["correct"] is not None and not any(counted(method, row)) for row in rows)
     if len(rows) == 1:
         notes.append("There is one rollout only: nothing to compare it with, so K is 0 for all tokens.")
     elif not found.right and not found.wrong:

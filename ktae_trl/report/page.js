@@ -137,7 +137,7 @@
         make("span", { className: "tally", textContent: tally(group) }),
       ),
       bar,
-      make("div", { className: "preview", textContent: group.prompt.slice(...group.own).slice(0, 160).replace(/↵?\n/g, " ") }),
+      make("div", { className: "preview", textContent: group.preview.replace(/↵?\n/g, " ") }),
     );
     link.dataset.number = number;
     if (current === number) link.setAttribute("aria-current", "true");
@@ -169,7 +169,7 @@
   });
 
   function fromHash() {
-    const wanted = decodeURIComponent(location.hash.slice(1));
+    const wanted = location.hash.slice(1);
     const number = index.groups.findIndex((group) => key(group) === wanted);
     return number >= 0 ? number : wanted ? null : (found[0] ?? null);
   }
@@ -251,7 +251,7 @@
     }
     if (!all.length || method.how === "scale" || method.how === "replace") {
       const name = "key-token value K (computed for this page, not trained with)";
-      credit(name, (r, c) => (r.cells.trained[c] ? K[r.cells.token[c]] : 0), ["−1 wrong", "right +1"]);
+      credit(name, (r, c) => (r.cells.trained[c] || method.credit === "tree" ? K[r.cells.token[c]] : 0), ["−1 wrong", "right +1"]);
     }
     const most = largest(data.rollouts.flatMap((r) => r.cells.advantage)) || 1;
     const ends = [decimal(-most, true), decimal(most, true)];

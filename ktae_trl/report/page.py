@@ -54,6 +54,7 @@ _PANELS = {
     "Tokens of a tree": r"tree/(generated|row)_tokens",
 }
 _SATURATED = 0.9  # as in the metric ktae/saturated
+_PREVIEW = 160  # characters of a prompt in the list of groups
 T = TypeVar("T")
 
 
@@ -105,6 +106,8 @@ def write_report(source: str | Path, output: str | Path, max_groups: int = MAX_G
 def write(output: str | Path, name: str, shown: Shown, panels: Sequence[dict[str, Any]] = ()) -> Path:
     """Write a page; who opens it at the same time sees the old one or the new."""
     output = Path(output)
+    if output.is_dir():
+        raise IsADirectoryError(f"{output} is a folder: name a file, such as {output / 'report.html'}")
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.part")
     partial.write_text(render(name, shown, panels), encoding="utf-8", newline="\n")
@@ -155,7 +158,7 @@ def collect(some: Iterable[Record], most: int | None = None) -> Shown:
         )
     begin, end = _own_part(prompts)
     for group, prompt in zip(shown.groups, prompts, strict=True):
-        group |= {"prompt": prompt, "own": [begin, len(prompt) - end]}
+        group |= {"prompt": prompt, "preview": prompt[begin : len(prompt) - end][:_PREVIEW]}
     return shown
 
 
@@ -188,9 +191,10 @@ def _method(method: Method) -> dict[str, Any]:
     settings = {}
     if method.how is not None:
         settings["advantage of a token"] = _FORMULA[method.how]
-    weights = (method.fisher_weight, method.ig_weight, method.tf_weight)
-    settings["weights h1 (Fisher), h2 (IG), h3 (TF)"] = ", ".join(f"{weight:g}" for weight in weights)
-    settings["leave one out"] = "yes" if method.leave_one_out else "no"
+    if method.credit == "ktae":
+        weights = (method.fisher_weight, method.ig_weight, method.tf_weight)
+        settings["weights h1 (Fisher), h2 (IG), h3 (TF)"] = ", ".join(f"{weight:g}" for weight in weights)
+        settings["leave one out"] = "yes" if method.leave_one_out else "no"
     return {
         "credit": method.credit,
         "title": _TITLES.get(method.credit, visible(method.credit)),

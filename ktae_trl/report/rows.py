@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -114,8 +115,8 @@ def explain(
     for number, row in enumerate(rows):
         check_row(row, f"row {number}")
 
-    prompts = [_text(row["prompt"]) for row in rows]
-    completions = [_text(row["completion"], only="assistant") for row in rows]
+    prompts = [_encodable(_text(row["prompt"])) for row in rows]
+    completions = [_encodable(_text(row["completion"], only="assistant")) for row in rows]
     verdicts = _verdicts(rows, completions)
     groups: dict[str, list[int]] = {}
     for i, prompt in enumerate(prompts):
@@ -128,7 +129,7 @@ def explain(
     strings: dict[int, str] = {}
     explained = []
     for number, members in enumerate(progress(groups.values(), "Valuing tokens")):
-        tokens = tokenizer([_encodable(completions[i]) for i in members], add_special_tokens=False)["input_ids"]
+        tokens = tokenizer([completions[i] for i in members], add_special_tokens=False)["input_ids"]
         strings |= token_strings({i for row in tokens for i in row} - strings.keys(), tokenizer)
         advantages = group_advantages([verdicts[i] for i in members])
         group = [
@@ -164,21 +165,21 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         ValueError: a line is not JSON, or is no row for `explain`; the line is named.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists() or path.is_dir():
         raise FileNotFoundError(f"There is no file {path} (looked in {Path.cwd()})")
     rows = []
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
         try:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
                 try:
                     row = json.loads(line)
-                except json.JSONDecodeError as error:
+                except (json.JSONDecodeError, RecursionError) as error:
                     raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
                 check_row(row, f"{path}, line {number}")
                 rows.append(row)
-        except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
             raise ValueError(f"{path} is no file of JSON lines: {error}") from None
     if not rows:
         raise ValueError(f"{path} holds no rollouts")
