@@ -35,6 +35,8 @@ def train(credit: str, steps: int) -> dict:
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
+        "output_dir": "runs/step_cost",  # the quickstart's holds what a person may want to keep
+        "record_steps": 0,
     }
     line = ["--config", "configs/quickstart.yaml", *(str(x) for k, v in settings.items() for x in (f"--{k}", v))]
     trainer = build_trainer(*parse((RunArguments, KTAEGRPOConfig, ModelConfig), "train.py", line))
