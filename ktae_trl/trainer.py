@@ -155,7 +155,7 @@ class KTAEGRPOTrainer(GRPOTrainer):
 
     def log(self, logs, start_time=None):
         super().log(logs, start_time)
-        if self.model.training and (sample := self._recorder.take_sample()):
+        if sample := self._recorder.take_sample():
             print_sample(sample, self.state.global_step)
             send_sample(sample, self.state.global_step, self.callback_handler)
 

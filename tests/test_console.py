@@ -106,6 +106,7 @@ def test_a_training_prints_its_samples(tmp_path, capsys):
     ).train()
     text = capsys.readouterr().out
     assert text.count("right, A = +") == text.count("wrong, A = -") == 1
+    assert "Completion" not in text  # TRL's table of all completions, unless a number of them is asked for
     make_trainer(
         tmp_path / "b",
         rollout_func=replay,
@@ -115,3 +116,6 @@ def test_a_training_prints_its_samples(tmp_path, capsys):
         reward_funcs=all_wrong,
     ).train()
     assert "wrong, A = +0.00" in capsys.readouterr().out
+    settings = {"log_completions": True, "max_steps": 1, "num_completions_to_print": 1}
+    make_trainer(tmp_path / "c", rollout_func=replay, **settings).train()
+    assert "Completion" in capsys.readouterr().out
