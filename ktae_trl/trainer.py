@@ -2,20 +2,17 @@
 
 import copy
 import logging
-import os
 import time
-import warnings
 from collections import defaultdict
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list, is_peft_model, send_to_device
 from datasets import Dataset
 from torch import Tensor
 from trl import GRPOTrainer
 from trl.import_utils import is_vllm_available
 
-from ktae_trl import hub, model_card
+from ktae_trl import model_card
 from ktae_trl.arguments import checkpoint_to_resume, nearest
 from ktae_trl.batches import Batches
 from ktae_trl.cards import CARDS, NONE, Card
@@ -25,7 +22,9 @@ from ktae_trl.contract import check_trl
 from ktae_trl.credit import METHODS, TOKENIZER_CHECKS
 from ktae_trl.credit.combine import Rollouts, combine
 from ktae_trl.policy import Policy
+from ktae_trl.publishing import Publishing
 from ktae_trl.recorder import Recorder
+from ktae_trl.resume import ExactResume
 from ktae_trl.rewards import SHAPING
 from ktae_trl.sampling import SAMPLERS, dynamic
 from ktae_trl.trackers import send_sample
@@ -34,7 +33,7 @@ check_trl(GRPOTrainer)
 logger = logging.getLogger(__name__)
 
 
-class KTAEGRPOTrainer(GRPOTrainer):
+class KTAEGRPOTrainer(ExactResume, Publishing, GRPOTrainer):
     """
     GRPO in which each token of a completion gets its own advantage.
 
@@ -67,7 +66,6 @@ class KTAEGRPOTrainer(GRPOTrainer):
     """
 
     _tag_names, _name, _paper, _does = CARDS["ktae"]
-    recipe: dict = {}  # what the model card says of the run beside `args`: train.py's settings of data and model
 
     def __init__(self, model, reward_funcs=None, args: KTAEGRPOConfig | None = None, *positional, **kwargs):
         if args is None:
@@ -372,202 +370,6 @@ class KTAEGRPOTrainer(GRPOTrainer):
                 len(chosen.groups),
                 len(chosen.generations),
             )
-
-    # The Hub: what is on disk comes first, then the network.
-
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
-        """Write TRL's model card to `output_dir`, completed: see `ktae_trl.model_card`."""
-        output = Path(self.args.output_dir)
-        data = dataset_name or self.recipe.get("dataset_name")
-        on_hub = model_card.is_hub_id(data)
-        tags = [*([tags] if isinstance(tags, str) else tags or []), *(getattr(self.model, "model_tags", None) or [])]
-        super().create_model_card(
-            " ".join((model_name or (self.args.hub_model_id or output.name).split("/")[-1]).split()),
-            data if on_hub else None,
-            tags,
-        )
-        if not self.is_world_process_zero():
-            return
-        base = self.model.config._name_or_path
-        known = {"credit": self.args.credit, "reward_funcs": self.reward_func_names}
-        family = f"{self.args.credit.partition('_')[0]}_"
-        known |= {name: value for name, value in vars(self.args).items() if name.startswith(family)}
-        known |= {"num_generations": self.num_generations, "num_processes": self.accelerator.num_processes}
-        model_card.complete(
-            output / model_card.CARD,
-            does=self._does,
-            settings=known | self.recipe | model_card.settings_of(self.args),
-            local_base=Path(base).name if os.path.isdir(base) or not base else None,
-            local_data=Path(data).name if data and not on_hub else None,
-            adapter=is_peft_model(self.model),
-            name=self.hub_model_id or str(output),
-        )
-        if not self.is_in_train:  # what lies there then may be of an earlier run
-            model_card.update(output)
-
-    def save_whole_model(self) -> None:
-        """Save a model that `from_pretrained` loads, also where checkpoints are in shards (accelerate's default)."""
-        if self.is_fsdp_enabled:
-            plugin = self.accelerator.state.fsdp_plugin
-            sharded = plugin.state_dict_type
-            plugin.set_state_dict_type("FULL_STATE_DICT")
-            self.save_model(_internal_call=True)
-            plugin.set_state_dict_type(sharded)
-            return
-        if self.is_deepspeed_enabled:  # ZeRO-3 without `zero3_save_16bit_model`
-            self.deepspeed._config.zero_config.gather_16bit_weights_on_model_save = True
-        self.save_model(_internal_call=True)
-
-    def save_all(self, *, push: bool, **card) -> None:
-        """Write to `output_dir`: whole model, tokenizer, the key-token page of a recorded run, card. For all processes.
-
-        Args:
-            push: it is to be uploaded; trackers are told, which may have something for the card.
-            card: `model_name`, `dataset_name` and `tags`.
-        """
-        if push:
-            self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        self.save_whole_model()
-        if self.is_world_process_zero():
-            hub.write_page(Path(self.args.output_dir))
-            self.create_model_card(**card)
-
-    def upload(self, message="End of training", blocking=True, token=None, revision=None):
-        """Upload what `save_all` wrote. For the first process; the others need not be there any more."""
-        folder, args = Path(self.args.output_dir), self.args
-        token, revision = token or args.hub_token, revision or args.hub_revision
-        self._finish_current_push()
-        name = self.hub_model_id or hub.repo_name(args)
-        private = args.hub_private_repo
-        return hub.send(folder, name, private, token=token, revision=revision, message=message, wait=blocking)
-
-    def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, **kwargs):
-        """Save model (or adapter), tokenizer, card and key-token page, then upload them.
-
-        Checkpoints, recorded rollouts and the training arguments, which hold `hub_token`, stay here.
-
-        Args:
-            blocking: False returns a `Future` of the commit at once.
-            kwargs: `model_name`, `dataset_name` and `tags` of the card.
-
-        Raises:
-            HubError: the upload failed. All is on disk; the message has the command that tries again.
-        """
-        self.save_all(push=True, **kwargs)
-        if self.is_world_process_zero():
-            return self.upload(commit_message, blocking, token, revision)
-
-    def init_hf_repo(self, token=None):
-        # As the parent, whose errors say little, and which takes a public repository for a private one.
-        if self.is_world_process_zero():
-            args, token = self.args, token or self.args.hub_token
-            self.hub_model_id = hub.create_repo(hub.repo_name(args), private=args.hub_private_repo, token=token)
-            self.push_in_progress = None
-
-    def _push_from_checkpoint(self, checkpoint_folder):
-        with hub.our_uploads():
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    # Exact resume: a process's place in the generation cycle and in the order of prompts.
-
-    def _get_train_sampler(self, dataset=None):
-        self._train_sampler = super()._get_train_sampler(dataset)
-        return self._train_sampler
-
-    def _save_rng_state(self, output_dir):
-        super()._save_rng_state(output_dir)
-        torch.save(
-            {
-                "step": self._step,
-                "layout": self._layout(),
-                "how": self._credit_how,
-                "rollouts": self._buffered_inputs if self._step % self._cycle() else None,
-                "prompts": self._prompt_stream and self._prompt_stream.state(),
-            },
-            self._rollouts_file(output_dir, self.accelerator.process_index),
-        )
-        # The first process goes on to write trainer_state.json: a checkpoint that has one has all its files.
-        self.accelerator.wait_for_everyone()
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self._restore_sampler()
-            self._restore_stream(checkpoint)
-            self._restore_rollouts(checkpoint)
-
-    def _restore_sampler(self) -> None:
-        sampler = getattr(self, "_train_sampler", None)  # an iterable dataset has none
-        if sampler is not None and sampler.shuffle:
-            for _ in range(int(self.state.epoch)):  # each past epoch drew one permutation
-                torch.randperm(sampler.num_samples, generator=sampler.generator)
-
-    def _restore_stream(self, checkpoint: str) -> None:
-        if self._prompt_stream is None:
-            return
-        # The first process says where it is: all must draw the same prompts, also where files were lost.
-        path, state = self._rollouts_file(checkpoint, 0), [None]
-        if self.accelerator.is_main_process and os.path.exists(path):
-            state = [torch.load(path, map_location="cpu", weights_only=True)["prompts"]]
-        self._prompt_stream.restore(broadcast_object_list(state)[0])
-
-    def _restore_rollouts(self, checkpoint: str) -> None:
-        path = self._rollouts_file(checkpoint, self.accelerator.process_index)
-        first = self._rollouts_file(checkpoint, 0)  # to compare with, if this process has none of its own
-        if not os.path.exists(first) and not os.path.exists(path):
-            warnings.warn(
-                f"{checkpoint} holds no {os.path.basename(path)}, so it was not saved by KTAEGRPOTrainer: this run "
-                "starts a new generation cycle and will not repeat the original one exactly.",
-                stacklevel=2,
-            )
-            return
-        own = os.path.exists(path)
-        saved = torch.load(path if own else first, map_location="cpu", weights_only=True)
-        layout, here = saved["layout"], self._layout()
-        cycle = layout["steps_per_generation"] * layout["num_iterations"]
-        if layout == here and (own or saved["rollouts"] is None):
-            self._step = saved["step"]
-            self._buffered_inputs = send_to_device(saved["rollouts"], self.accelerator.device)
-            self._credit_how = saved["how"]
-        elif layout == here:
-            raise FileNotFoundError(
-                f"{path} is missing: the rollouts that this process had still to train on. Copy the checkpoint whole, "
-                f"or resume from one whose forward passes are a multiple of {cycle}."
-            )
-        elif saved["rollouts"] is not None:
-            raise ValueError(
-                f"{checkpoint} lies inside a generation cycle: {saved['step']} forward passes were done, and "
-                f"{saved['step']} mod {cycle} (steps_per_generation x num_iterations) = {saved['step'] % cycle}. Its "
-                f"rollouts were made for {layout}, but this run has {here}. Resume with the same settings, or from a "
-                f"checkpoint whose forward passes are a multiple of {cycle} (optimizer steps x "
-                "gradient_accumulation_steps)."
-            )
-        else:
-            warnings.warn(
-                f"{checkpoint} was made with {layout}, this run has {here}: it starts with a new generation and will "
-                "not repeat the original one exactly.",
-                stacklevel=2,
-            )
-
-    def _layout(self) -> dict[str, int | str]:
-        """Return the settings that decide what a buffered batch holds and when it is used up."""
-        return {
-            "num_processes": self.accelerator.num_processes,
-            "per_device_train_batch_size": self.args.per_device_train_batch_size,
-            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
-            "steps_per_generation": self.args.steps_per_generation,
-            "num_iterations": self.num_iterations,
-            "num_generations": self.num_generations,
-            "credit": self.args.credit,
-        }
-
-    def _cycle(self) -> int:
-        """Return the forward passes from one generation to the next."""
-        return self.args.steps_per_generation * self.num_iterations
-
-    @staticmethod
-    def _rollouts_file(checkpoint: str, process_index: int) -> str:
-        return os.path.join(checkpoint, f"rollouts_{process_index}.pt")
 
 
 def _as_rollout_output(rollouts: list[dict]) -> dict[str, list | None]:
