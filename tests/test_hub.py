@@ -126,10 +126,11 @@ def measured(folder: Path, model: Path, **change) -> Path:
 
 def files_for_the_hub(folder: Path) -> dict[str, bytes]:
     """What must arrive: said independently of the patterns."""
+    private = ("rollouts", "checkpoint-1", "completions", "runs")
     kept = {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file() and path.relative_to(folder).parts[0] not in ("rollouts", "checkpoint-1", "completions")
+        if path.is_file() and path.relative_to(folder).parts[0] not in private
     }
     kept.pop("training_args.bin", None)
     return {name: data for name, data in kept.items() if not name.startswith("_")}
