@@ -27,7 +27,7 @@ from ktae_trl.model_card import CARD, PAGE
 
 # transformers leaves out checkpoints and what begins with an underscore. Rollouts hold the data that was trained on;
 # training_args.bin is a pickle with `hub_token` in it, and TensorBoard's logs have all arguments in clear.
-NOT_UPLOADED = [f"{records.FOLDER}/*", "completions/*", "runs/*", "training_args.bin"]
+NOT_UPLOADED = [f"{records.FOLDER}/*", "completions/*", "*.tfevents.*", "training_args.bin"]
 TIMEOUT = 120.0  # seconds without a sign of life; the client itself would wait for ever
 _waiting: list = []  # the client's own time-out, and an entry for each upload that has set ours
 _waiting_lock = threading.Lock()
@@ -134,7 +134,7 @@ def send(
     message: str = "Upload model",
     wait: bool = True,
 ) -> CommitInfo | Future:
-    """Upload a run's folder, all but checkpoints, rollouts and training arguments, to a repository of that name.
+    """Upload a run's folder, all but what `NOT_UPLOADED` says and checkpoints, to a repository of that name.
 
     Files that are there already are not sent again. Without `wait` it is done in the background.
 

@@ -112,7 +112,8 @@ def complete(
     if settings:
         written = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=1000)
         fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", written)), default=0))
-        more.append(f"### Settings\n\nWhat differs from the defaults:\n\n{fence}yaml\n{written}{fence}")
+        words = "Those of the method, and what else differs from the defaults:"
+        more.append(f"### Settings\n\n{words}\n\n{fence}yaml\n{written}{fence}")
     text = text.replace(_VERSIONS, f"{_VERSIONS}\n- ktae-trl: {__version__}", 1).replace("\n\n- TRL:", "\n- TRL:", 1)
     head, procedure, rest = text.partition(_PROCEDURE)
     before, versions, after = rest.partition(_VERSIONS)

@@ -82,7 +82,8 @@ class Publishing:
     def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, **kwargs):
         """Save model (or adapter), tokenizer, card and key-token page, then upload them.
 
-        Checkpoints, recorded rollouts and the training arguments, which hold `hub_token`, stay here.
+        Checkpoints, recorded rollouts, and what holds all arguments and so secrets (training_args.bin, TensorBoard's
+        logs) stay here.
 
         Args:
             blocking: False returns a `Future` of the commit at once.

@@ -156,9 +156,10 @@ def read_metrics(folder: str | Path) -> list[dict[str, float]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             entry = json.loads(line)
-            step = int(entry["step"])
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (json.JSONDecodeError, RecursionError):
+            entry = None
+        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
             logger.warning("%s: a line that is no entry is left out (of an interrupted run?): %r", path, line[:80])
             continue
-        found.setdefault((step, any(name.startswith("eval_") for name in entry)), {}).update(entry)
+        found.setdefault((entry["step"], any(name.startswith("eval_") for name in entry)), {}).update(entry)
     return [found[key] for key in sorted(found)]
