@@ -1,7 +1,7 @@
 """KTAE: the key-token value of every token from the right and wrong rollouts of its group (arXiv 2505.16826).
 
-Everything is counted from one sort of the ids of each group, which lays the occurrences of a token side by side, those
-of one rollout together. There is no loop over groups, rollouts or tokens, and nothing is as large as a vocabulary.
+Tokens are counted once (`counting`); all that follows is computed per distinct token of each group, for all groups
+together, and spread over the positions at the end.
 
 Where this departs from the official code, which has faults (README, "Departures"): p is exact, p = 1 gives F = 0, the
 weights arrive, and every end-of-sequence id counts as special.
@@ -12,11 +12,11 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ktae_trl.credit.association import fisher_p_table, information_gain_table
 from ktae_trl.credit.combine import Credit, Rollouts, combine
+from ktae_trl.credit.counting import count
 
 _TF_SATURATION = 2.0  # k1 of the paper's BM25-like term frequency
 _TF_LENGTH = 0.5  # b0
@@ -28,8 +28,8 @@ _SILENCED = 1e-3  # so is a token that keeps less than this share of its rollout
 class KeyTokenTable(NamedTuple):
     """Values per position, and the counts behind them per distinct token of each group with right and wrong rollouts.
 
-    U is the number of (group, token) pairs that occur. c and d of the 2 x 2 table are `n_right[group] - a` and
-    `n_wrong[group] - b`.
+    U is the number of (group, token) pairs that occur; they come in no particular order. c and d of the 2 x 2 table are
+    `n_right[group] - a` and `n_wrong[group] - b`.
     """
 
     values: Tensor  # (P, G, T) float32: K
@@ -105,8 +105,8 @@ def key_token_table(
         scored: (P, G) bool or 0/1; a rollout that could not be scored neither votes nor gets values.
         ignore_ids: ids with K = 0 (padding, end of sequence). They count in the length of their side.
 
-    The memory needed beside the input is at most ten times that of int64 `ids` (13 times with `leave_one_out`), which
-    it comes near only if hardly any token occurs twice.
+    The memory needed beside the input is at most 18 times that of int64 `ids` (22 times with `leave_one_out`), which it
+    comes near only if hardly any token occurs twice.
 
     Returns:
         A `KeyTokenTable`; `values` lie in [-1, 1] on the device of `ids`. They are 0 where masked, in a group whose
@@ -118,27 +118,23 @@ def key_token_table(
         ValueError: shapes that do not fit, weights that are negative, not finite or both 0.
     """
     _check(ids, mask, correct, scored, fisher_weight, ig_weight, tf_weight)
-    P, G, T = ids.shape
     mask, correct = mask.bool(), correct.bool()
-    votes = mask.any(-1) if scored is None else mask.any(-1) & scored.bool()
+    lengths = mask.sum(-1, dtype=torch.int32)
+    votes = lengths > 0 if scored is None else (lengths > 0) & scored.bool()
     right, wrong = votes & correct, votes & ~correct  # (P, G)
     n_right, n_wrong = right.sum(1), wrong.sum(1)  # (P,)
-
     counted = mask & (votes & (n_right > 0)[:, None] & (n_wrong > 0)[:, None])[..., None]
     for special in ignore_ids:
         counted &= ids != special
-    lengths = mask.sum(-1)
+    splits = set(zip(*torch.stack([n_right, n_wrong]).tolist(), strict=True))  # waits for the device
+    tables = _Tables(splits, leave_one_out, ids.shape[1], fisher_weight, ig_weight, ids.device)
     length_right, length_wrong = (lengths * right).sum(1), (lengths * wrong).sum(1)  # (P,)
-    runs, tokens, pairs, splits = _count(ids, counted, right, n_right, n_wrong)
-    del counted
-    if not leave_one_out:
-        del pairs
-    group, a, b = tokens.group, tokens.a, tokens.b
 
-    tables = _Tables(splits, leave_one_out, G, fisher_weight, ig_weight, ids.device)
+    counts = count(ids, counted, right, pairs=leave_one_out)
+    group, a, b = counts.group, counts.a, counts.b
 
     def direction(cell, length_right, length_wrong, where, count_right, count_wrong) -> Tensor:
-        """D of runs with these counts; `where` numbers the entry of the two lengths that belongs to each."""
+        """D of entries with these counts; `where` numbers the entry of the two lengths that belongs to each."""
         norms = _tf_norms(length_right.view(-1), length_wrong.view(-1))
         tf_right, tf_wrong = (
             (_TF_SATURATION + 1) * n / (n + norm.index_select(0, where))
@@ -148,121 +144,34 @@ def key_token_table(
         return tables.presence.index_select(0, cell).add_(ratio, alpha=tf_weight)
 
     cell = tables.cell(n_right, n_wrong, group, a, b)
-    D = direction(cell, length_right, length_wrong, group, tokens.count_right, tokens.count_wrong)
+    D = direction(cell, length_right, length_wrong, group, counts.count_right, counts.count_wrong)
     if leave_one_out:
         # The same per pair: the rollout's own presence and tokens leave the counts of its side.
-        own_right, own_wrong = pairs.right.int(), (~pairs.right).int()
+        token, rollout, own = counts.pairs
+        own_right = right.reshape(-1).index_select(0, rollout).int()
+        own_wrong = 1 - own_right
         cell_W = tables.cell(
             n_right[:, None] - right.int(),
             n_wrong[:, None] - wrong.int(),
-            pairs.rollout,
-            a.index_select(0, pairs.token) - own_right,
-            b.index_select(0, pairs.token) - own_wrong,
+            rollout,
+            a.index_select(0, token) - own_right,
+            b.index_select(0, token) - own_wrong,
         )
         D_W = direction(
             cell_W,
             length_right[:, None] - lengths * right,
             length_wrong[:, None] - lengths * wrong,
-            pairs.rollout,
-            tokens.count_right.index_select(0, pairs.token) - pairs.count * own_right,
-            tokens.count_wrong.index_select(0, pairs.token) - pairs.count * own_wrong,
+            rollout,
+            counts.count_right.index_select(0, token) - own * own_right,
+            counts.count_wrong.index_select(0, token) - own * own_wrong,
         )
-        values = _unsort(_key_value(tables.strength.index_select(0, cell_W), D_W), runs.new_pair, runs)
+        K = _key_value(tables.strength.index_select(0, cell_W), D_W)
     else:
-        values = _unsort(_key_value(tables.strength.index_select(0, cell), D), runs.new_token, runs)
+        K = _key_value(tables.strength.index_select(0, cell), D)
 
     p, fisher, gain = (table.index_select(0, cell) for table in (tables.p, tables.fisher, tables.gain))
-    return KeyTokenTable(values.view(P, G, T), n_right, n_wrong, group, tokens.id, a, b, p, fisher, gain, D)
-
-
-class _Tokens(NamedTuple):
-    """One entry per distinct token of each group, (U,) in the order of the sort."""
-
-    group: Tensor
-    id: Tensor
-    a: Tensor  # right rollouts with it
-    b: Tensor
-    count_right: Tensor  # occurrences in right rollouts
-    count_wrong: Tensor
-
-
-class _Pairs(NamedTuple):
-    """One entry per pair of a token and a rollout that has it, (W,) in the order of the sort."""
-
-    token: Tensor  # numbers the entry of _Tokens
-    rollout: Tensor  # numbered through all groups
-    right: Tensor  # bool: it is a right one
-    count: Tensor  # occurrences of the token in it
-
-
-class _Runs(NamedTuple):
-    """The positions of each group in the order of the sort, P * G * T in a row; those not counted end each group."""
-
-    order: Tensor  # (P, G * T): where each came from in its group
-    counted: Tensor  # bool
-    new_token: Tensor  # bool: the first of a run of equal ids
-    new_pair: Tensor  # bool: the first of a run of equal ids from one rollout
-
-
-def _count(
-    ids: Tensor, counted: Tensor, right: Tensor, n_right: Tensor, n_wrong: Tensor
-) -> tuple[_Runs, _Tokens, _Pairs, set[tuple[int, int]]]:
-    """Sort each group and count its tokens per side and per rollout; also return the class splits there are."""
-    P, G, T = ids.shape
-    # The sort is stable, so the occurrences of an id in one rollout stay together.
-    last_id = torch.iinfo(ids.dtype).max
-    sorted_ids, order = ids.masked_fill(~counted, last_id).view(P, G * T).sort(dim=1, stable=True)
-    rollout = order.div(max(T, 1), rounding_mode="floor").int()
-    is_counted = sorted_ids != last_id
-    new_token, new_pair = is_counted.clone(), is_counted.clone()
-    new_token[:, 1:] &= sorted_ids[:, 1:] != sorted_ids[:, :-1]
-    new_pair[:, 1:] &= new_token[:, 1:] | (rollout[:, 1:] != rollout[:, :-1])
-    runs = _Runs(order, *(x.view(-1) for x in (is_counted, new_token, new_pair)))
-
-    # The only wait for the device: how many tokens and pairs there are, and which class splits.
-    sizes = torch.stack([new_token.sum(), new_pair.sum()])
-    host = torch.cat([n_right, n_wrong, sizes]).tolist()
-    splits, (n_tokens, n_pairs) = set(zip(host[:P], host[P : 2 * P], strict=True)), host[2 * P :]
-
-    start = torch.nonzero_static(runs.new_pair, size=n_pairs).squeeze(1).int()
-    pair_is_new = runs.new_token.index_select(0, start)
-    first = torch.nonzero_static(pair_is_new, size=n_tokens).squeeze(1).int()
-    token_id = sorted_ids.view(-1).index_select(0, start.index_select(0, first))
-    del sorted_ids  # as large as all that follows
-
-    first_rollout = torch.arange(0, P * G, G, device=ids.device, dtype=torch.int32)[:, None]
-    rollout = rollout.add_(first_rollout).view(-1).index_select(0, start)
-    group_end = torch.arange(P, device=ids.device) * (G * T) + counted.sum((1, 2))
-    end = torch.minimum(
-        F.pad(start[1:], (0, 1), value=P * G * T), group_end.int().repeat_interleave(G).index_select(0, rollout)
-    )
-    count, pair_right = end - start, right.view(-1).index_select(0, rollout)
-
-    bounds = F.pad(first, (0, 1), value=n_pairs)
-
-    def total(x_W: Tensor) -> Tensor:
-        return F.pad(x_W.cumsum(0, dtype=torch.int32), (1, 0)).index_select(0, bounds).diff()
-
-    a, count_right = total(pair_right), total(count * pair_right)
-    tokens = _Tokens(
-        group=rollout.index_select(0, first) // G,
-        id=token_id,
-        a=a,
-        b=bounds.diff() - a,
-        count_right=count_right,
-        count_wrong=total(count) - count_right,
-    )
-    number = pair_is_new.cumsum(0, dtype=torch.int32).sub_(1)
-    return runs, tokens, _Pairs(number, rollout, pair_right, count), splits
-
-
-def _unsort(run_values: Tensor, new_run: Tensor, runs: _Runs) -> Tensor:
-    """Give each position the value of its run, 0 where it is not counted, in the order before the sort."""
-    if len(run_values) == 0:
-        return torch.zeros(runs.order.shape, device=run_values.device)
-    run = new_run.cumsum(0, dtype=torch.int32).sub_(1).clamp_(min=0)  # a group may begin with none
-    values = run_values.index_select(0, run).mul_(runs.counted).view_as(runs.order)
-    return torch.empty_like(values).scatter_(1, runs.order, values)
+    values = counts.spread(K).view(ids.shape)
+    return KeyTokenTable(values, n_right, n_wrong, group, counts.token, a, b, p, fisher, gain, D)
 
 
 def _key_value(strength: Tensor, direction: Tensor) -> Tensor:
