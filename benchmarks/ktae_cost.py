@@ -1,31 +1,56 @@
-"""What key-token values cost: time against one sort and a per-token loop over vocabulary-sized tables, and memory.
+"""What key-token values cost: how time and memory grow, against a copy, a sort and a loop over tables.
 
-python benchmarks/ktae_cost.py                              # 64 groups x 16 rollouts x 1,024 tokens
-python benchmarks/ktae_cost.py --groups 1024 --device cuda
+python benchmarks/ktae_cost.py                  # four sweeps and 1,024 groups x 16 rollouts x 1,024 tokens: 3 minutes
+python benchmarks/ktae_cost.py --short          # the last alone: half a minute
+python benchmarks/ktae_cost.py --device cuda
 """
 
 import argparse
+import gc
 import math
+import os
 import platform
 import statistics
+import threading
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy import stats
 from tqdm import tqdm
 
 from ktae_trl.credit.ktae import key_token_values
 
-VOCABULARY = 151_936
+
+class Size(NamedTuple):
+    groups: int = 64
+    rollouts: int = 16
+    tokens: int = 1024
+    vocabulary: int = 151_936
+
+    def __str__(self) -> str:
+        return f"{self.groups:,} groups x {self.rollouts} rollouts x {self.tokens:,} tokens, {self.vocabulary:,} ids"
 
 
-def rollouts(groups: int, G: int, T: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+# Each is varied alone, about the size above.
+SWEEPS = {
+    "groups": [1, 4, 16, 64, 256, 1024],
+    "rollouts": [4, 8, 16, 32, 64],
+    "tokens": [128, 256, 512, 1024, 2048, 4096, 8192],
+    "vocabulary": [32_000, 64_000, 128_000, 256_000],
+}
+AIM, AIM_SECONDS = Size(groups=1024), 0.1
+
+
+def make(size: Size, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Token ids as in text (Zipf's law, exponent 1.1), lengths from T/4 to T, half of the rollouts right."""
+    groups, G, T, vocabulary = size
     rng = np.random.default_rng(seed)
-    weights = 1 / np.arange(1, VOCABULARY + 1) ** 1.1
+    weights = 1 / np.arange(1, vocabulary + 1) ** 1.1
     ranks = np.searchsorted(np.cumsum(weights / weights.sum()), rng.random((groups, G, T)))
-    ids = torch.tensor(rng.permutation(VOCABULARY)[np.minimum(ranks, VOCABULARY - 1)])
+    ids = torch.tensor(rng.permutation(vocabulary)[np.minimum(ranks, vocabulary - 1)])
     mask = torch.arange(T) < torch.tensor(rng.integers(T // 4, T + 1, (groups, G, 1)))
     return ids, mask, torch.tensor(rng.random((groups, G)) < 0.5)
 
@@ -43,21 +68,23 @@ def entropy(*counts: int) -> float:
     return -sum(n / total * math.log2(n / total) for n in counts if n)
 
 
-def loop_over_tables(ids: np.ndarray, mask: np.ndarray, correct: np.ndarray, skip_absent: bool) -> np.ndarray:
+def loop_over_tables(
+    ids: np.ndarray, mask: np.ndarray, correct: np.ndarray, vocabulary: int, skip_absent: bool
+) -> np.ndarray:
     """K of one group by the paper's formulas: tables as large as the vocabulary and a Python loop over their entries.
 
     With `skip_absent` only over the tokens that occur, which is the kindest form of it.
     """
-    present = np.zeros((len(ids), VOCABULARY), dtype=bool)
-    counts = np.zeros((2, VOCABULARY))
+    present = np.zeros((len(ids), vocabulary), dtype=bool)
+    counts = np.zeros((2, vocabulary))
     for i, (row, m, right) in enumerate(zip(ids, mask, correct, strict=True)):
         present[i, row[m]] = True
         np.add.at(counts[int(not right)], row[m], 1)
     n_right, n_wrong = int(correct.sum()), int((~correct).sum())
     G = n_right + n_wrong
     lengths = mask[correct].sum(), mask[~correct].sum()
-    values = np.zeros(VOCABULARY)
-    for token in np.flatnonzero(present.any(0)) if skip_absent else range(VOCABULARY):
+    values = np.zeros(vocabulary)
+    for token in np.flatnonzero(present.any(0)) if skip_absent else range(vocabulary):
         a, b = int(present[correct, token].sum()), int(present[~correct, token].sum())
         k = a + b
         likely = log_probability(a, b, n_right, n_wrong) + 1e-7
@@ -92,72 +119,128 @@ def timed(function: Callable, device: torch.device, repeats: int) -> float:
 
 
 def peak_memory(function: Callable, device: torch.device) -> int:
-    """Return by how many bytes memory grew at most while `function` ran."""
+    """Return by how many bytes the memory in use grew at most: on a CPU that of the process, looked at all the time."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(profile_memory=True) as profile:
-        function()
-    sizes = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return int(np.cumsum(sizes).max())
+
+    def resident() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def watch() -> None:
+        nonlocal peak
+        while not over.wait(0.0005):
+            peak = max(peak, resident())
+
+    gc.collect()
+    peak = before = resident()
+    over = threading.Event()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    result = function()  # kept until the last look
+    peak = max(peak, resident())
+    over.set()
+    watcher.join()
+    del result
+    return peak - before
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--groups", type=int, default=64)
-    parser.add_argument("--rollouts", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--loop_groups", type=int, default=16, help="groups that the slow loop is timed on")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    ids, mask, correct = rollouts(arguments.groups, arguments.rollouts, arguments.tokens, arguments.seed)
-    mixed = [g for g in range(arguments.groups) if 0 < correct[g].sum() < arguments.rollouts][: arguments.loop_groups]
-
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+def sweep(name: str, values: list[int], device: torch.device, repeats: int, seed: int) -> None:
+    """Print time and memory over one dimension, and the exponent of the growth of time."""
     print(
-        f"{arguments.groups} groups x {arguments.rollouts} rollouts x {arguments.tokens} tokens, ids to {VOCABULARY:,}"
+        f"{name:>12}{'seconds':>10}{'ns / token':>12}{'copies':>8}{'sorts':>8}{'leave one out':>15}{'MiB':>8}{'/ ids':>7}"
     )
-    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, seed {arguments.seed}\n")
+    seconds = []
+    for value in values:
+        inputs = [x.to(device) for x in make(Size(**{name: value}), seed)]
+        ids = inputs[0]
+        other = torch.empty_like(ids)
+        copy = timed(lambda ids=ids, other=other: other.copy_(ids), device, repeats)
+        sort = timed(lambda ids=ids: ids.view(len(ids), -1).sort(dim=1), device, repeats)
+        seconds.append(timed(lambda inputs=inputs: key_token_values(*inputs), device, repeats))
+        left_out = timed(lambda inputs=inputs: key_token_values(*inputs, leave_one_out=True), device, repeats)
+        peak = peak_memory(lambda inputs=inputs: key_token_values(*inputs), device)
+        print(
+            f"{value:12,}{seconds[-1]:10.4f}{seconds[-1] / ids.numel() * 1e9:12.1f}{seconds[-1] / copy:8.1f}"
+            f"{seconds[-1] / sort:8.2f}{left_out:15.4f}{peak / 2**20:8.1f}{peak / ids.nbytes:7.1f}",
+            flush=True,
+        )
+    print(f"{'':12}time grows as {name} to the power of {growth(values, seconds)}\n")
+
+
+def growth(values: list[int], seconds: list[float]) -> str:
+    """Return the exponent of a power law through these points, with its standard error."""
+    fit = stats.linregress(np.log(values), np.log(seconds))
+    return f"{fit.slope:.2f} +- {fit.stderr:.2f}"
+
+
+def against_the_loop(size: Size, device: torch.device, repeats: int, loop_groups: int, seed: int) -> None:
+    """Print the time of one size beside a copy, a sort, and the loop, and check that the values are the loop's."""
+    ids, mask, correct = make(size, seed)
+    mixed = [g for g in range(size.groups) if 0 < correct[g].sum() < size.rollouts][:loop_groups]
 
     def loop(groups: list[int], skip_absent: bool) -> tuple[float, list[np.ndarray]]:
         """Return the seconds for all groups, scaled from the given ones, and the values of these."""
         started = time.perf_counter()
         values = [
-            loop_over_tables(*(x[g].numpy() for x in (ids, mask, correct)), skip_absent)
-            for g in tqdm(groups, desc="slow loop")
+            loop_over_tables(*(x[g].numpy() for x in (ids, mask, correct)), size.vocabulary, skip_absent)
+            for g in tqdm(groups, desc="slow loop", leave=False)
         ]
-        return (time.perf_counter() - started) / len(groups) * arguments.groups, values
+        return (time.perf_counter() - started) / len(groups) * size.groups, values
 
-    whole, _ = loop(mixed[:2], skip_absent=False)
+    whole, _ = loop(mixed[:1], skip_absent=False)
     kind, slow = loop(mixed, skip_absent=True)
-
     on_device = [x.to(device) for x in (ids, mask, correct)]
     fast = key_token_values(*on_device)
     error = max(np.abs(fast[g].cpu().numpy() - expected).max() for g, expected in zip(mixed, slow, strict=True))
     assert error < 1e-5, f"the two disagree by {error}"
 
-    flat = on_device[0].view(arguments.groups, -1)
-    sort = timed(lambda: flat.sort(dim=1), device, arguments.repeats)
-    print(f"{'':42}{'seconds':>9}{'sorts':>9}{'faster than loop':>18}{'peak / ids':>12}")
-    print(f"{'one sort of the same ids':42}{sort:9.4f}{1:9.2f}")
-    print(f"{'loop over the tables (2 groups, scaled)':42}{whole:9.1f}{whole / sort:9.0f}")
-    print(f"{f'loop, absent skipped ({len(mixed)} groups, scaled)':42}{kind:9.1f}{kind / sort:9.0f}")
-    narrow = (on_device[0].int(), *on_device[1:])
-    for label, inputs, options in (
-        ("key_token_values", on_device, {}),
-        ("key_token_values, leave_one_out", on_device, {"leave_one_out": True}),
-        ("key_token_values, int32 ids", narrow, {}),
-    ):
-        seconds = timed(lambda i=inputs, o=options: key_token_values(*i, **o), device, arguments.repeats)
-        memory = peak_memory(lambda i=inputs, o=options: key_token_values(*i, **o), device) / ids.nbytes
-        faster = f"{whole / seconds:.0f} ({kind / seconds:.0f}) x"
-        print(f"{label:42}{seconds:9.4f}{seconds / sort:9.2f}{faster:>18}{memory:12.1f}")
-    print(f"\nlargest difference on {len(mixed)} groups: {error:.1e}; peak / ids: in sizes of int64 ids")
+    flat = on_device[0].view(size.groups, -1)
+    place = torch.empty_like(flat)
+    rows = {
+        "copy of the ids, into memory that is there": timed(lambda: place.copy_(flat), device, repeats),
+        "copy of the ids, into new memory": timed(flat.clone, device, repeats),
+        "sort of the ids": timed(lambda: flat.sort(dim=1), device, repeats),
+        "key_token_values": timed(lambda: key_token_values(*on_device), device, repeats),
+        "key_token_values, leave_one_out": timed(
+            lambda: key_token_values(*on_device, leave_one_out=True), device, repeats
+        ),
+        f"loop over tokens that occur ({len(mixed)} groups, scaled)": kind,
+        "loop over the vocabulary (1 group, scaled)": whole,
+    }
+    print(f"{size}")
+    print(f"{'':50}{'seconds':>10}{'ns / token':>12}{'times key_token_values':>24}")
+    for label, seconds in rows.items():
+        times = seconds / rows["key_token_values"]
+        print(f"{label:50}{seconds:10.4f}{seconds / ids.numel() * 1e9:12.1f}{times:24,.2f}")
+    peak = peak_memory(lambda: key_token_values(*on_device), device)
+    print(
+        f"peak memory {peak / 2**20:,.0f} MiB, {peak / ids.nbytes:.1f} times the int64 ids; largest difference {error:.0e}"
+    )
+    if size == AIM:
+        reached = "reached" if rows["key_token_values"] <= AIM_SECONDS else "not reached"
+        print(f"aim of {AIM_SECONDS} s: {reached}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--short", action="store_true", help="one size only")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--loop_groups", type=int, default=8, help="groups that the slow loop is timed on")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, seed {arguments.seed}\n")
+    if not arguments.short:
+        print(f"One dimension at a time, about {Size()}\n")
+        for dimension, values in SWEEPS.items():
+            sweep(dimension, values, device, arguments.repeats, arguments.seed)
+    against_the_loop(AIM, device, arguments.repeats, arguments.loop_groups, arguments.seed)
 
 
 if __name__ == "__main__":

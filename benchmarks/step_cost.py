@@ -1,9 +1,11 @@
-"""What token credit costs a training step: each method against `credit: none` on the quickstart.
+"""What token credit costs a training step: each method against `credit: none`, and where the time of a step goes.
 
-python benchmarks/step_cost.py [ktae oar_g oar_p] [--steps 20] [--rounds 3]
+python benchmarks/step_cost.py [ktae oar_g oar_p tree] [--steps 20] [--rounds 3]       # the quickstart
+python benchmarks/step_cost.py ktae oar_g --model 100m --steps 3 --rounds 1            # 100M parameters
 
-The learning rate is 0, so that all runs generate the same rollouts. Each run is a process of its own; the methods take
-turns.
+The learning rate is 0, so that all runs sample from the same model (a tree takes other samples). Each run is a process
+of its own; the methods take turns. The model of 100M parameters has random weights: what it generates is timed, and
+then replaced by solutions of the offline task, right and wrong ones, so that there is something to grade and to credit.
 """
 
 import argparse
@@ -12,41 +14,159 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
+import time
+from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+PHASES = ("generation", "grading", "credit", "forward", "backward", "optimizer", "synchronisation")
+MODELS = {"quickstart": {}, "100m": {"per_device_train_batch_size": 16, "max_completion_length": 48}}
 
 
-def train(credit: str, steps: int) -> dict:
-    """Train and return the seconds of each step, those spent on credit, and the peak memory of this process."""
+class Clock:
+    """Seconds of each phase; what a phase within another takes is not the other's."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.inner = [0.0]
+
+    def watch(self, owner, name: str, phase: str) -> None:
+        function = getattr(owner, name)
+
+        def timed(*args, **kwargs):
+            started = time.perf_counter()
+            self.inner.append(0.0)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                taken = time.perf_counter() - started
+                self.seconds[phase] += taken - self.inner.pop()
+                self.inner[-1] += taken
+
+        setattr(owner, name, timed)
+
+
+def large_model(folder: str) -> None:
+    """Save a Qwen2 of 100M parameters with random weights and the tokenizer of the offline model."""
+    import torch
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    from ktae_trl import tiny
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny.MODEL)
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=768,
+            num_hidden_layers=11,
+            num_attention_heads=12,
+            num_key_value_heads=12,
+            intermediate_size=3072,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def substitute(trainer) -> None:
+    """Let each generation take its time, and return solutions of the offline task in its place."""
+    from ktae_trl import tiny
+    from ktae_trl.data import load
+    from ktae_trl.tiny import task
+
+    tokenizer, generate = trainer.processing_class, trainer._generate_single_turn
+    rows = list(load(str(tiny.TRAIN)))
+    texts = iter(task.draw_solutions(rows * 20, seed=0))
+
+    def solutions(prompt_ids, *args, **kwargs):
+        completion_ids, *rest = generate(prompt_ids, *args, **kwargs)
+        drawn = [tokenizer(next(texts) + tokenizer.eos_token)["input_ids"] for _ in completion_ids]
+        return [new[: len(old)] for new, old in zip(drawn, completion_ids, strict=True)], *rest
+
+    trainer._generate_single_turn = solutions
+
+
+def train(credit: str, steps: int, model: str) -> dict:
+    """Train and return, per step, the seconds in all and in each phase, and the peak memory of this process."""
     sys.path.insert(0, str(ROOT))
+    from transformers import TrainerCallback
     from trl import ModelConfig
 
     from ktae_trl import KTAEGRPOConfig
     from ktae_trl.arguments import parse
     from train import RunArguments, build_trainer
 
-    settings = {
-        "credit": credit,
-        "max_steps": steps,
-        "learning_rate": 0.0,
-        "logging_steps": 1,
-        "eval_strategy": "no",
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "output_dir": "runs/step_cost",  # the quickstart's holds what a person may want to keep
-        "record_steps": 0,
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {
+            "credit": credit,
+            "max_steps": steps,
+            "learning_rate": 0.0,
+            "logging_steps": 1,
+            "eval_strategy": "no",
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "output_dir": "runs/step_cost",  # the quickstart's holds what a person may want to keep
+            "record_steps": 0,
+            **MODELS[model],
+        }
+        if model == "100m":
+            large_model(folder)
+            settings["model_name_or_path"] = folder
+        words = ["--config", "configs/quickstart.yaml", *(str(x) for k, v in settings.items() for x in (f"--{k}", v))]
+        trainer = build_trainer(*parse((RunArguments, KTAEGRPOConfig, ModelConfig), "train.py", words))
+    if model == "100m":
+        substitute(trainer)
+    clock, generate, tokens, steps_taken = Clock(), trainer._generate_single_turn, [], []
+
+    def counting(*args, **kwargs):
+        output = generate(*args, **kwargs)
+        tokens[-1] += sum(map(len, output[0]))
+        return output
+
+    trainer._generate_single_turn = counting
+
+    class Steps(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            clock.watch(trainer.optimizer, "step", "optimizer")
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            clock.seconds.clear()
+            tokens.append(0)
+            self.started = time.perf_counter()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            steps_taken.append({"step": time.perf_counter() - self.started, **clock.seconds})
+
+    watched = {
+        "_generate_single_turn": "generation",
+        "_calculate_rewards": "grading",
+        "_compute_loss": "forward",
+        **({"_assign_credit": "credit"} if credit != "none" else {}),
     }
-    line = ["--config", "configs/quickstart.yaml", *(str(x) for k, v in settings.items() for x in (f"--{k}", v))]
-    trainer = build_trainer(*parse((RunArguments, KTAEGRPOConfig, ModelConfig), "train.py", line))
+    for name, phase in watched.items():
+        clock.watch(trainer, name, phase)
+    clock.watch(trainer.accelerator, "backward", "backward")
+    for name in ("gather", "reduce"):
+        clock.watch(trainer.accelerator, name, "synchronisation")
+    trainer.add_callback(Steps())
     trainer.train()
-    log = [entry for entry in trainer.state.log_history if "step_time" in entry][2:]  # the first two warm up
+    log = [entry for entry in trainer.state.log_history if "step_time" in entry]
+    warm = min(2, steps - 1)  # steps that warm up
+    phases = {phase: [step.get(phase, 0.0) for step in steps_taken[warm:]] for phase in PHASES}
     return {
-        "step": [entry["step_time"] for entry in log],
-        "credit": [entry.get(f"{credit.partition('_')[0]}/seconds", 0.0) for entry in log],
-        "length": [entry["completions/mean_length"] for entry in log],
-        "metrics": [{name: value for name, value in entry.items() if name.startswith("tree/")} for entry in log],
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "step": [step["step"] for step in steps_taken[warm:]],
+        "phases": phases,
+        "tokens": tokens[warm:],
+        "length": [entry["completions/mean_length"] for entry in log[warm:]],
+        "metrics": [{name: value for name, value in entry.items() if name.startswith("tree/")} for entry in log[warm:]],
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
 
@@ -56,10 +176,11 @@ def main() -> None:
     parser.add_argument("methods", nargs="*", default=["ktae"])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--model", choices=MODELS, default="quickstart")
     parser.add_argument("--credit", help=argparse.SUPPRESS)  # set in the processes that this one starts
     arguments = parser.parse_args()
     if arguments.credit:
-        print(json.dumps(train(arguments.credit, arguments.steps)))
+        print(json.dumps(train(arguments.credit, arguments.steps, arguments.model)))
         return
 
     runs: dict[str, list[dict]] = {"none": [], **{method: [] for method in arguments.methods}}
@@ -67,18 +188,27 @@ def main() -> None:
         for credit, done in runs.items():
             print(f"round {number + 1} of {arguments.rounds}: {credit}", file=sys.stderr)
             command = [sys.executable, __file__, "--credit", credit, "--steps", str(arguments.steps)]
+            command += ["--model", arguments.model]
             output = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
             done.append(json.loads(output.splitlines()[-1]))
-    assert all(run["length"] == runs["none"][0]["length"] for kind in runs.values() for run in kind)
+    first = runs["none"][0]
+    assert all(run["length"] == first["length"] for credit, kind in runs.items() if credit != "tree" for run in kind)
 
-    print(f"\n{'':10}{'s/step':>8}{'times none (range)':>26}{'in credit':>11}{'peak MiB':>10}{'times none':>12}")
+    print(f"\n{first['parameters'] / 1e6:.1f}M parameters, {statistics.mean(first['tokens']):.0f} tokens a step\n")
+    head = f"{'':8}{'s/step':>8}{'times none (range)':>26}{'tokens/s':>10}{'peak MiB':>10}{'times none':>12}"
+    print(head)
     for credit, done in runs.items():
         steps = [statistics.median(run["step"]) for run in done]
         ratios = sorted(own / statistics.median(run["step"]) for own, run in zip(steps, runs["none"], strict=True))
         spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-        share = statistics.median(sum(run["credit"]) / sum(run["step"]) for run in done)
+        speed = statistics.median(sum(run["tokens"]) / sum(run["step"]) for run in done)
         peak, plain = (statistics.median(run["peak_mib"] for run in kind) for kind in (done, runs["none"]))
-        print(f"{credit:10}{statistics.median(steps):8.3f}{spread:>26}{share:11.2%}{peak:10,.0f}{peak / plain:12.2f}")
+        print(f"{credit:8}{statistics.median(steps):8.3f}{spread:>26}{speed:10,.0f}{peak:10,.0f}{peak / plain:12.2f}")
+
+    print(f"\n{'share of a step':18}" + "".join(f"{phase:>16}" for phase in PHASES) + f"{'rest':>8}")
+    for credit, done in runs.items():
+        shares = [statistics.median(sum(run["phases"][phase]) / sum(run["step"]) for run in done) for phase in PHASES]
+        print(f"{credit:18}" + "".join(f"{share:16.2%}" for share in shares) + f"{1 - sum(shares):8.1%}")
 
 
 if __name__ == "__main__":

@@ -308,15 +308,21 @@ def as_dict(ids, counted, right, counts):
     columns = zip(*(x.tolist() for x in (counts.a, counts.b, counts.count_right, counts.count_wrong)), strict=True)
     tokens = dict(zip(zip(counts.group.tolist(), counts.token.tolist(), strict=True), columns, strict=True))
     of = counts.pairs.token if counts.pairs else torch.arange(len(counts.token))
-    token = counts.spread(counts.token.index_select(0, of.long()) + 1).view(ids.shape) - 1
+
+    def spread(values):
+        out = torch.empty(ids.shape, dtype=values.dtype)
+        counts.spread(values, out)
+        return out
+
+    token = spread(counts.token.index_select(0, of.long()) + 1) - 1
     assert torch.equal(token, torch.where(counted, ids, -1))
-    group = counts.spread(counts.group.index_select(0, of.long()) + 1).view(ids.shape)
+    group = spread(counts.group.index_select(0, of.long()) + 1)
     assert torch.equal(group[counted], (torch.arange(len(ids)) + 1)[:, None, None].expand_as(ids)[counted].int())
     if not counts.pairs:
         return tokens
-    rollout = counts.spread(counts.pairs.rollout + 1)
+    rollout = spread(counts.pairs.rollout + 1).view(-1)
     assert torch.equal(rollout, ((torch.arange(len(ids) * G) + 1).repeat_interleave(T) * counted.view(-1)).int())
-    return tokens, counts.spread(counts.pairs.count).tolist()
+    return tokens, spread(counts.pairs.count).view(-1).tolist()
 
 
 @pytest.mark.parametrize("pairs", [False, True])

@@ -4,6 +4,7 @@ On a CPU a compiled loop does it in one pass; elsewhere, one sort of the ids of 
 (a test compares them); the order of the tokens differs.
 """
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import NamedTuple
@@ -37,9 +38,14 @@ class Counts(NamedTuple):
     # tokens; 0 where nothing is counted.
     entry: Tensor
 
-    def spread(self, values: Tensor) -> Tensor:
-        """Give each position the value of its entry, 0 where nothing is counted."""
-        return F.pad(values, (1, 0)).index_select(0, self.entry)
+    def spread(self, values: Tensor, out: Tensor) -> None:
+        """Give each position in `out` the value of its entry, 0 where nothing is counted."""
+        values = F.pad(values, (1, 0))
+        if values.device.type == "cpu":
+            arrays = [x.view(-1).numpy() for x in (self.entry, values, out)]
+            _on_threads(len(self.entry), lambda part: _look_up(arrays[0][part], arrays[1], arrays[2][part]), _PART)
+        else:
+            torch.index_select(values, 0, self.entry, out=out.view(-1))
 
 
 def count(ids: Tensor, counted: Tensor, right: Tensor, *, pairs: bool) -> Counts:
@@ -57,21 +63,22 @@ def count(ids: Tensor, counted: Tensor, right: Tensor, *, pairs: bool) -> Counts
 
 _TABLE = 2**22  # ids from here on, or below 0, are renumbered first
 _PART = 2**16  # positions that are worth a thread
-_GROUP, _TOKEN, _A, _B, _RIGHT, _WRONG, _ROLLOUT, _PAIR = range(8)  # columns of a token's row
-_OF_TOKEN, _OF_ROLLOUT, _COUNT = range(3)  # columns of a pair's row
+_TOKEN, _GROUP, _A, _B, _RIGHT, _WRONG, _ROLLOUT, _PAIR = range(8)  # columns of a token's row
+_KEPT = 6  # of these, the first
+_OF_TOKEN, _OF_ROLLOUT, _COUNT = range(3)  # lines of `pairs`
 
 
 @njit(nogil=True)
-def _fill(ids, counted, right, rows, first_group, tokens, pairs, entry):
-    """Fill the rows of `tokens` and, unless there is no room, of `pairs`, and `entry`, for these groups.
+def _fill(ids, counted, right, first_group, rows, row, tokens, pairs, entry):
+    """Fill `tokens` (a column a token), `entry` and, unless there is no room, `pairs`, for these groups.
 
-    `rows` has a place for every id; what an earlier group left there is below the group's first row. Returns how many
-    rows of each there are, or -1 for an id that has no place.
+    `rows` has a place for every id, -1 in each, and `row` room for the tokens of one group. Returns how many tokens and
+    pairs there are, or -1 for an id that has no place.
     """
     P, G, T = ids.shape
-    U = W = 0
+    U = W = 0  # of the groups before
     for p in range(P):
-        first = U
+        n = 0
         for g in range(G):
             times, presence = (_RIGHT, _A) if right[p, g] else (_WRONG, _B)
             for t in range(T):
@@ -82,78 +89,91 @@ def _fill(ids, counted, right, rows, first_group, tokens, pairs, entry):
                 if token < 0 or token >= len(rows):
                     return -1, -1
                 u = rows[token]
-                if u < first:
-                    u = U
-                    U += 1
+                if u < 0:
+                    u = n
+                    n += 1
                     rows[token] = u
-                    tokens[u, :] = 0
-                    tokens[u, _GROUP] = first_group + p
-                    tokens[u, _TOKEN] = token
-                    tokens[u, _ROLLOUT] = -1
-                tokens[u, times] += 1
-                if tokens[u, _ROLLOUT] != g:
-                    tokens[u, _ROLLOUT] = g
-                    tokens[u, presence] += 1
-                    if len(pairs):
-                        tokens[u, _PAIR] = W
-                        pairs[W, _OF_TOKEN] = u
-                        pairs[W, _OF_ROLLOUT] = (first_group + p) * G + g
-                        pairs[W, _COUNT] = 0
+                    row[u, :] = 0
+                    row[u, _TOKEN] = token
+                    row[u, _GROUP] = first_group + p
+                    row[u, _ROLLOUT] = -1
+                row[u, times] += 1
+                if row[u, _ROLLOUT] != g:
+                    row[u, _ROLLOUT] = g
+                    row[u, presence] += 1
+                    if pairs.shape[1]:
+                        row[u, _PAIR] = W
+                        pairs[_OF_TOKEN, W] = U + u
+                        pairs[_OF_ROLLOUT, W] = (first_group + p) * G + g
+                        pairs[_COUNT, W] = 0
                         W += 1
-                if len(pairs):
-                    pairs[tokens[u, _PAIR], _COUNT] += 1
-                    entry[p, g, t] = tokens[u, _PAIR] + 1
+                if pairs.shape[1]:
+                    pairs[_COUNT, row[u, _PAIR]] += 1
+                    entry[p, g, t] = row[u, _PAIR] + 1
                 else:
-                    entry[p, g, t] = u + 1
+                    entry[p, g, t] = U + u + 1
+        for u in range(n):
+            rows[row[u, _TOKEN]] = -1
+        for column in range(_KEPT):
+            for u in range(n):
+                tokens[column, U + u] = row[u, column]
+        U += n
     return U, W
 
 
 @njit(nogil=True)
 def _shift(entry, by):
-    flat = entry.reshape(-1)
-    for i in range(len(flat)):
-        if flat[i]:
-            flat[i] += by
+    for i in range(len(entry)):
+        if entry[i]:
+            entry[i] += by
+
+
+@njit(nogil=True)
+def _look_up(entry, values, out):
+    for i in range(len(entry)):
+        out[i] = values[entry[i]]
+
+
+def _on_threads(length: int, work: Callable[[slice], object], least: int) -> list:
+    """Do the work in even parts of at least so many, one on each of PyTorch's threads; return what each came to."""
+    workers = max(1, min(torch.get_num_threads(), length // max(least, 1)))
+    parts = [slice(*bounds) for bounds in pairwise(length * i // workers for i in range(workers + 1))]
+    if workers == 1:
+        return [work(part) for part in parts]
+    with ThreadPoolExecutor(workers) as threads:  # compiled code does not hold Python's lock
+        return list(threads.map(work, parts))
 
 
 def _count_by_loop(ids: Tensor, counted: Tensor, right: Tensor, with_pairs: bool) -> Counts:
     P, G, T = ids.shape
-    # Room for the worst case; the system gives memory only where it is written.
-    tokens = np.empty((ids.numel(), 8), np.int32)
-    pairs = np.empty((ids.numel() if with_pairs else 0, 3), np.int32)
     entry = np.empty((P, G, T), np.int32)
-    workers = max(1, min(torch.get_num_threads(), P, ids.numel() // _PART))
-    parts = [range(*bounds) for bounds in pairwise(P * i // workers for i in range(workers + 1))]
 
-    def fill(ids: Tensor, places: int) -> list[tuple[int, int]]:
+    def fill(ids: Tensor, places: int) -> list[tuple[np.ndarray, np.ndarray, slice]]:
         arrays = [x.contiguous().numpy() for x in (ids, counted, right)]
 
-        def fill_part(part: range) -> tuple[int, int]:
-            some, room = slice(part.start, part.stop), slice(part.start * G * T, part.stop * G * T)
-            rows = np.full(places, -1, np.int32)
-            return _fill(*(x[some] for x in arrays), rows, part.start, tokens[room], pairs[room], entry[some])
+        def fill_part(part: slice) -> tuple[np.ndarray, np.ndarray, slice]:
+            some = [x[part] for x in arrays]
+            room = some[0].size  # the system gives memory where it is written, so there is no harm in too much room
+            rows, row = np.full(places, -1, np.int32), np.empty((G * T, 8), np.int32)
+            tokens, pairs = np.empty((_KEPT, room), np.int32), np.empty((3, room if with_pairs else 0), np.int32)
+            U, W = _fill(*some, part.start, rows, row, tokens, pairs, entry[part])
+            return None if U < 0 else (tokens[:, :U], pairs[:, :W], part)
 
-        return list(threads.map(fill_part, parts))
+        return _on_threads(P, fill_part, _PART // max(G * T, 1))
 
-    with ThreadPoolExecutor(workers) as threads:  # compiled code does not hold Python's lock
-        names = None
-        sizes = fill(ids, min(max(int(ids.max()) + 1, 1), _TABLE) if ids.numel() else 1)
-        if (-1, -1) in sizes:
-            names, renumbered = ids.masked_fill(~counted, 0).unique(return_inverse=True)
-            sizes = fill(renumbered, len(names))
-        before_U, before_W = np.cumsum([(0, 0), *sizes], axis=0)[:-1].T
-        before = before_W if with_pairs else before_U
-        list(threads.map(lambda part, by: _shift(entry[part.start : part.stop], by) if by else None, parts, before))
-
-    def columns(rows: np.ndarray, which: int) -> list[Tensor]:
-        filled = [rows[part.start * G * T :][: size[which]] for part, size in zip(parts, sizes, strict=True)]
-        return list(torch.from_numpy(np.concatenate(filled).T.copy()))
-
-    group, token, a, b, count_right, count_wrong, *_ = columns(tokens, 0)
-    of_rollout = None
-    if with_pairs:
-        of_rollout = Pairs(*columns(pairs, 1))
-        of_rollout.token.add_(torch.from_numpy(before_U).int().repeat_interleave(torch.tensor([W for _, W in sizes])))
+    names = None
+    parts = fill(ids, min(max(int(ids.max()) + 1, 1), _TABLE) if ids.numel() else 1)
+    if None in parts:
+        names, renumbered = ids.masked_fill(~counted, 0).unique(return_inverse=True)
+        parts = fill(renumbered, len(names))
+    before_U = before_W = 0
+    for tokens, pairs, part in parts:
+        if before_U:
+            _shift(entry[part].reshape(-1), before_W if with_pairs else before_U)
+            pairs[_OF_TOKEN] += before_U
+        before_U, before_W = before_U + tokens.shape[1], before_W + pairs.shape[1]
+    token, group, a, b, count_right, count_wrong = torch.from_numpy(np.concatenate([p[0] for p in parts], axis=1))
+    of_rollout = Pairs(*torch.from_numpy(np.concatenate([p[1] for p in parts], axis=1))) if with_pairs else None
     token = token.to(ids.dtype) if names is None else names.index_select(0, token)
     return Counts(group, token, a, b, count_right, count_wrong, of_rollout, torch.from_numpy(entry).view(-1))
 

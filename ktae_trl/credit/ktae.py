@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ktae_trl.credit.association import fisher_p_table, information_gain_table
 from ktae_trl.credit.combine import Credit, Rollouts, combine
-from ktae_trl.credit.counting import count
+from ktae_trl.credit.counting import Counts, count
 
 _TF_SATURATION = 2.0  # k1 of the paper's BM25-like term frequency
 _TF_LENGTH = 0.5  # b0
@@ -58,20 +58,10 @@ def key_token_values(
     ignore_ids: Iterable[int] = (),
 ) -> Tensor:
     """Return K of every token, (P, G, T) float32: the `values` of `key_token_table`, which explains the arguments."""
-    return key_token_table(
-        ids,
-        mask,
-        correct,
-        fisher_weight=fisher_weight,
-        ig_weight=ig_weight,
-        tf_weight=tf_weight,
-        leave_one_out=leave_one_out,
-        scored=scored,
-        ignore_ids=ignore_ids,
-    ).values
+    weights = (fisher_weight, ig_weight, tf_weight)
+    return _value(ids, mask, correct, scored, weights, leave_one_out, ignore_ids, keep=False).values
 
 
-@torch.no_grad()
 def key_token_table(
     ids: Tensor,
     mask: Tensor,
@@ -117,61 +107,102 @@ def key_token_table(
         TypeError: `ids` is not an integer tensor.
         ValueError: shapes that do not fit, weights that are negative, not finite or both 0.
     """
-    _check(ids, mask, correct, scored, fisher_weight, ig_weight, tf_weight)
+    weights = (fisher_weight, ig_weight, tf_weight)
+    return _value(ids, mask, correct, scored, weights, leave_one_out, ignore_ids, keep=True)
+
+
+_ROUND = 2**22  # positions that a CPU works on at once, so that memory is used again
+
+
+@torch.no_grad()
+def _value(ids, mask, correct, scored, weights, leave_one_out, ignore_ids, *, keep: bool) -> KeyTokenTable:
+    """Return the table; without `keep`, its entries per token are left empty."""
+    _check(ids, mask, correct, scored, *weights)
+    P, G, T = ids.shape
     mask, correct = mask.bool(), correct.bool()
     lengths = mask.sum(-1, dtype=torch.int32)
     votes = lengths > 0 if scored is None else (lengths > 0) & scored.bool()
     right, wrong = votes & correct, votes & ~correct  # (P, G)
     n_right, n_wrong = right.sum(1), wrong.sum(1)  # (P,)
-    counted = mask & (votes & (n_right > 0)[:, None] & (n_wrong > 0)[:, None])[..., None]
-    for special in ignore_ids:
-        counted &= ids != special
+    voting = votes & ((n_right > 0) & (n_wrong > 0))[:, None]
     splits = set(zip(*torch.stack([n_right, n_wrong]).tolist(), strict=True))  # waits for the device
-    tables = _Tables(splits, leave_one_out, ids.shape[1], fisher_weight, ig_weight, ids.device)
-    length_right, length_wrong = (lengths * right).sum(1), (lengths * wrong).sum(1)  # (P,)
+    tables = _Tables(splits, leave_one_out, G, *weights[:2], ids.device)
 
-    counts = count(ids, counted, right, pairs=leave_one_out)
-    group, a, b = counts.group, counts.a, counts.b
-
-    def direction(cell, length_right, length_wrong, where, count_right, count_wrong) -> Tensor:
-        """D of entries with these counts; `where` numbers the entry of the two lengths that belongs to each."""
-        norms = _tf_norms(length_right.view(-1), length_wrong.view(-1))
-        tf_right, tf_wrong = (
-            (_TF_SATURATION + 1) * n / (n + norm.index_select(0, where))
-            for n, norm in zip((count_right, count_wrong), norms, strict=True)
-        )
-        ratio = tf_right / (tf_wrong + _TF_EPSILON) - tf_wrong / (tf_right + _TF_EPSILON)
-        return tables.presence.index_select(0, cell).add_(ratio, alpha=tf_weight)
-
-    cell = tables.cell(n_right, n_wrong, group, a, b)
-    D = direction(cell, length_right, length_wrong, group, counts.count_right, counts.count_wrong)
-    if leave_one_out:
-        # The same per pair: the rollout's own presence and tokens leave the counts of its side.
-        token, rollout, own = counts.pairs
-        own_right = right.reshape(-1).index_select(0, rollout).int()
-        own_wrong = 1 - own_right
-        cell_W = tables.cell(
-            n_right[:, None] - right.int(),
-            n_wrong[:, None] - wrong.int(),
-            rollout,
-            a.index_select(0, token) - own_right,
-            b.index_select(0, token) - own_wrong,
-        )
-        D_W = direction(
-            cell_W,
-            length_right[:, None] - lengths * right,
-            length_wrong[:, None] - lengths * wrong,
-            rollout,
-            counts.count_right.index_select(0, token) - own * own_right,
-            counts.count_wrong.index_select(0, token) - own * own_wrong,
-        )
-        K = _key_value(tables.strength.index_select(0, cell_W), D_W)
+    values = torch.empty(P, G, T, device=ids.device)
+    columns = []
+    step = max(1, _ROUND // max(G * T, 1)) if ids.device.type == "cpu" else max(P, 1)
+    for begin in range(0, max(P, 1), step):
+        some = slice(begin, begin + step)
+        counted = mask[some] & voting[some, :, None]
+        for special in ignore_ids:
+            counted &= ids[some] != special
+        counts = count(ids[some], counted, right[some], pairs=leave_one_out)
+        sides = _Sides(right[some], wrong[some], lengths[some])
+        cell = tables.cell(*sides.sizes(), counts.group, counts.a, counts.b)
+        D = _direction(tables, weights[2], cell, counts.group, sides.tokens(), (counts.count_right, counts.count_wrong))
+        if leave_one_out:
+            K = _leave_one_out(tables, weights[2], sides, counts)
+        else:
+            K = _key_value(tables.strength.index_select(0, cell), D)
+        counts.spread(K, values[some])
+        if keep:
+            columns.append((counts.group + begin, counts.token, counts.a, counts.b, cell, D))
+    if keep:
+        group, token, a, b, cell, D = map(torch.cat, zip(*columns, strict=True))
     else:
-        K = _key_value(tables.strength.index_select(0, cell), D)
-
+        group, token, a, b, cell, D = (n_right.new_empty(0) for _ in range(6))
     p, fisher, gain = (table.index_select(0, cell) for table in (tables.p, tables.fisher, tables.gain))
-    values = counts.spread(K).view(ids.shape)
-    return KeyTokenTable(values, n_right, n_wrong, group, counts.token, a, b, p, fisher, gain, D)
+    return KeyTokenTable(values, n_right, n_wrong, group, token, a, b, p, fisher, gain, D)
+
+
+class _Sides(NamedTuple):
+    """The two sides of P groups."""
+
+    right: Tensor  # (P, G) bool: votes, and is right
+    wrong: Tensor  # (P, G) bool
+    lengths: Tensor  # (P, G) tokens of each rollout
+
+    def sizes(self) -> tuple[Tensor, Tensor]:
+        """Return the rollouts of each side, (P,)."""
+        return self.right.sum(1), self.wrong.sum(1)
+
+    def tokens(self) -> tuple[Tensor, Tensor]:
+        """Return the tokens of each side, (P,)."""
+        return (self.lengths * self.right).sum(1), (self.lengths * self.wrong).sum(1)
+
+
+def _leave_one_out(tables: "_Tables", tf_weight: float, sides: _Sides, counts: Counts) -> Tensor:
+    """Return K of each pair: the rollout's own presence and tokens leave the counts of its side."""
+    token, rollout, own = counts.pairs
+    own_right = sides.right.view(-1).index_select(0, rollout).int()
+    own_sides = (own_right, 1 - own_right)
+
+    def others(totals: tuple[Tensor, Tensor], times: Tensor | int) -> list[Tensor]:
+        return [n.index_select(0, token) - mine * times for n, mine in zip(totals, own_sides, strict=True)]
+
+    both = (sides.right, sides.wrong)
+    sizes = [n[:, None] - side.int() for n, side in zip(sides.sizes(), both, strict=True)]
+    lengths = [n[:, None] - sides.lengths * side for n, side in zip(sides.tokens(), both, strict=True)]
+    cell = tables.cell(*sizes, rollout, *others((counts.a, counts.b), 1))
+    D = _direction(tables, tf_weight, cell, rollout, lengths, others((counts.count_right, counts.count_wrong), own))
+    return _key_value(tables.strength.index_select(0, cell), D)
+
+
+def _direction(
+    tables: "_Tables",
+    tf_weight: float,
+    cell: Tensor,
+    where: Tensor,
+    lengths: Iterable[Tensor],
+    counts: Iterable[Tensor],
+) -> Tensor:
+    """Return D for these counts of both sides; `where` numbers the entry of `lengths` that belongs to each."""
+    norms = _tf_norms(*(n.reshape(-1) for n in lengths))
+    tf_right, tf_wrong = (
+        (_TF_SATURATION + 1) * n / (n + norm.index_select(0, where)) for n, norm in zip(counts, norms, strict=True)
+    )
+    ratio = tf_right / (tf_wrong + _TF_EPSILON) - tf_wrong / (tf_right + _TF_EPSILON)
+    return tables.presence.index_select(0, cell).add_(ratio, alpha=tf_weight)
 
 
 def _key_value(strength: Tensor, direction: Tensor) -> Tensor:

@@ -16,19 +16,19 @@ _CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer(texts: list[str]) -> Qwen2Tokenizer:
+def build_tokenizer(texts: list[str], phrases: list[str], vocab_size: int = 400) -> Qwen2Tokenizer:
     """Train a small tokenizer of Qwen2's kind (byte-level BPE, every digit a token) on `texts`.
 
-    It must be of that kind: `AutoTokenizer` gives every Qwen2 model Qwen2's way of splitting text. The two phrases
-    that open every prompt are one token each, which halves the length of what the model reads.
+    It must be of that kind: `AutoTokenizer` gives every Qwen2 model Qwen2's way of splitting text. The system prompt
+    and the `phrases` that every prompt has are one token each, which halves the length of what the model reads.
     """
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(
         [*texts, *["system\nuser\nassistant\n"] * len(texts)],
-        vocab_size=400,
+        vocab_size=vocab_size,
         new_special_tokens=["<|im_start|>", "<|im_end|>"],
         show_progress=False,
     )
-    tokenizer.add_tokens([BOXED_SYSTEM_PROMPT, task.problems(1, seed=1)[0]["problem"].partition(":")[0] + ":"])
+    tokenizer.add_tokens([BOXED_SYSTEM_PROMPT, *phrases])
     tokenizer.eos_token = "<|im_end|>"
     tokenizer.chat_template = _CHAT_TEMPLATE
     return tokenizer
@@ -63,40 +63,60 @@ def warm_start(output: Path, items: list[dict[str, str]], seed: int = 0) -> None
     """Train on one solution per item, first careful ones, then a mixture, and save model and tokenizer in `output`."""
     set_seed(seed)
     texts = [f"{item['problem']}\n{text}" for item, text in zip(items, task.draw_solutions(items, seed), strict=True)]
-    tokenizer = build_tokenizer(texts[:5000])
+    opening = items[0]["problem"].partition(":")[0] + ":"
+    tokenizer = build_tokenizer(texts[:5000], [opening])
     model = build_model(tokenizer)
-    system = {"role": "system", "content": BOXED_SYSTEM_PROMPT}
     for stage, (habits, steps, learning_rate) in enumerate(_STAGES):
         solutions = task.draw_solutions(items, seed + stage, habits)
-        dataset = Dataset.from_dict(
-            {
-                "prompt": [[system, {"role": "user", "content": item["problem"]}] for item in items],
-                "completion": [[{"role": "assistant", "content": text}] for text in solutions],
-            }
-        )
-        trainer = SFTTrainer(
-            model=model,
-            args=SFTConfig(
-                output_dir=str(output),
-                max_steps=steps,
-                per_device_train_batch_size=128,
-                learning_rate=learning_rate,
-                lr_scheduler_type="cosine",
-                warmup_steps=50,
-                adam_beta2=0.98,
-                gradient_checkpointing=False,
-                use_cpu=True,
-                bf16=False,
-                logging_steps=50,
-                save_strategy="no",
-                report_to="none",
-                seed=seed,
-            ),
-            train_dataset=dataset,
-            processing_class=tokenizer,
-        )
-        trainer.train()
+        teach(model, tokenizer, items, solutions, output, steps=steps, learning_rate=learning_rate, seed=seed)
+    save(model, tokenizer, output)
+
+
+def teach(
+    model: Qwen2ForCausalLM,
+    tokenizer: Qwen2Tokenizer,
+    items: list[dict[str, str]],
+    solutions: list[str],
+    output: Path,
+    *,
+    steps: int,
+    learning_rate: float,
+    seed: int,
+) -> None:
+    """Train the model on a solution of each item, with TRL's SFT."""
+    system = {"role": "system", "content": BOXED_SYSTEM_PROMPT}
+    dataset = Dataset.from_dict(
+        {
+            "prompt": [[system, {"role": "user", "content": item["problem"]}] for item in items],
+            "completion": [[{"role": "assistant", "content": text}] for text in solutions],
+        }
+    )
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            output_dir=str(output),
+            max_steps=steps,
+            per_device_train_batch_size=128,
+            learning_rate=learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=50,
+            adam_beta2=0.98,
+            gradient_checkpointing=False,
+            use_cpu=True,
+            bf16=False,
+            logging_steps=50,
+            save_strategy="no",
+            report_to="none",
+            seed=seed,
+        ),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+
+
+def save(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, output: Path) -> None:
+    """Save both in `output`, the model in half precision: the file is half as large, and no arithmetic is lost."""
     model.config.use_cache = True  # off while training
-    # Half precision halves the file; nothing of the arithmetic is lost.
     model.to(torch.bfloat16).save_pretrained(output)
     tokenizer.save_pretrained(output)

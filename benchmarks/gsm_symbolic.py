@@ -1,0 +1,96 @@
+"""Make the second task of the learning benchmark: word problems of GSM-Symbolic, and a small model for them.
+
+python benchmarks/gsm_symbolic.py [runs/learning/gsm_symbolic]     # half an hour on a CPU core
+
+Problems and step-by-step solutions are reasoning-gym's, from templates with short texts and small numbers. As in the
+quickstart, a model that can solve some of them (SFT on careful solutions) is then taught to be careless (SFT on a
+mixture): without that, reinforcement learning finds nothing to select in such short runs, and does not move.
+"""
+
+import argparse
+import json
+import random
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+import reasoning_gym
+import torch
+from transformers import Qwen2ForCausalLM, Qwen2Tokenizer, set_seed
+
+from ktae_trl.tiny.warm_start import build_model, build_tokenizer, save, teach
+
+# Templates whose question has at most 320 characters, whose solution has at most 160, and whose numbers stay small.
+TEMPLATES = {4, 6, 10, 16, 20, 26, 31, 39, 43, 48, 62, 69, 72, 75, 78, 99}
+_END = " Give the result as your final answer. Do not include units."
+HABITS = {"careful": 0.6, "skipping": 0.1, "guessing": 0.3}
+_SEEDS = {"held_out": 1, "train": 2, "warm start": 3}
+
+
+def problems(size: int, seed: int, exclude: Collection[str] = ()) -> list[dict[str, str]]:
+    """Return `size` different problems `{"problem", "answer", "solution"}`, none of them in `exclude`."""
+    source = reasoning_gym.create_dataset("gsm_symbolic", size=30 * size, seed=seed * 10_000_019)
+    seen, found = set(exclude), []
+    for number, template in enumerate(source.task_indices):
+        if template not in TEMPLATES:
+            continue
+        item = source[number]
+        solution, end, answer = item["metadata"]["answer_cot"].rpartition("#### ")
+        if item["question"] in seen or not end or answer != item["answer"] or not re.fullmatch(r"\d{1,3}", answer):
+            continue
+        seen.add(item["question"])
+        found.append(
+            {"problem": item["question"], "answer": answer, "solution": rf"{solution}The answer is \boxed{{{answer}}}."}
+        )
+        if len(found) == size:
+            return found
+    raise ValueError(f"gsm_symbolic gave only {len(found)} new problems with seed {seed}, {size} were asked for")
+
+
+def draw_solutions(items: list[dict[str, str]], seed: int) -> list[str]:
+    """Write one solution of each item: with care, with a step left out, or by a guess near the answer."""
+    rng = random.Random(seed)
+    drawn = rng.choices(list(HABITS), weights=list(HABITS.values()), k=len(items))
+    return [solution(item, habit, rng) for item, habit in zip(items, drawn, strict=True)]
+
+
+def solution(item: dict[str, str], habit: str, rng: random.Random) -> str:
+    """Write a solution. The first two habits know the answer; what a model makes of the second is another matter."""
+    if habit == "guessing":
+        return rf"That is about \boxed{{{max(0, int(item['answer']) + rng.randint(-9, 9))}}}."
+    *steps, answer = item["solution"].split("\n")
+    if habit == "skipping":
+        steps.pop(rng.randrange(len(steps)))
+    return "\n".join([*steps, answer])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output", type=Path, nargs="?", default=Path("runs/learning/gsm_symbolic"))
+    arguments = parser.parse_args()
+    held_out = problems(256, _SEEDS["held_out"])
+    taken = {item["problem"] for item in held_out}
+    train = problems(1024, _SEEDS["train"], taken)
+    taken |= {item["problem"] for item in train}
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    for name, items in (("train", train), ("held_out", held_out)):
+        lines = "".join(json.dumps({key: item[key] for key in ("problem", "answer")}) + "\n" for item in items)
+        (arguments.output / f"{name}.jsonl").write_text(lines)
+
+    items = problems(20_000, _SEEDS["warm start"], taken)
+    careful = [item["solution"] for item in items]
+    able, folder = arguments.output / "careful", arguments.output / "model"
+    if not able.exists():
+        set_seed(0)
+        texts = [f"{item['problem']}\n{solution}" for item, solution in zip(items[:5000], careful, strict=False)]
+        tokenizer = build_tokenizer(texts, [_END], vocab_size=1000)
+        model = build_model(tokenizer)
+        teach(model, tokenizer, items, careful, able, steps=700, learning_rate=2e-3, seed=0)
+        save(model, tokenizer, able)
+    tokenizer, model = Qwen2Tokenizer.from_pretrained(able), Qwen2ForCausalLM.from_pretrained(able, dtype=torch.float32)
+    teach(model, tokenizer, items, draw_solutions(items, seed=1), folder, steps=120, learning_rate=5e-4, seed=1)
+    save(model, tokenizer, folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,333 @@
+"""Does token credit learn better? Methods x tasks x seeds, from the same models, on as many generated tokens.
+
+python benchmarks/learning.py --config benchmarks/learning.yaml             # goes on where it was stopped
+python benchmarks/learning.py --config benchmarks/learning.yaml --tiers a   # the learning rates and tier A only
+python benchmarks/learning_report.py --config benchmarks/learning.yaml      # tables and plots of what there is
+
+A run is a folder, OUTPUT/TASK/METHOD/RATE/SEED, with `run.yaml` (all that it was told), `curve.parquet` (a row per
+evaluation) and `log.txt`. First every method of tier A is tried at every learning rate, on seeds of its own; the rate
+with the best area under the curve is that method's for all that follows.
+"""
+
+import argparse
+import math
+import multiprocessing
+import os
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+CURVE, RUN, LOG = "curve.parquet", "run.yaml", "log.txt"
+SEARCH = "rates"  # the stage that looks for learning rates, named as a tier
+# Column of a curve -> metric of an evaluation, and of a training step (whose mean since the last evaluation is taken).
+EVALUATED = {
+    "accuracy": "eval_rewards/math_accuracy/mean",
+    "boxed": "eval_rewards/boxed_format/mean",
+    "length": "eval_completions/mean_length",
+    "cut_off": "eval_completions/clipped_ratio",
+    "entropy": "eval_entropy",
+}
+TRAINED = {
+    "train_accuracy": "rewards/math_accuracy/mean",
+    "train_length": "completions/mean_length",
+    "train_entropy": "entropy",
+    "uninformative": "frac_reward_zero_std",
+    "grad_norm": "grad_norm",
+    "advantage_ratio": "ktae/advantage_ratio",
+    "saturated": "ktae/saturated",
+    "zero_factor": "ktae/zero_factor",
+    "value_right": "ktae/value_right",
+    "value_wrong": "ktae/value_wrong",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: where its results lie, and all that it is told."""
+
+    folder: Path
+    told: dict  # task, method, tier, rate, seed, budget, evaluations, settings of the trainer
+
+    @property
+    def name(self) -> str:
+        return " ".join(str(self.told[key]) for key in ("task", "method", "rate", "seed"))
+
+    @property
+    def done(self) -> bool:
+        """Whether its curve is there.
+
+        Raises:
+            ValueError: the folder holds a run that was told something else.
+        """
+        if not (self.folder / CURVE).exists():
+            return False
+        there = yaml.safe_load((self.folder / RUN).read_text())
+        different = [key for key in {*there, *self.told} - {"tier"} if there.get(key) != self.told.get(key)]
+        if different:
+            raise ValueError(
+                f"{self.folder} holds a run with other {', '.join(sorted(different))} than the config asks for: give "
+                "the config another `output`, or move that folder away"
+            )
+        return True
+
+    def curve(self) -> pd.DataFrame:
+        return pd.read_parquet(self.folder / CURVE)
+
+
+def read_config(path: Path) -> dict:
+    """Read the config; raise a ValueError that names a method, task or tier which is not described."""
+    config = yaml.safe_load(path.read_text())
+    for name, method in config["methods"].items():
+        if method["tier"] not in config["tiers"]:
+            raise ValueError(f"{path}: method {name!r} is of tier {method['tier']!r}; there are {[*config['tiers']]}")
+        base = method.get("rate_of", name)
+        if config["methods"].get(base, {}).get("tier") != "a":
+            raise ValueError(f"{path}: method {name!r} must be of tier a, or say `rate_of` a method that is")
+    return config
+
+
+def make_run(config: dict, task: str, method: str, rate: float, seed: int, tier: str) -> Run:
+    described, how = config["tasks"][task], config["methods"][method]
+    folder = ROOT / config["output"] / task / method / f"rate_{rate:g}" / f"seed_{seed}"
+    settings = {
+        **config["settings"],
+        **described["settings"],
+        **how.get("settings", {}),
+        "learning_rate": rate,
+        "seed": seed,
+        "output_dir": os.path.relpath(folder, ROOT),
+    }
+    told = {
+        "task": task,
+        "method": method,
+        "tier": tier,
+        "rate": rate,
+        "seed": seed,
+        "budget": described["budget"],
+        "evaluations": config["evaluations"],
+        "settings": settings,
+    }
+    return Run(folder, told)
+
+
+def search_runs(config: dict) -> list[Run]:
+    """Return the runs that look for learning rates."""
+    search = config["rates"]
+    first = [name for name, method in config["methods"].items() if method["tier"] == "a"]
+    return [
+        make_run(config, task, method, rate, seed, SEARCH)
+        for seed in search["seeds"]
+        for rate in search["values"]
+        for method in first
+        for task in config["tasks"]
+    ]
+
+
+def area(curve: pd.DataFrame) -> float:
+    """Return the mean accuracy over the budget: the area under the curve (trapezoids) by its width."""
+    tokens, accuracy = curve["tokens"].to_numpy(), curve["accuracy"].to_numpy()
+    return float(((accuracy[1:] + accuracy[:-1]) / 2 * (tokens[1:] - tokens[:-1])).sum() / (tokens[-1] - tokens[0]))
+
+
+def chosen_rates(config: dict) -> dict[tuple[str, str], float]:
+    """Return the learning rate of each (task, method) with the best mean area on the seeds of the search."""
+    areas: dict[tuple[str, str], dict[float, list[float]]] = {}
+    for run in search_runs(config):
+        if run.done:
+            rates = areas.setdefault((run.told["task"], run.told["method"]), {})
+            rates.setdefault(run.told["rate"], []).append(area(run.curve()))
+    best = {key: max(rates, key=lambda rate: sum(rates[rate]) / len(rates[rate])) for key, rates in areas.items()}
+    return {
+        (task, name): best[task, base]
+        for name, method in config["methods"].items()
+        for task in config["tasks"]
+        if (task, base := method.get("rate_of", name)) in best
+    }
+
+
+def tier_runs(config: dict, tier: str) -> list[Run]:
+    """Return the runs of a tier, a seed after the other, so that what was stopped early has whole pairs."""
+    described, rates = config["tiers"][tier], chosen_rates(config)
+    methods = [name for name, method in config["methods"].items() if method["tier"] == tier]
+    return [
+        make_run(config, task, method, rates[task, method], seed, tier)
+        for seed in described["seeds"]
+        for task in config["tasks"]
+        for method in methods
+        if (task, method) in rates
+    ]
+
+
+def train(run: Run, threads: int) -> None:
+    """Train in this process and write the curve."""
+    import torch
+    import variants
+    from transformers import TrainerCallback
+    from trl import ModelConfig, TrlParser
+
+    from ktae_trl import KTAEGRPOConfig
+    from train import RunArguments, build_trainer
+
+    torch.set_num_threads(threads)
+    variants.register()
+    settings = {**run.told["settings"], "max_steps": 1_000_000, "eval_strategy": "no", "eval_on_start": True}
+    settings |= {"save_strategy": "no", "logging_steps": 1, "report_to": "none", "disable_tqdm": True}
+    trainer = build_trainer(*TrlParser((RunArguments, KTAEGRPOConfig, ModelConfig)).parse_dict(settings))
+
+    generated = 0  # tokens of training, all of them: also those that dynamic sampling throws away
+    generate = trainer._generate_single_turn
+
+    def counting(*args, **kwargs):
+        nonlocal generated
+        output = generate(*args, **kwargs)
+        if trainer.model.training:
+            own = torch.tensor(sum(map(len, output[0])), device=trainer.accelerator.device)
+            generated += trainer.accelerator.reduce(own).item()
+        return output
+
+    trainer._generate_single_turn = counting
+    budget, marks = run.told["budget"], run.told["evaluations"]
+
+    class Curve(TrainerCallback):
+        rows, seconds, evaluated, logged = [], 0.0, 0, 0
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.started = time.perf_counter()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.seconds += time.perf_counter() - self.started
+            mark = generated * marks // budget
+            control.should_evaluate = mark > self.evaluated
+            self.evaluated = mark
+            control.should_training_stop = generated >= budget
+
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            steps = [entry for entry in state.log_history[self.logged :] if "loss" in entry]
+            self.logged = len(state.log_history)
+            row = {"tokens": generated, "steps": state.global_step, "seconds": self.seconds}
+            row |= {column: metrics[name] for column, name in EVALUATED.items()}
+            for column, name in TRAINED.items():
+                values = [entry[name] for entry in steps if entry.get(name) is not None]
+                row[column] = sum(values) / len(values) if values else math.nan
+            self.rows.append(row)
+
+    curve = Curve()
+    trainer.add_callback(curve)
+    trainer.train()
+    if trainer.is_world_process_zero():
+        (run.folder / RUN).write_text(yaml.safe_dump(run.told, sort_keys=False))
+        part = run.folder / f"{CURVE}.part"
+        pd.DataFrame(curve.rows).assign(**{k: run.told[k] for k in ("task", "method", "rate", "seed")}).to_parquet(part)
+        part.rename(run.folder / CURVE)  # whole, or not there
+
+
+def train_apart(run: Run, launch: str | None, threads: int) -> float:
+    """Train in a process of its own, what it prints in its folder; return the last accuracy."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    log = run.folder / LOG
+    if launch:
+        order = run.folder / "asked.yaml"
+        order.write_text(yaml.safe_dump(run.told, sort_keys=False))
+        command = [*shlex.split(launch), __file__, "--run", str(order)]
+        with log.open("w") as file:
+            subprocess.run(command, cwd=ROOT, check=True, stdout=file, stderr=subprocess.STDOUT)
+    else:
+        with log.open("w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        os.chdir(ROOT)
+        train(run, threads)
+    return float(run.curve()["accuracy"].iloc[-1])
+
+
+def work_off(runs: list[Run], config: dict, title: str, console: Console) -> list[str]:
+    """Train what is not there yet, so many at once as the config says; return the names of runs that failed."""
+    waiting = [run for run in runs if not run.done]
+    console.print(f"[bold]{title}[/bold]: {len(runs)} runs, {len(runs) - len(waiting)} of them there")
+    failed = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    # A forked process has the imports already, and no trace of the run before.
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["train", "variants"])
+    with (
+        Progress(*columns, TimeRemainingColumn(elapsed_when_finished=True), console=console) as progress,
+        ProcessPoolExecutor(config["processes"], processes, max_tasks_per_child=1) as pool,
+    ):
+        bar = progress.add_task(title, total=len(waiting))
+        futures = {pool.submit(train_apart, run, config.get("launch"), config["threads"]): run for run in waiting}
+        try:
+            for future in as_completed(futures):
+                run = futures[future]
+                if error := future.exception():
+                    failed.append(run.name)
+                    progress.print(f"[red]{run.name} failed: {type(error).__name__}: {error}. See {run.folder / LOG}")
+                else:
+                    progress.print(f"{run.name}: {future.result():.1%}")
+                progress.advance(bar)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():  # a run that is cut off is done again
+                process.terminate()
+            raise
+    return failed
+
+
+def prepare(config: dict, console: Console) -> None:
+    """Make the models and problems that are not there."""
+    for name, task in config["tasks"].items():
+        if "prepare" in task and not (ROOT / task["settings"]["model_name_or_path"]).exists():
+            console.print(f"Making the model and the problems of {name}: {task['prepare']}")
+            subprocess.run([sys.executable, *shlex.split(task["prepare"])], cwd=ROOT, check=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, default=ROOT / "benchmarks" / "learning.yaml")
+    parser.add_argument("--tiers", nargs="+", help="only these, after the search for learning rates (default: all)")
+    parser.add_argument("--tasks", nargs="+", help="only these (default: all)")
+    parser.add_argument("--processes", type=int, help="in the place of the config's")
+    parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)  # in the processes that `launch` starts
+    arguments = parser.parse_args()
+    if arguments.run:
+        told = yaml.safe_load(arguments.run.read_text())
+        train(Run(ROOT / told["settings"]["output_dir"], told), threads=int(os.environ.get("OMP_NUM_THREADS", 1)))
+        return
+    console = Console()
+    try:
+        config = read_config(arguments.config)
+        for kind in ("tiers", "tasks"):
+            if asked := getattr(arguments, kind):
+                if unknown := set(asked) - set(config[kind]):
+                    raise ValueError(
+                        f"No such {kind}: {', '.join(sorted(unknown))}. There are: {', '.join(config[kind])}"
+                    )
+                config[kind] = {name: config[kind][name] for name in asked}
+        config["processes"] = arguments.processes or config["processes"]
+        prepare(config, console)
+        failed = work_off(search_runs(config), config, "learning rates", console)
+        for (task, method), rate in chosen_rates(config).items():
+            console.print(f"  {task} {method}: {rate:g}")
+        for tier in config["tiers"]:
+            failed += work_off(tier_runs(config, tier), config, f"tier {tier}", console)
+    except ValueError as error:
+        sys.exit(f"learning.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nStopped. The same command goes on.")
+    if failed:
+        sys.exit(f"{len(failed)} runs failed: {', '.join(failed)}. The same command tries them again.")
+
+
+if __name__ == "__main__":
+    main()
