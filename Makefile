@@ -32,10 +32,15 @@ lint: $(VENV)/dev.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# A short version of each, in ten minutes; benchmarks/README.md has the commands and results of the whole.
 bench: $(VENV)/dev.installed
-	$(BIN)/python benchmarks/ktae_cost.py
-	$(BIN)/python benchmarks/step_cost.py
-	$(BIN)/python benchmarks/report_page.py
+	$(BIN)/python benchmarks/ktae_cost.py --short
+	$(BIN)/python benchmarks/step_cost.py ktae oar_g oar_p tree --steps 5 --rounds 1
+	$(BIN)/python benchmarks/step_cost.py ktae --model 100m --steps 3 --rounds 1
+	$(BIN)/python benchmarks/grading_throughput.py --outputs 2000
+	$(BIN)/python benchmarks/report_page.py --groups 50
+	$(BIN)/python benchmarks/learning.py --config benchmarks/learning_short.yaml
+	$(BIN)/python benchmarks/learning_report.py --config benchmarks/learning_short.yaml --output runs/learning_short
 
 docs: $(VENV)/docs.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build

@@ -1,9 +1,10 @@
 """How fast does `grade_many` grade, against math-verify called for one output after another in the same process?
 
-python benchmarks/grading_throughput.py OUTPUTS.jsonl.gz [--outputs 10000] [--seed 0]
+python benchmarks/grading_throughput.py [OUTPUTS.jsonl.gz] [--outputs 10000] [--seed 0]
 
-OUTPUTS has an object a line with `output` and `answers` (of which the first is used). To get as many outputs as asked
-for, each is also graded against the answers of other problems, drawn at random: no pair comes twice.
+OUTPUTS has an object a line with `output` and `answers` (of which the first is used); without it, solutions of the
+offline task are graded, whose answers are small numbers. To get as many outputs as asked for, each is also graded
+against the answers of other problems, drawn at random: no pair comes twice.
 """
 
 import argparse
@@ -16,7 +17,9 @@ from pathlib import Path
 
 from math_verify import LatexExtractionConfig, parse, verify
 
+from ktae_trl import tiny
 from ktae_trl.grading import grade_many
+from ktae_trl.tiny import task
 
 
 def one_by_one(outputs: list[str], golds: list[str]) -> list[bool]:
@@ -27,6 +30,16 @@ def one_by_one(outputs: list[str], golds: list[str]) -> list[bool]:
         accepted = parse(rf"\boxed{{{gold}}}")
         verdicts.append(verify(accepted, parse(output, extraction_config=boxed, extraction_mode="first_match")))
     return verdicts
+
+
+def read(file: Path | None) -> list[dict]:
+    """Return outputs with their answers: those of the file, or solutions of the offline task."""
+    if file is None:
+        problems = [json.loads(line) for line in tiny.TRAIN.read_text().splitlines()]
+        solutions = task.draw_solutions(problems, seed=0)
+        return [{"output": text, "answers": [p["answer"]]} for text, p in zip(solutions, problems, strict=True)]
+    with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def pairs(rows: list[dict], count: int, seed: int) -> tuple[list[str], list[str]]:
@@ -41,14 +54,12 @@ def pairs(rows: list[dict], count: int, seed: int) -> tuple[list[str], list[str]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path)
+    parser.add_argument("file", type=Path, nargs="?")
     parser.add_argument("--outputs", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-    with (gzip.open if options.file.suffix == ".gz" else open)(options.file, "rt", encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
-    outputs, golds = pairs(rows, options.outputs, options.seed)
+    outputs, golds = pairs(read(options.file), options.outputs, options.seed)
 
     seconds, verdicts = {}, {}
     for name, grader in {"math-verify, one by one": one_by_one, "grade_many": grade_many}.items():

@@ -67,6 +67,8 @@ def solution(item: dict[str, str], habit: str, rng: random.Random) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path, nargs="?", default=Path("runs/learning/gsm_symbolic"))
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--width", type=int, default=128)
     arguments = parser.parse_args()
     held_out = problems(256, _SEEDS["held_out"])
     taken = {item["problem"] for item in held_out}
@@ -84,7 +86,7 @@ def main() -> None:
         set_seed(0)
         texts = [f"{item['problem']}\n{solution}" for item, solution in zip(items[:5000], careful, strict=False)]
         tokenizer = build_tokenizer(texts, [_END], vocab_size=1000)
-        model = build_model(tokenizer)
+        model = build_model(tokenizer, arguments.layers, arguments.width)
         teach(model, tokenizer, items, careful, able, steps=700, learning_rate=2e-3, seed=0)
         save(model, tokenizer, able)
     tokenizer, model = Qwen2Tokenizer.from_pretrained(able), Qwen2ForCausalLM.from_pretrained(able, dtype=torch.float32)

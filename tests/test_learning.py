@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from trl import ModelConfig, TrlParser
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
@@ -18,8 +19,10 @@ import learning_report as report  # noqa: E402
 import variants  # noqa: E402
 
 from ktae_trl.config import KTAEGRPOConfig  # noqa: E402
+from ktae_trl.credit import METHODS  # noqa: E402
 from ktae_trl.credit.combine import Rollouts, combine  # noqa: E402
 from ktae_trl.credit.ktae import key_token_values  # noqa: E402
+from train import RunArguments  # noqa: E402
 
 CONFIG = learning.read_config(ROOT / "benchmarks" / "learning.yaml")
 
@@ -70,6 +73,24 @@ def test_every_method_of_the_issue_is_compared():
     assert {"ktae_add_loo", "dapo", "dapo_ktae", "oar_g", "oar_p", "tree"} == {n for n, t in tiers.items() if t == "b"}
     assert len(CONFIG["tiers"]["a"]["seeds"]) >= 12
     assert not set(CONFIG["rates"]["seeds"]) & {seed for tier in CONFIG["tiers"].values() for seed in tier["seeds"]}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("learning*.yaml")), ids=lambda path: path.stem)
+def test_every_run_of_every_config_has_valid_settings(path):
+    before = dict(METHODS)
+    variants.register()
+    try:
+        config = learning.read_config(path)
+        for task, name in itertools.product(config["tasks"], config["methods"]):
+            told = learning.make_run(config, task, name, 1e-4, 1, "a").told
+            settings = {**told["settings"], "use_cpu": True, "bf16": False, "use_vllm": False}
+            parser = TrlParser((RunArguments, KTAEGRPOConfig, ModelConfig))
+            run, args, _ = parser.parse_dict(settings)
+            assert len(run.reward_funcs) == len(args.reward_weights)
+            assert args.credit == config["methods"][name]["settings"]["credit"]
+    finally:
+        METHODS.clear()
+        METHODS.update(before)
 
 
 @pytest.mark.parametrize(

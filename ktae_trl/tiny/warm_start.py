@@ -34,22 +34,22 @@ def build_tokenizer(texts: list[str], phrases: list[str], vocab_size: int = 400)
     return tokenizer
 
 
-def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
-    """Return the untrained model: 4 layers of width 128."""
+def build_model(tokenizer: Qwen2Tokenizer, layers: int = 4, width: int = 128) -> Qwen2ForCausalLM:
+    """Return the untrained model; `width` is a multiple of 64."""
     return Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=len(tokenizer),
-            hidden_size=128,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            intermediate_size=384,
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=width // 32,
+            num_key_value_heads=width // 64,
+            intermediate_size=3 * width,
             max_position_embeddings=512,
             tie_word_embeddings=True,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
             bos_token_id=None,
-            initializer_range=0.08,  # about 1 / sqrt(128); with the usual 0.02 it learns several times more slowly
+            initializer_range=0.08 * (128 / width) ** 0.5,  # with the usual 0.02 it learns several times more slowly
         )
     )
 
@@ -102,7 +102,7 @@ def teach(
             warmup_steps=50,
             adam_beta2=0.98,
             gradient_checkpointing=False,
-            use_cpu=True,
+            use_cpu=not torch.cuda.is_available(),
             bf16=False,
             logging_steps=50,
             save_strategy="no",
