@@ -82,7 +82,7 @@ def main() -> None:
     items = problems(20_000, _SEEDS["warm start"], taken)
     careful = [item["solution"] for item in items]
     able, folder = arguments.output / "careful", arguments.output / "model"
-    if not able.exists():
+    if not (able / "model.safetensors").exists():
         set_seed(0)
         texts = [f"{item['problem']}\n{solution}" for item, solution in zip(items[:5000], careful, strict=False)]
         tokenizer = build_tokenizer(texts, [_END], vocab_size=1000)

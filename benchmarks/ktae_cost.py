@@ -6,6 +6,7 @@ python benchmarks/ktae_cost.py --device cuda
 """
 
 import argparse
+import ctypes
 import gc
 import math
 import os
@@ -135,24 +136,28 @@ def peak_memory(function: Callable, device: torch.device) -> int:
         while not over.wait(0.0005):
             peak = max(peak, resident())
 
-    gc.collect()
-    peak = before = resident()
-    over = threading.Event()
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    result = function()  # kept until the last look
-    peak = max(peak, resident())
-    over.set()
-    watcher.join()
-    del result
-    return peak - before
+    grown = []
+    for _ in range(3):
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed goes back, or the process would not grow
+        peak = before = resident()
+        over = threading.Event()
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        result = function()  # kept until the last look
+        peak = max(peak, resident())
+        over.set()
+        watcher.join()
+        del result
+        grown.append(peak - before)
+    return max(grown)
 
 
 def sweep(name: str, values: list[int], device: torch.device, repeats: int, seed: int) -> None:
     """Print time and memory over one dimension, and the exponent of the growth of time."""
     heads = {"seconds": 10, "ns / token": 12, "copies": 8, "sorts": 8, "leave one out": 15, "MiB": 8, "/ ids": 7}
     print(f"{name:>12}" + "".join(f"{head:>{width}}" for head, width in heads.items()))
-    seconds = []
+    seconds, peaks = [], []
     for value in values:
         inputs = [x.to(device) for x in make(Size(**{name: value}), seed)]
         ids = inputs[0]
@@ -161,18 +166,19 @@ def sweep(name: str, values: list[int], device: torch.device, repeats: int, seed
         sort = timed(lambda ids=ids: ids.view(len(ids), -1).sort(dim=1), device, repeats)
         seconds.append(timed(lambda inputs=inputs: key_token_values(*inputs), device, repeats))
         left_out = timed(lambda inputs=inputs: key_token_values(*inputs, leave_one_out=True), device, repeats)
-        peak = peak_memory(lambda inputs=inputs: key_token_values(*inputs), device)
+        peaks.append(peak_memory(lambda inputs=inputs: key_token_values(*inputs), device))
         print(
             f"{value:12,}{seconds[-1]:10.4f}{seconds[-1] / ids.numel() * 1e9:12.1f}{seconds[-1] / copy:8.1f}"
-            f"{seconds[-1] / sort:8.2f}{left_out:15.4f}{peak / 2**20:8.1f}{peak / ids.nbytes:7.1f}",
+            f"{seconds[-1] / sort:8.2f}{left_out:15.4f}{peaks[-1] / 2**20:8.1f}{peaks[-1] / ids.nbytes:7.1f}",
             flush=True,
         )
-    print(f"{'':12}time grows as {name} to the power of {growth(values, seconds)}\n")
+    of_time, of_memory = growth(values, seconds), growth(values, peaks)
+    print(f"{'':12}time grows as {name} to the power of {of_time}, memory of {of_memory}\n")
 
 
-def growth(values: list[int], seconds: list[float]) -> str:
+def growth(values: list[int], costs: list[float]) -> str:
     """Return the exponent of a power law through these points, with its standard error."""
-    fit = stats.linregress(np.log(values), np.log(seconds))
+    fit = stats.linregress(np.log(values), np.log(costs))
     return f"{fit.slope:.2f} +- {fit.stderr:.2f}"
 
 

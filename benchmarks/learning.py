@@ -14,13 +14,16 @@ import math
 import multiprocessing
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
+import traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import yaml
 from rich.console import Console
@@ -83,7 +86,9 @@ class Run:
         return True
 
     def curve(self) -> pd.DataFrame:
-        return pd.read_parquet(self.folder / CURVE)
+        """Return its evaluations, and what it was told in each row."""
+        told = {key: self.told[key] for key in ("task", "method", "rate", "seed", "budget", "evaluations")}
+        return pd.read_parquet(self.folder / CURVE).assign(**told)
 
 
 def read_config(path: Path) -> dict:
@@ -116,7 +121,7 @@ def make_run(config: dict, task: str, method: str, rate: float, seed: int, tier:
         "rate": rate,
         "seed": seed,
         "budget": described["budget"],
-        "evaluations": config["evaluations"],
+        "evaluations": described["evaluations"],
         "settings": settings,
     }
     return Run(folder, told)
@@ -135,25 +140,39 @@ def search_runs(config: dict) -> list[Run]:
     ]
 
 
+def on_grid(curve: pd.DataFrame) -> pd.DataFrame:
+    """Return the curve at the even marks of its budget, between evaluations in a line.
+
+    A run ends with the step that exceeds the budget, by up to ten generations with dynamic sampling, and such a step
+    may pass several marks. So the curves of all methods are read at the same numbers of tokens.
+    """
+    budget, marks = int(curve["budget"].iloc[0]), int(curve["evaluations"].iloc[0])
+    grid, curve = np.linspace(0, budget, marks + 1), curve.sort_values("tokens")
+    numbers = curve.select_dtypes("number").columns
+    return pd.DataFrame({name: np.interp(grid, curve["tokens"], curve[name]) for name in numbers})
+
+
 def area(curve: pd.DataFrame) -> float:
     """Return the mean accuracy over the budget: the area under the curve (trapezoids) by its width."""
-    tokens, accuracy = curve["tokens"].to_numpy(), curve["accuracy"].to_numpy()
-    return float(((accuracy[1:] + accuracy[:-1]) / 2 * (tokens[1:] - tokens[:-1])).sum() / (tokens[-1] - tokens[0]))
+    accuracy = on_grid(curve)["accuracy"].to_numpy()
+    return float((accuracy[1:] + accuracy[:-1]).mean() / 2)
 
 
 def chosen_rates(config: dict) -> dict[tuple[str, str], float]:
-    """Return the learning rate of each (task, method) with the best mean area on the seeds of the search."""
-    areas: dict[tuple[str, str], dict[float, list[float]]] = {}
-    for run in search_runs(config):
-        if run.done:
-            rates = areas.setdefault((run.told["task"], run.told["method"]), {})
-            rates.setdefault(run.told["rate"], []).append(area(run.curve()))
-    best = {key: max(rates, key=lambda rate: sum(rates[rate]) / len(rates[rate])) for key, rates in areas.items()}
+    """Return the learning rate of each (task, method) with the best mean area on the seeds of the search.
+
+    Raises:
+        ValueError: runs of the search are missing, so that rates would be compared on different seeds.
+    """
+    runs = search_runs(config)
+    if missing := [run.name for run in runs if not run.done]:
+        raise ValueError(f"The search for learning rates lacks {len(missing)} of {len(runs)} runs: {missing[0]}, ...")
+    areas = pd.DataFrame([{**run.told, "area": area(run.curve())} for run in runs])
+    best = areas.groupby(["task", "method", "rate"]).area.mean().groupby(["task", "method"]).idxmax()
     return {
-        (task, name): best[task, base]
+        (task, name): best[task, method.get("rate_of", name)][-1]
         for name, method in config["methods"].items()
         for task in config["tasks"]
-        if (task, base := method.get("rate_of", name)) in best
     }
 
 
@@ -166,7 +185,6 @@ def tier_runs(config: dict, tier: str) -> list[Run]:
         for seed in described["seeds"]
         for task in config["tasks"]
         for method in methods
-        if (task, method) in rates
     ]
 
 
@@ -178,10 +196,13 @@ def train(run: Run, threads: int) -> None:
     from trl import ModelConfig, TrlParser
 
     from ktae_trl import KTAEGRPOConfig
+    from ktae_trl.credit.ktae import key_token_values
     from train import RunArguments, build_trainer
 
     torch.set_num_threads(threads)
     variants.register()
+    few = torch.zeros(1, 2, 1, dtype=torch.int32)
+    key_token_values(few, few == 0, torch.tensor([[True, False]]))  # compiled here, and not in the first step's time
     settings = {**run.told["settings"], "max_steps": 1_000_000, "eval_strategy": "no", "eval_on_start": True}
     settings |= {"save_strategy": "no", "logging_steps": 1, "report_to": "none", "disable_tqdm": True}
     trainer = build_trainer(*TrlParser((RunArguments, KTAEGRPOConfig, ModelConfig)).parse_dict(settings))
@@ -229,26 +250,34 @@ def train(run: Run, threads: int) -> None:
     if trainer.is_world_process_zero():
         (run.folder / RUN).write_text(yaml.safe_dump(run.told, sort_keys=False))
         part = run.folder / f"{CURVE}.part"
-        pd.DataFrame(curve.rows).assign(**{k: run.told[k] for k in ("task", "method", "rate", "seed")}).to_parquet(part)
+        pd.DataFrame(curve.rows).to_parquet(part)
         part.rename(run.folder / CURVE)  # whole, or not there
 
 
 def train_apart(run: Run, launch: str | None, threads: int) -> float:
     """Train in a process of its own, what it prints in its folder; return the last accuracy."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # so that what was started here is ended too
     run.folder.mkdir(parents=True, exist_ok=True)
-    log = run.folder / LOG
-    if launch:
-        order = run.folder / "asked.yaml"
-        order.write_text(yaml.safe_dump(run.told, sort_keys=False))
-        command = [*shlex.split(launch), __file__, "--run", str(order)]
-        with log.open("w") as file:
-            subprocess.run(command, cwd=ROOT, check=True, stdout=file, stderr=subprocess.STDOUT)
-    else:
-        with log.open("w") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        os.chdir(ROOT)
-        train(run, threads)
+    with (run.folder / LOG).open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(ROOT)
+    try:
+        if launch:
+            order = run.folder / "asked.yaml"
+            order.write_text(yaml.safe_dump(run.told, sort_keys=False))
+            command = [*shlex.split(launch), __file__, "--run", str(order)]
+            launched = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+            try:
+                if code := launched.wait():
+                    raise RuntimeError(f"{launch} ended with {code}")
+            finally:
+                launched.terminate()
+        else:
+            train(run, threads)
+    except Exception:
+        traceback.print_exc()  # into the log
+        raise
     return float(run.curve()["accuracy"].iloc[-1])
 
 
@@ -287,7 +316,7 @@ def work_off(runs: list[Run], config: dict, title: str, console: Console) -> lis
 def prepare(config: dict, console: Console) -> None:
     """Make the models and problems that are not there."""
     for name, task in config["tasks"].items():
-        if "prepare" in task and not (ROOT / task["settings"]["model_name_or_path"]).exists():
+        if "prepare" in task and not (ROOT / task["settings"]["model_name_or_path"] / "model.safetensors").exists():
             console.print(f"Making the model and the problems of {name}: {task['prepare']}")
             subprocess.run([sys.executable, *shlex.split(task["prepare"])], cwd=ROOT, check=True)
 
@@ -304,6 +333,7 @@ def main() -> None:
         told = yaml.safe_load(arguments.run.read_text())
         train(Run(ROOT / told["settings"]["output_dir"], told), threads=int(os.environ.get("OMP_NUM_THREADS", 1)))
         return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     console = Console()
     try:
         config = read_config(arguments.config)
@@ -316,9 +346,12 @@ def main() -> None:
                 config[kind] = {name: config[kind][name] for name in asked}
         config["processes"] = arguments.processes or config["processes"]
         prepare(config, console)
-        failed = work_off(search_runs(config), config, "learning rates", console)
+        if failed := work_off(search_runs(config), config, "learning rates", console):
+            sys.exit(f"{len(failed)} runs failed: {', '.join(failed)}. The same command tries them again.")
+        tried = config["rates"]["values"]
         for (task, method), rate in chosen_rates(config).items():
-            console.print(f"  {task} {method}: {rate:g}")
+            edge = " (at the edge of the list)" if rate in (min(tried), max(tried)) and len(tried) > 1 else ""
+            console.print(f"  {task} {method}: {rate:g}{edge}")
         for tier in config["tiers"]:
             failed += work_off(tier_runs(config, tier), config, f"tier {tier}", console)
     except ValueError as error:

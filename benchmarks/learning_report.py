@@ -23,7 +23,7 @@ from scipy import stats
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from learning import SEARCH, area, read_config, search_runs, tier_runs  # noqa: E402
+from learning import SEARCH, area, on_grid, read_config, search_runs, tier_runs  # noqa: E402
 
 from ktae_trl.evaluation.statistics import holm  # noqa: E402
 
@@ -90,7 +90,9 @@ def first_reached(curve: pd.DataFrame, target: float, over: str) -> float:
 
 def collect(config: dict) -> pd.DataFrame:
     """Return the curves of all runs that are there, the search for learning rates too."""
-    runs = {SEARCH: search_runs(config), **{tier: tier_runs(config, tier) for tier in config["tiers"]}}
+    runs = {SEARCH: search_runs(config)}
+    if all(run.done for run in runs[SEARCH]):
+        runs |= {tier: tier_runs(config, tier) for tier in config["tiers"]}
     curves = [run.curve().assign(tier=tier) for tier, some in runs.items() for run in some if run.done]
     if not curves:
         raise ValueError(f"There is no run yet in {config['output']}: begin with benchmarks/learning.py")
@@ -98,15 +100,15 @@ def collect(config: dict) -> pd.DataFrame:
 
 
 def outcomes(curves: pd.DataFrame) -> pd.DataFrame:
-    """Return a row a run: what its curve comes to."""
+    """Return a row a run: the area under its curve, how it ends (at the budget), and means over its training."""
     rows = []
     for (tier, task, method, rate, seed), curve in curves.groupby(["tier", "task", "method", "rate", "seed"]):
         curve = curve.sort_values("tokens")
-        last, trained = curve.iloc[-1], curve.iloc[1:]
+        start, end, trained = curve.iloc[0], on_grid(curve).iloc[-1], curve.iloc[1:]
         row = {"tier": tier, "task": task, "method": method, "rate": rate, "seed": seed, "area": area(curve)}
-        row |= {name: last[name] for name in ("accuracy", "length", "entropy", "boxed", "cut_off", "seconds", "steps")}
-        row |= {name: trained[name].mean() for name in ("saturated", "advantage_ratio", "zero_factor", "uninformative")}
-        row |= {f"start_{name}": curve.iloc[0][name] for name in ("accuracy", "length", "boxed")}
+        row |= {name: end[name] for name in ("accuracy", "length", "entropy", "boxed", "seconds", "steps")}
+        row |= {name: trained[name].mean() for name in ("saturated", "advantage_ratio")}
+        row |= {f"start_{name}": start[name] for name in ("accuracy", "length", "boxed")}
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -128,13 +130,11 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def comparison_table(runs: pd.DataFrame, task: str, tier: str, against: str, *, p_values: bool) -> str:
-    """Return the table of a tier: area, final accuracy, and their differences to `against`."""
+def comparison_table(runs: pd.DataFrame, task: str, methods: list[str], against: str, *, p_values: bool) -> str:
+    """Return the area and the final accuracy of these methods, and their paired differences to another."""
     mine = runs[runs.task == task]
-    methods = list(dict.fromkeys(mine[mine.tier == tier].method))
-    others = [method for method in methods if method != against]
     differences = {
-        column: {m: difference(by_seed(mine, task, m, column), by_seed(mine, task, against, column)) for m in others}
+        column: {m: difference(by_seed(mine, task, m, column), by_seed(mine, task, against, column)) for m in methods}
         for column in ("area", "accuracy")
     }
     corrected = {
@@ -142,7 +142,7 @@ def comparison_table(runs: pd.DataFrame, task: str, tier: str, against: str, *, 
         for column, found in differences.items()
     }
     rows = []
-    for method in [against, *others]:
+    for method in [against, *methods]:
         one = mine[mine.method == method]
         row = [f"`{method}`", f"{one.rate.iloc[0]:g}", str(len(one))]
         for column in ("area", "accuracy"):
@@ -158,58 +158,52 @@ def comparison_table(runs: pd.DataFrame, task: str, tier: str, against: str, *, 
     return markdown(head, rows)
 
 
+def quartiles(values: np.ndarray, digits: int = 0) -> str:
+    """Return the median and the quartiles of numbers of which some may be infinite: not reached."""
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75], method="inverted_cdf")
+    return f"{show_finite(middle, digits)} ({show_finite(low, digits)} to {show_finite(high, digits)})"
+
+
+def show_finite(x: float, digits: int) -> str:
+    return f"{x:,.{digits}f}" if np.isfinite(x) else "not reached"
+
+
 def behaviour_table(curves: pd.DataFrame, runs: pd.DataFrame, task: str) -> str:
-    """Return the table of speed and of signs of ill health: means over seeds at the end of the budget."""
-    mine = runs[runs.task == task]
-    target = by_seed(mine, task, BASELINE, "accuracy").mean()
-    rows = []
+    """Return speed (median and quartiles over seeds) and signs of ill health at the end (means and intervals)."""
+    mine, curves = runs[runs.task == task], curves[curves.task == task]
+    start, end = (by_seed(mine, task, BASELINE, name).mean() for name in ("start_accuracy", "accuracy"))
+    targets = (start + 0.8 * (end - start), end)
+    rows = [
+        [
+            *("at the start", "", "", "", ""),
+            *(f"{mine.start_length.mean():.1f}", "", f"{mine.start_boxed.mean():.1%}"),
+            *(f"{(mine.start_boxed - mine.start_accuracy).mean():.1%}", "", ""),
+        ]
+    ]
     for method in dict.fromkeys(mine.method):
         one = mine[mine.method == method]
-        of_seeds = [
-            c.sort_values("tokens")
-            for _, c in curves[(curves.task == task) & (curves.method == method)].groupby("seed")
-        ]
-        reached = np.array([first_reached(curve, target, "tokens") for curve in of_seeds])
-        middle = f"{np.median(reached):,.0f}" if np.isfinite(np.median(reached)) else "not reached"
+        of_seeds = [curve.sort_values("tokens") for _, curve in curves[curves.method == method].groupby("seed")]
         rows.append(
             [
                 f"`{method}`",
-                f"{middle} ({np.isfinite(reached).sum()} of {len(reached)})",
-                f"{one.seconds.mean():.0f}",
-                f"{one.length.mean():.1f}",
-                f"{one.entropy.mean():.3f}",
+                *(
+                    quartiles(np.array([first_reached(curve, target, "tokens") for curve in of_seeds]))
+                    for target in targets
+                ),
+                quartiles(one.seconds.to_numpy()),
+                f"{one.steps.median():.0f}",
+                show(interval(one.length), scale=1),
+                show(interval(one.entropy), scale=1, digits=3),
                 f"{one.boxed.mean():.1%}",
                 f"{(one.boxed - one.accuracy).mean():.1%}",
-                *(
-                    "" if one[name].isna().all() else f"{one[name].mean():.{digits}f}"
-                    for name, digits in (("saturated", 2), ("advantage_ratio", 2))
-                ),
+                "" if one.saturated.isna().all() else show(interval(one.saturated), scale=1, digits=2),
+                "" if one.advantage_ratio.isna().all() else f"{one.advantage_ratio.mean():.2f}",
             ]
         )
-    rows.insert(
-        0,
-        [
-            "at the start",
-            "",
-            "",
-            f"{mine.start_length.mean():.1f}",
-            "",
-            f"{mine.start_boxed.mean():.1%}",
-            f"{(mine.start_boxed - mine.start_accuracy).mean():.1%}",
-            "",
-            "",
-        ],
-    )
     head = [
-        "method",
-        f"tokens to {target:.1%} (seeds)",
-        "seconds",
-        "length",
-        "entropy",
-        "with an answer",
-        "a wrong answer",
-        "saturated",
-        "mean size of A' / A",
+        *("method", f"tokens to {targets[0]:.1%}, 80% of GRPO's gain", f"tokens to {end:.1%}, GRPO's final"),
+        *("seconds of training", "steps", "length", "entropy", "with an answer", "with a wrong answer"),
+        *("saturated", "mean A' / mean A, sizes"),
     ]
     return markdown(head, rows)
 
@@ -225,29 +219,33 @@ def rates_table(searched: pd.DataFrame) -> str:
 
 
 def band(axis: plt.Axes, curves: pd.DataFrame, x: str, y: str, label: str, colour) -> None:
-    """Draw the mean over seeds, evaluation by evaluation, with its 95% interval."""
-    numbered = curves.sort_values("tokens").assign(n=lambda c: c.groupby("seed").cumcount())
-    points = numbered.groupby("n").agg(x=(x, "mean"), count=(y, "size"))
-    intervals = pd.DataFrame([interval(values.to_numpy()) for _, values in numbered.groupby("n")[y]])
-    axis.plot(points.x, intervals.value, label=label, color=colour, linewidth=1.6)
-    axis.fill_between(points.x, intervals.low, intervals.high, color=colour, alpha=0.13, linewidth=0)
+    """Draw the mean over seeds at the marks of the budget, with its 95% interval; over time, at the median time."""
+    read = pd.concat(
+        [on_grid(curve).assign(n=range(curve.evaluations.iloc[0] + 1)) for _, curve in curves.groupby("seed")]
+    )
+    at = read.groupby("n")[x].median()
+    intervals = pd.DataFrame([interval(values.to_numpy()) for _, values in read.groupby("n")[y]])
+    axis.plot(at, intervals.value, label=label, color=colour, linewidth=1.6)
+    axis.fill_between(at, intervals.low, intervals.high, color=colour, alpha=0.13, linewidth=0)
 
 
 def plot_curves(curves: pd.DataFrame, path: Path) -> None:
-    """Draw tier A: accuracy over tokens and over time, length, entropy; a row of panels a task."""
-    curves = curves[curves.tier == "a"]
+    """Draw accuracy and length over tokens and over time, and entropy; a row of panels a task."""
     tasks, methods = list(dict.fromkeys(curves.task)), list(dict.fromkeys(curves.method))
     panels = [
         ("tokens", "accuracy", "generated tokens", "held-out accuracy"),
         ("seconds", "accuracy", "seconds of training", "held-out accuracy"),
         ("tokens", "length", "generated tokens", "tokens of a completion"),
+        ("seconds", "length", "seconds of training", "tokens of a completion"),
         ("tokens", "entropy", "generated tokens", "entropy, nats"),
     ]
-    figure, axes = plt.subplots(len(tasks), 4, figsize=(16, 3.7 * len(tasks)), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(len(tasks), 5, figsize=(19, 3.7 * len(tasks)), squeeze=False, layout="constrained")
     for row, task in zip(axes, tasks, strict=True):
         for axis, (x, y, x_label, y_label) in zip(row, panels, strict=True):
-            for colour, method in zip(COLOURS, methods, strict=False):
-                band(axis, curves[(curves.task == task) & (curves.method == method)], x, y, method, colour)
+            for number, method in enumerate(methods):
+                one = curves[(curves.task == task) & (curves.method == method)]
+                if len(one):
+                    band(axis, one, x, y, method, COLOURS[number % len(COLOURS)])
             axis.set(xlabel=x_label, ylabel=y_label)
             if x == "tokens":
                 axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:.0f}k")
@@ -315,20 +313,30 @@ def main() -> None:
     print(f"## Learning rates: mean area by rate\n\n{rates_table(runs[runs.tier == SEARCH])}\n")
     for task in dict.fromkeys(compared.task):
         print(f"## {task}\n")
-        for tier, title, against in (
-            ("a", "Tier A", BASELINE),
-            ("b", "Tier B: estimates and intervals only", BASELINE),
-            ("ablation", "Ablation, against the whole method", FULL),
-            ("control", "Control: shuffled labels", BASELINE),
+        of_task = compared[compared.task == task]
+        there = list(dict.fromkeys(of_task.method))
+        tiers = {
+            tier: list(dict.fromkeys(of_task[of_task.tier == tier].method)) for tier in dict.fromkeys(of_task.tier)
+        }
+        for title, methods, against, p_values in (
+            ("Tier A", [m for m in tiers.get("a", []) if m != BASELINE], BASELINE, True),
+            ("At the same mean size of the advantages", [FULL], "grpo_scaled", True),
+            ("Control: shuffled labels", tiers.get("control", []), BASELINE, True),
+            ("Tier B: estimates and intervals only", tiers.get("b", []), BASELINE, False),
+            ("Ablation, against the whole method", ["ktae_multiply_loo", *tiers.get("ablation", [])], FULL, False),
         ):
-            if (compared[compared.task == task].tier == tier).any():
-                table = comparison_table(compared, task, tier, against, p_values=tier in ("a", "control"))
-                print(f"### {title}\n\n{table}\n")
-        of_task = curves[(curves.tier != SEARCH) & (curves.task == task)]
-        print(f"### Speed and health\n\n{behaviour_table(of_task, compared, task)}\n")
-    plot_curves(curves, arguments.output / "learning_curves.png")
+            methods = [method for method in methods if method in there]
+            if methods and against in there:
+                print(f"### {title}\n\n{comparison_table(compared, task, methods, against, p_values=p_values)}\n")
+        if BASELINE in there:
+            print(f"### Speed and health\n\n{behaviour_table(curves[curves.tier != SEARCH], compared, task)}\n")
+    for tier in dict.fromkeys(compared.tier):
+        # Beside GRPO on the same seeds.
+        drawn = curves[(curves.tier == tier) | ((curves.tier == "a") & (curves.method == BASELINE))]
+        drawn = drawn[drawn.seed.isin(curves[curves.tier == tier].seed)]
+        plot_curves(drawn, arguments.output / f"learning_{tier}.png")
     plot_differences(runs, arguments.output / "learning_differences.png")
-    print(f"Plots: {arguments.output}/learning_curves.png, learning_differences.png")
+    print(f"Plots: {arguments.output}/learning_*.png")
 
 
 if __name__ == "__main__":

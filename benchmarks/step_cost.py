@@ -4,7 +4,7 @@ python benchmarks/step_cost.py [ktae oar_g oar_p tree] [--steps 20] [--rounds 3]
 python benchmarks/step_cost.py ktae oar_g --model 100m --steps 3 --rounds 1            # 100M parameters
 
 The learning rate is 0, so that all runs sample from the same model (a tree takes other samples). Each run is a process
-of its own; the methods take turns. The model of 100M parameters has random weights: what it generates is timed, and
+of its own; the methods take turns. It runs on a GPU (in bf16) where there is one. The model of 100M parameters has random weights: what it generates is timed, and
 then replaced by solutions of the offline task, right and wrong ones, so that there is something to grade and to credit.
 """
 
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -25,21 +26,24 @@ MODELS = {"quickstart": {}, "100m": {"per_device_train_batch_size": 16, "max_com
 
 
 class Clock:
-    """Seconds of each phase; what a phase within another takes is not the other's."""
+    """Seconds of each phase; what a phase within another takes is not the other's. A GPU is waited for at each end."""
 
-    def __init__(self):
+    def __init__(self, wait: Callable[[], None]):
         self.seconds: dict[str, float] = defaultdict(float)
         self.inner = [0.0]
+        self.wait = wait
 
     def watch(self, owner, name: str, phase: str) -> None:
         function = getattr(owner, name)
 
         def timed(*args, **kwargs):
+            self.wait()
             started = time.perf_counter()
             self.inner.append(0.0)
             try:
                 return function(*args, **kwargs)
             finally:
+                self.wait()
                 taken = time.perf_counter() - started
                 self.seconds[phase] += taken - self.inner.pop()
                 self.inner[-1] += taken
@@ -95,13 +99,16 @@ def substitute(trainer) -> None:
 def train(credit: str, steps: int, model: str) -> dict:
     """Train and return, per step, the seconds in all and in each phase, and the peak memory of this process."""
     sys.path.insert(0, str(ROOT))
+    import torch
     from transformers import TrainerCallback
     from trl import ModelConfig
 
     from ktae_trl import KTAEGRPOConfig
+    from ktae_trl import trainer as hooks
     from ktae_trl.arguments import parse
     from train import RunArguments, build_trainer
 
+    on_gpu = torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as folder:
         settings = {
             "credit": credit,
@@ -114,6 +121,8 @@ def train(credit: str, steps: int, model: str) -> dict:
             "disable_tqdm": True,
             "output_dir": "runs/step_cost",  # the quickstart's holds what a person may want to keep
             "record_steps": 0,
+            "use_cpu": not on_gpu,
+            "bf16": on_gpu,
             **MODELS[model],
         }
         if model == "100m":
@@ -123,7 +132,8 @@ def train(credit: str, steps: int, model: str) -> dict:
         trainer = build_trainer(*parse((RunArguments, KTAEGRPOConfig, ModelConfig), "train.py", words))
     if model == "100m":
         substitute(trainer)
-    clock, generate, tokens, steps_taken = Clock(), trainer._generate_single_turn, [], []
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
+    clock, generate, tokens, steps_taken = Clock(wait), trainer._generate_single_turn, [], []
 
     def counting(*args, **kwargs):
         output = generate(*args, **kwargs)
@@ -148,10 +158,14 @@ def train(credit: str, steps: int, model: str) -> dict:
         "_generate_single_turn": "generation",
         "_calculate_rewards": "grading",
         "_compute_loss": "forward",
+        "_whole_groups": "credit",
+        "_log_stats": "credit",
         **({"_assign_credit": "credit"} if credit != "none" else {}),
     }
     for name, phase in watched.items():
         clock.watch(trainer, name, phase)
+    clock.watch(trainer._recorder, "look", "credit")
+    clock.watch(hooks, "combine", "credit")
     clock.watch(trainer.accelerator, "backward", "backward")
     for name in ("gather", "reduce"):
         clock.watch(trainer.accelerator, name, "synchronisation")
@@ -167,7 +181,11 @@ def train(credit: str, steps: int, model: str) -> dict:
         "tokens": tokens[warm:],
         "length": [entry["completions/mean_length"] for entry in log[warm:]],
         "metrics": [{name: value for name, value in entry.items() if name.startswith("tree/")} for entry in log[warm:]],
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mib": (
+            torch.cuda.max_memory_allocated() / 2**20
+            if on_gpu
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        ),
     }
 
 

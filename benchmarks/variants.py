@@ -8,20 +8,19 @@ from torch import Tensor
 
 from ktae_trl.credit import METHODS, ktae
 from ktae_trl.credit.association import fisher_p_table, information_gain_table
-from ktae_trl.credit.combine import Credit, Rollouts, combine
+from ktae_trl.credit.combine import Credit, Rollouts
 
 
 def scaled(rollouts: Rollouts, args, policy) -> Credit:
     """GRPO with advantages as large in the mean as KTAE's (`multiply`) here: A' = A mean|A_KTAE| / mean|A|.
 
-    What KTAE gains over this, it does not gain by taking larger steps.
+    What KTAE gains over this, it does not gain by their size. (Adam hardly minds that, so this is close to GRPO.)
     """
     credit = ktae.assign(rollouts, args, policy)
-    mask = rollouts.own_rows(rollouts.mask_PGT)
-    larger = (combine(rollouts.advantages_B, credit.values, "multiply").abs() * mask).sum()
-    plain = (rollouts.advantages_B.abs()[:, None] * mask).sum()
+    size = "ktae/advantage_ratio"
+    larger, plain = credit.stats[size]
     ratio = torch.where(plain > 0, larger / plain.clamp(min=1e-12), 1.0)
-    return Credit(ratio.expand_as(credit.values), "scale", credit.stats)
+    return Credit(ratio.expand_as(credit.values), "scale", {size: credit.stats[size]})
 
 
 def shuffled(rollouts: Rollouts, args, policy) -> Credit:
@@ -32,30 +31,36 @@ def shuffled(rollouts: Rollouts, args, policy) -> Credit:
 
 def centred(rollouts: Rollouts, args, policy) -> Credit:
     """KTAE less its mean over each rollout's tokens: within a rollout credit moves, none is added."""
-    credit = ktae.assign(rollouts, args, policy)
-    mask = rollouts.own_rows(rollouts.mask_PGT)
-    mean = (credit.values * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
-    return credit._replace(values=(credit.values - mean).clamp(-1, 1) * mask)
+    values, mask = ktae.assign(rollouts, args, policy).values, rollouts.own_rows(rollouts.mask_PGT)
+    mean = (values * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+    return _credit(rollouts, args, (values - mean).clamp(-1, 1) * mask)
 
 
 def supported(rollouts: Rollouts, args, policy) -> Credit:
     """KTAE with K = 0 for tokens that fewer than two rollouts of the group have."""
-    return _dense_credit(rollouts, args, policy, min_support=2)
+    return _dense_credit(rollouts, args, min_support=2)
 
 
 def smoothed(rollouts: Rollouts, args, policy) -> Credit:
     """KTAE whose term frequencies count each token once more on each side, in the place of the 1e-5 of the ratio."""
-    return _dense_credit(rollouts, args, policy, smoothing=1.0)
+    return _dense_credit(rollouts, args, smoothing=1.0)
 
 
-def _dense_credit(rollouts: Rollouts, args, policy, **variant) -> Credit:
+def _credit(rollouts: Rollouts, args, values: Tensor) -> Credit:
+    """Return these values of the own rollouts with metrics as those of KTAE."""
+    r = rollouts
+    table = ktae.key_token_table(r.ids_PGT, r.mask_PGT, r.correct_PG, scored=r.scored_PG, ignore_ids=r.special_ids)
+    return Credit(values, args.ktae_combine, ktae._stats(rollouts, table, values, args.ktae_combine))
+
+
+def _dense_credit(rollouts: Rollouts, args, **variant) -> Credit:
     values = torch.stack(
         [
             dense_values(*group, special_ids=rollouts.special_ids, **variant)
             for group in zip(rollouts.ids_PGT, rollouts.mask_PGT, rollouts.correct_PG, rollouts.scored_PG, strict=True)
         ]
     )
-    return ktae.assign(rollouts, args, policy)._replace(values=rollouts.own_rows(values))
+    return _credit(rollouts, args, rollouts.own_rows(values))
 
 
 def dense_values(

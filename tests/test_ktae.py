@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import fisher_exact
 
-from ktae_trl.credit import counting
+from ktae_trl.credit import counting, ktae
 from ktae_trl.credit.ktae import key_token_table, key_token_values
 from tests.reference import ktae_loop
 
@@ -353,14 +353,28 @@ def test_counts(pairs, how, threads, monkeypatch):
 
 
 @pytest.mark.parametrize("shift", [-30, 2**33])
-def test_ids_out_of_range_are_counted_too(shift):
+@pytest.mark.parametrize("pairs", [False, True])
+def test_ids_out_of_range_are_counted_too(shift, pairs, monkeypatch):
+    monkeypatch.setattr(counting, "_PART", 16)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     ids, counted, right = random_counting()
-    expected = as_dict(ids, counted, right, counting.count(ids, counted, right, pairs=False))
-    counts = counting.count(ids + shift, counted, right, pairs=False)
-    shifted = {(p, token + shift): figures for (p, token), figures in expected.items()}
-    columns = (x.tolist() for x in (counts.a, counts.b, counts.count_right, counts.count_wrong))
-    keys = zip(counts.group.tolist(), counts.token.tolist(), strict=True)
-    assert dict(zip(keys, zip(*columns, strict=True), strict=True)) == shifted
+    ids = torch.where(counted, ids, -100 - shift)
+    found = counting.count(ids + shift, counted, right, pairs=pairs)
+    found = found._replace(token=found.token - shift)
+    figures = [
+        as_dict(torch.where(counted, ids, -1), counted, right, c)
+        for c in (found, counting.count(ids.clamp(0), counted, right, pairs=pairs))
+    ]
+    assert figures[0] == figures[1]
+
+
+@pytest.mark.parametrize("leave_one_out", [False, True])
+def test_groups_are_valued_in_rounds(leave_one_out, monkeypatch):
+    ids, mask, correct = random_groups(7, P=7)
+    whole = key_token_table(ids, mask, correct, leave_one_out=leave_one_out)
+    monkeypatch.setattr(ktae, "_ROUND", 2 * ids[0].numel())
+    for found, expected in zip(key_token_table(ids, mask, correct, leave_one_out=leave_one_out), whole, strict=True):
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -1,5 +1,6 @@
 """The learning benchmark: its statistics, its variants of credit, and a whole small comparison."""
 
+import copy
 import itertools
 import sys
 from pathlib import Path
@@ -27,15 +28,20 @@ from train import RunArguments  # noqa: E402
 CONFIG = learning.read_config(ROOT / "benchmarks" / "learning.yaml")
 
 
-def curve(tokens, accuracy, **more):
-    return pd.DataFrame({"tokens": tokens, "accuracy": accuracy, **more})
+def curve(tokens, accuracy, evaluations=2):
+    return pd.DataFrame(
+        {"tokens": tokens, "accuracy": accuracy, "budget": max(tokens[-1] - 10, 1), "evaluations": evaluations}
+    )
 
 
 # Statistics
 
 
-def test_area_is_the_mean_height():
-    assert learning.area(curve([0, 10, 40], [0.2, 0.6, 0.6])) == pytest.approx((10 * 0.4 + 30 * 0.6) / 40)
+def test_curves_are_read_at_the_marks_of_the_budget():
+    """A budget of 40 in two: read at 0, 20 and 40, the last between the evaluations at 10 and at 50."""
+    one = curve([0, 10, 50], [0.2, 0.4, 0.8])
+    assert learning.on_grid(one).accuracy.tolist() == pytest.approx([0.2, 0.5, 0.7])
+    assert learning.area(one) == pytest.approx((0.35 + 0.6) / 2)
 
 
 def test_a_target_is_reached_between_two_evaluations():
@@ -110,18 +116,26 @@ def test_a_config_that_does_not_fit_is_an_error(change, words, tmp_path):
 def test_rates_are_chosen_by_the_mean_area_on_seeds_of_their_own(monkeypatch, tmp_path):
     config = {**CONFIG, "output": str(tmp_path), "tasks": {"chain_sum": CONFIG["tasks"]["chain_sum"]}}
     low, middle, high = config["rates"]["values"]
-    heights = {low: (0.5, 0.5), middle: (0.9, 0.4), high: (0.6, 0.6)}
+    heights = {low: (0.5, 0.5, 0.5), middle: (0.9, 0.1, 0.3), high: (0.6, 0.6, 0.1)}
     for run in learning.search_runs(config):
         run.folder.mkdir(parents=True)
         (run.folder / learning.RUN).write_text(yaml.safe_dump(run.told))
-        height = heights[run.told["rate"]][run.told["seed"] - 101]
+        height = (
+            heights[run.told["rate"]][run.told["seed"] - 101]
+            + (run.told["method"] == "ktae_add") * run.told["rate"] * 1e4
+        )
         curve([0, 1], [height] * 2).to_parquet(run.folder / learning.CURVE)
     rates = learning.chosen_rates(config)
-    assert rates["chain_sum", "grpo"] == middle
-    assert rates["chain_sum", "oar_p"] == middle  # as its `rate_of`
-    assert {run.told["rate"] for run in learning.tier_runs(config, "b")} == {middle}
-    config["evaluations"] += 1
+    assert (rates["chain_sum", "grpo"], rates["chain_sum", "ktae_add"]) == (low, high)
+    assert (rates["chain_sum", "oar_p"], rates["chain_sum", "ktae_add_loo"]) == (low, high)  # as their `rate_of`
+    found = {run.told["method"]: run.told["rate"] for run in learning.tier_runs(config, "b")}
+    assert (found["dapo"], found["ktae_add_loo"]) == (low, high)
+    other = copy.deepcopy(config)
+    other["tasks"]["chain_sum"]["evaluations"] += 1
     with pytest.raises(ValueError, match="holds a run with other evaluations"):
+        learning.chosen_rates(other)
+    (learning.search_runs(config)[4].folder / learning.CURVE).unlink()
+    with pytest.raises(ValueError, match="lacks 1 of 45 runs"):
         learning.chosen_rates(config)
 
 
@@ -195,6 +209,15 @@ def test_centred_values_have_no_mean_over_a_rollout(rollouts, args):
     torch.testing.assert_close(values, ((plain - mean[..., None]).clamp(-1, 1) * mask))
 
 
+def test_the_metrics_of_a_variant_are_its_own(rollouts, args):
+    credit = variants.centred(rollouts, args, None)
+    total, count = credit.stats["ktae/saturated"]
+    informative = (rollouts.correct_PG & rollouts.scored_PG).any(1) & (~rollouts.correct_PG & rollouts.scored_PG).any(1)
+    mask = (rollouts.mask_PGT & informative[:, None, None]).flatten(0, 1)
+    assert total / count == (credit.values[mask].abs() > 0.9).float().mean()
+    assert total / count < (as_values(rollouts).flatten(0, 1)[mask].abs() > 0.9).float().mean()
+
+
 def test_scaled_advantages_are_as_large_as_those_of_ktae(rollouts, args):
     credit = variants.scaled(rollouts, args, None)
     scaled = combine(rollouts.advantages_B, credit.values, credit.how)
@@ -224,8 +247,7 @@ def test_a_small_comparison_from_nothing_to_the_tables(tmp_path, monkeypatch, ca
         **CONFIG,
         "output": str(tmp_path / "runs"),
         "processes": 2,
-        "evaluations": 2,
-        "tasks": {"chain_sum": {**CONFIG["tasks"]["chain_sum"], "budget": 3000}},
+        "tasks": {"chain_sum": {**copy.deepcopy(CONFIG["tasks"]["chain_sum"]), "budget": 3000, "evaluations": 2}},
         "rates": {"values": [5e-5, 1e-4], "seeds": [101]},
         "tiers": {"a": {"seeds": [1, 2]}, "b": {"seeds": [1, 2]}},
         "methods": {name: CONFIG["methods"][name] for name in ("grpo", "ktae_multiply", "grpo_scaled", "dapo", "tree")},
@@ -250,6 +272,10 @@ def test_a_small_comparison_from_nothing_to_the_tables(tmp_path, monkeypatch, ca
     trained = curves[curves.tokens > 0]
     assert trained[trained.method == "ktae_multiply"].saturated.notna().any()
     assert trained[trained.method == "grpo"].saturated.isna().all()
+    for _, one in curves[curves.method == "grpo"].groupby(["tier", "rate", "seed"]):
+        rows = one.sort_values("tokens")
+        trained = rows.steps.diff() * 32 * rows.train_length  # TRL's own count of what it generated
+        np.testing.assert_allclose(rows.tokens.diff()[1:], trained[1:])
 
     monkeypatch.setattr(sys, "argv", ["report", "--config", str(path), "--output", str(tmp_path / "out")])
     report.main()
@@ -260,6 +286,5 @@ def test_a_small_comparison_from_nothing_to_the_tables(tmp_path, monkeypatch, ca
     report.main()
     assert capsys.readouterr().out in first
     assert all(
-        (tmp_path / "out" / name).stat().st_size > 10_000
-        for name in ("learning_curves.png", "learning_differences.png")
+        (tmp_path / "out" / name).stat().st_size > 10_000 for name in ("learning_a.png", "learning_differences.png")
     )
