@@ -4,8 +4,9 @@ python benchmarks/step_cost.py [ktae oar_g oar_p tree] [--steps 20] [--rounds 3]
 python benchmarks/step_cost.py ktae oar_g --model 100m --steps 3 --rounds 1            # 100M parameters
 
 The learning rate is 0, so that all runs sample from the same model (a tree takes other samples). Each run is a process
-of its own; the methods take turns. It runs on a GPU (in bf16) where there is one. The model of 100M parameters has random weights: what it generates is timed, and
-then replaced by solutions of the offline task, right and wrong ones, so that there is something to grade and to credit.
+of its own; the methods take turns. Where there is a GPU it runs there, in bf16. The model of 100M parameters has random
+weights: what it generates is timed, and then replaced by solutions of the offline task, right and wrong ones, so that
+there is something to grade and to credit.
 """
 
 import argparse
