@@ -129,14 +129,13 @@ def make_run(config: dict, task: str, method: str, rate: float, seed: int, tier:
 
 def search_runs(config: dict) -> list[Run]:
     """Return the runs that look for learning rates."""
-    search = config["rates"]
     first = [name for name, method in config["methods"].items() if method["tier"] == "a"]
     return [
         make_run(config, task, method, rate, seed, SEARCH)
-        for seed in search["seeds"]
-        for rate in search["values"]
+        for seed in config["search_seeds"]
+        for task, described in config["tasks"].items()
+        for rate in described["rates"]
         for method in first
-        for task in config["tasks"]
     ]
 
 
@@ -348,8 +347,8 @@ def main() -> None:
         prepare(config, console)
         if failed := work_off(search_runs(config), config, "learning rates", console):
             sys.exit(f"{len(failed)} runs failed: {', '.join(failed)}. The same command tries them again.")
-        tried = config["rates"]["values"]
         for (task, method), rate in chosen_rates(config).items():
+            tried = config["tasks"][task]["rates"]
             edge = " (at the edge of the list)" if rate in (min(tried), max(tried)) and len(tried) > 1 else ""
             console.print(f"  {task} {method}: {rate:g}{edge}")
         for tier in config["tiers"]:

@@ -78,7 +78,7 @@ def test_every_method_of_the_issue_is_compared():
     ]
     assert {"ktae_add_loo", "dapo", "dapo_ktae", "oar_g", "oar_p", "tree"} == {n for n, t in tiers.items() if t == "b"}
     assert len(CONFIG["tiers"]["a"]["seeds"]) >= 12
-    assert not set(CONFIG["rates"]["seeds"]) & {seed for tier in CONFIG["tiers"].values() for seed in tier["seeds"]}
+    assert not set(CONFIG["search_seeds"]) & {seed for tier in CONFIG["tiers"].values() for seed in tier["seeds"]}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("learning*.yaml")), ids=lambda path: path.stem)
@@ -114,8 +114,9 @@ def test_a_config_that_does_not_fit_is_an_error(change, words, tmp_path):
 
 
 def test_rates_are_chosen_by_the_mean_area_on_seeds_of_their_own(monkeypatch, tmp_path):
-    config = {**CONFIG, "output": str(tmp_path), "tasks": {"chain_sum": CONFIG["tasks"]["chain_sum"]}}
-    low, middle, high = config["rates"]["values"]
+    config = copy.deepcopy({**CONFIG, "output": str(tmp_path)})
+    del config["tasks"]["gsm_symbolic"]
+    config["tasks"]["chain_sum"]["rates"] = low, middle, high = 1e-5, 1e-4, 1e-3
     heights = {low: (0.5, 0.5, 0.5), middle: (0.9, 0.1, 0.3), high: (0.6, 0.6, 0.1)}
     for run in learning.search_runs(config):
         run.folder.mkdir(parents=True)
@@ -247,8 +248,15 @@ def test_a_small_comparison_from_nothing_to_the_tables(tmp_path, monkeypatch, ca
         **CONFIG,
         "output": str(tmp_path / "runs"),
         "processes": 2,
-        "tasks": {"chain_sum": {**copy.deepcopy(CONFIG["tasks"]["chain_sum"]), "budget": 3000, "evaluations": 2}},
-        "rates": {"values": [5e-5, 1e-4], "seeds": [101]},
+        "tasks": {
+            "chain_sum": {
+                **copy.deepcopy(CONFIG["tasks"]["chain_sum"]),
+                "budget": 3000,
+                "evaluations": 2,
+                "rates": [5e-5, 1e-4],
+            }
+        },
+        "search_seeds": [101],
         "tiers": {"a": {"seeds": [1, 2]}, "b": {"seeds": [1, 2]}},
         "methods": {name: CONFIG["methods"][name] for name in ("grpo", "ktae_multiply", "grpo_scaled", "dapo", "tree")},
     }
