@@ -62,7 +62,7 @@ def count(ids: Tensor, counted: Tensor, right: Tensor, *, pairs: bool) -> Counts
 # A compiled loop
 
 _TABLE = 2**22  # ids from here on, or below 0, are renumbered first
-_PART = 2**16  # positions that are worth a thread
+_PART = 2**18  # positions that are worth a thread, which takes a millisecond to start
 _TOKEN, _GROUP, _A, _B, _RIGHT, _WRONG, _ROLLOUT, _PAIR = range(8)  # columns of a token's row
 _KEPT = 6  # of these, the first
 _OF_TOKEN, _OF_ROLLOUT, _COUNT = range(3)  # lines of `pairs`
