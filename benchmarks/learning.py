@@ -356,7 +356,8 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"learning.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("\nStopped. The same command goes on.")
+        console.print("\nStopped. The same command goes on.")
+        os._exit(130)  # at an ordinary exit the pool's thread would wait for the workers that were ended
     if failed:
         sys.exit(f"{len(failed)} runs failed: {', '.join(failed)}. The same command tries them again.")
 
