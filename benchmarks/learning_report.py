@@ -10,7 +10,6 @@ are those of the exact test that flips the sign of each seed's difference, after
 import argparse
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib
 
@@ -25,38 +24,20 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from learning import SEARCH, area, on_grid, read_config, search_runs, tier_runs  # noqa: E402
 
-from ktae_trl.evaluation.statistics import holm  # noqa: E402
+from ktae_trl.evaluation.statistics import Difference, Estimate, holm  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 BASELINE, FULL = "grpo", "ktae_multiply"
 COLOURS = plt.get_cmap("tab10").colors
 
 
-class Interval(NamedTuple):
-    """A mean over seeds and its 95% interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-class Difference(NamedTuple):
-    """A mean difference between runs of the same seed, its 95% interval and p-value."""
-
-    value: float
-    low: float
-    high: float
-    p: float
-    seeds: int
-
-
-def interval(values: np.ndarray) -> Interval:
+def interval(values: np.ndarray) -> Estimate:
     """Return the mean and its t interval; without a width if there is one value."""
     mean = float(np.mean(values))
     if len(values) < 2:
-        return Interval(mean, np.nan, np.nan)
+        return Estimate(mean, np.nan, np.nan)
     half = stats.t.ppf(0.975, len(values) - 1) * float(np.std(values, ddof=1)) / np.sqrt(len(values))
-    return Interval(mean, mean - half, mean + half)
+    return Estimate(mean, mean - half, mean + half)
 
 
 def difference(one: pd.Series, other: pd.Series) -> Difference:
@@ -64,7 +45,7 @@ def difference(one: pd.Series, other: pd.Series) -> Difference:
     seeds = sorted(set(one.index) & set(other.index))
     x, y = one[seeds].to_numpy(), other[seeds].to_numpy()
     if len(seeds) < 2:
-        return Difference(float((x - y).mean()) if seeds else np.nan, np.nan, np.nan, np.nan, len(seeds))
+        return Difference(float((x - y).mean()) if seeds else np.nan, np.nan, np.nan, np.nan)
     test = stats.permutation_test(
         (x, y),
         lambda x, y, axis: np.mean(x - y, axis=axis),
@@ -72,7 +53,7 @@ def difference(one: pd.Series, other: pd.Series) -> Difference:
         n_resamples=2**14,  # exact up to 14 seeds
         vectorized=True,
     )
-    return Difference(*interval(x - y), float(test.pvalue), len(seeds))
+    return Difference(*interval(x - y), float(test.pvalue))
 
 
 def first_reached(curve: pd.DataFrame, target: float, over: str) -> float:
@@ -117,7 +98,7 @@ def by_seed(runs: pd.DataFrame, task: str, method: str, column: str) -> pd.Serie
     return runs[(runs.task == task) & (runs.method == method)].set_index("seed")[column]
 
 
-def show(x: Interval | Difference, scale: float = 100, digits: int = 1, sign: bool = False) -> str:
+def show(x: Estimate | Difference, scale: float = 100, digits: int = 1, sign: bool = False) -> str:
     mark = "+" if sign else ""
     value = f"{x.value * scale:{mark}.{digits}f}"
     if np.isnan(x.low):
@@ -273,16 +254,16 @@ def plot_differences(runs: pd.DataFrame, path: Path) -> None:
     for axis, task in zip(axes[0], tasks, strict=True):
         baseline = by_seed(runs, task, BASELINE, "area")
         for place, method in enumerate(methods):
-            found = difference(by_seed(runs, task, method, "area"), baseline)
-            if found.seeds == 0:
+            one = by_seed(runs, task, method, "area")
+            seeds = len(set(one.index) & set(baseline.index))
+            if seeds == 0:
                 continue
+            found = difference(one, baseline)
             tier = runs[runs.method == method].tier.iloc[0]
             colour = {"a": COLOURS[0], "b": COLOURS[2], "ablation": COLOURS[7], "control": COLOURS[3]}[tier]
             axis.plot([found.low * 100, found.high * 100], [place, place], color=colour, linewidth=2)
             axis.plot(found.value * 100, place, "o", color=colour, markersize=5)
-            axis.annotate(
-                f"{found.seeds} seeds", (1, place), xycoords=("axes fraction", "data"), fontsize=7, va="center"
-            )
+            axis.annotate(f"{seeds} seeds", (1, place), xycoords=("axes fraction", "data"), fontsize=7, va="center")
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_yticks(range(len(methods)), methods)
         axis.set(xlabel="area under the curve less GRPO's, points", title=task)
@@ -301,7 +282,9 @@ def main() -> None:
     kept = arguments.output / "learning.parquet"
     try:
         curves = collect(read_config(arguments.config)) if arguments.config else pd.read_parquet(kept)
-    except (ValueError, FileNotFoundError) as error:
+    except FileNotFoundError as error:
+        sys.exit(f"learning_report.py: there is no file {error.filename or kept}. Results of runs come from --config")
+    except ValueError as error:
         sys.exit(f"learning_report.py: {error}")
     arguments.output.mkdir(parents=True, exist_ok=True)
     if arguments.config:
