@@ -171,7 +171,7 @@ def behaviour_table(curves: pd.DataFrame, runs: pd.DataFrame, task: str) -> str:
                     quartiles(np.array([first_reached(curve, target, "tokens") for curve in of_seeds]))
                     for target in targets
                 ),
-                quartiles(one.seconds.to_numpy()),
+                quartiles(one.seconds.dropna().to_numpy()),
                 f"{one.steps.median():.0f}",
                 show(interval(one.length), scale=1),
                 show(interval(one.entropy), scale=1, digits=3),

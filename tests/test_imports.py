@@ -19,6 +19,7 @@ PACKAGE = Path(__file__).parents[1] / "ktae_trl"
         ("ktae_trl.credit", {"trl", "transformers"}),
         ("ktae_trl.report.page, ktae_trl.report.rows", {"trl", "transformers"}),
         ("ktae_trl.hub", {"torch", "trl", "transformers"}),
+        ("ktae_trl.trainer", {"numba", "llvmlite"}),  # before vLLM's engine on a CPU starts: see credit/counting.py
     ],
 )
 def test_imports_stay_light(module, forbidden):

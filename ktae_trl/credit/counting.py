@@ -2,6 +2,9 @@
 
 On a CPU a compiled loop does it in one pass; elsewhere, one sort of the ids of each group. Both give the same counts
 (a test compares them); the order of the tokens differs.
+
+The compiled loops are imported where they are used: the CPU build of vLLM 0.31 cannot start its engine once numba is
+imported (it reads the `__dict__` of everything, which llvmlite's handles answer with a function).
 """
 
 from collections.abc import Callable
@@ -12,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numba import njit
 from torch import Tensor
 
 
@@ -42,8 +44,10 @@ class Counts(NamedTuple):
         """Give each position in `out` the value of its entry, 0 where nothing is counted."""
         values = F.pad(values, (1, 0))
         if values.device.type == "cpu":
+            from ktae_trl.credit import loops
+
             arrays = [x.view(-1).numpy() for x in (self.entry, values, out)]
-            _on_threads(len(self.entry), lambda part: _look_up(arrays[0][part], arrays[1], arrays[2][part]), _PART)
+            _on_threads(len(self.entry), lambda part: loops.look_up(arrays[0][part], arrays[1], arrays[2][part]), _PART)
         else:
             torch.index_select(values, 0, self.entry, out=out.view(-1))
 
@@ -63,75 +67,6 @@ def count(ids: Tensor, counted: Tensor, right: Tensor, *, pairs: bool) -> Counts
 
 _TABLE = 2**22  # ids from here on, or below 0, are renumbered first
 _PART = 2**18  # positions that are worth a thread, which takes a millisecond to start
-_TOKEN, _GROUP, _A, _B, _RIGHT, _WRONG, _ROLLOUT, _PAIR = range(8)  # columns of a token's row
-_KEPT = 6  # of these, the first
-_OF_TOKEN, _OF_ROLLOUT, _COUNT = range(3)  # lines of `pairs`
-
-
-@njit(nogil=True)
-def _fill(ids, counted, right, first_group, rows, row, tokens, pairs, entry):
-    """Fill `tokens` (a column a token), `entry` and, unless there is no room, `pairs`, for these groups.
-
-    `rows` has a place for every id, -1 in each, and `row` room for the tokens of one group. Returns how many tokens and
-    pairs there are, or -1 for an id that has no place.
-    """
-    P, G, T = ids.shape
-    U = W = 0  # of the groups before
-    for p in range(P):
-        n = 0
-        for g in range(G):
-            times, presence = (_RIGHT, _A) if right[p, g] else (_WRONG, _B)
-            for t in range(T):
-                entry[p, g, t] = 0
-                if not counted[p, g, t]:
-                    continue
-                token = ids[p, g, t]
-                if token < 0 or token >= len(rows):
-                    return -1, -1
-                u = rows[token]
-                if u < 0:
-                    u = n
-                    n += 1
-                    rows[token] = u
-                    row[u, :] = 0
-                    row[u, _TOKEN] = token
-                    row[u, _GROUP] = first_group + p
-                    row[u, _ROLLOUT] = -1
-                row[u, times] += 1
-                if row[u, _ROLLOUT] != g:
-                    row[u, _ROLLOUT] = g
-                    row[u, presence] += 1
-                    if pairs.shape[1]:
-                        row[u, _PAIR] = W
-                        pairs[_OF_TOKEN, W] = U + u
-                        pairs[_OF_ROLLOUT, W] = (first_group + p) * G + g
-                        pairs[_COUNT, W] = 0
-                        W += 1
-                if pairs.shape[1]:
-                    pairs[_COUNT, row[u, _PAIR]] += 1
-                    entry[p, g, t] = row[u, _PAIR] + 1
-                else:
-                    entry[p, g, t] = U + u + 1
-        for u in range(n):
-            rows[row[u, _TOKEN]] = -1
-        for column in range(_KEPT):
-            for u in range(n):
-                tokens[column, U + u] = row[u, column]
-        U += n
-    return U, W
-
-
-@njit(nogil=True)
-def _shift(entry, by):
-    for i in range(len(entry)):
-        if entry[i]:
-            entry[i] += by
-
-
-@njit(nogil=True)
-def _look_up(entry, values, out):
-    for i in range(len(entry)):
-        out[i] = values[entry[i]]
 
 
 def _on_threads(length: int, work: Callable[[slice], object], least: int) -> list:
@@ -145,6 +80,8 @@ def _on_threads(length: int, work: Callable[[slice], object], least: int) -> lis
 
 
 def _count_by_loop(ids: Tensor, counted: Tensor, right: Tensor, with_pairs: bool) -> Counts:
+    from ktae_trl.credit import loops
+
     P, G, T = ids.shape
     entry = np.empty((P, G, T), np.int32)
 
@@ -155,8 +92,8 @@ def _count_by_loop(ids: Tensor, counted: Tensor, right: Tensor, with_pairs: bool
             some = [x[part] for x in arrays]
             room = some[0].size  # the system gives memory where it is written, so there is no harm in too much room
             rows, row = np.full(places, -1, np.int32), np.empty((G * T, 8), np.int32)
-            tokens, pairs = np.empty((_KEPT, room), np.int32), np.empty((3, room if with_pairs else 0), np.int32)
-            U, W = _fill(*some, part.start, rows, row, tokens, pairs, entry[part])
+            tokens, pairs = np.empty((loops.KEPT, room), np.int32), np.empty((3, room if with_pairs else 0), np.int32)
+            U, W = loops.fill(*some, part.start, rows, row, tokens, pairs, entry[part])
             return None if U < 0 else (tokens[:, :U], pairs[:, :W], part)
 
         return _on_threads(P, fill_part, _PART // max(G * T, 1))
@@ -169,8 +106,8 @@ def _count_by_loop(ids: Tensor, counted: Tensor, right: Tensor, with_pairs: bool
     before_U = before_W = 0
     for tokens, pairs, part in parts:
         if before_U:
-            _shift(entry[part].reshape(-1), before_W if with_pairs else before_U)
-            pairs[_OF_TOKEN] += before_U
+            loops.shift(entry[part].reshape(-1), before_W if with_pairs else before_U)
+            pairs[loops.OF_TOKEN] += before_U
         before_U, before_W = before_U + tokens.shape[1], before_W + pairs.shape[1]
     token, group, a, b, count_right, count_wrong = torch.from_numpy(np.concatenate([p[0] for p in parts], axis=1))
     of_rollout = Pairs(*torch.from_numpy(np.concatenate([p[1] for p in parts], axis=1))) if with_pairs else None
