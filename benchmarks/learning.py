@@ -151,10 +151,10 @@ def on_grid(curve: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({name: np.interp(grid, curve["tokens"], curve[name]) for name in numbers})
 
 
-def area(curve: pd.DataFrame) -> float:
-    """Return the mean accuracy over the budget: the area under the curve (trapezoids) by its width."""
-    accuracy = on_grid(curve)["accuracy"].to_numpy()
-    return float((accuracy[1:] + accuracy[:-1]).mean() / 2)
+def area(curve: pd.DataFrame, column: str = "accuracy") -> float:
+    """Return the mean accuracy (or another column) over the budget: the area under the curve, by trapezoids."""
+    values = on_grid(curve)[column].to_numpy()
+    return float((values[1:] + values[:-1]).mean() / 2)
 
 
 def chosen_rates(config: dict) -> dict[tuple[str, str], float]:

@@ -56,17 +56,21 @@ def difference(one: pd.Series, other: pd.Series) -> Difference:
     return Difference(*interval(x - y), float(test.pvalue))
 
 
-def first_reached(curve: pd.DataFrame, target: float, over: str) -> float:
-    """Return at how many tokens (or seconds) the accuracy first reaches the target, between evaluations in a line."""
-    x, accuracy = curve[over].to_numpy(), curve["accuracy"].to_numpy()
+def tokens_to(curve: pd.DataFrame, target: float) -> float:
+    """Return after how many tokens the accuracy first reaches the target, between evaluations in a line.
+
+    Infinite if it does not within the budget.
+    """
+    tokens, accuracy = curve["tokens"].to_numpy(), curve["accuracy"].to_numpy()
     reached = np.flatnonzero(accuracy >= target)
     if not len(reached):
         return np.inf
     i = reached[0]
     if i == 0:
-        return float(x[0])
+        return float(tokens[0])
     share = (target - accuracy[i - 1]) / (accuracy[i] - accuracy[i - 1])
-    return float(x[i - 1] + share * (x[i] - x[i - 1]))
+    at = float(tokens[i - 1] + share * (tokens[i] - tokens[i - 1]))
+    return at if at <= curve["budget"].iloc[0] else np.inf
 
 
 def collect(config: dict) -> pd.DataFrame:
@@ -81,7 +85,10 @@ def collect(config: dict) -> pd.DataFrame:
 
 
 def outcomes(curves: pd.DataFrame) -> pd.DataFrame:
-    """Return a row a run: the area under its curve, how it ends (at the budget), and means over its training."""
+    """Return a row a run: the area under its curve, how it ends (at the budget), and means over its training.
+
+    Methods come in the order of the curves.
+    """
     rows = []
     for (tier, task, method, rate, seed), curve in curves.groupby(["tier", "task", "method", "rate", "seed"]):
         curve = curve.sort_values("tokens")
@@ -89,9 +96,11 @@ def outcomes(curves: pd.DataFrame) -> pd.DataFrame:
         row = {"tier": tier, "task": task, "method": method, "rate": rate, "seed": seed, "area": area(curve)}
         row |= {name: end[name] for name in ("accuracy", "length", "entropy", "boxed", "seconds", "steps")}
         row |= {name: trained[name].mean() for name in ("saturated", "advantage_ratio")}
+        row |= {f"mean_{name}": area(curve, name) for name in ("length", "entropy")}
         row |= {f"start_{name}": start[name] for name in ("accuracy", "length", "boxed")}
         rows.append(row)
-    return pd.DataFrame(rows)
+    order = {method: i for i, method in enumerate(dict.fromkeys(curves.method))}
+    return pd.DataFrame(rows).sort_values(["method", "seed"], key=lambda x: x.map(order) if x.name == "method" else x)
 
 
 def by_seed(runs: pd.DataFrame, task: str, method: str, column: str) -> pd.Series:
@@ -111,32 +120,64 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def compare(runs: pd.DataFrame, task: str, methods: list[str], against: str, column: str) -> dict[str, Difference]:
+    """Return how far these methods are above another, paired by seed; p-values are those after Holm."""
+    mine = runs[runs.task == task]
+    found = {m: difference(by_seed(mine, task, m, column), by_seed(mine, task, against, column)) for m in methods}
+    corrected = holm([d.p for d in found.values()])
+    return {method: d._replace(p=p) for (method, d), p in zip(found.items(), corrected, strict=True)}
+
+
 def comparison_table(runs: pd.DataFrame, task: str, methods: list[str], against: str, *, p_values: bool) -> str:
     """Return the area and the final accuracy of these methods, and their paired differences to another."""
-    mine = runs[runs.task == task]
-    differences = {
-        column: {m: difference(by_seed(mine, task, m, column), by_seed(mine, task, against, column)) for m in methods}
-        for column in ("area", "accuracy")
-    }
-    corrected = {
-        column: dict(zip(found, holm([d.p for d in found.values()]), strict=True))
-        for column, found in differences.items()
-    }
+    differences = {column: compare(runs, task, methods, against, column) for column in ("area", "accuracy")}
     rows = []
     for method in [against, *methods]:
-        one = mine[mine.method == method]
+        one = runs[(runs.task == task) & (runs.method == method)]
         row = [f"`{method}`", f"{one.rate.iloc[0]:g}", str(len(one))]
-        for column in ("area", "accuracy"):
+        for column, found in differences.items():
             row.append(show(interval(one[column])))
-            if method == against:
-                row.append("")
-                continue
-            found = differences[column][method]
-            p = f", p = {corrected[column][method]:.3f}" if p_values else ""
-            row.append(show(found, sign=True) + p)
+            row.append("" if method == against else show_difference(found[method], p_values))
         rows.append(row)
     head = ["method", "rate", "seeds", "area, %", f"less `{against}`", "final accuracy, %", f"less `{against}`"]
     return markdown(head, rows)
+
+
+def habits_table(runs: pd.DataFrame, task: str, methods: list[str]) -> str:
+    """Return how far the mean length and entropy over the budget are above those of GRPO."""
+    digits = {"mean_length": 2, "mean_entropy": 4}
+    found = {column: compare(runs, task, methods, BASELINE, column) for column in digits}
+    own = [show(interval(by_seed(runs, task, BASELINE, column)), scale=1, digits=n) for column, n in digits.items()]
+    rows = [[f"`{BASELINE}`, mean over the budget", *own]]
+    for method in methods:
+        differences = [(found[column][method], n) for column, n in digits.items()]
+        cells = [f"{show(d, scale=1, digits=n, sign=True)}, p = {d.p:.3f}" for d, n in differences]
+        rows.append([f"`{method}`, less `{BASELINE}`", *cells])
+    return markdown(["", "tokens of a completion", "entropy, nats"], rows)
+
+
+def show_difference(found: Difference, p_values: bool) -> str:
+    return show(found, sign=True) + (f", p = {found.p:.3f}" if p_values else "")
+
+
+def summary_table(runs: pd.DataFrame) -> str:
+    """Return how far each method is above GRPO in area, a column a task; p-values as in the tables of tasks."""
+    tasks, tiers = list(dict.fromkeys(runs.task)), [tier for tier in ("a", "control", "b") if tier in set(runs.tier)]
+    rows = []
+    for tier in tiers:
+        methods = [method for method in dict.fromkeys(runs[runs.tier == tier].method) if method != BASELINE]
+        found = {}
+        for task in tasks:
+            there = [m for m in methods if len(by_seed(runs, task, m, "area"))]
+            found[task] = compare(runs, task, there, BASELINE, "area") if there else {}
+        for method in methods:
+            seeds = runs[runs.method == method].seed.nunique()
+            cells = [
+                show_difference(found[task][method], p_values=tier != "b") if method in found[task] else ""
+                for task in tasks
+            ]
+            rows.append([f"`{method}`", str(seeds), *cells])
+    return markdown(["method", "seeds", *(f"{task}, points" for task in tasks)], rows)
 
 
 def quartiles(values: np.ndarray, digits: int = 0) -> str:
@@ -167,10 +208,7 @@ def behaviour_table(curves: pd.DataFrame, runs: pd.DataFrame, task: str) -> str:
         rows.append(
             [
                 f"`{method}`",
-                *(
-                    quartiles(np.array([first_reached(curve, target, "tokens") for curve in of_seeds]))
-                    for target in targets
-                ),
+                *(quartiles(np.array([tokens_to(curve, target) for curve in of_seeds])) for target in targets),
                 quartiles(one.seconds.dropna().to_numpy()),
                 f"{one.steps.median():.0f}",
                 show(interval(one.length), scale=1),
@@ -193,7 +231,7 @@ def rates_table(searched: pd.DataFrame) -> str:
     """Return the mean area of each method at each learning rate."""
     means = searched.groupby(["task", "method", "rate"]).area.mean().unstack()
     rows = [
-        [task, f"`{method}`", *(f"**{x:.1%}**" if x == row.max() else f"{x:.1%}" for x in row)]
+        [task, f"`{method}`", *("" if np.isnan(x) else f"**{x:.1%}**" if x == row.max() else f"{x:.1%}" for x in row)]
         for (task, method), row in means.iterrows()
     ]
     return markdown(["task", "method", *(f"{rate:g}" for rate in means.columns)], rows)
@@ -242,7 +280,7 @@ def plot_differences(runs: pd.DataFrame, path: Path) -> None:
     """Draw each method's difference to GRPO in area, with its interval; a panel a task."""
     runs = runs[runs.tier != SEARCH]
     tasks = list(dict.fromkeys(runs.task))
-    methods = [method for method in dict.fromkeys(runs.sort_values("order").method) if method != BASELINE]
+    methods = [method for method in dict.fromkeys(runs.method) if method != BASELINE]
     figure, axes = plt.subplots(
         1,
         len(tasks),
@@ -274,6 +312,36 @@ def plot_differences(runs: pd.DataFrame, path: Path) -> None:
     plt.close(figure)
 
 
+def report(curves: pd.DataFrame, runs: pd.DataFrame) -> str:
+    """Return all tables, as Markdown."""
+    compared = runs[runs.tier != SEARCH]
+    parts = [f"## Learning rates: mean area by rate\n\n{rates_table(runs[runs.tier == SEARCH])}"]
+    if BASELINE in set(compared.method):
+        parts.append(f"## Area less that of `{BASELINE}`\n\n{summary_table(compared)}")
+    for task in dict.fromkeys(compared.task):
+        parts.append(f"## {task}")
+        of_task = compared[compared.task == task]
+        there = list(dict.fromkeys(of_task.method))
+        tiers = {
+            tier: list(dict.fromkeys(of_task[of_task.tier == tier].method)) for tier in dict.fromkeys(of_task.tier)
+        }
+        for title, methods, against, p_values in (
+            ("Tier A", [m for m in tiers.get("a", []) if m != BASELINE], BASELINE, True),
+            ("At the same mean size of the advantages", [FULL], "grpo_scaled", True),
+            ("Control: shuffled labels", tiers.get("control", []), BASELINE, True),
+            ("Tier B: estimates and intervals only", tiers.get("b", []), BASELINE, False),
+            ("Ablation, against the whole method", ["ktae_multiply_loo", *tiers.get("ablation", [])], FULL, False),
+        ):
+            methods = [method for method in methods if method in there]
+            if methods and against in there:
+                parts.append(f"### {title}\n\n{comparison_table(compared, task, methods, against, p_values=p_values)}")
+        if BASELINE in there:
+            methods = [m for tier in ("a", "control") for m in tiers.get(tier, []) if m != BASELINE]
+            parts.append(f"### Length and entropy\n\n{habits_table(compared, task, methods)}")
+            parts.append(f"### Speed and health\n\n{behaviour_table(curves[curves.tier != SEARCH], compared, task)}")
+    return "\n\n".join(parts) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, help="of the runs; without it the kept results are read")
@@ -290,32 +358,11 @@ def main() -> None:
     if arguments.config:
         curves.to_parquet(kept, index=False, compression="zstd")
 
-    order = {method: i for i, method in enumerate(dict.fromkeys(curves.method))}
-    runs = outcomes(curves).assign(order=lambda r: r.method.map(order)).sort_values(["order", "seed"])
-    compared = runs[runs.tier != SEARCH]
-    print(f"## Learning rates: mean area by rate\n\n{rates_table(runs[runs.tier == SEARCH])}\n")
-    for task in dict.fromkeys(compared.task):
-        print(f"## {task}\n")
-        of_task = compared[compared.task == task]
-        there = list(dict.fromkeys(of_task.method))
-        tiers = {
-            tier: list(dict.fromkeys(of_task[of_task.tier == tier].method)) for tier in dict.fromkeys(of_task.tier)
-        }
-        for title, methods, against, p_values in (
-            ("Tier A", [m for m in tiers.get("a", []) if m != BASELINE], BASELINE, True),
-            ("At the same mean size of the advantages", [FULL], "grpo_scaled", True),
-            ("Control: shuffled labels", tiers.get("control", []), BASELINE, True),
-            ("Tier B: estimates and intervals only", tiers.get("b", []), BASELINE, False),
-            ("Ablation, against the whole method", ["ktae_multiply_loo", *tiers.get("ablation", [])], FULL, False),
-        ):
-            methods = [method for method in methods if method in there]
-            if methods and against in there:
-                print(f"### {title}\n\n{comparison_table(compared, task, methods, against, p_values=p_values)}\n")
-        if BASELINE in there:
-            print(f"### Speed and health\n\n{behaviour_table(curves[curves.tier != SEARCH], compared, task)}\n")
-    for tier in dict.fromkeys(compared.tier):
-        # Beside GRPO on the same seeds.
-        drawn = curves[(curves.tier == tier) | ((curves.tier == "a") & (curves.method == BASELINE))]
+    runs = outcomes(curves)
+    print(report(curves, runs))
+    for tier in dict.fromkeys(runs[runs.tier != SEARCH].tier):
+        beside = FULL if tier == "ablation" else BASELINE  # on the same seeds
+        drawn = curves[(curves.tier == tier) | ((curves.tier == "a") & (curves.method == beside))]
         drawn = drawn[drawn.seed.isin(curves[curves.tier == tier].seed)]
         plot_curves(drawn, arguments.output / f"learning_{tier}.png")
     plot_differences(runs, arguments.output / "learning_differences.png")

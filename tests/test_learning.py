@@ -45,10 +45,12 @@ def test_curves_are_read_at_the_marks_of_the_budget():
 
 
 def test_a_target_is_reached_between_two_evaluations():
-    one = curve([0, 100, 200], [0.2, 0.6, 0.5])
-    assert report.first_reached(one, 0.4, "tokens") == pytest.approx(50)
-    assert report.first_reached(one, 0.2, "tokens") == 0
-    assert report.first_reached(one, 0.7, "tokens") == np.inf
+    one = curve([0, 100, 200], [0.2, 0.6, 0.7])  # with a budget of 190
+    assert report.tokens_to(one, 0.4) == pytest.approx(50)
+    assert report.tokens_to(one, 0.2) == 0
+    assert report.tokens_to(one, 0.68) == pytest.approx(180)
+    assert report.tokens_to(one, 0.698) == np.inf  # at 198
+    assert report.tokens_to(one, 0.8) == np.inf
 
 
 def test_difference_is_paired_by_seed_and_its_p_value_is_that_of_all_flips():
@@ -236,6 +238,17 @@ def test_shuffled_labels_keep_the_class_split(rollouts, args, monkeypatch):
         variants.shuffled(rollouts, args, None)
     assert all(torch.equal(x.sum(1), rollouts.correct_PG.sum(1)) for x in seen)
     assert any(not torch.equal(x, rollouts.correct_PG) for x in seen)
+
+
+def test_the_tables_of_the_readmes_are_those_of_the_kept_results():
+    runs = report.outcomes(curves := pd.read_parquet(report.RESULTS / "learning.parquet"))
+    tables = [part for part in report.report(curves, runs).split("\n\n") if part.startswith("|")]
+    # Of a task: tier A, the same size, control, tier B, ablation, length and entropy, speed and health.
+    assert len(tables) == 2 + 2 * 7
+    results = (ROOT / "benchmarks" / "README.md").read_text()
+    for table in tables:
+        assert table in results
+    assert report.summary_table(runs[runs.tier != learning.SEARCH]) in (ROOT / "README.md").read_text()
 
 
 # The whole
