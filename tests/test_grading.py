@@ -487,7 +487,9 @@ def test_hostile_answers_are_wrong_within_the_limits(answer):
     grade(r"\boxed{1+x}", "x+1")  # a worker's start does not count
     begin = time.monotonic()
     result = grade_full(rf"\boxed{{{answer}}}", "(x+1)^{300}")
-    assert time.monotonic() - begin < 4  # 2 s, and the start of another worker if the last one was killed
+    # 2 s of processor time, and the start of another worker if the last one was killed; longer beside other work, but the
+    # limit on wall time (30 s) is not what ended it.
+    assert time.monotonic() - begin < 20
     assert result.verdict is False
     assert grade(r"\boxed{1+x}", "x+1") is True
 
@@ -503,7 +505,7 @@ def test_hostile_completions():
     assert grade("\\boxed{1\x00+x}", "x+1") is True
     assert grade("\\boxed{\u202e1+x\u202c}", "x+1") is True
     assert grade("\\boxed{\udcff1+x}", "x+1") is True
-    assert time.monotonic() - begin < 4
+    assert time.monotonic() - begin < 20
 
 
 def test_hostile_gold_answers():
@@ -566,10 +568,10 @@ def test_next_to_nothing(text):
 
 def test_comparing_text_alone_is_fast_and_never_raises():
     """It runs in the caller's process, where no clock does."""
-    begin = time.monotonic()
+    begin = time.process_time()
     for text in ALPHABET + list(HOSTILE.values()):
         for length in (30, 500, 5000):
             assert answers.settle(text[:length], text[:length]) in (True, None)
             assert answers.settle("5", text[:length]) in (True, False, None)
             assert answers.is_number(text[:length]) in (True, False)
-    assert time.monotonic() - begin < 4
+    assert time.process_time() - begin < 4
