@@ -32,7 +32,7 @@ lint: $(VENV)/dev.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# A short version of each, in ten minutes; benchmarks/README.md has the commands and results of the whole.
+# A short version of each, in four minutes; benchmarks/README.md has the commands and results of the whole.
 bench: $(VENV)/dev.installed
 	$(BIN)/python benchmarks/ktae_cost.py --short
 	$(BIN)/python benchmarks/step_cost.py ktae oar_g oar_p tree --steps 5 --rounds 1

@@ -487,7 +487,7 @@ def test_hostile_answers_are_wrong_within_the_limits(answer):
     grade(r"\boxed{1+x}", "x+1")  # a worker's start does not count
     begin = time.monotonic()
     result = grade_full(rf"\boxed{{{answer}}}", "(x+1)^{300}")
-    # 2 s of processor time, and the start of another worker if the last one was killed; longer beside other work, but the
+    # 2 s of processor time, and the start of another worker if the last one was killed; longer beside other work. The
     # limit on wall time (30 s) is not what ended it.
     assert time.monotonic() - begin < 20
     assert result.verdict is False
