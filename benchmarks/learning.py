@@ -220,7 +220,7 @@ def train(run: Run, threads: int) -> None:
     trainer._generate_single_turn = counting
     budget, marks = run.told["budget"], run.told["evaluations"]
 
-    # On a CPU, its own time: what else the machine does meanwhile does not count.
+    # On a CPU the processor time of this process (of all its threads): what else the machine does does not count.
     clock = time.process_time if trainer.accelerator.device.type == "cpu" else time.perf_counter
 
     class Curve(TrainerCallback):

@@ -4,7 +4,7 @@ python benchmarks/learning_report.py                                            
 python benchmarks/learning_report.py --config benchmarks/learning.yaml          # of the runs that are there
 
 The seed is the unit: intervals are 95% t intervals over seeds, differences are between runs of the same seed, p-values
-are those of the exact test that flips the sign of each seed's difference, after Holm for the methods of tier A.
+are those of the exact test that flips the sign of each seed's difference, after Holm for the methods of a table.
 """
 
 import argparse
