@@ -9,6 +9,7 @@ from trl import GRPOConfig
 from ktae_trl.arguments import nearest
 from ktae_trl.credit import METHODS, oar
 from ktae_trl.credit.ktae import check_weights
+from ktae_trl.grading import ANSWER_FORMATS, check_format
 from ktae_trl.sampling import SAMPLERS
 
 
@@ -62,6 +63,12 @@ class KTAEGRPOConfig(GRPOConfig):
         oar_token_budget (`int`, *optional*, defaults to `16384`):
             Tokens, with those of prompts, that a forward pass of OAR holds at most. Lower it if memory runs out:
             `oar_g` keeps all activations where there are no checkpoints, or reentrant ones (PEFT under ZeRO-3).
+        answer_format (`str`, *optional*, defaults to `"boxed"`):
+            Where a completion has its final answer: `"boxed"` (the last `\boxed{...}`), `"tag"`
+            (`<answer>...</answer>`), `"hash"` (a last line `#### ...`), `"last_number"`, or `"auto"` (the first of
+            these that is there). Read so by `math_accuracy`, `boxed_format`, the held-out measurement and OAR; a reward
+            function of yours with a parameter of this name gets it. What a model thinks (`<think>...</think>`) is no
+            answer.
         correctness_reward (`str`, *optional*):
             Name of the reward function that says which rollouts are right. Defaults to the first one. A rollout for
             which it returns `None` is left out of the statistics.
@@ -118,6 +125,10 @@ class KTAEGRPOConfig(GRPOConfig):
     oar_noise_std: float = field(default=1e-3, metadata={"help": "Noise on the embeddings (oar_g)."})
     oar_span: int = field(default=1, metadata={"help": "Perturb so many tokens in a row together (oar_p)."})
     oar_token_budget: int = field(default=16384, metadata={"help": "Tokens in a forward pass of OAR at most."})
+    answer_format: str = field(
+        default="boxed",
+        metadata={"help": f"Where a completion has its final answer: {', '.join(map(repr, ANSWER_FORMATS))}."},
+    )
     correctness_reward: str | None = field(
         default=None,
         metadata={"help": "Reward function that says which rollouts are right. Defaults to the first one."},
@@ -172,6 +183,7 @@ class KTAEGRPOConfig(GRPOConfig):
         for name, least in (("record_steps", 0), ("record_groups", 1), ("record_files", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        check_format(self.answer_format)
         check_weights(self.ktae_fisher_weight, self.ktae_ig_weight, self.ktae_tf_weight)
         oar.check_settings(
             self.oar_answer,

@@ -1,13 +1,16 @@
 r"""Reward functions in TRL's form, and how recipes name them."""
 
+import functools
 import importlib
+import inspect
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+import torch
 from trl.rewards import get_soft_overlong_punishment
 
 from ktae_trl.arguments import nearest
-from ktae_trl.grading import grade_many_full, last_boxed
+from ktae_trl.grading import answered, find_answer, grade_many_full
 
 # Names, as the trainer knows them, of functions here and in TRL that shape the reward but do not say what is right.
 SHAPING = {"boxed_format", "soft_overlong_punishment_reward", "think_format_reward", "repetition_penalty_reward"}
@@ -21,19 +24,29 @@ _TROUBLE = {
 
 
 def math_accuracy(
-    completions: list, solution: list[str | list[str]], log_extra=None, log_metric=None, **kwargs
+    completions: list,
+    solution: list[str | list[str]],
+    prompts: list | None = None,
+    answer_format: str = "boxed",
+    opened_think: bool = False,
+    log_extra=None,
+    log_metric=None,
+    **kwargs,
 ) -> list[float | None]:
-    r"""Reward 1 if the last `\boxed{...}` is right, 0 if not, None if no accepted answer can be parsed.
+    r"""Reward 1 if the final answer is right, 0 if not, None if no accepted answer can be parsed.
 
     Args:
         completions: texts, or TRL's conversations of which the last message counts.
         solution: per completion the accepted answer or answers.
+        prompts: texts, or conversations. Of texts, one that ends with an open `<think>` is seen.
+        answer_format: where the answer stands (see `ktae_trl.grading.find_answer`). The trainer gives its own.
+        opened_think: whether the chat template ends each prompt with an open `<think>`. The trainer knows.
         log_extra, log_metric: given by the trainer. The table of completions gets the columns `extracted` and
             `grading`, the metrics the shares of rollouts that could not be scored (`grading/unscorable`), or whose
             answer could not be parsed (`unparsable`), took too long (`timeouts`) or ended its worker
             (`worker_deaths`).
     """
-    grades = grade_many_full(_texts(completions), solution)
+    grades = grade_many_full(_texts(completions, prompts, opened_think), solution, answer_format=answer_format)
     if log_extra is not None:
         log_extra("extracted", [grade.extracted or "" for grade in grades])
         log_extra("grading", [grade.reason for grade in grades])
@@ -44,9 +57,44 @@ def math_accuracy(
     return [None if grade.verdict is None else float(grade.verdict) for grade in grades]
 
 
-def boxed_format(completions: list, **kwargs) -> list[float]:
-    r"""Reward 1 for a completion whose last `\boxed{...}` is complete, whatever is in it, else 0."""
-    return [float(last_boxed(text) is not None) for text in _texts(completions)]
+def boxed_format(
+    completions: list,
+    prompts: list | None = None,
+    answer_format: str = "boxed",
+    opened_think: bool = False,
+    **kwargs,
+) -> list[float]:
+    r"""Reward 1 for a completion that has an answer where `answer_format` reads it, whatever the answer is, else 0.
+
+    By default a last `\boxed{...}` that is complete.
+    """
+    texts = _texts(completions, prompts, opened_think)
+    return [float(find_answer(text, answer_format) is not None) for text in texts]
+
+
+def bind(reward_func: Callable, **settings) -> Callable:
+    """Give a reward function those of the run's settings that it has parameters for, such as `answer_format`."""
+    if isinstance(reward_func, torch.nn.Module):
+        return reward_func
+    wanted = {name: settings[name] for name in inspect.signature(reward_func).parameters if name in settings}
+    return functools.partial(reward_func, **wanted) if wanted else reward_func
+
+
+def opens_think(tokenizer, chat_template: str | None, chat_template_kwargs: dict) -> bool:
+    """Say whether a chat template ends prompts with an open `<think>` that the reward functions do not see.
+
+    They do not see thinking at all where the tokenizer has a response template: TRL hands them what comes after it.
+    """
+    if not (chat_template or tokenizer.chat_template) or getattr(tokenizer, "response_template", None) is not None:
+        return False
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "1 + 1"}],
+        chat_template=chat_template,
+        add_generation_prompt=True,
+        tokenize=False,
+        **chat_template_kwargs,
+    )
+    return prompt.rstrip().endswith("<think>")
 
 
 def load_rewards(names: Sequence[str], *, max_completion_length: int, overlong_buffer: int) -> list[Callable]:
@@ -87,5 +135,9 @@ def _imported(path: str, builtin: dict[str, Callable]) -> Callable:
         raise ImportError(f"The reward function {path!r} could not be imported: {error}") from error
 
 
-def _texts(completions: list) -> list[str]:
-    return [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+def _texts(completions: list, prompts: list | None, opened_think: bool) -> list[str]:
+    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    starts = ["<think>" if opened_think else ""] * len(texts)
+    if prompts and isinstance(prompts[0], str):
+        starts = prompts
+    return [answered(start, text) for start, text in zip(starts, texts, strict=True)]

@@ -25,7 +25,7 @@ from ktae_trl.policy import Policy
 from ktae_trl.publishing import Publishing
 from ktae_trl.recorder import Recorder
 from ktae_trl.resume import ExactResume
-from ktae_trl.rewards import SHAPING
+from ktae_trl.rewards import SHAPING, bind, opens_think
 from ktae_trl.sampling import SAMPLERS, dynamic
 from ktae_trl.trackers import send_sample
 
@@ -87,6 +87,11 @@ class KTAEGRPOTrainer(ExactResume, Publishing, GRPOTrainer):
         if isinstance(self.train_dataset, Dataset):
             Batches.of(args, self.accelerator.num_processes).check_prompts(len(self.train_dataset))
 
+        settings = {
+            "answer_format": args.answer_format,
+            "opened_think": opens_think(self._tokenizer, self.chat_template, self.chat_template_kwargs),
+        }
+        self.reward_funcs = [bind(function, **settings) for function in self.reward_funcs]
         names = self.reward_func_names
         correctness = args.correctness_reward or names[0]
         if correctness not in names:

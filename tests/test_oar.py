@@ -64,7 +64,38 @@ def test_a_token_that_holds_the_start_of_the_box_is_no_reasoning():
 
 
 def test_the_last_box_counts_and_spaces_do_not():
-    assert answer_of(r"\boxed{1} or \boxed{ 23 }") == (r"\boxed{1} or ", ["2", "3"])
+    assert answer_of(r"\boxed{1}, no: \boxed{ 23 }") == (r"\boxed{1}, no: ", ["2", "3"])
+
+
+def test_boxes_that_make_one_answer():
+    assert answer_of(r"so \boxed{1} or \boxed{ 23 }") == ("so ", ["1", "2", "3"])
+
+
+@pytest.mark.parametrize(
+    ("text", "answer_format", "expected"),
+    [
+        ("so <answer>12</answer>", "tag", ("so ", ["1", "2"])),
+        ("so\n#### 12\n", "hash", ("so\n", ["1", "2"])),
+        ("so it is 12.", "last_number", ("so it is ", ["1", "2"])),
+        ("so it is 12.", "auto", ("so it is ", ["1", "2"])),
+        ("so it is 12.", "boxed", None),
+        (r"<think>\boxed{3}</think> \boxed{12}", "boxed", (r"<think>\boxed{3}</think> ", ["1", "2"])),
+        (r"<think>\boxed{3}</think> so", "boxed", None),
+    ],
+)
+def test_answers_in_another_format(text, answer_format, expected):
+    tokenizer = byte_level()
+    ids = tokenizer(text)["input_ids"]
+    answer = oar.find_answer(ids, tokenizer, answer_format)
+    found = answer and (tokenizer.decode(ids[: answer.box]), [tokenizer.decode(ids[i]) for i in answer.tokens])
+    assert found == expected
+
+
+def test_an_end_token_is_no_part_of_the_answer():
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens({"eos_token": "<|end|>"})
+    ids = tokenizer("#### 12<|end|>")["input_ids"]
+    assert [tokenizer.decode(ids[i]) for i in oar.find_answer(ids, tokenizer, "hash").tokens] == ["1", "2"]
 
 
 def test_characters_of_several_tokens():

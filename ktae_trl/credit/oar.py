@@ -8,7 +8,7 @@ vocabulary, H of a hidden state, R rows of one forward pass.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,20 +17,21 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from ktae_trl.credit.combine import Credit, Rollouts
-from ktae_trl.grading.text import last_box
+from ktae_trl.grading import answered, extraction
 
 if TYPE_CHECKING:  # it loads transformers
     from ktae_trl.policy import Policy
 
 ANSWERS = ("answer_mean", "last", "answer_joint")
+_PROMPT_END = 16  # tokens, enough for an open `<think>` and the white space behind it
 FLOOR = 0.1  # of the weight of a token of little influence, before weights are scaled to mean 1
 
 
 class Answer(NamedTuple):
     """Where a completion's final answer is, in tokens."""
 
-    box: int  # tokens before this one end before the last `\\boxed{`
-    tokens: list[int]  # those that hold a character of its content, in order
+    box: int  # tokens before this one end before the box (or the tag, or the mark: `answer_format`)
+    tokens: list[int]  # those that hold a character of the answer, in order
 
 
 class Question(NamedTuple):
@@ -99,7 +100,8 @@ def _assign(rollouts: Rollouts, args, policy: Policy, influence_of: Callable) ->
     places_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)
     lengths = rollouts.lengths_B.tolist()
     for row, ids in enumerate(ids_BT.tolist()):
-        answer = find_answer(ids[: lengths[row]], policy.tokenizer) if lengths[row] else None
+        prompt_ids = _prompt(rollouts, row).tolist()
+        answer = find_answer(ids[: lengths[row]], policy.tokenizer, args.answer_format, prompt_ids)
         if answer is None or not mask_BT[row, answer.tokens[-1]]:  # a tool's output, say
             continue
         answered.append(row)
@@ -123,7 +125,7 @@ def _assign(rollouts: Rollouts, args, policy: Policy, influence_of: Callable) ->
 
 
 def _ask(row: int, ids_T: Tensor, reasoning_T: Tensor, answer: Answer, rollouts: Rollouts, how: str) -> Question:
-    prompt = rollouts.prompt_ids_BL[row][rollouts.prompt_mask_BL[row].bool()].long()
+    prompt = _prompt(rollouts, row)
     if how == "last":
         special = torch.tensor(rollouts.special_ids, device=ids_T.device)
         length = rollouts.lengths_B[row]
@@ -137,36 +139,62 @@ def _ask(row: int, ids_T: Tensor, reasoning_T: Tensor, answer: Answer, rollouts:
     return Question(row, ids_L, at_A, targets_A, len(prompt) + reasoning_T.nonzero().squeeze(1))
 
 
-def find_answer(ids: list[int], tokenizer) -> Answer | None:
-    r"""Find the tokens of the last `\boxed{...}`, whose braces match; None without one, or with an empty one.
+def _prompt(rollouts: Rollouts, row: int) -> Tensor:
+    return rollouts.prompt_ids_BL[row][rollouts.prompt_mask_BL[row].bool()].long()
+
+
+def find_answer(
+    ids: list[int], tokenizer, answer_format: str = "boxed", prompt_ids: Sequence[int] = ()
+) -> Answer | None:
+    r"""Find the tokens of the final answer, where the rewards find it; None without one, or with an empty one.
 
     The text is that of the tokens as they were sampled, which need not be those that the tokenizer would choose. A
     token that holds a brace and a part of the answer belongs to the answer, and so do all tokens of one character.
+
+    Args:
+        ids: of the completion, without padding.
+        answer_format: see `ktae_trl.grading.find_answer`.
+        prompt_ids: a prompt can open a `<think>`.
     """
-    stream, chunks, ends = DecodeStream(skip_special_tokens=False), [], [0]
+    stream, chunks, ends = DecodeStream(skip_special_tokens=True), [], [0]
     for token in ids:
         try:
             chunk = stream.step(tokenizer.backend_tokenizer, token)
         except Exception:  # it has no class of its own: bytes that make no character
-            stream = DecodeStream(skip_special_tokens=False)
+            stream = DecodeStream(skip_special_tokens=True)
             chunk = stream.step(tokenizer.backend_tokenizer, token)
         chunks.append(chunk or "")  # "" inside of a character
         ends.append(ends[-1] + len(chunks[-1]))
     text = "".join(chunks)
-    box = last_box(text)
-    if box is None:
+    said = _said(text, ids, tokenizer, prompt_ids)
+    answer = extraction.find_answer(said, answer_format)
+    if answer is None:
         return None
-    start, first, last = box
-    first += len(text[first:last]) - len(text[first:last].lstrip())
-    last -= len(text[first:last]) - len(text[first:last].rstrip())
+    shift = len(text) - len(said) if said.endswith(text) else text.rfind(said)
     held = [
         i
         for i, (begin, end) in enumerate(pairwise(ends))
-        if (begin < last and first < end) or first <= begin == end < last
+        for first, last in answer.spans
+        if (begin < last + shift and first + shift < end) or first + shift <= begin == end < last + shift
     ]
     if not held:
         return None
-    return Answer(sum(end <= start for end in ends[1:]), held)
+    return Answer(sum(end <= answer.begin + shift for end in ends[1:]), held)
+
+
+def _said(text: str, ids: list[int], tokenizer, prompt_ids: Sequence[int]) -> str:
+    """Return what the reward functions read of a completion.
+
+    TRL hands them the content of the message that a tokenizer with a response template finds, else the whole text.
+    """
+    if getattr(tokenizer, "response_template", None) is not None:
+        try:
+            said = tokenizer.parse_response(list(ids), prefix=list(prompt_ids)).get("content") or ""
+        except (ValueError, TypeError, AttributeError):  # where TRL takes the whole text
+            said = text
+        if said in text:
+            return said
+    return answered(tokenizer.decode(prompt_ids[-_PROMPT_END:]), text)
 
 
 def reshape(influence_BT: Tensor, reasoning_BT: Tensor, quantile: float = 0.25, beta: float = 1.0) -> Tensor:

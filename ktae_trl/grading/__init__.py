@@ -1,10 +1,10 @@
 r"""Is the final answer of a completion right? One function for training and evaluation, on math-verify.
 
-Only the content of the last `\boxed{...}` counts. Plain matches are settled here as text; the rest is compared by
-worker processes under hard limits on time and memory. This package loads neither torch nor trl; only the workers load
-SymPy.
+Only the final answer counts, by default the content of the last `\boxed{...}` (`extraction`). Plain matches are settled
+here as text; the rest is compared by worker processes under hard limits on time and memory. This package loads neither
+torch nor trl; only the workers load SymPy.
 
-    completion, answers -> text (last box) -> answers (lists, equations), literals (numbers, words)
+    completion, answers -> extraction (last box) -> answers (lists, equations), literals (numbers, words)
                         -> pool -> worker -> answers again, with symbolic (math-verify) for expressions -> Grade
 """
 
@@ -16,38 +16,70 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ktae_trl.grading.answers import is_number, settle
+from ktae_trl.grading.extraction import (
+    ANSWER_FORMATS,
+    INSTRUCTIONS,
+    MAX_LENGTH,
+    answered,
+    check_format,
+    find_answer,
+    last_boxed,
+    write_answer,
+)
 from ktae_trl.grading.pool import Pool, Task
-from ktae_trl.grading.text import MAX_LENGTH, gold_text, last_boxed
+from ktae_trl.grading.text import gold_text
 
-__all__ = ["Grade", "grade", "grade_full", "grade_many", "grade_many_full", "last_boxed"]
+__all__ = [
+    "ANSWER_FORMATS",
+    "INSTRUCTIONS",
+    "Grade",
+    "answered",
+    "check_format",
+    "find_answer",
+    "grade",
+    "grade_full",
+    "grade_many",
+    "grade_many_full",
+    "last_boxed",
+    "write_answer",
+]
 
 
 class Grade(NamedTuple):
     verdict: bool | None  # None: none of the accepted answers could be parsed
     extracted: str | None  # the completion's final answer as written, None if it has none
-    # Why: "equal", "different", "no boxed answer", "unparsable answer", "unparsable gold", "timeout" (over 2 s) or
-    # "worker died" (a crash; what runs into the 500 MB mostly ends as "different" or "unparsable answer").
+    # Why: "equal", "different", "no boxed answer" (of other answer formats "no answer"), "unparsable answer",
+    # "unparsable gold", "timeout" (over 2 s) or "worker died" (a crash; what runs into the 500 MB mostly ends as
+    # "different" or "unparsable answer").
     reason: str
 
 
-def grade(completion: str, answers: str | Sequence[str]) -> bool | None:
-    r"""Say whether the last `\boxed{...}` of `completion` equals one of `answers`.
+def grade(completion: str, answers: str | Sequence[str], answer_format: str = "boxed") -> bool | None:
+    r"""Say whether the final answer of `completion`, by default the last `\boxed{...}`, equals one of `answers`.
 
     Args:
         completion: text of the model.
         answers: the accepted answer, or several of which any one is right. LaTeX, with or without `$` or `\boxed{}`.
+        answer_format: where the answer stands: `boxed`, `tag`, `hash`, `last_number` or `auto` (see `find_answer`).
 
     Returns:
-        True or False; False too for a completion without a complete box, with an answer that cannot be parsed, or that
-        takes more than 2 s of processor time or 500 MB to compare. None if no accepted answer can be parsed.
+        True or False; False too for a completion without an answer in this format, with an answer that cannot be
+        parsed, or that takes more than 2 s of processor time or 500 MB to compare. None if no accepted answer can be
+        parsed.
+
+    Raises:
+        ValueError: an unknown `answer_format`.
 
     What counts as equal: `ktae_trl.grading.answers.compare`.
     """
-    return grade_full(completion, answers).verdict
+    return grade_full(completion, answers, answer_format).verdict
 
 
 def grade_many(
-    completions: Sequence[str], answers: Sequence[str | Sequence[str]], workers: int | None = None
+    completions: Sequence[str],
+    answers: Sequence[str | Sequence[str]],
+    workers: int | None = None,
+    answer_format: str = "boxed",
 ) -> list[bool | None]:
     """Grade each completion against its own answers: the verdicts of `grade`, in order.
 
@@ -56,38 +88,46 @@ def grade_many(
             of processes that torchrun or accelerate started on this machine).
 
     Raises:
-        ValueError: the two sequences differ in length, or `workers` is below 1.
+        ValueError: the two sequences differ in length, `workers` is below 1, or `answer_format` is unknown.
         TypeError: a completion or an answer that is not a string.
     """
-    return [grade.verdict for grade in grade_many_full(completions, answers, workers)]
+    return [grade.verdict for grade in grade_many_full(completions, answers, workers, answer_format)]
 
 
-def grade_full(completion: str, answers: str | Sequence[str]) -> Grade:
+def grade_full(completion: str, answers: str | Sequence[str], answer_format: str = "boxed") -> Grade:
     """Grade like `grade`, and say what was extracted and why the verdict is what it is."""
-    return grade_many_full([completion], [answers])[0]
+    return grade_many_full([completion], [answers], answer_format=answer_format)[0]
 
 
 def grade_many_full(
-    completions: Sequence[str], answers: Sequence[str | Sequence[str]], workers: int | None = None
+    completions: Sequence[str],
+    answers: Sequence[str | Sequence[str]],
+    workers: int | None = None,
+    answer_format: str = "boxed",
 ) -> list[Grade]:
     """Grade like `grade_many`, and say what was extracted and why each verdict is what it is."""
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, not {workers}")
-    tasks = [_task(completion, accepted) for completion, accepted in zip(completions, answers, strict=True)]
+    check_format(answer_format)
+    tasks = [
+        _task(completion, accepted, answer_format) for completion, accepted in zip(completions, answers, strict=True)
+    ]
     distinct = dict.fromkeys(tasks)  # many rollouts of a group have the same answer
     reasons = {task: _settle(task) for task in distinct}
     hard = [task for task, reason in reasons.items() if reason is None]
     if hard:
         reasons |= dict(zip(hard, _compare(hard, workers), strict=True))
-    return [_grade(task, reasons[task]) for task in tasks]
+    missing = "no boxed answer" if answer_format == "boxed" else "no answer"
+    return [_grade(task, reasons[task], missing) for task in tasks]
 
 
-def _task(completion: str, answers: str | Sequence[str]) -> Task:
+def _task(completion: str, answers: str | Sequence[str], answer_format: str) -> Task:
     accepted = [answers] if isinstance(answers, str) else list(answers)
     for text in (completion, *accepted):
         if not isinstance(text, str):
             raise TypeError(f"Completions and answers must be strings, not {type(text).__name__}: {str(text)[:80]}")
-    return Task(tuple(gold_text(answer) for answer in accepted), last_boxed(completion))
+    found = find_answer(completion, answer_format)
+    return Task(tuple(gold_text(answer) for answer in accepted), found and found.text)
 
 
 def _settle(task: Task) -> str | None:
@@ -102,9 +142,9 @@ def _settle(task: Task) -> str | None:
     return "different" if all(settle(gold, task.answer) is False for gold in readable) else None
 
 
-def _grade(task: Task, reason: str) -> Grade:
+def _grade(task: Task, reason: str, missing: str) -> Grade:
     if reason == "different" and task.answer is None:
-        reason = "no boxed answer"
+        reason = missing
     verdict = {"equal": True, "unparsable gold": None}.get(reason, False)
     return Grade(verdict, task.answer, reason)
 

@@ -19,7 +19,8 @@ from math_verify import LatexExtractionConfig, parse, verify
 from sympy import Expr, Float, MatrixBase
 
 from ktae_trl.grading import answers, literals
-from ktae_trl.grading.text import MAX_LENGTH, clean
+from ktae_trl.grading.extraction import MAX_LENGTH
+from ktae_trl.grading.text import clean
 
 _EXTRACTION = [
     LatexExtractionConfig(

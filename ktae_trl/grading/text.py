@@ -1,13 +1,10 @@
-r"""Answers as text: finding the last box, and cleaning LaTeX of what does not matter."""
+r"""Answers as text: cleaning LaTeX of what does not matter."""
 
 import re
 import unicodedata
 
-# A longer text is no answer.
-MAX_LENGTH = 10_000
+from ktae_trl.grading.extraction import last_boxed
 
-_TOKEN = re.compile(r"\\.|[{}]", re.DOTALL)
-_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _SYMBOLS = str.maketrans(
     {
         "\N{MINUS SIGN}": "-",
@@ -50,34 +47,6 @@ _CLEANING = [
 ]
 _SUPERFLUOUS_BRACES = re.compile(r"(?<=[_^])\{(\w)\}")
 _SPACE = re.compile(r"(?<!\d) | (?!\d)")  # not the one in `1 1/2`
-
-
-def last_boxed(text: str) -> str | None:
-    r"""Return the content of the last `\boxed{...}` with its braces matched, or None.
-
-    A last box that is cut off, or that holds more than 10,000 characters, is no answer, even if an earlier one is
-    complete.
-    """
-    box = last_box(text)
-    return None if box is None else text[box[1] : box[2]].strip()
-
-
-def last_box(text: str) -> tuple[int, int, int] | None:
-    """Return where the box of `last_boxed` begins, and where its content begins and ends, or None."""
-    for box in reversed(list(_BOX.finditer(text))):
-        start = box.end()
-        if start == len(text):
-            return None
-        if text[start] == "{":  # else something like `\boxed 5`, which nobody writes; an earlier one may be whole
-            break
-    else:
-        return None
-    depth = 0
-    for token in _TOKEN.finditer(text, start, start + MAX_LENGTH + 2):
-        depth += {"{": 1, "}": -1}.get(token.group(), 0)
-        if depth == 0 and token.group() == "}":
-            return box.start(), start + 1, token.start()
-    return None
 
 
 def gold_text(answer: str) -> str:
