@@ -369,8 +369,19 @@ def test_bad_arguments():
         grade_many(["a"], [])
     with pytest.raises(ValueError, match="workers must be at least 1, not 0"):
         grade_many(["a"], ["1"], workers=0)
-    with pytest.raises(TypeError, match="must be strings, not int: 17"):
-        grade("a", [17])
+    with pytest.raises(TypeError, match="completion must be a string, not int: 17"):
+        grade(17, "17")
+    with pytest.raises(TypeError, match="not a dict: {'value': 17}"):
+        grade("17", {"value": 17})
+
+
+def test_gold_answers_of_other_types():
+    assert [grade(r"\boxed{1}", gold) for gold in (1, 1.0, [1], [2, 1.0], "1", ["1"])] == [True] * 6
+    assert [grade(r"\boxed{1}", gold) for gold in (True, [True], None, [], [None], float("nan"))] == [False] * 2 + [
+        None
+    ] * 4
+    assert grade(r"\boxed{1}", 1) is True  # not what has been remembered of True
+    assert grade(r"\boxed{25}", "She has 20 + 5 = <<20+5=25>>25.\n#### 25") is True
 
 
 @given(st.integers(-(10**6), 10**6), st.integers(0, 6), st.integers(-400, 400), st.integers(-(10**6), 10**6))

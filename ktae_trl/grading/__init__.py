@@ -12,6 +12,7 @@ import atexit
 import os
 import threading
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,8 +27,8 @@ from ktae_trl.grading.extraction import (
     last_boxed,
     write_answer,
 )
+from ktae_trl.grading.golds import gold_answers
 from ktae_trl.grading.pool import Pool, Task
-from ktae_trl.grading.text import gold_text
 
 __all__ = [
     "ANSWER_FORMATS",
@@ -36,6 +37,7 @@ __all__ = [
     "answered",
     "check_format",
     "find_answer",
+    "gold_answers",
     "grade",
     "grade_full",
     "grade_many",
@@ -59,7 +61,8 @@ def grade(completion: str, answers: str | Sequence[str], answer_format: str = "b
 
     Args:
         completion: text of the model.
-        answers: the accepted answer, or several of which any one is right. LaTeX, with or without `$` or `\boxed{}`.
+        answers: the accepted answer, or several of which any one is right, as datasets have them: LaTeX or plain text,
+            a number, a whole solution (`gold_answers`).
         answer_format: where the answer stands: `boxed`, `tag`, `hash`, `last_number` or `auto` (see `find_answer`).
 
     Returns:
@@ -89,7 +92,7 @@ def grade_many(
 
     Raises:
         ValueError: the two sequences differ in length, `workers` is below 1, or `answer_format` is unknown.
-        TypeError: a completion or an answer that is not a string.
+        TypeError: a completion that is not a string, or an answer that `gold_answers` does not read.
     """
     return [grade.verdict for grade in grade_many_full(completions, answers, workers, answer_format)]
 
@@ -121,13 +124,19 @@ def grade_many_full(
     return [_grade(task, reasons[task], missing) for task in tasks]
 
 
-def _task(completion: str, answers: str | Sequence[str], answer_format: str) -> Task:
-    accepted = [answers] if isinstance(answers, str) else list(answers)
-    for text in (completion, *accepted):
-        if not isinstance(text, str):
-            raise TypeError(f"Completions and answers must be strings, not {type(text).__name__}: {str(text)[:80]}")
+def _task(completion: str, answers, answer_format: str) -> Task:
+    if not isinstance(completion, str):
+        raise TypeError(f"A completion must be a string, not {type(completion).__name__}: {str(completion)[:80]}")
     found = find_answer(completion, answer_format)
-    return Task(tuple(gold_text(answer) for answer in accepted), found and found.text)
+    answers = tuple(answers) if isinstance(answers, list) else answers
+    # Only texts are remembered: 1, 1.0 and True are the same key.
+    texts = all(isinstance(answer, str) for answer in (answers if isinstance(answers, tuple) else (answers,)))
+    return Task((_golds if texts else _golds.__wrapped__)(answers), found and found.text)
+
+
+@lru_cache(maxsize=4096)  # a group's rollouts share theirs
+def _golds(answers) -> tuple[str, ...]:
+    return tuple(gold_answers(answers))
 
 
 def _settle(task: Task) -> str | None:

@@ -14,7 +14,7 @@ from fractions import Fraction
 from numbers import Integral, Real
 from typing import NamedTuple
 
-from ktae_trl.grading.text import last_boxed
+from ktae_trl.grading.extraction import last_boxed
 
 
 class Gold(NamedTuple):

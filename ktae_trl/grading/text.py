@@ -3,8 +3,6 @@ r"""Answers as text: cleaning LaTeX of what does not matter."""
 import re
 import unicodedata
 
-from ktae_trl.grading.extraction import last_boxed
-
 _SYMBOLS = str.maketrans(
     {
         "\N{MINUS SIGN}": "-",
@@ -47,12 +45,6 @@ _CLEANING = [
 ]
 _SUPERFLUOUS_BRACES = re.compile(r"(?<=[_^])\{(\w)\}")
 _SPACE = re.compile(r"(?<!\d) | (?!\d)")  # not the one in `1 1/2`
-
-
-def gold_text(answer: str) -> str:
-    r"""Return an accepted answer without the `\boxed{}`, `$` and full stop that datasets leave around it."""
-    boxed = last_boxed(answer)
-    return (answer if boxed is None else boxed).strip().rstrip(".").strip("$").strip()
 
 
 def clean(text: str) -> str:
