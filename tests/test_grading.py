@@ -371,7 +371,7 @@ def test_bad_arguments():
         grade_many(["a"], ["1"], workers=0)
     with pytest.raises(TypeError, match="completion must be a string, not int: 17"):
         grade(17, "17")
-    with pytest.raises(TypeError, match="not a dict: {'value': 17}"):
+    with pytest.raises(TypeError, match=r"not a dict: \{.value.: 17\}"):
         grade("17", {"value": 17})
 
 
