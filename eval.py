@@ -65,7 +65,15 @@ class EvalArguments:
     )
     limit: int | None = field(default=None, metadata={"help": "Only the first so many problems of each benchmark."})
     prompt: str = field(default="chat", metadata={"help": f"How to ask: {', '.join(TEMPLATES)}."})
-    system_prompt: str = field(default=BOXED_SYSTEM_PROMPT, metadata={"help": "System prompt; empty for none."})
+    system_prompt: str | None = field(default=BOXED_SYSTEM_PROMPT, metadata={"help": "System prompt; null for none."})
+    system_prompt_in_user: bool = field(
+        default=False,
+        metadata={"help": "Put it at the head of the problem: for models without a system role, such as Gemma."},
+    )
+    chat_template_kwargs: dict | str | None = field(
+        default=None,
+        metadata={"help": "For the chat template, as JSON on the command line: '{\"enable_thinking\": false}'."},
+    )
     samples: int = field(default=1, metadata={"help": "Completions per problem (n)."})
     k: list[int] | None = field(
         default=None, metadata={"help": "The k of pass@k and maj@k, at most n. Default: the powers of two up to n."}
@@ -93,14 +101,16 @@ class EvalArguments:
         self.k = [self.k] if isinstance(self.k, int) else self.k
         if self.k is None:
             self.k = [2**i for i in range(self.samples.bit_length()) if 2**i <= self.samples]
-        if isinstance(self.vllm_options, str):
-            try:
-                self.vllm_options = json.loads(self.vllm_options)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"vllm_options is not JSON: {error}") from None
-        self.vllm_options = self.vllm_options or {}
-        if not isinstance(self.vllm_options, dict):
-            raise ValueError(f"vllm_options must be an object of names and values, not {self.vllm_options!r}")
+        for name in ("vllm_options", "chat_template_kwargs"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                try:
+                    value = json.loads(value)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{name} is not JSON: {error}") from None
+            if not isinstance(value or {}, dict):
+                raise ValueError(f"{name} must be an object of names and values, not {value!r}")
+            setattr(self, name, value or {})
         for name in ("samples", "batch_size", "max_new_tokens", "limit"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -137,7 +147,15 @@ def evaluate(args: EvalArguments) -> None:
         sampling, context = _sampling(args, tokenizer), _context(args)
         texts, requests = {}, []
         for members in problems.values():
-            asked = zip(members, *prompts(members, args.prompt, args.system_prompt, tokenizer), strict=True)
+            rendered = prompts(
+                members,
+                args.prompt,
+                args.system_prompt,
+                tokenizer,
+                args.chat_template_kwargs,
+                system_in_user=args.system_prompt_in_user,
+            )
+            asked = zip(members, *rendered, strict=True)
             for problem, text, ids in asked:
                 texts[problem.benchmark, problem.id] = (problem.text, text)
                 requests += _requests(args, problem, ids, context)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, ProgressCallback, TrainerCallback
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ktae_trl import KTAEGRPOConfig, KTAEGRPOTrainer, plan
-from ktae_trl.arguments import checkpoint_to_resume, parse
+from ktae_trl.arguments import checkpoint_to_resume, make_parser, parse
 from ktae_trl.batches import check_processes
 from ktae_trl.console import MetricsTable
 from ktae_trl.data import DataArguments, load_prompts
@@ -86,7 +86,9 @@ def load(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig):
         trust_remote_code=args.trust_remote_code,
     )
     with args.main_process_first(desc="preparing the data"):
-        train_dataset, eval_dataset = load_prompts(run, tokenizer)
+        train_dataset, eval_dataset = load_prompts(
+            run, tokenizer, args.chat_template_kwargs, gradable_only="math_accuracy" in run.reward_funcs
+        )
     return train_dataset, eval_dataset, tokenizer
 
 
@@ -174,9 +176,7 @@ def main(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -> None:
 def read_arguments(words: list[str]) -> tuple[RunArguments, KTAEGRPOConfig, ModelConfig]:
     """Parse the command line. A dry run asks for no GPU, whatever the recipe is for."""
     if not torch.accelerator.is_available():
-        run, *_ = TrlParser(RunArguments, allow_abbrev=False).parse_args_and_config(
-            words, return_remaining_strings=True
-        )
+        run, *_ = make_parser((RunArguments,)).parse_args_and_config(words, return_remaining_strings=True)
         words = [*words, "--use_cpu", "true"] if run.dry_run else words
     run, args, model = parse((RunArguments, KTAEGRPOConfig, ModelConfig), "train.py", words)
     args.resume_from_checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)

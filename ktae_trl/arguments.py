@@ -3,8 +3,9 @@
 import difflib
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
@@ -16,14 +17,13 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 def parse(dataclass_types: Sequence[type], program: str, arguments: Sequence[str] | None = None) -> tuple:
     """Parse `--config FILE.yaml [--field value ...]` into the dataclasses; the command line wins over the file.
 
+    `--field null` sets a field that may be None to None, as `field: null` does in the file.
+
     Raises:
         ValueError: a field that none of the dataclasses has, or a value that one of them refuses.
         FileNotFoundError: no such config file.
     """
-    from trl import TrlParser  # heavy: not for those who only want `nearest`
-
-    usage = f"{program} --config FILE.yaml [--field value ...]"
-    parser = TrlParser(dataclass_types, usage=usage, allow_abbrev=False)
+    parser = make_parser(dataclass_types, usage=f"{program} --config FILE.yaml [--field value ...]")
     *parsed, from_file, from_line = parser.parse_args_and_config(
         arguments, return_remaining_strings=True, separate_remaining_strings=True
     )
@@ -36,6 +36,28 @@ def parse(dataclass_types: Sequence[type], program: str, arguments: Sequence[str
             "Unknown setting: " + ", ".join(f"{name!r}{nearest(name, fields)}" for name in dict.fromkeys(names))
         )
     return tuple(parsed)
+
+
+def make_parser(dataclass_types: Sequence[type], **options):
+    """Return TRL's parser, which takes `null` on the command line too, for every field that may be None."""
+    from trl import TrlParser  # heavy: not for those who only want `nearest`
+
+    parser = TrlParser(dataclass_types, allow_abbrev=False, **options)
+    may_be_none = {
+        name for cls in dataclass_types for name, kind in get_type_hints(cls).items() if type(None) in get_args(kind)
+    }
+    for action in parser._actions:
+        if action.dest in may_be_none and action.nargs != "+":
+            action.type = _null_or(action.type)
+    return parser
+
+
+def _null_or(convert: Callable[[str], object]) -> Callable[[str], object]:
+    def converted(word: str):
+        return None if word == "null" else convert(word)
+
+    converted.__name__ = getattr(convert, "__name__", "value")  # for argparse's messages
+    return converted
 
 
 def last_checkpoint(output_dir: str) -> str | None:

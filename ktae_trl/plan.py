@@ -17,7 +17,10 @@ from trl import GRPOConfig, ModelConfig
 
 from ktae_trl.batches import Batches
 from ktae_trl.config import KTAEGRPOConfig
+from ktae_trl.data import column_values, original_column
 from ktae_trl.grading import grade_many
+from ktae_trl.grading.golds import describe
+from ktae_trl.prompts import texts, token_ids
 
 GIB = 2**30
 _PLAIN = bool | int | float | str | list | dict
@@ -32,12 +35,9 @@ class DataStatistics(NamedTuple):
     unscorable: int  # none of whose answers the grader can read
 
 
-def data_statistics(dataset: Dataset, tokenizer) -> DataStatistics:
+def data_statistics(dataset: Dataset, tokenizer, template_kwargs: dict | None = None) -> DataStatistics:
     """Measure prompts in tokens, and count those that come twice or that cannot be graded."""
-    lengths = [
-        len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
-        for prompt in dataset["prompt"]
-    ]
+    lengths = [len(ids) for ids in token_ids(dataset["prompt"][:], tokenizer, template_kwargs)]
     answers = dataset["solution"]
     boxed = ["\\boxed{" + (answer if isinstance(answer, str) else answer[0]) + "}" for answer in answers]
     quantiles = statistics.quantiles(lengths, n=20, method="inclusive") if len(lengths) > 1 else lengths * 19
@@ -110,7 +110,7 @@ def show(run, args: KTAEGRPOConfig, model: ModelConfig, train: Dataset, held_out
     table = Table("", "prompts", "tokens: least", "median", "95%", "most", "repeated", "not gradable")
     for name, dataset in (("training", train), ("held out", held_out)):
         if dataset is not None:
-            measured = data_statistics(dataset, tokenizer)
+            measured = data_statistics(dataset, tokenizer, args.chat_template_kwargs)
             cells = [measured.prompts, *measured.tokens, measured.repeated, measured.unscorable]
             table.add_row(name, *(f"{cell:,}" for cell in cells))
     console.print(table)
@@ -118,8 +118,35 @@ def show(run, args: KTAEGRPOConfig, model: ModelConfig, train: Dataset, held_out
         both = {str(prompt) for prompt in train["prompt"]} & {str(prompt) for prompt in held_out["prompt"]}
         console.print(f"Prompts that are in both: {len(both):,}")
 
+    console.rule("First problems, as the model reads them", align="left")
+    show_problems(console, train, run.answer_column, tokenizer, args.chat_template_kwargs)
+    if held_out is not None:
+        console.rule("The first held-out problem", align="left")
+        column = run.eval_answer_column or run.answer_column
+        show_problems(console, held_out, column, tokenizer, args.chat_template_kwargs, number=1)
+
     console.rule("Memory", align="left")
     _show_memory(console, args, model, processes)
+
+
+def show_problems(
+    console: Console,
+    dataset: Dataset,
+    answer_column: str,
+    tokenizer,
+    template_kwargs: dict | None = None,
+    number: int = 3,
+) -> None:
+    """Print the first prompts in full, and their gold answers with what was found where in the answer column."""
+    first = dataset.select(range(min(number, len(dataset))))
+    column = original_column(first, answer_column)
+    prompts = texts(first["prompt"][:], tokenizer, template_kwargs)
+    for prompt, answers, value in zip(prompts, first["solution"], column_values(first, column), strict=True):
+        console.print(prompt, markup=False, soft_wrap=True)
+        how = {"value": "the value"}.get(describe(value), describe(value))
+        console.print(
+            f"-> gold answer: {' | '.join(answers)}   ({how} of {answer_column})\n", markup=False, soft_wrap=True
+        )
 
 
 def resolved(run, args: KTAEGRPOConfig, model: ModelConfig) -> dict:

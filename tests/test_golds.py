@@ -136,7 +136,7 @@ def test_values_that_are_no_answers(value, words):
 
 def test_every_solution_of_gsm8k(shared):
     """Its columns here are taken apart; on the Hub, the answer is the solution with a last line `#### X`."""
-    rows = [json.loads(line) for line in (shared / "gsm8k" / "train.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (shared / "gsm8k" / "train.jsonl").open()]
     assert all(gold_answers(f"{r['solution']}\n#### {r['answer']}") == [r["answer"]] for r in rows)
 
 

@@ -6,12 +6,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from ktae_trl import prompts as rendering
 from ktae_trl.arguments import nearest
-from ktae_trl.data import load
+from ktae_trl.data import column_values, load
 from ktae_trl.grading import grade_many_full
+from ktae_trl.grading.golds import gold_answers
+from ktae_trl.prompts import Conversation, conversation
 
 
 @dataclass(frozen=True)
@@ -19,11 +21,11 @@ class Benchmark:
     """One entry of `benchmarks:` in a config; only `name` and `dataset` must be given."""
 
     name: str
-    dataset: str  # Hub id, or a local .jsonl, .json or .parquet file
+    dataset: str  # Hub id, or a local .jsonl, .json, .csv or .parquet file
     config: str | None = None
     split: str = "test"
-    problem: str = "problem"  # column names
-    answer: str = "answer"  # a string, a number, or a list of accepted answers
+    problem: str = "problem"  # column names; of a nested column as a dotted path
+    answer: str = "answer"  # see `grading.golds.gold_answers`
     id: str | None = None  # default: the number of the row
 
 
@@ -32,6 +34,7 @@ class Problem(NamedTuple):
     id: str
     text: str
     answers: tuple[str, ...]
+    messages: Conversation | None = None  # if the dataset holds it as chat messages, of which `text` is the last
 
 
 class Template(NamedTuple):
@@ -104,7 +107,8 @@ def load_problems(benchmark: Benchmark, folder: str | None = None, limit: int | 
 
     Raises:
         FileNotFoundError: the file is not there.
-        ValueError: no problem in it, a column that is missing, two problems of one id, or one without text or answer.
+        ValueError: no problem in it, a column that is missing, two problems of one id, or one without text or answer,
+            or with a value that is neither.
     """
     if folder is not None:
         benchmark = Benchmark(benchmark.name, str(Path(folder) / f"{benchmark.name}.jsonl"), answer="answers", id="id")
@@ -113,24 +117,29 @@ def load_problems(benchmark: Benchmark, folder: str | None = None, limit: int | 
     where = f"benchmark {benchmark.name!r} ({benchmark.dataset})"
     advice = "Set problem, answer and id in its entry" if folder is None else "A file needs id, problem and answers"
     rows = load(benchmark.dataset, benchmark.config, benchmark.split)
-    for column in filter(None, (benchmark.problem, benchmark.answer, benchmark.id)):
-        if column not in rows.column_names:
-            raise ValueError(
-                f"{where} has no column {column!r}{nearest(column, rows.column_names)}. "
-                f"There are: {', '.join(rows.column_names)}. {advice}"
-            )
+    rows = rows.select(range(min(limit or len(rows), len(rows))))
+    try:
+        texts, golds = column_values(rows, benchmark.problem), column_values(rows, benchmark.answer)
+        ids = column_values(rows, benchmark.id) if benchmark.id else range(len(rows))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}. {advice}") from None
     problems: dict[str, Problem] = {}
-    for number, row in enumerate(rows.select(range(min(limit or len(rows), len(rows))))):
-        if benchmark.id and row[benchmark.id] is None:
-            raise ValueError(f"{where}, row {number + 1}: no id")
-        name = str(row[benchmark.id]) if benchmark.id else str(number)
-        accepted = row[benchmark.answer]
-        answers = tuple(str(a) for a in (accepted if isinstance(accepted, list) else [accepted]) if a not in (None, ""))
-        if not row[benchmark.problem] or not answers:
-            raise ValueError(f"{where}, problem {name!r}: no {'answer' if row[benchmark.problem] else 'text'}")
+    for number, (text, gold, name) in enumerate(zip(texts, golds, ids, strict=True), 1):
+        if name is None:
+            raise ValueError(f"{where}, row {number}: no id")
+        name = str(name)
+        if text == "" or text is None:
+            raise ValueError(f"{where}, problem {name!r}: no text")
+        try:
+            messages, answers = conversation(text), tuple(gold_answers(gold))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}, problem {name!r} (row {number}): {error}") from None
+        if not answers:
+            raise ValueError(f"{where}, problem {name!r}: no answer")
         if name in problems:
             raise ValueError(f"{where}: two problems have the id {name!r}")
-        problems[name] = Problem(benchmark.name, name, str(row[benchmark.problem]), answers)
+        own = None if isinstance(text, str) else messages
+        problems[name] = Problem(benchmark.name, name, messages[-1]["content"], answers, own)
     return list(problems.values())
 
 
@@ -141,12 +150,22 @@ def unscorable(problems: Sequence[Problem]) -> list[Problem]:
 
 
 def prompts(
-    problems: Sequence[Problem], template: str, system: str, tokenizer: PreTrainedTokenizerBase
+    problems: Sequence[Problem],
+    template: str,
+    system: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    template_kwargs: dict | None = None,
+    *,
+    system_in_user: bool = False,
 ) -> tuple[list[str], list[list[int]]]:
     """Return each problem's prompt as text and as token ids.
 
+    Args:
+        template_kwargs, system_in_user: of `chat` only: see `prompts.texts` and `prompts.conversation`.
+
     Raises:
-        ValueError: an unknown template, or `chat` with a tokenizer whose chat template is missing or refuses.
+        ValueError: an unknown template, one that cannot say what is asked of it, or `chat` with a tokenizer whose chat
+            template is missing, refuses, or leaves something out.
     """
     if template not in TEMPLATES:
         raise ValueError(
@@ -154,21 +173,24 @@ def prompts(
         )
     pattern = TEMPLATES[template].text
     if pattern is not None:
+        if template_kwargs or system_in_user:
+            raise ValueError(
+                f"chat_template_kwargs and system_prompt_in_user are for the model's own chat template (prompt: chat), "
+                f"not for prompt: {template}"
+            )
+        if long := [problem for problem in problems if problem.messages and len(problem.messages) > 1]:
+            raise ValueError(
+                f"benchmark {long[0].benchmark!r}, problem {long[0].id!r} has several chat messages, which need "
+                f"prompt: chat, not {template}"
+            )
         # `replace`, not `format`: problems are full of braces.
-        texts = [pattern.replace("{system}", system).replace("{problem}", problem.text) for problem in problems]
+        texts = [pattern.replace("{system}", system or "").replace("{problem}", problem.text) for problem in problems]
         return texts, tokenizer(texts)["input_ids"]
-    if tokenizer.chat_template is None:
+    if not tokenizer.chat_template:
         raise ValueError(
             f"{tokenizer.name_or_path} has no chat template. Set prompt to one of: "
             f"{', '.join(name for name in TEMPLATES if name != 'chat')}"
         )
-    head = [{"role": "system", "content": system}] if system else []
-    conversations = [[*head, {"role": "user", "content": problem.text}] for problem in problems]
-    try:
-        texts = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
-    except TemplateError as error:  # some templates know no system role
-        raise ValueError(
-            f"The chat template of {tokenizer.name_or_path} refuses this conversation: {error}. "
-            'Without a system prompt: --system_prompt ""'
-        ) from error
-    return texts, tokenizer(texts, add_special_tokens=False)["input_ids"]
+    asked = [conversation(problem.messages or problem.text, system, in_user=system_in_user) for problem in problems]
+    rendering.check_template(asked, tokenizer, template_kwargs)
+    return rendering.texts(asked, tokenizer, template_kwargs), rendering.token_ids(asked, tokenizer, template_kwargs)

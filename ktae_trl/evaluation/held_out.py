@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from trl.models import unwrap_model_for_generation
 
 from ktae_trl.grading import grade_many
+from ktae_trl.prompts import token_ids
 
 
 class Accuracy(NamedTuple):
@@ -60,6 +61,7 @@ def held_out_accuracy(trainer, dataset: Dataset, *, samples: int, batch_size: in
                 max_new_tokens=args.max_completion_length,
                 eos_token_ids=trainer.eos_token_ids,
                 batch_size=batch_size,
+                template_kwargs=trainer.chat_template_kwargs,
                 progress=accelerator.is_main_process,
             )
             verdicts = grade_many(texts, [answer for answer in mine["solution"] for _ in range(n)])
@@ -80,11 +82,12 @@ def generate(
     max_new_tokens: int,
     eos_token_ids: Sequence[int],
     batch_size: int,
+    template_kwargs: dict | None = None,
     progress: bool = False,
 ) -> list[str]:
     """Complete each conversation, at temperature 1 unless `greedy`; batches of similar length, results in order."""
-    texts = tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, tokenize=False)
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    ids = token_ids(prompts, tokenizer, template_kwargs)
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=list(eos_token_ids),
@@ -95,17 +98,11 @@ def generate(
     # What ours leaves open, `generate` would take from the model's own, such as the top_p of an instruct model.
     model.generation_config = GenerationConfig()
     model.eval()
-    completions = [""] * len(texts)
+    completions = [""] * len(ids)
     for begin in tqdm(range(0, len(order), batch_size), desc="held-out", disable=not progress, leave=False):
         rows = order[begin : begin + batch_size]
-        batch = tokenizer(
-            [texts[i] for i in rows],
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-            add_special_tokens=False,
-            return_token_type_ids=False,
-        ).to(model.device)
+        batch = {"input_ids": [ids[i] for i in rows]}
+        batch = tokenizer.pad(batch, padding_side="left", return_tensors="pt").to(model.device)
         output = model.generate(**batch, generation_config=config)
         decoded = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         for i, text in zip(rows, decoded, strict=True):

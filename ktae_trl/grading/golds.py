@@ -14,7 +14,7 @@ from fractions import Fraction
 from numbers import Integral, Real
 from typing import NamedTuple
 
-from ktae_trl.grading.extraction import last_boxed
+from ktae_trl.grading.extraction import find_answer
 
 
 class Gold(NamedTuple):
@@ -131,7 +131,12 @@ def _after_words(text: str) -> str | None:
     return found and found["answer"]
 
 
-_PLACES = {"last line ####": _after_hashes, "last box": last_boxed, "sentence": _after_words}
+def _boxed(text: str) -> str | None:
+    found = find_answer(text)  # several boxes with commas between are one answer, as in a completion
+    return found and found.text
+
+
+_PLACES = {"last line ####": _after_hashes, "last box": _boxed, "sentence": _after_words}
 
 
 def _number(value: Real | Decimal) -> str:

@@ -1,0 +1,150 @@
+"""Data files, read as they are written: no text becomes a date or a number, and errors name the line."""
+
+import csv
+import gzip
+import json
+import math
+import sys
+import zlib
+from collections.abc import Iterator
+from decimal import Decimal
+from pathlib import Path
+
+import pyarrow
+from datasets import Dataset, DatasetInfo, Features, Json, load_dataset
+
+
+def read(path: Path) -> Dataset:
+    """Read a file of one of the `ENDINGS`, `.gz` too.
+
+    Values stay as they are written. In a column that mixes types, fractions and whole numbers of more than 64 bits are
+    texts, so that they stay exact. CSV columns are texts.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is empty, malformed (with the number of the line) or not UTF-8.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no data file {path} (looked in {Path.cwd()})")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty")
+    return _READERS[ending(path)](path)
+
+
+def ending(path: Path) -> str:
+    """Return what a file's name says about its format, such as `.jsonl` for `problems.jsonl.gz`."""
+    return (Path(path.stem).suffix if path.suffix == ".gz" else path.suffix).lower()
+
+
+def _read_jsonl(path: Path) -> Dataset:
+    rows = []
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: an object was expected, not {line.strip()[:80]}")
+        rows.append(row)
+    return _from_rows(rows, path)
+
+
+def _read_json(path: Path) -> Dataset:
+    """Read a list of objects, or lines of them, which many files of this ending hold."""
+    text = "".join(_lines(path))
+    if not text.lstrip().startswith("["):
+        return _read_jsonl(path)
+    try:
+        rows = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, row {number}: an object was expected, not {str(row)[:80]}")
+    return _from_rows(rows, path)
+
+
+def _read_csv(path: Path) -> Dataset:
+    csv.field_size_limit(sys.maxsize)  # solutions can be long
+    reader = csv.reader(_lines(path), strict=True)
+    try:
+        names = next(reader, [])
+        rows = []
+        for values in filter(None, reader):
+            if len(values) != len(names):
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: {len(values)} values, but {len(names)} columns: "
+                    f"{', '.join(names)}. A value with a comma needs quotation marks around it"
+                )
+            rows.append(dict(zip(names, values, strict=True)))
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: not CSV: {error}") from None
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"{path}: two columns have the name {', '.join(map(repr, sorted(twice)))}")
+    return _from_rows(rows, path)
+
+
+def _read_parquet(path: Path) -> Dataset:
+    try:
+        return load_dataset("parquet", data_files=str(path), split="train")
+    except Exception as error:
+        raise ValueError(f"{path} could not be read as parquet: {error}") from error
+
+
+_READERS = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
+ENDINGS = tuple(_READERS)
+# Files that are not read, so that one that is not there is not taken for a Hub dataset.
+NOT_READ = {".tsv", ".txt", ".xls", ".xlsx", ".arrow", ".feather", ".pkl", ".pickle", ".xml", ".yaml", ".yml", ".zip"}
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Return the lines of a text file, without a byte-order mark."""
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        number = 0
+        try:
+            for number, line in enumerate(file, 1):
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path}, line {number}: byte {error.start + 1} (0x{error.object[error.start]:02x}) is not UTF-8. "
+                f"Convert the file, for example: iconv -f LATIN1 -t UTF-8 {path.name} > utf8-{path.name}"
+            ) from None
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"{path} is no whole gzip file: {error}") from None
+
+
+def _from_rows(rows: list[dict], path: Path) -> Dataset:
+    if not rows:
+        raise ValueError(f"{path} holds no problems")
+    columns, mixed = {}, {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [row.get(name) for row in rows]
+        try:
+            columns[name] = pyarrow.array(values)
+        except (pyarrow.ArrowException, OverflowError):  # of several types, or numbers that are too long
+            columns[name] = pyarrow.array([None if value is None else json.dumps(_exact(value)) for value in values])
+            mixed[name] = Json()
+        except ValueError as error:
+            raise ValueError(f"{path}, column {name!r}: {error}") from None
+    table = pyarrow.table(columns)
+    features = Features({**Features.from_arrow_schema(table.schema), **mixed})
+    return Dataset(table.cast(features.arrow_schema), info=DatasetInfo(features=features))
+
+
+def _exact(value):
+    """Write the numbers that `datasets` would read back as others as texts, in plain digits; NaN as null."""
+    if isinstance(value, dict):
+        return {name: _exact(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_exact(part) for part in value]
+    if isinstance(value, float):
+        return f"{Decimal(str(value)):f}" if math.isfinite(value) else None
+    return str(value) if isinstance(value, int) and value.bit_length() > 63 else value
