@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ktae_trl.grading.answers import is_number, settle
+from ktae_trl.grading.answers import is_number, settle, surely_readable
 from ktae_trl.grading.pool import Pool, Task
 from ktae_trl.grading.text import MAX_LENGTH, gold_text, last_boxed
 
-__all__ = ["Grade", "grade", "grade_full", "grade_many", "grade_many_full", "last_boxed"]
+__all__ = ["Grade", "gradable", "grade", "grade_full", "grade_many", "grade_many_full", "last_boxed"]
 
 
 class Grade(NamedTuple):
@@ -62,6 +62,15 @@ def grade_many(
     return [grade.verdict for grade in grade_many_full(completions, answers, workers)]
 
 
+def gradable(answers: Sequence[str | Sequence[str]], workers: int | None = None) -> list[bool]:
+    """Say for each accepted answer, or list of accepted answers, whether any completion gets a verdict with it.
+
+    False if none of them can be parsed: such a problem teaches and measures nothing, since `grade` returns None for
+    every completion, whatever its answer.
+    """
+    return [verdict is not None for verdict in grade_many([""] * len(answers), answers, workers)]
+
+
 def grade_full(completion: str, answers: str | Sequence[str]) -> Grade:
     """Grade like `grade`, and say what was extracted and why the verdict is what it is."""
     return grade_many_full([completion], [answers])[0]
@@ -92,7 +101,7 @@ def _task(completion: str, answers: str | Sequence[str]) -> Task:
 
 def _settle(task: Task) -> str | None:
     """Return the reason for what text and literal numbers can tell; None if it needs computer algebra."""
-    if task.answer is not None and any(settle(gold, task.answer) for gold in task.golds):
+    if task.answer is not None and any(settle(gold, task.answer) and surely_readable(gold) for gold in task.golds):
         return "equal"
     readable = [gold for gold in task.golds if gold and len(gold) <= MAX_LENGTH]
     if not readable:
