@@ -25,7 +25,7 @@ _NAME = re.compile(
     + _SUBSCRIPT
     + r"'*\s*(?:\^\s*\{?(?:-1|\\prime|\(\w\))\s*\}?\s*(?=\())?(?:\([^()]*(?:\([^()]*\)[^()]*)*\))?"
     r"|\\(?:text|mathrm|operatorname)\s*\{[A-Za-z .]+\}" + _SUBSCRIPT + r"\s*(?:\([^()]*\))?"
-    r"|\|[^|=]+\||\[[A-Z]+\]|\\l[vf]\w+ [^=]+\\r[vf]\w+"
+    r"|\|[A-Za-z\\{}_ ]+\||\[[A-Z]+\]|\\l[vf]\w+ [^=]+\\r[vf]\w+"
 )
 _POINTS = r"(?:\|?\s*(?:\\overline\s*)?\{?[A-Z]'?[A-Z]'?\}?\s*\|?|S_\s*\{[^{}]*\}|\[[A-Z]+\])"
 _QUOTIENT = re.compile(rf"\\frac\s*\{{\s*{_POINTS}\s*\}}\s*\{{\s*{_POINTS}\s*\}}|{_POINTS}\s*[:/]\s*{_POINTS}")
@@ -35,10 +35,33 @@ _NAMES_IN_BRACKETS = re.compile(
 _FUNCTION_VALUE = re.compile(
     r"(?:\d+\s*)?\\(?:sin|cos|tan|cot|sec|csc|max|min|gcd|deg|det|dim|lim|sum|prod|int|operatorname|Pr|lfloor|lceil)(?![A-Za-z]).*"
 )
+_FUNCTION_OF_ANGLE = re.compile(r"\\(?:sin|cos|tan|cot)\s*(?:\\angle\s*)?(?:[A-Za-z]{1,3}|\\[A-Za-z]+)")
 _COMPARISON = re.compile(r"(\\(?:le|ge|lt|gt|ne)(?![A-Za-z])|<=|>=|<|>)")
 _DERIVATIVE = re.compile(r"\\frac\s*\{\s*(?:d|\\partial)")
 _LETTER = re.compile(r"\\[A-Za-z]+|([A-Za-z])")
-_NO_LETTERS = {"frac", "sqrt", "pi", "cdot", "times", "binom", "infty"}
+_NO_LETTERS = set(
+    [
+        "frac",
+        "sqrt",
+        "pi",
+        "cdot",
+        "times",
+        "binom",
+        "infty",
+        "circ",
+        "log",
+        "ln",
+        "lg",
+        "sin",
+        "cos",
+        "tan",
+        "cot",
+        "sec",
+        "csc",
+        "exp",
+        "ldots",
+    ]
+)
 _TEXT = re.compile(r"\\(?:text|mathrm|rm|operatorname)\s*\{")
 _TUPLES = {"()", "[]", "(]", "[)"}
 _GRID = re.compile(
@@ -149,7 +172,7 @@ def compare(gold: str, answer: str, leaf: Leaf) -> bool | None:
         return literal
     gold_rows, rows = _grid(gold), _grid(answer)
     if gold_rows and rows:
-        return _rows(gold_rows, rows, leaf)
+        return (_cases if r"{cases}" in gold else _rows)(gold_rows, rows, leaf)
     gold, answer = _components(_listed(gold)), _components(_listed(answer))
     gold, answer = _without_membership(gold), _without_membership(answer)
     gold_interval, answer_interval = interval(gold), interval(answer)
@@ -164,11 +187,11 @@ def compare(gold: str, answer: str, leaf: Leaf) -> bool | None:
         return compare(golds[0], answers[0], leaf)  # {5} and 5
     if gold_kind == kind == "set" or (len(golds) > 1 and len(answers) > 1):
         verdict = _elements(gold_kind, golds, kind, answers, leaf)
-        sets = kinds & {"union", "intersection", "and"} or any(map(interval, golds + answers))
+        sets = kinds & _SETS or any(map(interval, golds + answers))
         return leaf(gold, answer) if verdict is False and sets and literal is None else verdict
     if literal is False:
         return False  # 1,234 against 1235
-    if kinds & {"union", "intersection", "and"}:
+    if kinds & _SETS:
         return leaf(gold, answer)
     if len(golds) != len(answers) and kinds <= {"list", "set", None}:
         joined = [_THOUSANDS.sub(lambda number: number.group().replace(",", ""), text) for text in (gold, answer)]
@@ -178,6 +201,7 @@ def compare(gold: str, answer: str, leaf: Leaf) -> bool | None:
     return _equations(gold, answer, leaf)
 
 
+_SETS = {"union", "intersection", "difference", "and"}
 _SAME_UNITS = object()
 
 
@@ -215,11 +239,12 @@ def _quantities(gold: str, answer: str, leaf: Leaf):
     if unit is None and _bare_letters(answer, answer_value):
         return leaf(gold, answer)
     verdict = compare(value, answer_value, leaf)
-    if any(angle) and not verdict and r"\pi" in (answer if angle[0] else gold):
+    if any(angle) and not verdict and re.search(r"\\(?:pi|circ)", answer if angle[0] else gold):
         return leaf(_in_degrees(value), answer) if angle[0] else leaf(gold, _in_degrees(answer_value))
     return verdict
 
 
+_DEGREE_SIGN = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))")
 _DEGREE, _RADIAN = frozenset({("degree", 1)}), frozenset({("radian", 1)})
 
 
@@ -293,11 +318,14 @@ def _condition(cell: str) -> str:
 def _rows(golds: list[list[str]], answers: list[list[str]], leaf: Leaf) -> bool | None:
     if [len(row) for row in golds] != [len(row) for row in answers]:
         return False
-    return _all(
-        compare(g, a, leaf)
-        for gold, answer in zip(golds, answers, strict=True)
-        for g, a in zip(gold, answer, strict=True)
-    )
+    return _all(_in_order(gold, answer, leaf) for gold, answer in zip(golds, answers, strict=True))
+
+
+def _cases(golds: list[list[str]], answers: list[list[str]], leaf: Leaf) -> bool | None:
+    """Compare the rows of cases in any order."""
+    if len(golds) != len(answers):
+        return False
+    return _all(_any(_in_order(gold, answer, leaf) for answer in answers) for gold in golds)
 
 
 def _listed(text: str) -> str:
@@ -335,6 +363,7 @@ def _equations(gold: str, answer: str, leaf: Leaf) -> bool | None:
             members.reverse()  # 5 = x
         if (names := _NAMES_IN_BRACKETS.fullmatch(members[0])) and len(members) == 2:
             return compare(gold, _by_name(names[1], members[1]), leaf)
+        members = [member for member in members[:-1] if r"\ldots" not in member] + members[-1:]
         if not _has_letter(members[0]):
             return _all(compare(gold, value, leaf) for value in members)
         return _may_be_asked(members[0]) and _all(compare(gold, value, leaf) for value in members[1:])
@@ -357,7 +386,7 @@ def _asked(left: str) -> bool:
 
     A combination of names (`a + b = 5`) is a relation that was asked for: the number alone is no answer to it.
     """
-    return bool(_NAME.fullmatch(left) or _QUOTIENT.fullmatch(left) or _NAMES_IN_BRACKETS.fullmatch(left))
+    return any(form.fullmatch(left) for form in (_NAME, _QUOTIENT, _NAMES_IN_BRACKETS, _FUNCTION_OF_ANGLE))
 
 
 def _may_be_asked(left: str) -> bool:
@@ -370,7 +399,7 @@ def _may_be_asked(left: str) -> bool:
     if _asked(left) or _FUNCTION_VALUE.fullmatch(left) or _DERIVATIVE.match(left):
         return True
     names = {m.group() for m in _LETTER.finditer(left) if m[1] or m.group()[1:] not in _NO_LETTERS}
-    return len(names) > 1 and not re.search(r"\\ldots", left)
+    return len(names) > 1
 
 
 def _by_name(names: str, values: str) -> str:
@@ -392,6 +421,9 @@ def _expressions(gold: str, answer: str, leaf: Leaf) -> bool | None:
         return compare(gold, first, leaf)
     if _TEXT.search(answer) and not _TEXT.search(gold):
         return False
+    if (r"\circ" in gold) != (r"\circ" in answer) and not literals.OF_AN_ANGLE.search(gold + answer):
+        bare = [_DEGREE_SIGN.sub("", side) for side in (gold, answer)]
+        return _any([leaf(*bare), leaf(gold, answer)])
     if (formula := _without_constant(gold, answer)) and compare(*formula, leaf):
         return True
     return leaf(gold, answer)
@@ -418,6 +450,11 @@ def same_constant(gold: str, value: Fraction) -> bool | None:
 def _all(verdicts) -> bool | None:
     verdicts = list(verdicts)
     return False if False in verdicts else None if None in verdicts else True
+
+
+def _any(verdicts) -> bool | None:
+    verdicts = list(verdicts)
+    return True if True in verdicts else None if None in verdicts else False
 
 
 def _in_order(golds: list[str], answers: list[str], leaf: Leaf) -> bool | None:
@@ -537,8 +574,9 @@ def _structure(text: str) -> tuple[str | None, list[str]]:
             merged = {squeeze(one): one for side in elements for one in side}
             return "set", list(merged.values())
         return "union", unions
-    if len(sections := split(text, r"\cap")) > 1:
-        return "intersection", sections
+    for kind, sign in (("intersection", r"\cap"), ("difference", r"\setminus")):
+        if len(sections := split(text, sign)) > 1:
+            return kind, sections
     elements = split(text, *SEPARATORS)
     if len(elements) > 1:
         conjunctions = {word for word in (r"\land", r"\lor") if len(split(text, word)) > 1}

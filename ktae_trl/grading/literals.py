@@ -30,12 +30,15 @@ _UNITS = re.compile(
     rf"|\{{\\rm\s[A-Za-z]+\}}|[MRL]_\s*+(?:\{{\s*+\\odot\s*+\}}|\\odot)|{_BARE}|[€£¥₹¢])"
     rf"(?:\s|/|\.|\\cdot(?![A-Za-z]))*+)++$"
 )
+_LAST_UNIT = re.compile(rf"{_WRAPPED}$")
 _AFTER_NUMBER = re.compile(
     r"(?P<value>[+-]?\s*(?:\d[\d,]*(?:\.\d*)?|\.\d+)(?:\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*(?:\{[+-]?\d+\}|\d))?)"
     r"(?P<space>\s*)(?P<unit>(?:[^\W\d_]|µ)[^\\{}()=,+!?]{0,60}(?:\{[+-]?\d\}[^\\{}()=,+!?]{0,30})*)"
 )
+_SHORT = {"k": "thousand", "K": "thousand", "M": "million", "m": "million", "B": "billion"}  # after a currency
+_SHORT_MULTIPLIER = re.compile(r"\\text\s*\{\s*([kKMmB])\s*\}$")
 _CURRENCY = re.compile(r"(?P<sign>[+-]?)\s*(?P<currency>\\\$|[€£¥₹])\s*(?P<value>.+)|(?P<before>.+?)\s*\\\$")
-_OF_AN_ANGLE = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc|circ|degree)(?![A-Za-z])")
+OF_AN_ANGLE = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 _PRIMES = re.compile(r"(?:\^\s*(?:\{\s*(?:\\prime\s*)+\}|\\prime)|'+)$")
 _ORDINAL = re.compile(r"(?<=\d)\s*\^?\s*\{?\s*(?:\\(?:text|mathrm)\s*\{)?\s*(?:st|nd|rd|th)\s*\}?\s*\}?$")
 _MULTIPLIER = re.compile(r"(?:\\text\s*\{\s*)?([^\W\d_]+)\s*\}?")
@@ -58,7 +61,7 @@ _BARE_WORDS = re.compile(r"\(?[^\W\d_][\w .'-]*\)?")
 _LETTERS = re.compile(r"[^\W\d_]")
 # A letter with brackets, a full stop or a colon, alone or with the text of the choice.
 _CHOICE = re.compile(
-    rf"(?:{_TEXT}\s*\{{\s*)?(?:\(\s*(?P<bracketed>[A-Z])\s*\)|(?P<marked>[A-Z])\s*[).:]|(?P<alone>[A-Z])(?=\s*\}}?$))[.:]?"
+    rf"(?:{_TEXT}\s*\{{\s*(?:(?:Option|Choice|Answer|option|choice)\s*)?)?(?:\(\s*(?P<bracketed>[A-Z])\s*\)|(?P<marked>[A-Z])\s*[).:]|(?P<alone>[A-Z])(?=\s*\}}?$))[.:]?"
     r"\s*\}?(?P<rest>.*)"
 )
 _OTHER_CHOICE = re.compile(
@@ -66,11 +69,11 @@ _OTHER_CHOICE = re.compile(
 )
 _TIME = re.compile(
     rf"(?:{_TEXT}\s*\{{\s*)?(?P<hours>[01]?\d|2[0-4])(?::(?P<minutes>[0-5]\d)(?::(?P<seconds>[0-5]\d))?)?\s*(?:{_TEXT}\s*\{{\s*)?"
-    r"(?P<half>[AaPp]\.?\s?[Mm]\.?)?\s*\}?"
+    r"(?P<half>[AaPp]\.?\s?[Mm]\.?|noon|midnight)?\s*\}?"
 )
 _COLON = re.compile(r"\s*(?::|\\colon(?![A-Za-z])|\\text\s*\{\s*to\s*\}|(?<=\d)\s+to\s+(?=\d))\s*")
 _RESIDUE = re.compile(
-    r"(?:(?P<name>[A-Za-z]\w?)\s*\\equiv\s*)?(?P<residues>[-\d\s,]+?)\s*\\pmod\s*\{\s*(?P<modulus>\d{1,18})\s*\}"
+    r"(?:(?P<name>[A-Za-z]\w?)\s*(?:\\equiv|=)\s*)?(?P<residues>[-\d\s,]+?)\s*\\pmod\s*\{\s*(?P<modulus>\d{1,18})\s*\}"
 )
 
 
@@ -107,6 +110,9 @@ def same_literal(gold: str, answer: str) -> bool | None:
     gold_ratio, answer_ratio = ratio(gold), ratio(answer)
     if gold_ratio and answer_ratio:
         return _proportional(gold_ratio, answer_ratio)
+    for pair, single in ((gold_ratio, answer_number), (answer_ratio, gold_number)):
+        if pair and single and len(pair) == 2 and pair[1]:
+            return pair[0] / pair[1] == single.value
     gold_residues, answer_residues = residues(gold), residues(answer)
     if gold_residues or answer_residues:
         return _same_residues(gold_residues, answer_residues)
@@ -182,6 +188,7 @@ def quantity(text: str) -> Quantity:
         return Quantity(text, None)
     if (match := _CURRENCY.fullmatch(text)) and "$" not in (match["value"] or match["before"]):
         value = match["sign"] + match["value"] if match["value"] else match["before"]
+        value = _SHORT_MULTIPLIER.sub(lambda short: rf"\text{{{_SHORT[short[1]]}}}", value)
         if quantity(value).unit is None:
             return Quantity(value, units.read(match["currency"] or r"\$"))
     if (match := _AFTER_NUMBER.fullmatch(text)) and (unit := units.read(match["unit"])):
@@ -189,8 +196,10 @@ def quantity(text: str) -> Quantity:
         if match["space"] or (letters > 1 and match["unit"] not in ("mg", "mm", "MN", "Pa", "PA")):
             return Quantity(match["value"].strip(), unit)
     match = _UNITS.search(text)
+    if match and units.read(match.group()) is None:
+        match = _LAST_UNIT.search(text)
     if match and match.start() and (unit := units.read(match.group())):
-        if r"\circ" in match.group() and _OF_AN_ANGLE.search(text[: match.start()]):
+        if r"\circ" in match.group() and (OF_AN_ANGLE.search(text) or r"\circ" in text[: match.start()]):
             return Quantity(text, None)
         return Quantity(text[: match.start()].strip(), unit)
     return Quantity(text, None)
@@ -264,7 +273,7 @@ def time(text: str) -> tuple[int, int | None] | None:
     match = _TIME.fullmatch(text)
     if not match or not (match["minutes"] or match["half"]):
         return None
-    half = match["half"] and (12 if match["half"][0] in "pP" else 0)
+    half = match["half"] and (12 if match["half"][0] in "pPn" else 0)
     hours = int(match["hours"])
     if half is not None:
         if not 1 <= hours <= 12:

@@ -45,6 +45,8 @@ _REWRITING = [
             r"(\d+(?:\.\d+)?|[A-Za-z]|\\[A-Za-z]+)\s*(?:\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))|\\degrees?(?![A-Za-z]))",
             r"\\frac{\1\\pi}{180}",
         ),
+        (r"^([+-]?\d+(?:\.\d+)?)[eE]([+-]?\d+)$", r"\1 \\cdot 10^{\2}"),
+        (r"\^\s*(\\frac\s*\{[^{}]*\}\s*\{[^{}]*\}|\\sqrt\s*\{[^{}]*\})", r"^{\1}"),
         (r"\\lg(?![A-Za-z])", r"\\log_{10}"),
         (r"(?<![A-Za-z\\])C\s*\(\s*(\d+|n|m)\s*,\s*(\d+|k|r)\s*\)", r"\\binom{\1}{\2}"),
         (r"\\operatorname\s*\{\s*arc(sin|cos|tan)\s*\}", r"\\arc\1"),
@@ -295,11 +297,9 @@ def _number_set(text: str):
             if len(pieces) > 1:
                 sets = [_number_set(piece) for piece in pieces]
                 return None if None in sets else join(*sets)
-    for separator in (r"\setminus", r"\backslash"):
-        pieces = split(text, separator)
-        if len(pieces) == 2:
-            sets = [_number_set(piece) for piece in pieces]
-            return None if None in sets else sets[0] - sets[1]
+    if len(pieces := split(text, r"\setminus")) == 2:
+        sets = [_number_set(piece) for piece in pieces]
+        return None if None in sets else sets[0] - sets[1]
     if interval := answers.interval(text):
         return _number_set(interval[1])
     if text == r"\mathbb{R}":

@@ -3,7 +3,7 @@ r"""Answers as text: finding the last box, and cleaning LaTeX of what does not m
 import re
 from functools import lru_cache
 
-from ktae_trl.grading import signs
+from ktae_trl.grading import signs, units
 
 # A longer text is no answer.
 MAX_LENGTH = 10_000
@@ -17,6 +17,11 @@ _SMALL_NUMBERS = """zero one two three four five six seven eight nine ten eleven
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 _NUMBER_WORDS = {word: number for number, word in enumerate(_SMALL_NUMBERS.split())}
 _NUMBER_WORDS |= {word: 10 * number for number, word in enumerate(_TENS.split(), start=2)}
+_FIRST_NUMBER = re.compile(rf"(?:{'|'.join(_NUMBER_WORDS)})(?![a-z])", re.IGNORECASE)
+_PARTS = {"half": 2, "halves": 2}
+for _i, _part in enumerate(["third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"], start=3):
+    _PARTS |= {_part: _i, _part + "s": _i}
+_PARTS |= {"quarter": 4, "quarters": 4}
 _SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 MULTIPLIERS = {
     **{word + ending: scale for word, scale in _SCALES.items() for ending in ("", "s")},
@@ -32,14 +37,19 @@ MULTIPLIERS = {
         "亿": 10**8,
     },
 }
+_CONNECTIVE = (
+    r"\\text\s*\{\s*(?i:so|thus|hence|therefore|then)\s*[,:]?\s*\}|\\(?:therefore|implies|Rightarrow)(?![A-Za-z])"
+)
 _LEAD = (
     r"(?:(?:so|thus|hence|therefore),?\s+)?(?:(?:the|our|my)\s+)?(?:(?:final|correct|right)\s+)?"
     r"(?:answer|solution|result)\s*(?::|=|is:?|are:?)"
 )
 _WRAPPERS = (
-    r"\*\*(?P<stars>[^*]+)\*\*", r"__(?P<underscores>[^_]+)__", r"`(?P<quotes>[^`]+)`",
+    r"\*\*(?P<stars>[^*]+)\*\*",
+    r"\*(?P<star>[^*]+)\*", r"__(?P<underscores>[^_]+)__", r"`(?P<quotes>[^`]+)`",
     r"\\\[(?P<display>.+)\\\]", r"\\\((?P<inline>.+)\\\)", r"\\text\s*\{\s*(?i:" + _LEAD + r")\s*\}(?P<text_lead>.+)",
     r"(?i:" + _LEAD + r")\s*(?P<lead>.+)",
+    rf"(?:{_CONNECTIVE})\s*(?P<connective>.+)",
 )  # fmt: skip
 _WRAPPED = re.compile("|".join(_WRAPPERS), re.DOTALL)
 _CLEANING = [
@@ -51,6 +61,7 @@ _CLEANING = [
             r"(?:\s*\\right\s*\.)?",
             r"\\begin{cases}\2\\end{cases}",
         ),
+        (r"\\(?:mathbf|boldsymbol|bm)\s*\{\s*\\?([ijk])(?:math)?\s*\}", r"\\hat \1 "),  # unit vectors
         (r"(?<!\\)\\(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])\.?", ""),
         (
             r"(?<!\\)\\(?:(?:text)?color\s*\{[^{}]*\}|(?:mathbf|boldsymbol|bm|bf|boxed|fbox|underline|mathit|mathsf"
@@ -67,6 +78,12 @@ _CLEANING = [
         (r"\\(?:le|ge)(qslant|q)(?![A-Za-z])", lambda match: match.group()[:3]),
         (r"\\neq(?![A-Za-z])|\\not\s*=", r"\\ne "),
         (r"\\(?:varnothing|O)(?![A-Za-z])|\\\{\s*\\\}|\\text\s*\{\s*(?:the )?empty set\s*\}", r"\\emptyset "),
+        (r"\\degrees?(?![A-Za-z])|(?<=[\dA-Za-z})])\s*\\text\s*\{\s*degrees?\s*\}", r"^\\circ "),
+        (r"_\s*\{\s*\\(?:text|mathrm|rm)\s*\{?\s*(\w+)\s*\}?\s*\}", r"_{\1}"),
+        (r"\\overline\s*(\d)", r"\\overline{\1}"),
+        (r"\\backslash(?![A-Za-z])", r"\\setminus "),
+        (r"(\\text\s*\{\s*(?:hundred|[a-z]*thousand|[mbt]r?illion|dozen))\s+(?=[A-Za-z])", r"\1}\\text{ "),
+        (r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})*,0\d\d(?:,\d{3})*(?![\d,])", lambda m: m.group().replace(",", "")),
         (r"\\langle(?![A-Za-z])", "("),
         (r"\\rangle(?![A-Za-z])", ")"),
         (r"\\(?:l|r)?vert(?![A-Za-z])", "|"),
@@ -96,6 +113,7 @@ _CLEANING = [
             r"\\(?:text|mathrm)\s*\{[^{}]*(?<![A-Za-z])(?:and|or)(?![A-Za-z])[^{}]*\}",
             lambda m: _conjunctions(m.group()),
         ),
+        (r"\\text\s*\{(\s*[A-Z](?:\s*,\s*[A-Z])+\s*)\}", lambda m: re.sub("[A-Z]", r"\\text{\g<0>}", m[1])),  # A, B
         (r",?\s+(and|or)\s+", lambda m: rf"\l{m[1].replace('and', 'and')} "),
         (r",\s*(?=\\(?:land|lor)(?![A-Za-z]))", ""),
         (r";", ","),
@@ -195,8 +213,20 @@ def _conjunctions(group: str) -> str:
 
 def _in_digits(text: str) -> str:
     match = re.fullmatch(r"(?:\\text\s*\{\s*)?([A-Za-z][A-Za-z -]*?)\s*\}?", text)
-    value = _words_value(match[1]) if match else None
-    return text if value is None else str(value)
+    if not match or not _FIRST_NUMBER.match(match[1]):
+        return text
+    words = match[1].replace("-", " ").split()
+    for end in range(len(words), 0, -1):
+        value = _words_value(" ".join(words[:end]))
+        if value is None:
+            continue
+        rest = words[end:]
+        if not rest:
+            return str(value)
+        if len(rest) == 1 and rest[0].lower() in _PARTS:
+            return rf"\frac{{{value}}}{{{_PARTS[rest[0].lower()]}}}"
+        return rf"{value}\text{{ {' '.join(rest)}}}" if units.read(" ".join(rest)) else text
+    return text
 
 
 def _words_value(words: str) -> int | None:

@@ -121,14 +121,15 @@ _COUNTED_WORDS = """
 """
 _IRREGULAR = {
     "people": "person", "men": "man", "women": "woman", "children": "child", "mice": "mouse", "teeth": "tooth",
-    "knives": "knife", "leaves": "leaf", "loaves": "loaf", "shelves": "shelf", "wolves": "wolf", "halves": "half",
+    "knives": "knife", "leaves": "leaf", "loaves": "loaf", "shelves": "shelf", "wolves": "wolf", "sheaves": "sheaf",
     "geese": "goose", "vertices": "vertex", "matrices": "matrix", "scarves": "scarf", "kids": "child", "kid": "child",
     "persons": "person", "人": "person", "个": "thing", "只": "thing", "本": "thing", "things": "thing", "elves": "elf",
 }  # fmt: skip
 # Words before a counted thing that do not change it; "square" and "cubic" are powers of what follows.
 _ADJECTIVE_WORDS = """total different distinct possible red blue green yellow white black brown new small large big
     positive negative real whole full ordinary such of the a an all altogether each average
-    remaining left ordered additional extra unique valid linear regular US American solar"""
+    remaining left ordered additional extra unique valid linear regular US
+    American solar old approximately approx about"""
 _COUNTED, _ADJECTIVES = set(_COUNTED_WORDS.split()), set(_ADJECTIVE_WORDS.split())
 _POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
 
@@ -233,6 +234,8 @@ def singular(word: str) -> str:
     """Return an English word without the ending of its plural."""
     if word in _IRREGULAR:
         return _IRREGULAR[word]
+    if word.endswith("s") and word[:-1] in _COUNTED:
+        return word[:-1]
     for ending, instead in (("ies", "y"), ("ches", "ch"), ("shes", "sh"), ("xes", "x"), ("sses", "ss"), ("oes", "o")):
         if word.endswith(ending) and len(word) > 4:
             return word[: -len(ending)] + instead
