@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ktae_trl.grading import Grade, answers, grade, grade_full, grade_many, grade_many_full, last_boxed
+from ktae_trl.grading import Grade, answers, gradable, grade, grade_full, grade_many, grade_many_full, last_boxed
 
 CASES = {
     "numbers": [
@@ -171,7 +171,7 @@ CASES = {
         (r"\boxed{4}", "", None),
         (r"\boxed{4}", [], None),
         ("no box", "???", None),
-        (r"\boxed{???}", "???", True),  # written out literally
+        (r"\boxed{???}", "???", None),  # not even its own words
         ("no box", "x+1", False),
         ("1", "1" * 5000, None),
     ],
@@ -433,25 +433,19 @@ def golds(shared) -> list[str]:
 
 
 def test_every_gold_answer_of_the_benchmarks(shared):
-    """Each equals itself as written and rewritten. Those that cannot be parsed only count if written out literally."""
+    """Each equals itself as written and rewritten, but for a slip in the data that cannot be parsed."""
     accepted = golds(shared)
     assert len(accepted) == 1639
-    assert all(grade_many([rf"\boxed{{{gold}}}" for gold in accepted], accepted))
+    readable = gradable(accepted)
+    assert [gold for gold, known in zip(accepted, readable, strict=True) if not known] == ["$t(0,4]$"]
+    assert grade_many([rf"\boxed{{{gold}}}" for gold in accepted], accepted) == [known or None for known in readable]
     rewritten = [
         re.sub(r"(?<!\\)\$", "", gold).replace(r"\frac", r"\dfrac").replace("(", r"\left( ").replace(")", r"\right)")
         for gold in accepted
     ]
-    assert all(grade_many([rf"\boxed{{ {text} }}" for text in rewritten], accepted))
-
-    empty = grade_many_full([""] * len(accepted), accepted)
-    unparsable = {gold for gold, result in zip(accepted, empty, strict=True) if result.verdict is None}
-    assert unparsable == {
-        r"\frac{dM}{dt}=\frac{10^{5} L_{\odot}}{0.007 c^{2} M_{\odot}^{6}} M^{6}",  # the sign of the sun
-        r"m_{p} c^{2}(\gamma^{2}-1) \sin ^{2} \theta",  # gamma is read as the function, at a pole
-        r"\hbar \omega(v+1 / 2)-\frac{E_{0}^{2} e^{2}}{2 m \omega^{2}}",  # E_0 is read as e
-        r"$f(x)=a x+b$, where $b$ is an arbitrary integer, and $a$ is an arbitrary positive integer with $\mho(a)=0$",
-        "$t(0,4]$",  # a slip in the data
-    }
+    assert grade_many([rf"\boxed{{ {text} }}" for text in rewritten], accepted) == [known or None for known in readable]
+    # What is taken to be readable without asking the parser is readable.
+    assert all(known for gold, known in zip(accepted, readable, strict=True) if answers.surely_readable(gold))
 
 
 def test_no_gold_answer_equals_itself_with_another_digit(shared):
@@ -520,7 +514,7 @@ def test_hostile_completions():
 
 
 def test_hostile_gold_answers():
-    assert grade(r"\boxed{x}", "{" * 4000 + "1" + "}" * 4000) is None  # took too long to read
+    assert grade(r"\boxed{x}", "(" * 4000 + "1" + ")" * 4000) is None  # took too long to read
     assert grade(r"\boxed{x}", "1" * 20_000) is None
 
 

@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from ktae_trl.grading.answers import is_number, settle
+from ktae_trl.grading.answers import is_number, settle, surely_readable
 from ktae_trl.grading.extraction import (
     ANSWER_FORMATS,
     INSTRUCTIONS,
@@ -38,6 +38,7 @@ __all__ = [
     "check_format",
     "find_answer",
     "gold_answers",
+    "gradable",
     "grade",
     "grade_full",
     "grade_many",
@@ -97,6 +98,15 @@ def grade_many(
     return [grade.verdict for grade in grade_many_full(completions, answers, workers, answer_format)]
 
 
+def gradable(answers: Sequence[str | Sequence[str]], workers: int | None = None) -> list[bool]:
+    """Say for each accepted answer, or list of accepted answers, whether any completion gets a verdict with it.
+
+    False if none of them can be parsed: such a problem teaches and measures nothing, since `grade` returns None for
+    every completion, whatever its answer.
+    """
+    return [verdict is not None for verdict in grade_many([""] * len(answers), answers, workers)]
+
+
 def grade_full(completion: str, answers: str | Sequence[str], answer_format: str = "boxed") -> Grade:
     """Grade like `grade`, and say what was extracted and why the verdict is what it is."""
     return grade_many_full([completion], [answers], answer_format=answer_format)[0]
@@ -141,7 +151,7 @@ def _golds(answers) -> tuple[str, ...]:
 
 def _settle(task: Task) -> str | None:
     """Return the reason for what text and literal numbers can tell; None if it needs computer algebra."""
-    if task.answer is not None and any(settle(gold, task.answer) for gold in task.golds):
+    if task.answer is not None and any(settle(gold, task.answer) and surely_readable(gold) for gold in task.golds):
         return "equal"
     readable = [gold for gold in task.golds if gold and len(gold) <= MAX_LENGTH]
     if not readable:

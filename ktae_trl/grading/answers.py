@@ -8,23 +8,80 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
+from functools import lru_cache
 from itertools import product
 
 from ktae_trl.grading import literals
-from ktae_trl.grading.text import clean, split, squeeze
+from ktae_trl.grading.text import SEPARATORS, clean, split, squeeze
 
 # What is settled in the caller's process, where no clock runs.
 _SHORT = 500
 
+# A quantity that a problem may ask for by name: x, AB, f(2), P(X=2), |AB|, \angle ABC, \text{Area}, x_{1}, \bar x.
+_SUBSCRIPT = r"(?:\s*_\s*(?:\w|\\[A-Za-z]+|\{[^{}]*\}))?"
 _NAME = re.compile(
-    r"(?:[A-Za-z]|\\(?!frac|sqrt|pi(?![A-Za-z]))[A-Za-z]+)(?:_(?:\w|\{\\?\w+\s*\}))?'?\s*(?:\([^()=]*\))?"
-    r"|\\text\s*\{[A-Za-z ]+\}"
+    r"(?:\\(?:angle|triangle|Delta|measuredangle|overline|bar|vec|hat|overrightarrow|widehat|mathrm|mathcal)\s*)*"
+    r"(?:[A-Z]{1,4}|[A-Za-z]|\{[A-Za-z]+\}|\\(?!frac|sqrt|pi(?![A-Za-z])|log|ln|lg|sin|cos|tan|binom|left|begin|l?dots)[A-Za-z]+)"
+    + _SUBSCRIPT
+    + r"'*\s*(?:\^\s*\{?(?:-1|\\prime|\(\w\))\s*\}?\s*(?=\())?(?:\([^()]*(?:\([^()]*\)[^()]*)*\))?"
+    r"|\\(?:text|mathrm|operatorname)\s*\{[A-Za-z .]+\}" + _SUBSCRIPT + r"\s*(?:\([^()]*\))?"
+    r"|\|[A-Za-z\\{}_ ]+\||\[[A-Z]+\]|\\l[vf]\w+ [^=]+\\r[vf]\w+"
 )
-_COMPARISON = re.compile(r"(\\(?:le|ge|lt|gt)(?![A-Za-z])|<=|>=|<|>)")
+_POINTS = r"(?:\|?\s*(?:\\overline\s*)?\{?[A-Z]'?[A-Z]'?\}?\s*\|?|S_\s*\{[^{}]*\}|\[[A-Z]+\])"
+_QUOTIENT = re.compile(rf"\\frac\s*\{{\s*{_POINTS}\s*\}}\s*\{{\s*{_POINTS}\s*\}}|{_POINTS}\s*[:/]\s*{_POINTS}")
+_NAMES_IN_BRACKETS = re.compile(
+    r"\(\s*((?:\\?[A-Za-z]+(?:_\s*(?:\w|\{\w+\}))?\s*,\s*)+\\?[A-Za-z]+(?:_\s*(?:\w|\{\w+\}))?)\s*\)"
+)
+_FUNCTION_VALUE = re.compile(
+    r"(?:\d+\s*)?\\(?:sin|cos|tan|cot|sec|csc|max|min|gcd|deg|det|dim|lim|sum|prod|int|operatorname|Pr|lfloor|lceil)(?![A-Za-z]).*"
+)
+_FUNCTION_OF_ANGLE = re.compile(r"\\(?:sin|cos|tan|cot)\s*(?:\\angle\s*)?(?:[A-Za-z]{1,3}|\\[A-Za-z]+)")
+_COMPARISON = re.compile(r"(\\(?:le|ge|lt|gt|ne)(?![A-Za-z])|<=|>=|<|>)")
 _DERIVATIVE = re.compile(r"\\frac\s*\{\s*(?:d|\\partial)")
 _LETTER = re.compile(r"\\[A-Za-z]+|([A-Za-z])")
+_NO_LETTERS = {
+    "frac",
+    "sqrt",
+    "pi",
+    "cdot",
+    "times",
+    "binom",
+    "infty",
+    "circ",
+    "log",
+    "ln",
+    "lg",
+    "sin",
+    "cos",
+    "tan",
+    "cot",
+    "sec",
+    "csc",
+    "exp",
+    "ldots",
+}
 _TEXT = re.compile(r"\\(?:text|mathrm|rm|operatorname)\s*\{")
 _TUPLES = {"()", "[]", "(]", "[)"}
+_GRID = re.compile(
+    r"\\begin\s*\{(cases|[pbB]?matrix|smallmatrix|array|aligned)\}(?:\s*\{[lcr| ]*\})?(.*)\\end\s*\{\1\}", re.DOTALL
+)
+_THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
+# What is said about a formula, after it.
+_QUALIFIER = re.compile(
+    r"(.+?)\s*,?\s*(?:\\text\s*\{\s*,?\s*\(?\s*|\(\s*|(?<=\s))(?:for (?:all|any|every|each|some|an? )|where |with )"
+    r"(?!.*=).*",
+    re.DOTALL,
+)
+_DOMAIN = re.compile(r"(.+?),\s*(?:\\forall\s*)?[a-z]\s*\\in\s*\\mathbb\{[RZNQC]\}(?:\^?[+*])?|(.+?)\s*\\forall.*")
+_CONSTANT = re.compile(r"(.+?)\s*\+\s*(C|c|K|\\text\s*\{\s*(?:constant|const|C)\s*\})")
+_UNIT_VECTOR = re.compile(
+    r"(.*?)\s*\\(?:vec|hat|overrightarrow|mathbf|widehat|boldsymbol)\s*(?:\{\s*\\?([ijk])(?:math)?\s*\}|([ijk])(?![A-Za-z])|\\([ij])math)"
+)
+
+_PLAIN = re.compile(
+    r"(?:\d+(?:\.\d+)?|[A-Za-z]|[-+*/(){}]|\^(?:\d|\{\d+\})|\\(?:frac(?=\{[^{}]+\}\{)|sqrt(?=\{)|pi(?![A-Za-z])))+"
+)
+_INCOMPLETE = re.compile(r"^[*/^)}]|[-+*/({]$|[-+*/({][-+*/^)}]|\d\.\d*\.|\^[^{\d]|\^\d\^|\}\^|[a-z]{4}")
 
 Leaf = Callable[[str, str], bool | None]
 
@@ -40,47 +97,83 @@ def settle(gold: str, answer: str) -> bool | None:
     return None if verdict is False and not (is_number(gold) and is_number(answer)) else verdict
 
 
+@lru_cache(maxsize=4096)
+def surely_readable(gold: str) -> bool:
+    """Say whether an accepted answer is literals and plain formulas only, so that no parser is needed to know that it
+    can be compared with other answers; False says nothing."""
+    if not gold or len(gold) > _SHORT or not clean(gold):
+        return False
+    return all(literals.is_literal(part) or _plain_formula(part) for part in parts(gold))
+
+
+def _plain_formula(text: str) -> bool:
+    text = text.replace(" ", "")
+    return bool(
+        _PLAIN.fullmatch(text)
+        and not _INCOMPLETE.search(text)
+        and text.count("(") == text.count(")")
+        and split(text, "+", "-")
+        and text.count("{") == text.count("}")
+    )
+
+
 def is_number(text: str) -> bool:
-    """Say whether an answer (of at most 500 characters) is a literal number."""
-    return len(text) <= _SHORT and literals.number(clean(text)) is not None
+    """Say whether an answer (of at most 500 characters) is a literal number, with or without unit."""
+    return len(text) <= _SHORT and literals.number(literals.quantity(clean(text)).value) is not None
 
 
 def parts(text: str) -> list[str]:
     """Return what `compare` would compare in the end: the elements of a list or interval, the value of an equation."""
-    text = clean(text)
-    _, elements = _structure(text)
-    if len(elements) > 1:
+    text = _unqualified(clean(text))
+    if literals.is_literal(text):
+        return [text]
+    if rows := _grid(text):
+        return [part for row in rows for cell in row for part in parts(cell)]
+    kind, elements = _structure(_without_membership(text))
+    if len(elements) > 1 or kind == "set":
         return [part for element in elements for part in parts(element)]
-    if inequality := _interval(text):
+    if inequality := interval(text):
         return parts(inequality[1])
     members = split(text, "=")
-    return parts(members[1]) if len(members) == 2 and _NAME.fullmatch(members[0]) else [literals.without_units(text)]
+    if len(members) > 1 and all(members):
+        return parts(members[1]) if len(members) == 2 and _asked(members[0]) else [text]
+    return [literals.quantity(text).value]
 
 
 def compare(gold: str, answer: str, leaf: Leaf) -> bool | None:
     r"""Compare two answers piece by piece.
 
     - The same text, up to spaces and LaTeX's decoration, is equal; so are literals of the same value (`literals`).
+    - Units are compared, and converted, if both answers have one; one of them may leave it out.
     - `(a, b)`, `[a, b)`: the same brackets and equal elements in order. `\{a, b\}`, bare lists, parts of unions: in any
-      order, each as often in both. A bare list may stand for a tuple. `\pm` stands for two elements.
+      order, each as often in both; lists with dots in order. A bare list may stand for a tuple. `\pm` stands for two
+      elements. Matrices and cases: cell by cell.
+    - "and" and "or" separate as a comma does, but inequalities or words joined by "and" are not those joined by "or".
     - `-2 \le x < 7` is the interval `[-2, 7)`; `x \in A` is `A`.
     - `x = 1, y = 2` (sorted by name) is `1, 2`, in that order; with one name, `x = 1, x = 2`, in any order.
     - An answer `name = a = b` to a gold answer without `=` needs every member right, `5 \approx 7` the first: a model
       must not have two tries. A gold answer `x = 5` accepts `5`; other equations need both sides.
+    - An answer `left = 5` to the gold answer 5 is right if `left` can be what was asked for (`_may_be_asked`).
     - What is left goes to `leaf`, without units; an answer with words in it is wrong if the gold answer has none.
 
     None if a leaf that matters said None.
     """
-    gold, answer = clean(gold), clean(answer)
+    gold, answer = _unqualified(clean(gold)), _unqualified(clean(answer))
     if not gold or not answer:
         return False
     if squeeze(gold) == squeeze(answer):
         return True
+    if (verdict := _quantities(gold, answer, leaf)) is not _SAME_UNITS:
+        return verdict
     literal = literals.same_literal(gold, answer)
     if literal or (literal is False and "," not in gold + answer):
         return literal
+    gold_rows, rows = _grid(gold), _grid(answer)
+    if gold_rows and rows:
+        return (_cases if r"{cases}" in gold else _rows)(gold_rows, rows, leaf)
+    gold, answer = _components(_listed(gold)), _components(_listed(answer))
     gold, answer = _without_membership(gold), _without_membership(answer)
-    gold_interval, answer_interval = _interval(gold), _interval(answer)
+    gold_interval, answer_interval = interval(gold), interval(answer)
     if gold_interval and answer_interval and gold_interval[0] != answer_interval[0]:
         return False  # about another variable
     gold = gold_interval[1] if gold_interval else gold
@@ -91,51 +184,259 @@ def compare(gold: str, answer: str, leaf: Leaf) -> bool | None:
     if len(golds) == len(answers) == 1 and kinds == {"set", None}:
         return compare(golds[0], answers[0], leaf)  # {5} and 5
     if gold_kind == kind == "set" or (len(golds) > 1 and len(answers) > 1):
-        if kinds <= {"list", "set"}:
-            return _lists(golds, answers, leaf)
-        if kinds <= {"union", "list"}:
-            return _any_order(golds, answers, leaf)
-        if kinds == {"list", "()"}:
-            return _in_order(_values_by_name(golds), _values_by_name(answers), leaf)
-        return _in_order(golds, answers, leaf) if len(kinds) == 1 else False
+        verdict = _elements(gold_kind, golds, kind, answers, leaf)
+        sets = kinds & _SETS or any(map(interval, golds + answers))
+        return leaf(gold, answer) if verdict is False and sets and literal is None else verdict
     if literal is False:
         return False  # 1,234 against 1235
+    if kinds & _SETS:
+        return leaf(gold, answer)
     if len(golds) != len(answers) and kinds <= {"list", "set", None}:
+        joined = [_THOUSANDS.sub(lambda number: number.group().replace(",", ""), text) for text in (gold, answer)]
+        if joined != [gold, answer] and kinds == {"list", None}:
+            return compare(*joined, leaf)  # 1,024 and 2^{10}
         return False  # a list of another length; FiniteSet would make -2, -2 equal to -2
     return _equations(gold, answer, leaf)
 
 
+_SETS = {"union", "intersection", "difference", "and"}
+_SAME_UNITS = object()
+
+
+def _quantities(gold: str, answer: str, leaf: Leaf):
+    """Compare two quantities of which at least one has a unit; `_SAME_UNITS` if there is none."""
+    if len(split(gold, *SEPARATORS, "=")) > 1 or len(split(answer, *SEPARATORS, "=")) > 1:
+        return _SAME_UNITS
+    (value, unit), (answer_value, answer_unit) = literals.quantity(gold), literals.quantity(answer)
+    if unit is None and answer_unit is None:
+        return _SAME_UNITS
+    if (unit and answer_value.endswith("%")) or (answer_unit and value.endswith("%")):
+        return False
+    if _TEXT.search(answer_value) and not (_TEXT.search(value) or literals.number(answer_value)):
+        return False
+    angle = [(u is not None and u.dimension == _DEGREE) for u in (unit, answer_unit)]
+    if unit and answer_unit:
+        if angle[0] != angle[1] and _RADIAN in (unit.dimension, answer_unit.dimension):
+            return leaf(
+                *(
+                    text if is_angle else v
+                    for text, is_angle, v in (
+                        (_in_degrees(value), angle[0], value),
+                        (_in_degrees(answer_value), angle[1], answer_value),
+                    )
+                )
+            )
+        if not unit.converts_to(answer_unit):
+            temperatures = {frozenset({("celsius", 1)}), frozenset({("fahrenheit", 1)}), _DEGREE}
+            if not (any(angle) and {unit.dimension, answer_unit.dimension} <= temperatures):
+                return False
+        elif answer_unit.factor != unit.factor:
+            factor = answer_unit.factor / unit.factor
+            return _converted(value, answer_value, factor, leaf)
+        return compare(value, answer_value, leaf)
+    if unit is None and _bare_letters(answer, answer_value):
+        return leaf(gold, answer)
+    verdict = compare(value, answer_value, leaf)
+    if any(angle) and not verdict and re.search(r"\\(?:pi|circ)", answer if angle[0] else gold):
+        return leaf(_in_degrees(value), answer) if angle[0] else leaf(gold, _in_degrees(answer_value))
+    return verdict
+
+
+_DEGREE_SIGN = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))")
+_DEGREE, _RADIAN = frozenset({("degree", 1)}), frozenset({("radian", 1)})
+
+
+def _bare_letters(text: str, value: str) -> bool:
+    """Say whether what follows the value could be variables too: `5 m`, which is a unit only if a unit is asked for."""
+    rest = text.removeprefix(value).strip()
+    return (
+        all(len(word) == 1 for word in re.findall("[A-Za-z]+", rest))
+        and not re.search(r"[\\$€£¥₹¢]", rest)
+        and rest.isascii()
+    )
+
+
+def _in_degrees(value: str) -> str:
+    return rf"\frac{{({value})\pi}}{{180}}"
+
+
+def _converted(gold: str, answer: str, factor: Fraction, leaf: Leaf) -> bool | None:
+    gold_number, number = literals.number(gold), literals.number(answer)
+    if gold_number and number:
+        value = number.value * factor
+        kind = "integer" if value.denominator == 1 and number.kind == "integer" else "decimal"
+        return literals.same_number(gold_number, literals.Number(value, kind, number.ulp * factor))
+    return leaf(gold, rf"\frac{{{factor.numerator}}}{{{factor.denominator}}} \cdot ({answer})")
+
+
+def _elements(gold_kind, golds: list[str], kind, answers: list[str], leaf: Leaf) -> bool | None:
+    kinds = {gold_kind, kind}
+    if any(r"\ldots" in side for side in (golds, answers)):
+        return _in_order(golds, answers, leaf) if kinds <= {"list", "set"} or gold_kind == kind else False
+    if kinds <= {"list", "set"}:
+        return _lists(golds, answers, leaf)
+    if "and" in kinds or "or" in kinds:
+        return _any_order(golds, answers, leaf) if kinds <= {gold_kind, "list"} and kinds <= {kind, "list"} else False
+    if kinds <= {"union", "list"}:
+        return _any_order(golds, answers, leaf)
+    if kinds == {"list", "()"}:
+        names = [_name(element) for element in (golds if gold_kind == "list" else answers)]
+        if all(names) and len(set(names)) < len(names):
+            return False  # x = 1, x = 2 are two values of x, not a point
+        return _in_order(_values_by_name(golds), _values_by_name(answers), leaf)
+    if kinds == {"intersection"}:
+        return _any_order(golds, answers, leaf)
+    return _in_order(golds, answers, leaf) if len(kinds) == 1 else False
+
+
+def _unqualified(text: str) -> str:
+    r"""Remove what is said about a formula after it: `\text{ for any constant } c`, `, x \in \mathbb{R}`."""
+    if " " not in text and "\\" not in text:
+        return text
+    if (match := _QUALIFIER.fullmatch(text)) and _LETTER.search(match[1]):
+        text = match[1].rstrip(" ,\\(")
+    if (match := _DOMAIN.fullmatch(text)) and "=" in text:
+        text = match[1] or match[2]
+    return text
+
+
+def _grid(text: str) -> list[list[str]] | None:
+    """Return the cells of a matrix or of cases, row by row."""
+    match = _GRID.fullmatch(text)
+    if not match or r"\begin" in match[2]:
+        return None
+    rows = [row.strip().rstrip(",") for row in re.split(r"\\\\(?:\[[^\]]*\])?", match[2])]
+    return [[_condition(cell) for cell in row.split("&")] for row in rows if row]
+
+
+def _condition(cell: str) -> str:
+    return re.sub(r"^\s*\\text\s*\{\s*(?:if|for|when)\s*:?\s*\}|,\s*$", "", cell.strip()).strip(" ,") or r"\text{}"
+
+
+def _rows(golds: list[list[str]], answers: list[list[str]], leaf: Leaf) -> bool | None:
+    if [len(row) for row in golds] != [len(row) for row in answers]:
+        return False
+    return _all(_in_order(gold, answer, leaf) for gold, answer in zip(golds, answers, strict=True))
+
+
+def _cases(golds: list[list[str]], answers: list[list[str]], leaf: Leaf) -> bool | None:
+    """Compare the rows of cases in any order."""
+    if len(golds) != len(answers):
+        return False
+    return _all(_any(_in_order(gold, answer, leaf) for answer in answers) for gold in golds)
+
+
+def _listed(text: str) -> str:
+    """Write a system in `cases` as a list of its equations."""
+    match = _GRID.fullmatch(text)
+    rows = _grid(text) if match and match[1] in ("cases", "aligned", "array") and r"\begin{cases}" in text else None
+    return ", ".join(row[0] for row in rows) if rows and all(len(row) == 1 for row in rows) else text
+
+
+def _components(text: str) -> str:
+    r"""Write `1\vec i + 2\vec j` as `(1, 2)`."""
+    if not _UNIT_VECTOR.search(text):
+        return text
+    terms = re.sub(r"(?<=.)([+-])", r" , \1", text).split(" , ")
+    found = {}
+    for term in terms:
+        match = _UNIT_VECTOR.fullmatch(term.strip())
+        letter = match and (match[2] or match[3] or match[4])
+        if not letter or letter in found:
+            return text
+        coefficient = match[1].replace(" ", "").removeprefix("+")
+        found[letter] = {"": "1", "-": "-1"}.get(coefficient, coefficient)
+    letters = "ijk" if "k" in found else "ij"
+    return f"({', '.join(found.get(letter, '0') for letter in letters)})"
+
+
 def _equations(gold: str, answer: str, leaf: Leaf) -> bool | None:
+    golds, members = split(gold, "="), split(answer, "=")
     if r"\equiv" in answer and r"\equiv" not in gold:
         return False
-    golds, members = split(gold, "="), split(answer, "=")
     if len(golds) == 1:
-        if len(members) > 1:
-            values = members[1:] if _has_letter(members[0]) else members
-            return _all(compare(gold, value, leaf) for value in values)
-        return _expressions(gold, answer, leaf)
-    named = len(golds) == 2 and _NAME.fullmatch(golds[0])
+        if len(members) == 1:
+            return _expressions(gold, answer, leaf)
+        if not _has_letter(members[0]) and len(members) == 2 and _NAME.fullmatch(members[1]):
+            members.reverse()  # 5 = x
+        if (names := _NAMES_IN_BRACKETS.fullmatch(members[0])) and len(members) == 2:
+            return compare(gold, _by_name(names[1], members[1]), leaf)
+        members = [member for member in members[:-1] if r"\ldots" not in member] + members[-1:]
+        if not _has_letter(members[0]):
+            return _all(compare(gold, value, leaf) for value in members)
+        return _may_be_asked(members[0]) and _all(compare(gold, value, leaf) for value in members[1:])
+    if all(re.fullmatch("[A-Z]{2,}", member) for member in golds):
+        return sorted(golds) == sorted(members)  # MR = SRMC are names, not products of variables
+    named = len(golds) == 2 and _asked(golds[0])
     if len(members) == 1:
+        if named and (names := _NAMES_IN_BRACKETS.fullmatch(golds[0])):
+            return compare(_by_name(names[1], golds[1]), answer, leaf)
         return compare(golds[1], answer, leaf) if named else False
     if squeeze(golds[0]) == squeeze(members[0]):
         return _all(compare(golds[1], value, leaf) for value in members[1:]) if len(golds) == 2 else leaf(gold, answer)
-    if any(_DERIVATIVE.match(side[0]) for side in (golds, members)):
-        return False  # math-verify reads dx/dt = 1 and dy/dt = 1 alike
-    if all(re.fullmatch("[A-Z]{2,}", member) for member in golds + members):
-        return sorted(golds) == sorted(members)  # MR = SRMC are names, not products of variables
+    if len(golds) == len(members) == 2 and all(map(_NAMES_IN_BRACKETS.fullmatch, (golds[0], members[0]))):
+        return compare(*(_by_name(side[0].strip("()"), side[1]) for side in (golds, members)), leaf)
     return leaf(gold, answer)
+
+
+def _asked(left: str) -> bool:
+    """Say whether the left side of a gold answer only names its value: `x`, `AB`, `f(2)`, `(p, q)`, a ratio of lengths.
+
+    A combination of names (`a + b = 5`) is a relation that was asked for: the number alone is no answer to it.
+    """
+    return any(form.fullmatch(left) for form in (_NAME, _QUOTIENT, _NAMES_IN_BRACKETS, _FUNCTION_OF_ANGLE))
+
+
+def _may_be_asked(left: str) -> bool:
+    r"""Say whether the left side of an answer `left = 5` can be what a problem asks for whose answer is 5.
+
+    Names and values of functions can (`x`, `AB`, `f(2)`, `|z|`, `\sin\theta`), and so can combinations of several names
+    (`m + n = 17`, `xy = 6`), since problems ask for such a sum, product or quotient. Anything else in one name (`2x =
+    5`, `\sqrt{x} = 9`, `x - 3 = 0`) is an equation that was not solved: its right side is not the value of the name.
+    """
+    if _asked(left) or _FUNCTION_VALUE.fullmatch(left) or _DERIVATIVE.match(left):
+        return True
+    names = {m.group() for m in _LETTER.finditer(left) if m[1] or m.group()[1:] not in _NO_LETTERS}
+    return len(names) > 1
+
+
+def _by_name(names: str, values: str) -> str:
+    """Put the values of `(y, x) = (1, 2)` into the usual order if their names are neighbours in the alphabet."""
+    values = values.strip()
+    letters, elements = [name.strip() for name in names.split(",")], split(values[1:-1], ",")
+    codes = [ord(letter) for letter in letters if len(letter) == 1]
+    if len(codes) != len(elements) or sorted(codes) != list(range(min(codes), min(codes) + len(codes))):
+        return values
+    ordered = [value for _, value in sorted(zip(codes, elements, strict=True))]
+    return f"{values[0]}{', '.join(ordered)}{values[-1]}"
 
 
 def _expressions(gold: str, answer: str, leaf: Leaf) -> bool | None:
     first, *rest = split(answer.removeprefix(r"\approx").strip(), r"\approx")
     if rest and r"\approx" not in gold:
         return compare(gold, rest[0] if _NAME.fullmatch(first) else first, leaf)
-    bare_gold, bare_answer = literals.without_units(gold), literals.without_units(first if not rest else answer)
-    if (bare_gold, bare_answer) != (gold, answer):
-        return compare(bare_gold, bare_answer, leaf)
+    if not rest and first != answer:
+        return compare(gold, first, leaf)
     if _TEXT.search(answer) and not _TEXT.search(gold):
         return False
+    if (r"\circ" in gold) != (r"\circ" in answer) and not literals.OF_AN_ANGLE.search(gold + answer):
+        bare = [_DEGREE_SIGN.sub("", side) for side in (gold, answer)]
+        return _any([leaf(*bare), leaf(gold, answer)])
+    if (formula := _without_constant(gold, answer)) and compare(*formula, leaf):
+        return True
     return leaf(gold, answer)
+
+
+def _without_constant(gold: str, answer: str) -> tuple[str, str] | None:
+    """Return both without a constant of integration, which may be added to an answer or have another name there.
+
+    Only where a capital C or K cannot be anything else: the formula is in small letters.
+    """
+    given, asked = _CONSTANT.fullmatch(answer), _CONSTANT.fullmatch(gold)
+    formula = asked[1] if asked else gold
+    if not given or not re.search("[a-z]", formula) or re.search("(?<![A-Za-z])[A-Z]", formula):
+        return None
+    return (formula, given[1]) if asked or given[2] not in ("c", "K") else None
 
 
 def same_constant(gold: str, value: Fraction) -> bool | None:
@@ -147,6 +448,11 @@ def same_constant(gold: str, value: Fraction) -> bool | None:
 def _all(verdicts) -> bool | None:
     verdicts = list(verdicts)
     return False if False in verdicts else None if None in verdicts else True
+
+
+def _any(verdicts) -> bool | None:
+    verdicts = list(verdicts)
+    return True if True in verdicts else None if None in verdicts else False
 
 
 def _in_order(golds: list[str], answers: list[str], leaf: Leaf) -> bool | None:
@@ -211,20 +517,31 @@ def _name(element: str) -> str | None:
 
 
 def _has_letter(text: str) -> bool:
-    return any(match[1] or match.group()[1:] not in ("frac", "sqrt", "pi", "cdot") for match in _LETTER.finditer(text))
+    return any(match[1] or match.group()[1:] not in _NO_LETTERS for match in _LETTER.finditer(text))
 
 
 def _without_membership(text: str) -> str:
+    if builder := re.fullmatch(r"\\\{\s*([A-Za-z])\s*(?:\\in\s*\\mathbb\{R\})?\s*(?:\\mid|\||:)\s*(.+)\\\}", text):
+        return builder[2].strip() if builder[1] in builder[2] else text
     name, sign, members = text.partition(r"\in ")
+    if not sign:
+        name, sign, members = text.partition(r"\in\m")
+        members = r"\m" + members
     return members.strip() if sign and _NAME.fullmatch(name.strip()) else text
 
 
-def _interval(text: str) -> tuple[str, str] | None:
-    r"""Read `x > a` and `a \le x < b` as a name and an interval."""
+def interval(text: str) -> tuple[str, str] | None:
+    r"""Read `x > a`, `a \le x < b` and `x \ne a` as a name and an interval or two."""
+    if "," in text:
+        return None
     pieces = _COMPARISON.split(text)
     if len(pieces) not in (3, 5) or not all(piece.strip() for piece in pieces):
         return None
     pieces = [piece.strip() for piece in pieces]
+    if r"\ne" in pieces[1::2]:
+        if len(pieces) != 3 or not _NAME.fullmatch(pieces[0]):
+            return None
+        return squeeze(pieces[0]), rf"(-\infty, {pieces[2]}) \cup ({pieces[2]}, \infty)"
     signs = [("<" if sign in ("<", r"\lt", r"\le", "<=") else ">", "e" in sign or "=" in sign) for sign in pieces[1::2]]
     values = pieces[::2]
     if signs[0][0] == ">":  # 7 > x >= -2 from the left
@@ -250,12 +567,24 @@ def _structure(text: str) -> tuple[str | None, list[str]]:
     r"""Take apart a union, a bare list, a `\{set\}` or something in brackets; (None, [text]) if it is none of them."""
     unions = split(text, r"\cup")
     if len(unions) > 1:
+        kinds, elements = zip(*map(_structure, unions), strict=True)
+        if set(kinds) == {"set"}:
+            merged = {squeeze(one): one for side in elements for one in side}
+            return "set", list(merged.values())
         return "union", unions
-    elements = split(text, ",")
+    for kind, sign in (("intersection", r"\cap"), ("difference", r"\setminus")):
+        if len(sections := split(text, sign)) > 1:
+            return kind, sections
+    elements = split(text, *SEPARATORS)
     if len(elements) > 1:
+        conjunctions = {word for word in (r"\land", r"\lor") if len(split(text, word)) > 1}
+        if len(conjunctions) == 1 and all(_COMPARISON.search(one) or literals.words(one) for one in elements):
+            words = all(map(literals.words, elements))
+            kind = "and" if conjunctions == {r"\land"} else "or" if words else "union"
+            return kind, elements
         return "list", [one for element in elements for one in _both_signs(element)]
     if text.startswith(r"\{") and text.endswith(r"\}"):
-        return "set", [one for element in split(text[2:-2].strip(), ",") for one in _both_signs(element)]
+        return "set", [one for element in split(text[2:-2].strip(), *SEPARATORS) for one in _both_signs(element)]
     if text[:1] + text[-1:] in _TUPLES:
         elements = split(text[1:-1].strip(), ",")
         if len(elements) > 1:

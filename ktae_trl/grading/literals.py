@@ -1,4 +1,4 @@
-r"""Answers that need no algebra: numbers with their units, numerals with a base, names with an index, words.
+r"""Answers that need no algebra: numbers, times, ratios, residues, numerals with a base, names with an index, words.
 
 All functions take clean text (`text.clean`).
 """
@@ -6,47 +6,75 @@ All functions take clean text (`text.clean`).
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import NamedTuple
 
-from ktae_trl.grading.text import squeeze
+from ktae_trl.grading import units
+from ktae_trl.grading.text import MULTIPLIERS, squeeze
 
 RELATIVE_TOLERANCE = Fraction(1, 10**6)
 # Gold answers in scientific notation are measured values. Their digits say how exact they are; a gold answer of one
 # digit would accept half as much again, so there is a bound.
 _LOOSEST = Fraction(5, 100)
 
-# Text after a number is a unit, unless it says something else about the number. The quantifiers are possessive (`*+`),
-# which keeps the time linear.
-_UNIT_TEXT = (
-    r"\s*+\{(?![^{}]*\b(?:or|and|not|more|less|most|least|about|hundred|thousand|[mbtr]+illion|dozen)\b)[^{}\d!?=]*\}"
-)
-_POWER = r"(?:\s*+\^\s*+(?:\{\s*+[+-]?\d+\s*+\}|\d))?+"
-_WRAPPED = rf"(?:\\mu\s*+)?+\\(?:text|mathrm|rm|operatorname){_UNIT_TEXT}{_POWER}"
+# Where a unit may begin; what follows has to be one (`units.read`). The quantifiers are possessive (`*+`), which keeps
+# the time linear.
+_POWER = r"(?:\s*+\^\s*+(?:\{\s*+[+-]?\d+\s*+\}|[+-]?\d))?+"
+_WRAPPED = rf"(?:\\mu\s*+)?+\\(?:text|mathrm|rm|operatorname)\s*+\{{[^{{}}]*+\}}{_POWER}"
+_CIRCLE = r"\^\s*+(?:\{\s*+\\circ\s*+\}|\\circ(?![A-Za-z]))(?:\s*+[CF](?![A-Za-z]))?+|\\degrees?(?![A-Za-z])"
 _BARE = (
-    r"(?<=[\d\s])(?:square |cubic )?+(?:[cmk]m|[mk]g|[kMG]?Hz|[kMG]?eV|k?Pa|nm|ms|min|hr|hours?|minutes?|seconds?|days?"
-    rf"|years?|degrees?|dollars?|cents?|units?|inch(?:es)?|feet|ft|miles?|mph|meters?|percent){_POWER}"
+    r"(?<=[\d\s}])(?:square |cubic )?+(?:[cmk]m|[mk]g|[kMG]?Hz|[kMG]?eV|k?Pa|nm|ms|min|hr|hours?|minutes?|seconds?"
+    rf"|days?|years?|degrees?|dollars?|cents?|units?|inch(?:es)?|feet|ft|miles?|mph|meters?|radians?|rad){_POWER}"
 )
 _UNITS = re.compile(
-    rf"(?:(?:{_WRAPPED}|\\frac\s*+\{{\s*+{_WRAPPED}\s*+\}}\s*+\{{(?:{_WRAPPED}|\\cdot|\s)++\}}"
-    rf"|\{{\\rm\s[A-Za-z]+\}}|[MRL]_\s*+(?:\{{\s*+\\odot\s*+\}}|\\odot)|{_BARE})(?:\s|/|\.|\\cdot(?![A-Za-z]))*+)++$"
+    rf"(?:(?:{_WRAPPED}|\\frac\s*+\{{\s*+{_WRAPPED}\s*+\}}\s*+\{{(?:{_WRAPPED}|\\cdot|\s)++\}}|{_CIRCLE}"
+    rf"|\{{\\rm\s[A-Za-z]+\}}|[MRL]_\s*+(?:\{{\s*+\\odot\s*+\}}|\\odot)|{_BARE}|[€£¥₹¢])"
+    rf"(?:\s|/|\.|\\cdot(?![A-Za-z]))*+)++$"
 )
-_DEGREES = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)\s*(?:[CF]|\\(?:text|mathrm)\s*\{\s*[CF]\s*\})?$|\\degrees?$")
+_LAST_UNIT = re.compile(rf"{_WRAPPED}$")
+_AFTER_NUMBER = re.compile(
+    r"(?P<value>[+-]?\s*(?:\d[\d,]*(?:\.\d*)?|\.\d+)(?:\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*(?:\{[+-]?\d+\}|\d))?)"
+    r"(?P<space>\s*)(?P<unit>(?:[^\W\d_]|µ)[^\\{}()=,+!?]{0,60}(?:\{[+-]?\d\}[^\\{}()=,+!?]{0,30})*)"
+)
+_SHORT = {"k": "thousand", "K": "thousand", "M": "million", "m": "million", "B": "billion"}  # after a currency
+_SHORT_MULTIPLIER = re.compile(r"\\text\s*\{\s*([kKMmB])\s*\}$")
+_CURRENCY = re.compile(r"(?P<sign>[+-]?)\s*(?P<currency>\\\$|[€£¥₹])\s*(?P<value>.+)|(?P<before>.+?)\s*\\\$")
+OF_AN_ANGLE = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 _PRIMES = re.compile(r"(?:\^\s*(?:\{\s*(?:\\prime\s*)+\}|\\prime)|'+)$")
 _ORDINAL = re.compile(r"(?<=\d)\s*\^?\s*\{?\s*(?:\\(?:text|mathrm)\s*\{)?\s*(?:st|nd|rd|th)\s*\}?\s*\}?$")
+_MULTIPLIER = re.compile(r"(?:\\text\s*\{\s*)?([^\W\d_]+)\s*\}?")
 _NUMBER = re.compile(
     r"(?P<sign>[+-]?)\s*(?P<digits>[1-9]\d{0,2}(?:,\d{3}){1,9}|\d{1,100})?(?P<fraction>\.\d{0,100})?"
     r"(?:\s*(?:\\times|\\cdot|\*|x)\s*10\s*\^\s*(?:\{\s*(?P<power>[+-]?\d{1,4})\s*\}|(?P<bare_power>[+-]?\d{1,4}))"
-    r"|[eE](?P<exponent>[+-]?\d{1,4}))?\s*(?P<percent>%?)"
+    r"|[eE](?P<exponent>[+-]?\d{1,4}))?"
 )
 _RATIO = re.compile(
     r"(?P<sign>[+-]?)\s*(?P<whole>\d{1,100}(?=\s*\\|\s+\d))?\s*(?:\\frac\s*(?:\{\s*(?P<over>-?\d{1,100})\s*\}|(?P<over1>\d))"
     r"\s*(?:\{\s*(?P<under>-?\d{1,100})\s*\}|(?P<under1>\d))|(?P<over2>\d{1,100})\s*/\s*(?P<under2>\d{1,100}))"
 )
 _REPEATING = re.compile(r"(?P<sign>[+-]?)(?P<whole>\d{0,50})\.(?P<once>\d{0,50})\\overline\s*\{(?P<again>\d{1,50})\}")
+_AND_SO_ON = re.compile(r"([+-]?\d{0,50}\.\d{0,50}?)(\d{1,12}?)(\2+)\s*\\ldots")
 _BASED = re.compile(r"([0-9A-Z]+)\s*_\s*\{?\s*(\d+)\s*\}?")
 _INDEXED = re.compile(r"[A-Za-z]\s*_\s*(?:\w|\{\w+\})")
-_WORDS = re.compile(r"\\text\s*\{([^{}\\]*)\}")
-_BARE_WORDS = re.compile(r"\(?[A-Za-z][A-Za-z0-9 .'-]*\)?")
-_CHOICE = re.compile(r"\\text\s*\{\s*\(?([A-Z])[).]?\s*\}.*")
+_TEXT = r"\\(?:text|mathrm|rm|operatorname)"
+_WORDS = re.compile(rf"(?:{_TEXT}\s*\{{[^{{}}\\]*\}}\s*)+")
+_BARE_WORDS = re.compile(r"\(?[^\W\d_][\w .'-]*\)?")
+_LETTERS = re.compile(r"[^\W\d_]")
+# A letter with brackets, a full stop or a colon, alone or with the text of the choice.
+_CHOICE = re.compile(
+    rf"(?:{_TEXT}\s*\{{\s*(?:(?:Option|Choice|Answer|option|choice)\s*)?)?(?:\(\s*(?P<bracketed>[A-Z])\s*\)|(?P<marked>[A-Z])\s*[).:]|(?P<alone>[A-Z])(?=\s*\}}?$))[.:]?"
+    r"\s*\}?(?P<rest>.*)"
+)
+_OTHER_CHOICE = re.compile(
+    rf"^\s*(?:,|\\lor|\\land|[-+*/=^_])|\([A-Z]\)|{_TEXT}\s*\{{\s*\(?[A-Z]\)?\s*\}}|(?<![A-Za-z])[B-Z][).:](?![A-Za-z])"
+)
+_TIME = re.compile(
+    rf"(?:{_TEXT}\s*\{{\s*)?(?P<hours>[01]?\d|2[0-4])(?::(?P<minutes>[0-5]\d)(?::(?P<seconds>[0-5]\d))?)?\s*(?:{_TEXT}\s*\{{\s*)?"
+    r"(?P<half>[AaPp]\.?\s?[Mm]\.?|noon|midnight)?\s*\}?"
+)
+_COLON = re.compile(r"\s*(?::|\\colon(?![A-Za-z])|\\text\s*\{\s*to\s*\}|(?<=\d)\s+to\s+(?=\d))\s*")
+_RESIDUE = re.compile(
+    r"(?:(?P<name>[A-Za-z]\w?)\s*(?:\\equiv|=)\s*)?(?P<residues>[-\d\s,]+?)\s*\\pmod\s*\{\s*(?P<modulus>\d{1,18})\s*\}"
+)
 
 
 @dataclass(frozen=True)
@@ -57,16 +85,37 @@ class Number:
     percent: bool = False
 
 
+class Quantity(NamedTuple):
+    value: str
+    unit: units.Unit | None
+
+
 def is_literal(text: str) -> bool:
-    r"""Say whether text is a number, words in `\text{}`, or a name such as E_1."""
-    return bool(number(text) or _words(text) or _INDEXED.fullmatch(text))
+    r"""Say whether text is a number, a time, a residue, words in `\text{}`, or a name such as E_1."""
+    text = quantity(text).value
+    return bool(
+        number(text) or time(text) or residues(text) or words(text) or words_alone(text) or _INDEXED.fullmatch(text)
+        or text in (r"\ldots", r"\emptyset", r"\mathbb{R}")
+    )  # fmt: skip
 
 
 def same_literal(gold: str, answer: str) -> bool | None:
-    """Compare two numbers, numerals with a base, names with an index, or texts; None for anything else."""
+    """Compare two numbers, times, ratios, residues, numerals, names with an index, or texts; None for anything else."""
     gold_number, answer_number = number(gold), number(answer)
     if gold_number and answer_number:
         return same_number(gold_number, answer_number)
+    gold_time, answer_time = time(gold), time(answer)
+    if gold_time or answer_time:
+        return _same_time(gold_time, answer_time, gold, answer)
+    gold_ratio, answer_ratio = ratio(gold), ratio(answer)
+    if gold_ratio and answer_ratio:
+        return _proportional(gold_ratio, answer_ratio)
+    for pair, single in ((gold_ratio, answer_number), (answer_ratio, gold_number)):
+        if pair and single and len(pair) == 2 and pair[1]:
+            return pair[0] / pair[1] == single.value
+    gold_residues, answer_residues = residues(gold), residues(answer)
+    if gold_residues or answer_residues:
+        return _same_residues(gold_residues, answer_residues)
     gold_base, answer_base = _BASED.fullmatch(gold), _BASED.fullmatch(answer)
     if gold_base and answer_base:
         return gold_base.groups() == answer_base.groups()
@@ -76,28 +125,43 @@ def same_literal(gold: str, answer: str) -> bool | None:
         return answer_base[2] == "10" and answer_base[1] == gold
     if _INDEXED.fullmatch(gold) and _INDEXED.fullmatch(answer):
         return squeeze(gold) == squeeze(answer)  # E_1 is a name, though math-verify reads e
-    words = _words(gold)
-    if _words(answer) and _BARE_WORDS.fullmatch(gold):
-        return _words(answer) == _words(rf"\text{{{gold}}}") or None
-    if words and (choice := _CHOICE.fullmatch(answer)) and len(words) == 1:
-        return words == choice[1].lower()  # \text{(C) } 5
-    if words and (_words(answer) or _BARE_WORDS.fullmatch(answer)):
-        return words == (_words(answer) or _words(rf"\text{{{answer}}}"))
+    return _same_words(gold, answer)
+
+
+def _same_words(gold: str, answer: str) -> bool | None:
+    gold_choice, answer_choice = choice(gold), choice(answer)
+    if gold_choice and answer_choice:
+        return gold_choice == answer_choice
+    said_in_text, answer_words = words(gold), words(answer)
+    if not (said_in_text or answer_words or words_alone(gold) or words_alone(answer)):
+        return None
+    gold_said = said_in_text or (_plain(gold) if _BARE_WORDS.fullmatch(gold) else None)
+    said = answer_words or (_plain(answer) if _BARE_WORDS.fullmatch(answer) else None)
+    if gold_said and said:
+        return gold_said == said or (None if not said_in_text and not words_alone(gold) else False)
+    if gold_said and number(answer):
+        return False
     return None
 
 
 def same_number(gold: Number, answer: Number) -> bool:
     """Compare literal numbers by value: exactly, but for what a decimal point or scientific notation leaves open.
 
-    - A percent sign on one side only may be left out or written out as a fraction: 62.5% is 62.5 and 0.625.
+    - A gold answer with a percent sign: 62.5% is 62.5 and 0.625.
+    - An answer with a percent sign: a hundredth of it. For an integer, or a decimal fraction of at least 1, the sign
+      may be left out in the gold answer, which then is a percentage (62.5% for 62.5). A decimal fraction below 1 or a
+      ratio is no percentage: 0.25% is not 0.25, it is 0.0025.
     - Gold in scientific notation is a measured value: an answer equals it if it rounds to it at the digits given (and
       is at most 5% off): 4.57e-24 equals 4.6e-24; 4.5e-24 does not, nor does 4.6e-24 equal 4.57e-24.
     - A decimal fraction against a ratio or another decimal fraction: a millionth of the value, at most of 1.
     - Integers: exactly.
     """
     candidates = [answer.value]
-    if gold.percent != answer.percent:
-        candidates.append(answer.value * (Fraction(100) if gold.percent else Fraction(1, 100)))
+    if gold.percent and not answer.percent:
+        candidates.append(answer.value * 100)
+    elif answer.percent and not gold.percent:
+        may_be_percentage = gold.kind == "integer" or (gold.kind == "decimal" and abs(gold.value) >= 1)
+        candidates = [answer.value / 100] + candidates * may_be_percentage
     if gold.kind == "scientific":
         return any(rounds_to(gold, value) for value in candidates)
     if gold.value in candidates:
@@ -114,28 +178,79 @@ def rounds_to(gold: Number, value: Fraction) -> bool:
     return abs(value - gold.value) <= min(gold.ulp / 2, _LOOSEST * abs(gold.value))
 
 
-def without_units(text: str) -> str:
-    r"""Remove units at the end (`\text{ cm}^2`), unless nothing else is there."""
-    return _UNITS.sub("", text).strip() or text
+def quantity(text: str) -> Quantity:
+    r"""Take apart a value and its unit: `5\text{ cm}^2`, `\$5`, `12 people`, `90^\circ`; without unit it is None.
+
+    Letters that follow a number at once are variables (`6m`), unless they are a longer word (`5cm`, `12 people`); after
+    a space they are a unit if they can be one (`9.8 m/s^2`).
+    """
+    if time(text):
+        return Quantity(text, None)
+    if (match := _CURRENCY.fullmatch(text)) and "$" not in (match["value"] or match["before"]):
+        value = match["sign"] + match["value"] if match["value"] else match["before"]
+        value = _SHORT_MULTIPLIER.sub(lambda short: rf"\text{{{_SHORT[short[1]]}}}", value)
+        if quantity(value).unit is None:
+            return Quantity(value, units.read(match["currency"] or r"\$"))
+    if (match := _AFTER_NUMBER.fullmatch(text)) and (unit := units.read(match["unit"])):
+        letters = sum(map(str.isalpha, match["unit"]))
+        if match["space"] or (letters > 1 and match["unit"] not in ("mg", "mm", "MN", "Pa", "PA")):
+            return Quantity(match["value"].strip(), unit)
+    match = _UNITS.search(text)
+    if match and units.read(match.group()) is None:
+        match = _LAST_UNIT.search(text)
+    if match and match.start() and (unit := units.read(match.group())):
+        if r"\circ" in match.group() and (OF_AN_ANGLE.search(text) or r"\circ" in text[: match.start()]):
+            return Quantity(text, None)
+        return Quantity(text[: match.start()].strip(), unit)
+    return Quantity(text, None)
 
 
 def number(text: str) -> Number | None:
-    """Read a literal number, with or without unit, degree sign, prime, ordinal ending or percent sign."""
-    text = without_units(text)
-    for ending in (_DEGREES, _PRIMES, _ORDINAL):
+    """Read a literal number, with or without prime, ordinal ending, percent sign or multiplier (2.5 million)."""
+    percent = text.endswith("%")
+    if percent:
+        text = text[:-1].strip()
+    for ending in (_PRIMES, _ORDINAL):
         text = ending.sub("", text).strip()
-    if match := _RATIO.fullmatch(text):
-        over = int(match["over"] or match["over1"] or match["over2"])
-        under = int(match["under"] or match["under1"] or match["under2"])
-        if not under or (match["whole"] and over * under < 0):
-            return None
-        value = int(match["whole"] or 0) + Fraction(over, under)
-        return Number(-value if match["sign"] == "-" else value, "ratio", Fraction(0))
-    if match := _REPEATING.fullmatch(text):
-        once, again = match["once"], match["again"]
-        value = Fraction(int((match["whole"] or "0") + once), 10 ** len(once))
-        value += Fraction(int(again), (10 ** len(again) - 1) * 10 ** len(once))
-        return Number(-value if match["sign"] == "-" else value, "ratio", Fraction(0))
+    scale = Fraction(1)
+    if text and not text[-1].isdigit() and (match := re.search(r"\d\s*((?:\\text\s*\{[^{}]*\}|[^\W\d_]+)$)", text)):
+        word = _MULTIPLIER.fullmatch(match[1])
+        if word and word[1] in MULTIPLIERS and (word[1] not in ("k", "K") or "\\text" in match[1]):
+            scale, text = Fraction(MULTIPLIERS[word[1]]), text[: match.start(1)].strip()
+    read = _ratio_number(text) or _repeating(text) or _decimal(text)
+    if read is None or (scale == 1 and not percent):
+        return read
+    value = read.value * scale
+    kind = read.kind if scale == 1 else "integer" if value.denominator == 1 else "decimal"
+    return Number(value, kind, read.ulp * scale, percent)
+
+
+def _ratio_number(text: str) -> Number | None:
+    match = _RATIO.fullmatch(text)
+    if not match:
+        return None
+    over = int(match["over"] or match["over1"] or match["over2"])
+    under = int(match["under"] or match["under1"] or match["under2"])
+    if not under or (match["whole"] and over * under < 0):
+        return None
+    value = int(match["whole"] or 0) + Fraction(over, under)
+    return Number(-value if match["sign"] == "-" else value, "ratio", Fraction(0))
+
+
+def _repeating(text: str) -> Number | None:
+    r"""Read `0.1\overline{6}`, and `0.1666\ldots`, whose last digits are repeated."""
+    if match := _AND_SO_ON.fullmatch(text):
+        text = rf"{match[1]}\overline{{{match[2]}}}"
+    match = _REPEATING.fullmatch(text)
+    if not match:
+        return None
+    once, again = match["once"], match["again"]
+    value = Fraction(int((match["whole"] or "0") + once), 10 ** len(once))
+    value += Fraction(int(again), (10 ** len(again) - 1) * 10 ** len(once))
+    return Number(-value if match["sign"] == "-" else value, "ratio", Fraction(0))
+
+
+def _decimal(text: str) -> Number | None:
     match = _NUMBER.fullmatch(text)
     if not match or (match["digits"] is None and len(match["fraction"] or "") < 2):
         return None
@@ -143,14 +258,102 @@ def number(text: str) -> Number | None:
     power = next((match[name] for name in ("power", "bare_power", "exponent") if match[name] is not None), None)
     scale = Fraction(10) ** int(power or 0)
     mantissa = Fraction(int((match["digits"] or "0").replace(",", "") + places), 10 ** len(places))
-    return Number(
-        value=mantissa * scale * (-1 if match["sign"] == "-" else 1),
-        kind="scientific" if power is not None else "decimal" if places else "integer",
-        ulp=scale / 10 ** len(places),
-        percent=bool(match["percent"]),
-    )
+    value = mantissa * scale * (-1 if match["sign"] == "-" else 1)
+    kind = "scientific" if power is not None else "decimal" if places else "integer"
+    if match["exponent"] and re.search(r"e(?:-0\d|\+\d\d)", text):
+        kind = "decimal"  # 1e-05 and 1e+16 are how Python writes a float, not a measured value
+    return Number(value, kind, ulp=scale / 10 ** len(places))
 
 
-def _words(text: str) -> str | None:
-    match = _WORDS.fullmatch(text)
-    return re.sub(r"[\s().]", "", match[1]).lower() or None if match else None
+def time(text: str) -> tuple[int, int | None] | None:
+    """Read a time of day or a duration (`2:30`, `1:20 p.m.`) as seconds and half of the day (0, 12 or None).
+
+    A colon between at most two digits and two digits up to 59 is a time; other colons are ratios (3:2, 1:100).
+    """
+    match = _TIME.fullmatch(text)
+    if not match or not (match["minutes"] or match["half"]):
+        return None
+    half = match["half"] and (12 if match["half"][0] in "pPn" else 0)
+    hours = int(match["hours"])
+    if half is not None:
+        if not 1 <= hours <= 12:
+            return None
+        hours = hours % 12 + half
+    elif hours > 12:
+        half = 12  # 15:00 says which half it is
+    return hours * 3600 + int(match["minutes"] or 0) * 60 + int(match["seconds"] or 0), half
+
+
+def _same_time(gold, answer, gold_text: str, text: str) -> bool | None:
+    if gold is None or answer is None:
+        gold_ratio, answer_ratio = ratio(gold_text), ratio(text)
+        if gold_ratio and answer_ratio:
+            return gold_ratio == answer_ratio  # 8:15 and "8 to 15"
+        return False if number(gold_text) or number(text) else None
+    if gold[1] is None or answer[1] is None:
+        return gold[0] % 43200 == answer[0] % 43200
+    return gold[0] == answer[0]
+
+
+def ratio(text: str) -> tuple[Fraction, ...] | None:
+    r"""Read `3:2`, `1:2:3`, `3\text{ to }2` as numbers."""
+    parts = [number(part) for part in _COLON.split(text)]
+    return tuple(part.value for part in parts) if len(parts) > 1 and all(parts) else None
+
+
+def _proportional(gold: tuple[Fraction, ...], answer: tuple[Fraction, ...]) -> bool:
+    if len(gold) != len(answer) or not gold[0] or not answer[0]:
+        return gold == answer
+    return all(g * answer[0] == a * gold[0] for g, a in zip(gold, answer, strict=True))
+
+
+def residues(text: str) -> tuple[str, frozenset[int], int] | None:
+    r"""Read `x \equiv 3 \pmod 7`, with or without the name, as name, residues and modulus."""
+    match = _RESIDUE.fullmatch(text)
+    if not match or not int(match["modulus"]):
+        return None
+    modulus = int(match["modulus"])
+    try:
+        found = frozenset(int(part.replace(" ", "")) % modulus for part in match["residues"].split(","))
+    except ValueError:
+        return None
+    return match["name"] or "", found, modulus
+
+
+def _same_residues(gold, answer) -> bool:
+    if gold is None or answer is None:
+        return False
+    return gold[1:] == answer[1:] and (gold[0] == answer[0] or not gold[0] or not answer[0])
+
+
+def choice(text: str) -> str | None:
+    r"""Return the letter of an answer to a multiple-choice question: `C`, `\text{(C)}`, `\text{(C) }12`, `B. 12`.
+
+    None if another letter follows: two choices are none.
+    """
+    match = _CHOICE.fullmatch(text)
+    if not match or _OTHER_CHOICE.search(match["rest"]):
+        return None
+    if match["rest"].count("{") != match["rest"].count("}") and not text.startswith("\\"):
+        return None
+    return match["bracketed"] or match["marked"] or match["alone"]
+
+
+def words_alone(text: str) -> str | None:
+    """Return words of a script without capital letters, such as Chinese, which are no product of variables."""
+    if text.isascii() or not _BARE_WORDS.fullmatch(text):
+        return None
+    return _plain(text)
+
+
+def words(text: str) -> str | None:
+    r"""Return what an answer of nothing but `\text{}` says."""
+    if not _WORDS.fullmatch(text):
+        return None
+    return _plain(" ".join(re.findall(r"\{([^{}]*)\}", text)))
+
+
+def _plain(text: str) -> str | None:
+    """Return words in small letters and the singular, without articles, brackets and spaces."""
+    said = re.sub(r"[().,:]", " ", text).lower().split()
+    return "".join(units.singular(word) for word in said if word not in ("the", "a", "an") or len(said) == 1) or None

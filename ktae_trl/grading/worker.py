@@ -25,11 +25,12 @@ def _verdict(golds: list[str], answer: str | None, say) -> str:
 
     known = [gold for gold in golds if _surely(symbolic.parsable, gold)]
     say("gold")
-    # A gold answer that cannot be parsed can still be written out literally.
-    if answer is not None and any(_surely(symbolic.equal, gold, answer) for gold in golds):
-        return "equal"
+    # A gold answer that cannot be parsed accepts nothing, not even its own words: an answer that gets a verdict only if
+    # it is right would look like one that is always right.
     if not known:
         return "unparsable gold"
+    if answer is not None and any(_surely(symbolic.equal, gold, answer) for gold in known):
+        return "equal"
     return "different" if answer is None or _surely(symbolic.parsable, answer) else "unparsable answer"
 
 
