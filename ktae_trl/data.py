@@ -16,7 +16,7 @@ from datasets import Dataset, DatasetDict, ReadInstruction, concatenate_datasets
 from ktae_trl import data_files
 from ktae_trl.arguments import nearest
 from ktae_trl.grading import grade_many
-from ktae_trl.grading.golds import gold_answers
+from ktae_trl.grading.golds import gold_answers, is_prose
 from ktae_trl.prompts import Conversation, check_template, conversation, token_ids
 
 logger = logging.getLogger(__name__)
@@ -245,11 +245,17 @@ def original_column(dataset: Dataset, path: str) -> str:
 
 
 def _gradable_rows(rows: list[int], golds: list[list[str]]) -> list[int]:
+    def keep(wanted: list[bool], reason: str) -> list[int]:
+        kept = [row for row, good in zip(rows, wanted, strict=True) if good]
+        example = next((golds[row][0] for row, good in zip(rows, wanted, strict=True) if not good), "")
+        return _count(kept, len(rows), f"{reason}, such as {example!r:.100}")
+
+    rows = keep(
+        [not all(map(is_prose, golds[row])) for row in rows],
+        "answers in prose, without a last line ####, a box, or 'The answer is ...' at their end",
+    )
     verdicts = grade_many([""] * len(rows), [golds[row] for row in rows])
-    without = [golds[row] for row, verdict in zip(rows, verdicts, strict=True) if verdict is None]
-    kept = [row for row, verdict in zip(rows, verdicts, strict=True) if verdict is not None]
-    example = f", such as {without[0][0]!r:.100}" if without else ""
-    return _count(kept, len(rows), f"answers that cannot be graded{example}")
+    return keep([verdict is not None for verdict in verdicts], "answers that cannot be graded")
 
 
 def _has_system(problem: str | list[dict]) -> bool:

@@ -154,6 +154,11 @@ def test_answers_without_a_verdict_are_left_out_and_counted(write, tokenizer, ca
     with caplog.at_level(logging.WARNING):
         assert data.to_prompts(rows)["solution"] == [["2"], ["4"]]
     assert "Left out 1 of 3 rows: answers that cannot be graded, such as '???'" in caplog.text
+    caplog.clear()
+    prose = {"problem": "p", "answer": "If she gives 5 of her 12 pens to Tom, she has 12 - 5 = 7 pens left."}
+    with caplog.at_level(logging.WARNING):
+        assert len(data.to_prompts(Dataset.from_list([*ROWS, prose]))) == 2
+    assert "Left out 1 of 3 rows: answers in prose, without a last line ####, a box, or 'The answer is" in caplog.text
     assert len(data.to_prompts(rows, gradable_only=False)) == 3  # for a reward function that does not grade
     with pytest.raises(ValueError, match="No row is left of 1: answers that cannot be graded, such as"):
         data.to_prompts(rows.select([2]))

@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from ktae_trl.grading.golds import describe, gold_answers
+from ktae_trl.grading.golds import describe, gold_answers, is_prose
 
 GSM8K = "He has 3 bags of 24.\nThat is 3*24 = <<3*24=72>>72 apples.\n#### 72"
 MATH = r"We have $x = \boxed{3}$ or, with the other sign, $x = \boxed{\frac{1}{2}}$. That is all."
@@ -132,6 +132,18 @@ def test_what_a_value_means(value, answers, how):
 def test_values_that_are_no_answers(value, words):
     with pytest.raises(TypeError, match=words):
         gold_answers(value)
+
+
+@pytest.mark.parametrize(
+    ("answer", "prose"),
+    [
+        ("If she gives 5 of her 12 pens to Tom, she has 12 - 5 = 7 pens left.", True),
+        ("no real solution exists for these a", False),
+        (r"\frac{\sqrt{a b c d}}{\left(x + y\right)} \text{ m} \cdot \alpha \beta \gamma \delta \epsilon", False),
+    ],
+)
+def test_prose(answer, prose):
+    assert is_prose(answer) == prose
 
 
 def test_every_solution_of_gsm8k(shared):
