@@ -15,7 +15,7 @@ from datasets import Dataset, DatasetDict, ReadInstruction, concatenate_datasets
 
 from ktae_trl import data_files
 from ktae_trl.arguments import nearest
-from ktae_trl.grading import grade_many
+from ktae_trl.grading import gradable
 from ktae_trl.grading.golds import gold_answers, is_prose
 from ktae_trl.prompts import Conversation, check_template, conversation, token_ids
 
@@ -254,8 +254,7 @@ def _gradable_rows(rows: list[int], golds: list[list[str]]) -> list[int]:
         [not all(map(is_prose, golds[row])) for row in rows],
         "answers in prose, without a last line ####, a box, or 'The answer is ...' at their end",
     )
-    verdicts = grade_many([""] * len(rows), [golds[row] for row in rows])
-    return keep([verdict is not None for verdict in verdicts], "answers that cannot be graded")
+    return keep(gradable([golds[row] for row in rows]), "answers that cannot be graded")
 
 
 def _has_system(problem: str | list[dict]) -> bool:

@@ -146,5 +146,7 @@ def _exact(value):
     if isinstance(value, list):
         return [_exact(part) for part in value]
     if isinstance(value, float):
-        return f"{Decimal(str(value)):f}" if math.isfinite(value) else None
+        if not math.isfinite(value):
+            return None
+        return int(value) if value.is_integer() and abs(value) < 2**53 else f"{Decimal(str(value)):f}"
     return str(value) if isinstance(value, int) and value.bit_length() > 63 else value

@@ -26,6 +26,24 @@ def test_four_lines_add_a_benchmark(tmp_path):
     assert load_problems(benchmark) == [Problem("mine", "0", "1 + 1?", ("2",)), Problem("mine", "1", "2 + 2?", ("4",))]
 
 
+def test_answers_and_problems_of_any_kind(tmp_path):
+    rows = [
+        {"q": "1 + 1?", "gold": {"value": 2.0}},
+        {"q": [{"role": "user", "content": "2 + 2?"}], "gold": {"value": "It is so.\n#### 4"}},
+        {"q": "3 + 3?", "gold": {"value": ["6", "six"]}},
+    ]
+    found = load_problems(Benchmark("mine", write(tmp_path, rows), problem="q", answer="gold.value"))
+    assert [p.text for p in found] == ["1 + 1?", "2 + 2?", "3 + 3?"]
+    assert [p.answers for p in found] == [("2",), ("4",), ("6", "six")]
+    assert [p.messages for p in found] == [None, rows[1]["q"], None]
+    rows[1]["gold"]["value"] = {"a": 1}
+    with pytest.raises(ValueError, match=r"problem '1' \(row 2\): An answer must be .* not a dict"):
+        load_problems(Benchmark("mine", write(tmp_path, rows), problem="q", answer="gold.value"))
+    rows[2]["q"] = 5
+    with pytest.raises(ValueError, match=r"problem '0' \(row 1\): a problem must be a text or a list .* not int: 5"):
+        load_problems(Benchmark("mine", write(tmp_path, rows[2:]), problem="q", answer="gold.value"))
+
+
 def test_a_folder_stands_in_for_the_hub(tmp_path):
     write(tmp_path, ROWS)
     benchmark = Benchmark("mine", "some/hub-dataset", problem="other")

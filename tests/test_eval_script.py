@@ -218,6 +218,9 @@ def test_graded_outputs_give_the_published_accuracy(script, shared, tmp_path):
         (["--temperature", "nan"], "temperature nan or top_p 1.0 is out of range"),
         (["--vllm_options", "{bad"], "vllm_options is not JSON"),
         (["--vllm_options", "[1]"], "vllm_options must be an object"),
+        (["--chat_template_kwargs", "{enable_thinking"], "chat_template_kwargs is not JSON"),
+        (["--chat_template_kwargs", "[1]"], "chat_template_kwargs must be an object"),
+        (["--prompt", "none", "--chat_template_kwargs", '{"a": 1}'], "are for the model's own chat template"),
         (["--model_name_or_path", "ktae_trl/no_such_model"], "ktae_trl/no_such_model is no folder here"),
         (["--only", "sum"], "There is no benchmark 'sum' (did you mean 'sums'?)"),
         (["--model_name_or_path", "./no/model"], "There is no model ./no/model"),
@@ -229,6 +232,23 @@ def test_graded_outputs_give_the_published_accuracy(script, shared, tmp_path):
 )
 def test_bad_settings(script, tmp_path, words, message):
     assert message in complaint(script, [*QUICK, "--output_dir", str(tmp_path), *words])
+
+
+def test_how_a_model_is_asked_is_a_setting_of_the_samples(script, tmp_path):
+    template = (Path(tiny.MODEL) / "chat_template.jinja").read_text()
+    model = shutil.copytree(tiny.MODEL, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(template + "{{ '<think></think>' if enable_thinking is false }}")
+    words = [*QUICK, "--model_name_or_path", str(model), "--output_dir", str(tmp_path / "out"), "--limit", "1"]
+    words += ["--chat_template_kwargs", '{"enable_thinking": false}', "--max_new_tokens", "1"]
+    script.main([*words, "--system_prompt", "null"])
+    prompt = samples(tmp_path / "out")[0]["prompt"]
+    assert prompt.startswith("<|im_start|>user\nState")
+    assert prompt.endswith("assistant\n<think></think>")
+    settings = json.loads((tmp_path / "out" / "summary.json").read_text())["settings"]
+    assert settings["chat_template_kwargs"] == {"enable_thinking": False}
+    assert "chat_template_kwargs was" in complaint(script, [*words, "--chat_template_kwargs", "null"])
+    script.main([*words, "--system_prompt_in_user", "true", "--output_dir", str(tmp_path / "in_user")])
+    assert samples(tmp_path / "in_user")[0]["prompt"].startswith("<|im_start|>user\nPlease reason")
 
 
 def test_outputs_that_would_be_lost(script, tmp_path):

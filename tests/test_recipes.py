@@ -196,7 +196,8 @@ def test_the_recipe_for_own_data_reads_rows_as_it_shows_them(tmp_path):
     run, args, model = parse_recipe(path, tmp_path, **here, **batch, steps_per_generation=1, max_completion_length=8)
     trainer = build_trainer(run, args, model)
     trainer.train()
-    assert trainer.train_dataset["solution"][0] == "5"
+    assert trainer.train_dataset["solution"][0] == ["5"]
+    assert trainer.train_dataset["result"][0] == "5"
 
 
 # Accelerate files

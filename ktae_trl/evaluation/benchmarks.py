@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from ktae_trl import prompts as rendering
 from ktae_trl.arguments import nearest
 from ktae_trl.data import column_values, load
-from ktae_trl.grading import grade_many_full
+from ktae_trl.grading import gradable
 from ktae_trl.grading.golds import gold_answers
 from ktae_trl.prompts import Conversation, conversation
 
@@ -145,8 +145,8 @@ def load_problems(benchmark: Benchmark, folder: str | None = None, limit: int | 
 
 def unscorable(problems: Sequence[Problem]) -> list[Problem]:
     """Return the problems none of whose answers can be parsed; they are left out of all figures."""
-    grades = grade_many_full([""] * len(problems), [problem.answers for problem in problems])
-    return [problem for problem, grade in zip(problems, grades, strict=True) if grade.verdict is None]
+    verdicts = gradable([problem.answers for problem in problems])
+    return [problem for problem, verdict in zip(problems, verdicts, strict=True) if not verdict]
 
 
 def prompts(
