@@ -12,6 +12,7 @@ from functools import lru_cache
 from itertools import product
 
 from ktae_trl.grading import literals
+from ktae_trl.grading.names import Names
 from ktae_trl.grading.text import SEPARATORS, clean, split, squeeze
 
 # What is settled in the caller's process, where no clock runs.
@@ -27,6 +28,8 @@ _NAME = re.compile(
     r"|\\(?:text|mathrm|operatorname)\s*\{[A-Za-z .]+\}" + _SUBSCRIPT + r"\s*(?:\([^()]*\))?"
     r"|\|[A-Za-z\\{}_ ]+\||\[[A-Z]+\]|\\l[vf]\w+ [^=]+\\r[vf]\w+"
 )
+_LENGTH = re.compile(r"(?<![A-Za-z\\{])[A-Z]{2,3}(?![A-Za-z])")
+_SQUARE_OF_LENGTH = re.compile(r"[A-Z]{2}\s*\^\s*\{?\s*2\s*\}?")
 _POINTS = r"(?:\|?\s*(?:\\overline\s*)?\{?[A-Z]'?[A-Z]'?\}?\s*\|?|S_\s*\{[^{}]*\}|\[[A-Z]+\])"
 _QUOTIENT = re.compile(rf"\\frac\s*\{{\s*{_POINTS}\s*\}}\s*\{{\s*{_POINTS}\s*\}}|{_POINTS}\s*[:/]\s*{_POINTS}")
 _NAMES_IN_BRACKETS = re.compile(
@@ -37,29 +40,13 @@ _FUNCTION_VALUE = re.compile(
 )
 _FUNCTION_OF_ANGLE = re.compile(r"\\(?:sin|cos|tan|cot)\s*(?:\\angle\s*)?(?:[A-Za-z]{1,3}|\\[A-Za-z]+)")
 _COMPARISON = re.compile(r"(\\(?:le|ge|lt|gt|ne)(?![A-Za-z])|<=|>=|<|>)")
-_DERIVATIVE = re.compile(r"\\frac\s*\{\s*(?:d|\\partial)")
+_DERIVATIVE = re.compile(
+    r"\\frac\s*\{\s*(?:d|\\partial)(?:\^\{?\d\}?)?\s*\\?[A-Za-z]+\s*\}\s*\{\s*(?:d|\\partial)\s*\\?[A-Za-z]+(?:\^\{?\d\}?)?\s*\}"
+)
+_ASKED = (_NAME, _QUOTIENT, _NAMES_IN_BRACKETS, _FUNCTION_OF_ANGLE, _DERIVATIVE)
 _LETTER = re.compile(r"\\[A-Za-z]+|([A-Za-z])")
-_NO_LETTERS = {
-    "frac",
-    "sqrt",
-    "pi",
-    "cdot",
-    "times",
-    "binom",
-    "infty",
-    "circ",
-    "log",
-    "ln",
-    "lg",
-    "sin",
-    "cos",
-    "tan",
-    "cot",
-    "sec",
-    "csc",
-    "exp",
-    "ldots",
-}
+_NO_LETTERS = {"frac", "sqrt", "pi", "cdot", "times", "binom", "infty", "circ", "log", "ln", "lg", "sin", "cos", "tan",
+               "cot", "sec", "csc", "exp", "ldots"}  # fmt: skip
 _TEXT = re.compile(r"\\(?:text|mathrm|rm|operatorname)\s*\{")
 _TUPLES = {"()", "[]", "(]", "[)"}
 _GRID = re.compile(
@@ -74,6 +61,8 @@ _QUALIFIER = re.compile(
 )
 _DOMAIN = re.compile(r"(.+?),\s*(?:\\forall\s*)?[a-z]\s*\\in\s*\\mathbb\{[RZNQC]\}(?:\^?[+*])?|(.+?)\s*\\forall.*")
 _CONSTANT = re.compile(r"(.+?)\s*\+\s*(C|c|K|\\text\s*\{\s*(?:constant|const|C)\s*\})")
+_BUILDER = re.compile(r"\\\{\s*([A-Za-z])\s*(?:\\in\s*\\mathbb\{R\})?\s*(?:\\mid|\||:)\s*(.+)\\\}")
+_MEMBER = re.compile(r"(.+?)\\in(?![A-Za-z])(.+)")
 _UNIT_VECTOR = re.compile(
     r"(.*?)\s*\\(?:vec|hat|overrightarrow|mathbf|widehat|boldsymbol)\s*(?:\{\s*\\?([ijk])(?:math)?\s*\}|([ijk])(?![A-Za-z])|\\([ij])math)"
 )
@@ -129,7 +118,7 @@ def parts(text: str) -> list[str]:
         return [text]
     if rows := _grid(text):
         return [part for row in rows for cell in row for part in parts(cell)]
-    kind, elements = _structure(_without_membership(text))
+    kind, elements = _structure(_membership(text)[1])
     if len(elements) > 1 or kind == "set":
         return [part for element in elements for part in parts(element)]
     if inequality := interval(text):
@@ -172,9 +161,11 @@ def compare(gold: str, answer: str, leaf: Leaf) -> bool | None:
     if gold_rows and rows:
         return (_cases if r"{cases}" in gold else _rows)(gold_rows, rows, leaf)
     gold, answer = _components(_listed(gold)), _components(_listed(answer))
-    gold, answer = _without_membership(gold), _without_membership(answer)
+    (gold_name, gold), (answer_name, answer) = _membership(gold), _membership(answer)
     gold_interval, answer_interval = interval(gold), interval(answer)
-    if gold_interval and answer_interval and gold_interval[0] != answer_interval[0]:
+    if gold_interval and answer_interval:
+        gold_name, answer_name = gold_interval[0], answer_interval[0]
+    if gold_name and answer_name and gold_name != answer_name:
         return False  # about another variable
     gold = gold_interval[1] if gold_interval else gold
     answer = answer_interval[1] if answer_interval else answer
@@ -276,7 +267,7 @@ def _elements(gold_kind, golds: list[str], kind, answers: list[str], leaf: Leaf)
     if kinds <= {"list", "set"}:
         return _lists(golds, answers, leaf)
     if "and" in kinds or "or" in kinds:
-        return _any_order(golds, answers, leaf) if kinds <= {gold_kind, "list"} and kinds <= {kind, "list"} else False
+        return _any_order(golds, answers, leaf) if len(kinds - {"list"}) == 1 else False
     if kinds <= {"union", "list"}:
         return _any_order(golds, answers, leaf)
     if kinds == {"list", "()"}:
@@ -384,20 +375,21 @@ def _asked(left: str) -> bool:
 
     A combination of names (`a + b = 5`) is a relation that was asked for: the number alone is no answer to it.
     """
-    return any(form.fullmatch(left) for form in (_NAME, _QUOTIENT, _NAMES_IN_BRACKETS, _FUNCTION_OF_ANGLE))
+    return any(form.fullmatch(left) for form in _ASKED)
 
 
 def _may_be_asked(left: str) -> bool:
     r"""Say whether the left side of an answer `left = 5` can be what a problem asks for whose answer is 5.
 
-    Names and values of functions can (`x`, `AB`, `f(2)`, `|z|`, `\sin\theta`), and so can combinations of several names
+    Names and values of functions can (`x`, `AB`, `f(2)`, `|z|`, `\sin\theta`, `AB^2`), and so can combinations of several names
     (`m + n = 17`, `xy = 6`), since problems ask for such a sum, product or quotient. Anything else in one name (`2x =
     5`, `\sqrt{x} = 9`, `x - 3 = 0`) is an equation that was not solved: its right side is not the value of the name.
     """
-    if _asked(left) or _FUNCTION_VALUE.fullmatch(left) or _DERIVATIVE.match(left):
+    if _asked(left) or _FUNCTION_VALUE.fullmatch(left):
         return True
-    names = {m.group() for m in _LETTER.finditer(left) if m[1] or m.group()[1:] not in _NO_LETTERS}
-    return len(names) > 1
+    names = Names()
+    names.rename(_LENGTH.sub(r"\\text{\g<0>}", left))  # AB is one length
+    return len(names.numbers) > 1 or bool(_SQUARE_OF_LENGTH.fullmatch(left))
 
 
 def _by_name(names: str, values: str) -> str:
@@ -498,6 +490,9 @@ def _lists(golds: list[str], answers: list[str], leaf: Leaf) -> bool | None:
     """Compare lists in any order, unless just one of them gives its elements different names."""
     names = [[_name(element) for element in side] for side in (golds, answers)]
     all_named = [all(side) for side in names]
+    unnamed = answers if all_named[0] else golds
+    if all_named[0] != all_named[1] and any(len(split(element, "=")) > 1 for element in unnamed):
+        return _any_order(golds, answers, leaf) if not all_named[0] else False
     if all_named[0] != all_named[1] and len(set(names[all_named.index(True)])) > 1:
         return _in_order(_values_by_name(golds), _values_by_name(answers), leaf)
     return _any_order(golds, answers, leaf)
@@ -520,14 +515,13 @@ def _has_letter(text: str) -> bool:
     return any(match[1] or match.group()[1:] not in _NO_LETTERS for match in _LETTER.finditer(text))
 
 
-def _without_membership(text: str) -> str:
-    if builder := re.fullmatch(r"\\\{\s*([A-Za-z])\s*(?:\\in\s*\\mathbb\{R\})?\s*(?:\\mid|\||:)\s*(.+)\\\}", text):
-        return builder[2].strip() if builder[1] in builder[2] else text
-    name, sign, members = text.partition(r"\in ")
-    if not sign:
-        name, sign, members = text.partition(r"\in\m")
-        members = r"\m" + members
-    return members.strip() if sign and _NAME.fullmatch(name.strip()) else text
+def _membership(text: str) -> tuple[str | None, str]:
+    r"""Read `x \in A` and `\{x \mid x > 2\}` as the name, if it is given for itself, and the set."""
+    if (builder := _BUILDER.fullmatch(text)) and builder[1] in builder[2]:
+        return None, builder[2].strip()
+    if (member := _MEMBER.fullmatch(text)) and _NAME.fullmatch(member[1].strip()):
+        return squeeze(member[1]), member[2].strip()
+    return None, text
 
 
 def interval(text: str) -> tuple[str, str] | None:

@@ -87,7 +87,7 @@ def _readable(part: str) -> bool:
 
 def _same_leaf(gold: str, answer: str) -> bool:
     gold_set, answer_set = _number_set(gold), _number_set(answer)
-    if gold_set is not None and answer_set is not None:
+    if gold_set is not None or answer_set is not None:
         return gold_set == answer_set
     sides = _sides(gold), _sides(answer)
     if sides[0] and sides[1]:
@@ -312,6 +312,8 @@ def _number_set(text: str):
         return None if None in values else sympy.FiniteSet(*values)
     if text[:1] in ("(", "[") and text[-1:] in (")", "]"):
         ends = [_real_value(one) for one in split(text[1:-1].strip(), ",")]
+        if (text[0], ends[0]) == ("[", -S.Infinity) or (text[-1], ends[-1]) == ("]", S.Infinity):
+            return None
         if len(ends) == 2 and None not in ends and ends[0] < ends[1]:
             return sympy.Interval(*ends, left_open=text[0] == "(", right_open=text[-1] == ")")
     return None
