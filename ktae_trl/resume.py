@@ -199,7 +199,11 @@ def _settings_of_0_1(file: dict) -> dict:
 
 
 def _new_run(checkpoint: str) -> str:
-    return f"start a new run from the checkpoint's model (--model_name_or_path {checkpoint}, no resume_from_checkpoint)"
+    if any(Path(checkpoint).glob("model*.safetensors")):
+        how = f"--model_name_or_path {checkpoint}"
+    else:  # an adapter, or the shards of DeepSpeed and FSDP
+        how = f"python -m ktae_trl.merge {checkpoint} -o FOLDER, then --model_name_or_path FOLDER"
+    return f"start a new run from the checkpoint's model ({how}, no resume_from_checkpoint)"
 
 
 def _rollouts_file(checkpoint: str, process_index: int) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import IterableDataset
+from peft import LoraConfig
 
 from ktae_trl import resume, tiny
 from ktae_trl.arguments import ResumeError
@@ -336,6 +337,16 @@ def test_a_model_without_its_training_is_refused(uninterrupted, tmp_path, lost):
         ResumeError, match=r"holds a model, but not .*save_only_model.*--model_name_or_path .*checkpoint"
     ):
         resumed_from(checkpoint, tmp_path)
+
+
+def test_an_adapter_is_merged_for_a_new_run(tmp_path):
+    settings = {**CYCLES, "max_steps": 1, "save_only_model": True}
+    adapter = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+    make_trainer(tmp_path / "out", train_dataset=prompts(12), peft_config=adapter, **settings).train()
+    with pytest.raises(
+        ResumeError, match=r"ktae_trl\.merge .*checkpoint-1 -o FOLDER, then --model_name_or_path FOLDER"
+    ):
+        resumed_from(tmp_path / "out" / "checkpoint-1", tmp_path, peft_config=adapter)
 
 
 def test_a_finished_run_is_not_trained_further(uninterrupted, tmp_path):
