@@ -9,9 +9,9 @@ import torch
 from datasets import IterableDataset
 from peft import LoraConfig
 
-from ktae_trl import resume, tiny
+from ktae_trl import KTAEGRPOConfig, resume, tiny
 from ktae_trl.arguments import ResumeError
-from ktae_trl.changes import fingerprint
+from ktae_trl.changes import HASH, ROWS, SETTINGS, fingerprint
 from ktae_trl.rewards import boxed_format
 from tests.training import difference, logged, make_trainer, prompts, weights
 
@@ -127,6 +127,22 @@ def test_at_the_end_of_a_cycle_other_settings_are_in_effect_and_named(uninterrup
         "max_steps was 18 and is 5: in effect",
     ):
         assert f"\n  {line}" in said
+
+
+def test_dynamic_sampling_that_is_turned_on_begins_with_the_first_prompts_and_says_so(uninterrupted, tmp_path, caplog):
+    folder, _ = uninterrupted
+    trainer, (said,) = resumed_from(
+        folder / "checkpoint-4", tmp_path, caplog, dynamic_sampling=True, dynamic_sampling_max_batches=1, max_steps=5
+    )
+    assert "dynamic_sampling was False and is True: in effect; the checkpoint does not say which prompts" in said
+    assert trainer._prompt_stream.position == 4
+
+
+def test_every_setting_of_the_table_is_there_and_once():
+    assert len(set(SETTINGS)) == len(SETTINGS)
+    others = {ROWS, HASH, "num_processes", "reward_funcs", "overlong_buffer"}
+    assert set(SETTINGS) - set(KTAEGRPOConfig.__dataclass_fields__) == others
+    assert {"ktae_combine", "tree_depth", "correctness_threshold", "answer_format"} <= set(SETTINGS)
 
 
 def test_another_batch_at_the_end_of_a_cycle_starts_a_generation(uninterrupted, tmp_path, caplog):
