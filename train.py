@@ -14,15 +14,15 @@ from transformers import AutoTokenizer, ProgressCallback, TrainerCallback
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ktae_trl import KTAEGRPOConfig, KTAEGRPOTrainer, plan
-from ktae_trl.arguments import checkpoint_to_resume, make_parser, parse
+from ktae_trl.arguments import ResumeError, checkpoint_to_resume, make_parser, parse
 from ktae_trl.batches import check_processes
 from ktae_trl.console import MetricsTable
 from ktae_trl.data import DataArguments, load_prompts
 from ktae_trl.evaluation.held_out import Accuracy, held_out_accuracy
-from ktae_trl.hub import HubError, create_repo, repo_name
+from ktae_trl.hub import HubError, create_repo, repo_name, upload_command
 from ktae_trl.model_card import PAGE, settings_of
 from ktae_trl.rewards import load_rewards
-from ktae_trl.stopping import telling_how_to_go_on
+from ktae_trl.stopping import Advice, advice_at_the_end
 
 
 @dataclass
@@ -137,14 +137,25 @@ def main(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -> None:
         trainer = build_trainer(run, args, model)
     except (ValueError, OSError, ImportError) as error:  # settings, data, a name on the Hub, what is not installed
         sys.exit(f"train.py: {error}")
-    say = trainer.accelerator.print
     held_out = None
     if trainer.eval_dataset is not None and run.held_out_samples > 0:
         held_out = HeldOutAccuracy(trainer, run)
         trainer.add_callback(held_out)
 
-    with telling_how_to_go_on(trainer):
-        trained = trainer.train(args.resume_from_checkpoint)
+    try:
+        with advice_at_the_end(trainer) as advice:
+            train_and_save(trainer, held_out, advice)
+    except ResumeError as error:  # of all processes
+        trainer.accelerator.print(f"\ntrain.py: {error}", file=sys.stderr, flush=True)
+        trainer.accelerator.wait_for_everyone()  # a launcher ends the others when one has left
+        sys.exit(1)
+    except HubError as error:
+        sys.exit(f"\ntrain.py: {error}")
+
+
+def train_and_save(trainer: KTAEGRPOTrainer, held_out: HeldOutAccuracy | None, advice: Advice) -> None:
+    args, say = trainer.args, trainer.accelerator.print
+    trained = trainer.train(args.resume_from_checkpoint)
     minutes, seconds = divmod(round(trained.metrics["train_runtime"]), 60)
     say(f"\nTrained to step {trainer.state.global_step} in {minutes} min {seconds:02d} s")
 
@@ -159,6 +170,10 @@ def main(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -> None:
         trainer.save_metrics("held_out", results, combined=False)
 
     trainer.save_all(push=args.push_to_hub)
+    advice.saved = f"It is in {args.output_dir}"
+    if args.push_to_hub:
+        folder, name = Path(args.output_dir), trainer.hub_model_id or repo_name(args)
+        advice.saved += f". Upload it: {upload_command(folder, name, args.hub_private_repo, args.hub_revision)}"
     say(f"\nSaved model, tokenizer and card in {args.output_dir}")
     if (page := Path(args.output_dir, PAGE)).exists():
         say(f"The key tokens of the run, for a browser: {page}")
@@ -167,10 +182,7 @@ def main(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -> None:
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
     if args.push_to_hub and args.process_index == 0:
-        try:
-            print(f"\nUploaded to {trainer.upload().repo_url}")
-        except HubError as error:
-            sys.exit(f"\ntrain.py: {error}")
+        print(f"\nUploaded to {trainer.upload().repo_url}")
 
 
 def read_arguments(words: list[str]) -> tuple[RunArguments, KTAEGRPOConfig, ModelConfig]:

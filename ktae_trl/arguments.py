@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 
+class ResumeError(ValueError):
+    """Training cannot resume as asked. Raised before the first step, by all processes alike."""
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """Return `" (did you mean 'x'?)"` for the choice most like `name`, or nothing if none is like it."""
     close = difflib.get_close_matches(str(name), list(choices), n=1)
@@ -74,16 +78,16 @@ def checkpoint_to_resume(asked: str | os.PathLike | bool | None, output_dir: str
     """Return the checkpoint that `resume_from_checkpoint` means: a folder, or true for the last one.
 
     Raises:
-        ValueError: the folder is no whole checkpoint, or there is none yet.
+        ResumeError: the folder is no whole checkpoint, or there is none yet.
     """
     if asked is None or str(asked).lower() in ("false", ""):
         return None
     last = last_checkpoint(output_dir)
     if str(asked).lower() == "true":
         if last is None:
-            raise ValueError(f"{output_dir} holds no checkpoint to resume from: start without resume_from_checkpoint")
+            raise ResumeError(f"{output_dir} holds no checkpoint to resume from: start without resume_from_checkpoint")
         return last
     if not (Path(asked) / "trainer_state.json").is_file():
         there = f"The last one of {output_dir} is {last}" if last else f"There is none in {output_dir} either"
-        raise ValueError(f"{asked} is no whole checkpoint: it has no trainer_state.json. {there}")
+        raise ResumeError(f"{asked} is no whole checkpoint: it has no trainer_state.json. {there}")
     return str(asked)

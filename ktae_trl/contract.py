@@ -74,7 +74,10 @@ _RELIED_ON: dict[str, tuple[list[str], set[str]]] = {
     "log": (["logs", "start_time"], {"log_completions"}),
     # These are transformers' own.
     "_save_rng_state": (["output_dir"], set()),
-    "_load_optimizer_and_scheduler": (["checkpoint"], set()),
+    "_init_training_state": (
+        ["max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint", "trial"],
+        {"load_from_json", "global_step"},
+    ),
 }
 
 

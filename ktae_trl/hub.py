@@ -162,13 +162,18 @@ def send(
 
 def failed(folder: Path, repo_id: str, private: bool | None, revision: str | None, error: BaseException) -> str:
     """Return what to say of a failed upload: what failed, where the model is, the command that tries again."""
+    return (
+        f"The upload to {repo_id} failed: {error if isinstance(error, HubError) else reason_of(error)}. Nothing is "
+        f"lost: the model is in {folder}. Try again: {upload_command(folder, repo_id, private, revision)}"
+    )
+
+
+def upload_command(folder: Path, repo_id: str, private: bool | None, revision: str | None) -> str:
+    """Return the command that uploads a run's folder."""
     words = ["python", "-m", "ktae_trl.hub", str(folder), "--repo_id", repo_id]
     words += [] if private is None else ["--private", str(private).lower()]
     words += [] if revision is None else ["--revision", revision]
-    return (
-        f"The upload to {repo_id} failed: {error if isinstance(error, HubError) else reason_of(error)}. Nothing is "
-        f"lost: the model is in {folder}. Try again: {shlex.join(words)}"
-    )
+    return shlex.join(words)
 
 
 def reason_of(error: BaseException) -> str:

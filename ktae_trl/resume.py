@@ -1,14 +1,29 @@
-"""The part of `KTAEGRPOTrainer` that resumes exactly: a process's place in the generation cycle and in the prompts."""
+"""The part of `KTAEGRPOTrainer` that resumes exactly, or says before the first step what will not be as it was."""
 
+import json
+import logging
 import os
-import warnings
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from accelerate.utils import broadcast_object_list, send_to_device
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device
+from datasets import Dataset
+from transformers import TrainerState
+
+from ktae_trl.arguments import ResumeError
+from ktae_trl.changes import LAYOUT, ROWS, SETTINGS, Changes, fingerprint
+
+logger = logging.getLogger(__name__)
 
 
 class ExactResume:
-    """Checkpoints of a TRL trainer that also hold, per process, the rollouts still to be trained on."""
+    """Checkpoints of a TRL trainer that also hold, per process, the rollouts still to be trained on.
+
+    They hold the settings that shape training, too: `ktae_trl.changes` says what becomes of each that has changed.
+    """
+
+    _data_fingerprint: dict | None = None
 
     def _get_train_sampler(self, dataset=None):
         self._train_sampler = super()._get_train_sampler(dataset)
@@ -19,92 +34,177 @@ class ExactResume:
         torch.save(
             {
                 "step": self._step,
-                "layout": self._layout(),
+                "settings": self._settings(self.state.max_steps),
                 "how": self._credit_how,
                 "rollouts": self._buffered_inputs if self._step % self._cycle() else None,
                 "prompts": self._prompt_stream and self._prompt_stream.state(),
             },
-            self._rollouts_file(output_dir, self.accelerator.process_index),
+            _rollouts_file(output_dir, self.accelerator.process_index),
         )
         # The first process goes on to write trainer_state.json: a checkpoint that has one has all its files.
         self.accelerator.wait_for_everyone()
 
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial):
         if checkpoint is not None:
-            self._restore_sampler()
-            self._restore_stream(checkpoint)
-            self._restore_rollouts(checkpoint)
+            self._check_training_state(checkpoint)
+            saved_state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+        epoch, batches = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial
+        )
+        if checkpoint is None:
+            return epoch, batches
+        self._restore(checkpoint, max_steps)
+        if self.state.global_step >= max_steps:
+            return num_train_epochs, 0  # transformers would train one step more
+        if not isinstance(self.train_dataset, Dataset):
+            # transformers takes all steps so far for one pass over the stream. It does count passes as epochs, though,
+            # each as if it had `max_steps` steps.
+            epoch, part = divmod(saved_state.epoch, 1)
+            steps = 0 if self.args.ignore_data_skip else round(part * saved_state.max_steps)
+            return int(epoch), steps * self.args.gradient_accumulation_steps
+        if self._train_sampler.shuffle:
+            for _ in range(epoch):  # each past epoch drew one permutation
+                torch.randperm(self._train_sampler.num_samples, generator=self._train_sampler.generator)
+        return epoch, batches
 
-    def _restore_sampler(self) -> None:
-        sampler = getattr(self, "_train_sampler", None)  # an iterable dataset has none
-        if sampler is not None and sampler.shuffle:
-            for _ in range(int(self.state.epoch)):  # each past epoch drew one permutation
-                torch.randperm(sampler.num_samples, generator=sampler.generator)
+    def _check_training_state(self, checkpoint: str) -> None:
+        """Check that the checkpoint holds more than a model, which transformers takes for a training from step 0."""
+        wanted = ("global_step*",) if self.is_deepspeed_enabled else ("optimizer*", "scheduler.pt")
+        here = all(any(Path(checkpoint).glob(name)) for name in (*wanted, "rng_state*.pth"))
+        if not all(gather_object([here])):
+            raise ResumeError(
+                f"{checkpoint} holds a model, but not the state of its training (optimizer, learning-rate schedule, "
+                "random numbers): it was saved with save_only_model, or with another back-end (DeepSpeed, FSDP), or "
+                f"was not copied whole. Instead of resuming, {_new_run(checkpoint)}"
+            )
 
-    def _restore_stream(self, checkpoint: str) -> None:
-        if self._prompt_stream is None:
-            return
-        # The first process says where it is: all must draw the same prompts, also where files were lost.
-        path, state = self._rollouts_file(checkpoint, 0), [None]
-        if self.accelerator.is_main_process and os.path.exists(path):
-            state = [torch.load(path, map_location="cpu", weights_only=True)["prompts"]]
-        self._prompt_stream.restore(broadcast_object_list(state)[0])
-
-    def _restore_rollouts(self, checkpoint: str) -> None:
-        path = self._rollouts_file(checkpoint, self.accelerator.process_index)
-        first = self._rollouts_file(checkpoint, 0)  # to compare with, if this process has none of its own
-        if not os.path.exists(first) and not os.path.exists(path):
-            warnings.warn(
+    def _restore(self, checkpoint: str, max_steps: int) -> None:
+        """Take up what the checkpoint holds for this process, or say why not. Collective: all decide by the same."""
+        path = _rollouts_file(checkpoint, self.accelerator.process_index)
+        own = torch.load(path, map_location="cpu", weights_only=True) if os.path.exists(path) else None
+        saved = gather_object([_Saved.of(own, self._reads())])
+        now = broadcast_object_list([self._settings(max_steps)])[0]
+        first = next(filter(None, saved), None)
+        if first is None:
+            self._warn(
                 f"{checkpoint} holds no {os.path.basename(path)}, so it was not saved by KTAEGRPOTrainer: this run "
-                "starts a new generation cycle and will not repeat the original one exactly.",
-                stacklevel=2,
+                "starts a new generation cycle and will not repeat the original one exactly."
             )
             return
-        own = os.path.exists(path)
-        saved = torch.load(path if own else first, map_location="cpu", weights_only=True)
-        layout, here = saved["layout"], self._layout()
-        cycle = layout["steps_per_generation"] * layout["num_iterations"]
-        if layout == here and (own or saved["rollouts"] is None):
-            self._step = saved["step"]
-            self._buffered_inputs = send_to_device(saved["rollouts"], self.accelerator.device)
-            self._credit_how = saved["how"]
-        elif layout == here:
-            raise FileNotFoundError(
-                f"{path} is missing: the rollouts that this process had still to train on. Copy the checkpoint whole, "
-                f"or resume from one whose forward passes are a multiple of {cycle}."
+        changes = Changes(first.settings, now)
+        self._check_changes(checkpoint, changes)
+        if any(one and one.holds_rollouts for one in saved):
+            self._check_rollouts(checkpoint, changes, saved, first)
+        if notes := list(changes.notes()):
+            self._warn("\n  ".join([f"Settings have changed since {checkpoint} was saved:", *notes]))
+        if not changes.among(LAYOUT):
+            self._step, self._credit_how = first.step, first.how
+            self._buffered_inputs = send_to_device(own and own["rollouts"], self.accelerator.device)
+        if self._prompt_stream is not None and first.prompts and not self.args.ignore_data_skip:
+            self._prompt_stream.restore(first.prompts)
+
+    def _check_changes(self, checkpoint: str, changes: Changes) -> None:
+        if problem := changes.refused("always"):
+            raise ResumeError(
+                f"{checkpoint} does not fit this run: {problem}. One optimizer cannot use the state of another. Set it "
+                f"back, or {_new_run(checkpoint)}"
             )
-        elif saved["rollouts"] is not None:
-            raise ValueError(
-                f"{checkpoint} lies inside a generation cycle: {saved['step']} forward passes were done, and "
-                f"{saved['step']} mod {cycle} (steps_per_generation x num_iterations) = {saved['step'] % cycle}. Its "
-                f"rollouts were made for {layout}, but this run has {here}. Resume with the same settings, or from a "
-                f"checkpoint whose forward passes are a multiple of {cycle} (optimizer steps x "
-                "gradient_accumulation_steps)."
-            )
-        else:
-            warnings.warn(
-                f"{checkpoint} was made with {layout}, this run has {here}: it starts with a new generation and will "
-                "not repeat the original one exactly.",
-                stacklevel=2,
+        if (problem := changes.refused("unless ignore_data_skip")) and not self.args.ignore_data_skip:
+            raise ResumeError(
+                f"{checkpoint} stopped at a certain place in its training prompts, and this run has other prompts or "
+                f"another order: {problem}. To resume at that place, set this back. To train on the new prompts from "
+                f"the first one of the epoch, add --ignore_data_skip true. Or {_new_run(checkpoint)}"
             )
 
-    def _layout(self) -> dict[str, int | str]:
-        """Return the settings that decide what a buffered batch holds and when it is used up."""
-        return {
+    def _check_rollouts(self, checkpoint: str, changes: Changes, saved: list, first: "_Saved") -> None:
+        cycle = first.settings["steps_per_generation"] * first.settings["num_iterations"]
+        other = (
+            "resume from a checkpoint whose forward passes are a multiple of "
+            f"{cycle} (optimizer steps x gradient_accumulation_steps)"
+        )
+        lacking = [f"{why}, for which they hold no {name}" for name, why in first.lacks.items()]
+        if problem := changes.refused("inside a generation cycle") or ", ".join(lacking):
+            raise ResumeError(
+                f"{checkpoint} lies inside a generation cycle: {first.step} forward passes were done, and {first.step} "
+                f"mod {cycle} (steps_per_generation x num_iterations) = {first.step % cycle}. Its rollouts, which are "
+                f"still to be trained on, do not fit this run: {problem}. Resume with the same settings, or {other}"
+            )
+        if missing := [_rollouts_file(checkpoint, i) for i, one in enumerate(saved) if one is None]:
+            raise ResumeError(
+                f"{missing[0]} is missing: the rollouts that this process had still to train on. Copy the checkpoint "
+                f"whole, or {other}"
+            )
+
+    def _reads(self) -> dict[str, str]:
+        """Return what the loss reads of a rollout only if settings ask for it, and these settings in words."""
+        needs = {"ref_per_token_logps": f"beta is {self.beta}"} if self.beta else {}
+        if self.use_vllm and self.vllm_importance_sampling_correction:
+            needs["importance_sampling_ratio"] = "vllm_importance_sampling_correction is true"
+        return needs
+
+    def _settings(self, max_steps: int) -> dict:
+        """Return this run's values of the settings that `ktae_trl.changes` compares."""
+        if self._data_fingerprint is None:
+            self._data_fingerprint = fingerprint(self.train_dataset)
+        recipe = {"overlong_buffer": self.recipe.get("overlong_buffer", "the default")} if self.recipe else {}
+        known = vars(self.args) | recipe | self._data_fingerprint
+        if not self.shuffle_dataset:
+            known.pop("seed")  # random numbers come from the checkpoint, so it decides nothing
+        known |= {
+            "max_steps": max_steps,
             "num_processes": self.accelerator.num_processes,
-            "per_device_train_batch_size": self.args.per_device_train_batch_size,
-            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
-            "steps_per_generation": self.args.steps_per_generation,
             "num_iterations": self.num_iterations,
             "num_generations": self.num_generations,
-            "credit": self.args.credit,
+            "reward_funcs": self.reward_func_names,
+            "shuffle_dataset": self.shuffle_dataset,
         }
+        # As plain values, which a checkpoint can hold: no enums, no tuples.
+        return json.loads(json.dumps({name: known[name] for name in SETTINGS if name in known}, default=str))
+
+    def _warn(self, message: str) -> None:
+        if self.accelerator.is_main_process:
+            logger.warning(message)
 
     def _cycle(self) -> int:
         """Return the forward passes from one generation to the next."""
         return self.args.steps_per_generation * self.num_iterations
 
-    @staticmethod
-    def _rollouts_file(checkpoint: str, process_index: int) -> str:
-        return os.path.join(checkpoint, f"rollouts_{process_index}.pt")
+
+class _Saved(NamedTuple):
+    """What a process's file in a checkpoint says, without its rollouts."""
+
+    step: int
+    how: str | None
+    prompts: dict | None
+    settings: dict
+    holds_rollouts: bool
+    lacks: dict[str, str]  # of what this run reads
+
+    @classmethod
+    def of(cls, file: dict | None, reads: dict[str, str]) -> "_Saved | None":
+        if file is None:
+            return None
+        rollouts = file["rollouts"]
+        lacks = {name: why for name, why in reads.items() if rollouts and name not in rollouts[0]}
+        settings = file["settings"] if "settings" in file else _settings_of_0_1(file)
+        return cls(file["step"], file["how"], file["prompts"], settings, rollouts is not None, lacks)
+
+
+def _settings_of_0_1(file: dict) -> dict:
+    stream = file["prompts"]
+    settings = {**file["layout"], "dynamic_sampling": stream is not None}
+    if stream is not None:
+        settings |= {ROWS: stream["size"], "seed": stream["seed"], "shuffle_dataset": stream["shuffle"]}
+    return settings
+
+
+def _new_run(checkpoint: str) -> str:
+    if any(Path(checkpoint).glob("model*.safetensors")):
+        how = f"--model_name_or_path {checkpoint}"
+    else:  # an adapter, or the shards of DeepSpeed and FSDP
+        how = f"python -m ktae_trl.merge {checkpoint} -o FOLDER, then --model_name_or_path FOLDER"
+    return f"start a new run from the checkpoint's model ({how}, no resume_from_checkpoint)"
+
+
+def _rollouts_file(checkpoint: str, process_index: int) -> str:
+    return os.path.join(checkpoint, f"rollouts_{process_index}.pt")

@@ -1,32 +1,52 @@
-"""When training stops before its end: what to say, and which checkpoint to go on from."""
+"""When a run stops before its end: the last line says why, and how to resume."""
 
+import atexit
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
+from tqdm import tqdm
 
-from ktae_trl.arguments import last_checkpoint
+from ktae_trl.arguments import ResumeError, last_checkpoint
+from ktae_trl.hub import HubError
 
 
-def advice(trainer, reason: str) -> str:
-    """Return the line that says after which step training stopped, for what reason, and how to go on."""
-    who = f" (process {trainer.accelerator.process_index})" if trainer.accelerator.num_processes > 1 else ""
-    checkpoint = last_checkpoint(trainer.args.output_dir)
-    how = (
-        f"Go on from the last checkpoint ({checkpoint}) with --resume_from_checkpoint true"
-        if checkpoint
-        else f"There is no checkpoint yet in {trainer.args.output_dir}: start again"
-    )
-    return f"train.py: training stopped after step {trainer.state.global_step}{who}: {reason}. {how}."
+class Advice:
+    """What to do when `train.py` stops before its end.
+
+    Attributes:
+        saved: what to do once the model is saved, in place of resuming; None until then.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self.saved: str | None = None
+
+    def line(self, reason: str) -> str:
+        """Return the line that says where the run stopped, for what reason, and how to resume."""
+        state, accelerator = self.trainer.state, self.trainer.accelerator
+        if self.saved:
+            where = "stopped after the model was saved"
+        elif 0 < state.max_steps <= state.global_step:
+            where = f"stopped after the last training step ({state.global_step}), before all was saved"
+        else:
+            where = f"training stopped after step {state.global_step}"
+        who = f" (process {accelerator.process_index})" if accelerator.num_processes > 1 else ""
+        return f"train.py: {where}{who}: {reason}. {self.saved or self._resume()}"
+
+    def _resume(self) -> str:
+        folder = self.trainer.args.output_dir
+        if checkpoint := last_checkpoint(folder):
+            return f"Resume from the last checkpoint ({checkpoint}) with --resume_from_checkpoint true"
+        return f"There is no checkpoint in {folder} yet: start again"
 
 
 def reason_of(error: BaseException) -> str:
     """Return in a few words what an error means; its own first line otherwise."""
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
     first = next(iter(str(error).strip().splitlines()), "")
     # gloo has no error class of its own: a peer that died is "Connection closed by peer", "Connection reset by peer" or
     # "Broken pipe", as the kernel noticed it, always with a source file of its transport layer.
@@ -36,28 +56,56 @@ def reason_of(error: BaseException) -> str:
 
 
 @contextmanager
-def telling_how_to_go_on(trainer) -> Iterator[None]:
-    """Around `trainer.train()`: errors pass, and SIGTERM ends the process, but first one line says how to go on.
+def advice_at_the_end(trainer) -> Iterator[Advice]:
+    """Around a run: if it stops before its end, the last line that the process writes says how to resume.
+
+    An error passes, and its traceback comes first. Ctrl-C ends the process without one, SIGTERM at once. Errors that
+    say themselves what to do are left alone: `ResumeError`, `HubError`.
 
     SIGTERM is left alone off the main thread, where Python sets no handlers, and where somebody handles it already (as
     transformers' `enable_jit_checkpoint` does).
     """
+    advice, listening = Advice(trainer), ExitStack()
+    reasons: list[str] = []  # one, until it is told
 
-    def tell(reason: str) -> None:
-        os.write(2, f"\n{advice(trainer, reason)}\n".encode())
+    def tell() -> None:
+        with suppress(IndexError):
+            os.write(2, f"\n{advice.line(reasons.pop())}\n".encode())
 
+    def at_exit() -> None:
+        tell()
+        listening.close()
+
+    def ended() -> None:
+        reasons[:] = reasons or ["ended from outside (SIGTERM), as a launcher does when another process has died"]
+        tell()
+
+    # The last one registered is called first, so what a training starts, such as a tracker, writes before it.
+    atexit.register(at_exit)
     main = threading.current_thread() is threading.main_thread()
-    listens = main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        listening.enter_context(_on_sigterm(ended))
     try:
-        with _on_sigterm(tell) if listens else nullcontext():
-            yield
-    except BaseException as error:
-        tell(reason_of(error))
+        yield advice
+    except (ResumeError, HubError):
         raise
+    except KeyboardInterrupt:
+        if trainer.accelerator.process_index == 0:  # all processes get it
+            reasons.append("interrupted")
+        sys.exit(128 + signal.SIGINT)
+    except BaseException as error:
+        reasons.append(reason_of(error))
+        raise
+    finally:
+        for bar in list(tqdm._instances):  # they would be drawn once more when the process ends
+            bar.close()
+        if not reasons:
+            atexit.unregister(at_exit)
+            listening.close()
 
 
 @contextmanager
-def _on_sigterm(tell: Callable[[str], None]) -> Iterator[None]:
+def _on_sigterm(tell: Callable[[], None]) -> Iterator[None]:
     # A launcher sends SIGTERM to the others when a process has died. They may be waiting for it deep inside NCCL, where
     # no Python handler runs; so a thread answers.
     receive, send = os.pipe()
@@ -67,7 +115,7 @@ def _on_sigterm(tell: Callable[[str], None]) -> Iterator[None]:
         while number := os.read(receive, 1)[0]:  # 0 ends it
             if number == signal.SIGTERM:
                 try:
-                    tell("ended from outside (SIGTERM), as a launcher does when another process has died")
+                    tell()
                 finally:
                     os._exit(128 + signal.SIGTERM)
 

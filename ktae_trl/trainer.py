@@ -42,10 +42,11 @@ class KTAEGRPOTrainer(ExactResume, Publishing, GRPOTrainer):
     values every token; the loss then combines the rollout advantages with these values. With `credit="none"` it is
     TRL's GRPO, bit for bit.
 
-    A resumed run goes on exactly as one that was not interrupted, at any optimizer step and in any epoch (stock TRL
-    regenerates in the middle of a generation cycle and replays the first epoch's order). Each checkpoint therefore
-    holds, per process, the rollouts that are still to be trained on. Not restored: the state of a vLLM sampler, and a
-    reference model changed by `sync_ref_model`.
+    A resumed run trains exactly as one that was not interrupted, at any optimizer step and in any epoch, also of a
+    stream (stock TRL regenerates in the middle of a generation cycle and replays the first epoch's order). Each
+    checkpoint therefore holds, per process, the rollouts that are still to be trained on, and the settings that shape
+    training: a changed one is named, with what is in effect, or refused (`ktae_trl.changes`). Not restored: the state
+    of a vLLM sampler, and a reference model changed by `sync_ref_model`.
 
     Example:
 

@@ -82,23 +82,6 @@ def test_the_stream_goes_on_from_a_position(position):
     assert resumed.take(14) == whole.take(14)
 
 
-@pytest.mark.parametrize("other", [PromptStream(12, seed=1), PromptStream(10, seed=2), PromptStream(10, 1, False)])
-def test_a_stream_of_other_data_or_order_begins_anew(other):
-    stream, fresh = PromptStream(10, seed=1), PromptStream(10, seed=1)
-    stream.take(7)
-    other.take(5)
-    with pytest.warns(UserWarning, match=r"drew prompts by .*; this run draws them by .*'size': 10"):
-        stream.restore(other.state())
-    assert stream.take(12) == fresh.take(12)
-
-
-def test_a_checkpoint_without_a_stream_begins_anew():
-    stream = PromptStream(10, seed=1)
-    with pytest.warns(UserWarning, match="holds no place in a stream"):
-        stream.restore(None)
-    assert stream.position == 0
-
-
 # Which groups are chosen
 
 

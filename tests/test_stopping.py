@@ -9,14 +9,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ktae_trl.arguments import last_checkpoint
-from ktae_trl.stopping import reason_of, telling_how_to_go_on
+from ktae_trl.arguments import ResumeError, last_checkpoint
+from ktae_trl.hub import HubError
+from ktae_trl.stopping import Advice, advice_at_the_end, reason_of
 
 
 def trainer_in(folder, step=7, processes=1):
     return SimpleNamespace(
         args=SimpleNamespace(output_dir=str(folder)),
-        state=SimpleNamespace(global_step=step),
+        state=SimpleNamespace(global_step=step, max_steps=20),
         accelerator=SimpleNamespace(process_index=0, num_processes=processes),
     )
 
@@ -44,21 +45,70 @@ def test_the_last_checkpoint_is_the_newest_whole_one(tmp_path):
     assert last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-100")
 
 
-def test_an_error_passes_and_one_line_says_how_to_go_on(tmp_path, capfd):
-    with pytest.raises(ValueError, match="first"), telling_how_to_go_on(trainer_in(tmp_path)):
-        raise ValueError("first\nsecond")
-    line = "train.py: training stopped after step 7: ValueError: first. "
-    assert capfd.readouterr().err.strip() == f"{line}There is no checkpoint yet in {tmp_path}: start again."
+def test_the_line_says_where_it_stopped_and_how_to_resume(tmp_path):
+    advice = Advice(trainer_in(tmp_path))
+    stopped = "train.py: training stopped after step 7: interrupted. "
+    assert advice.line("interrupted") == f"{stopped}There is no checkpoint in {tmp_path} yet: start again"
+    resume = f"Resume from the last checkpoint ({checkpoint(tmp_path, 6)}) with --resume_from_checkpoint true"
+    assert advice.line("interrupted") == stopped + resume
+    finished = Advice(trainer_in(tmp_path, step=20, processes=2))
+    last = "train.py: stopped after the last training step (20), before all was saved (process 0): no space. "
+    assert finished.line("no space") == last + resume
+    finished.saved = "It is in x"
+    assert finished.line("?") == "train.py: stopped after the model was saved (process 0): ?. It is in x"
+
+
+STOPS = """
+import atexit, sys
+from tqdm import tqdm
+from tests.test_stopping import trainer_in
+from ktae_trl.stopping import advice_at_the_end
+with advice_at_the_end(trainer_in(sys.argv[1])):
+    atexit.register(print, "a tracker ends", file=sys.stderr)
+    bar = tqdm(total=3, bar_format="a bar\\n")
+    raise {error}
+"""
+
+
+def stops(tmp_path, error: str) -> tuple[int, list[str]]:
+    """Raise an error in a run; return the exit code and the lines of stderr."""
+    script = [sys.executable, "-c", STOPS.format(error=error), str(tmp_path)]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=60, check=False)
+    return done.returncode, [line for line in done.stderr.splitlines() if line]
+
+
+def test_the_last_line_after_an_error_is_the_advice(tmp_path):
+    code, lines = stops(tmp_path, "ValueError('first')")
+    assert code == 1
+    assert lines[1].startswith("a bar")
+    assert lines[2].startswith("Traceback")
+    assert lines[-3:-1] == ["ValueError: first", "a tracker ends"]
+    start = f"There is no checkpoint in {tmp_path} yet: start again"
+    assert lines[-1] == f"train.py: training stopped after step 7: ValueError: first. {start}"
+
+
+def test_the_last_line_after_ctrl_c_is_the_advice_and_there_is_no_traceback(tmp_path):
     six = checkpoint(tmp_path, 6)
-    with pytest.raises(ValueError, match="first"), telling_how_to_go_on(trainer_in(tmp_path)):
-        raise ValueError("first\nsecond")
-    go_on = f"Go on from the last checkpoint ({six}) with --resume_from_checkpoint true."
-    assert capfd.readouterr().err.strip() == line + go_on
+    resume = f"Resume from the last checkpoint ({six}) with --resume_from_checkpoint true"
+    said = ["a bar", "a bar", "a tracker ends", f"train.py: training stopped after step 7: interrupted. {resume}"]
+    assert stops(tmp_path, "KeyboardInterrupt") == (130, said)
+
+
+@pytest.mark.parametrize("error", [ResumeError, HubError])
+def test_an_error_that_says_what_to_do_gets_no_other_advice(tmp_path, error, monkeypatch):
+    registered = []
+    monkeypatch.setattr("atexit.register", registered.append)
+    monkeypatch.setattr("atexit.unregister", registered.remove)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(error), advice_at_the_end(trainer_in(tmp_path)):
+        raise error
+    assert registered == []
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_training_that_ends_well_says_nothing(tmp_path, capfd):
     before = signal.getsignal(signal.SIGTERM)
-    with telling_how_to_go_on(trainer_in(tmp_path)):
+    with advice_at_the_end(trainer_in(tmp_path)):
         pass
     assert capfd.readouterr().err == ""
     assert signal.getsignal(signal.SIGTERM) == before
@@ -76,7 +126,6 @@ def test_reasons():
     nccl = torch.distributed.DistBackendError("NCCL error in: x.cpp:1\nremote process exited")
     for error in (*gloo, nccl):
         assert reason_of(error).startswith("the connection to another process broke, which has probably died [")
-    assert reason_of(KeyboardInterrupt()) == "interrupted"
     assert reason_of(AssertionError()) == "AssertionError"
     assert reason_of(ValueError("x. y")) == "ValueError: x. y"
 
@@ -84,8 +133,8 @@ def test_reasons():
 STUCK = """
 import ctypes, sys
 from tests.test_stopping import trainer_in
-from ktae_trl.stopping import telling_how_to_go_on
-with telling_how_to_go_on(trainer_in(sys.argv[1], processes=2)):
+from ktae_trl.stopping import advice_at_the_end
+with advice_at_the_end(trainer_in(sys.argv[1], processes=2)):
     print("waiting", flush=True)
     lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
     lock(mutex)
@@ -113,9 +162,9 @@ def test_sigterm_ends_a_process_that_waits_outside_of_python(tmp_path):
 WITH_WORKERS = """
 import multiprocessing, sys
 from tests.test_stopping import trainer_in
-from ktae_trl.stopping import telling_how_to_go_on
+from ktae_trl.stopping import advice_at_the_end
 context = multiprocessing.get_context("fork")
-with telling_how_to_go_on(trainer_in(sys.argv[1])):
+with advice_at_the_end(trainer_in(sys.argv[1])):
     for _ in range(20):
         worker = context.Process(target=multiprocessing.Event().wait)
         worker.start()
@@ -142,24 +191,27 @@ def test_sigterm_is_left_to_whom_it_belongs(tmp_path):
 
     before = signal.signal(signal.SIGTERM, handler)
     try:
-        with telling_how_to_go_on(trainer_in(tmp_path)):
+        with advice_at_the_end(trainer_in(tmp_path)):
             assert signal.getsignal(signal.SIGTERM) is handler
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def test_off_the_main_thread_only_errors_are_told(tmp_path, capfd):
-    errors = []
+def test_off_the_main_thread_errors_pass(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr("atexit.register", told.append)
 
     def train():
-        try:
-            with telling_how_to_go_on(trainer_in(tmp_path)):
-                raise ValueError("bad")
-        except ValueError as error:
-            errors.append(error)
+        with pytest.raises(ValueError, match="bad"), advice_at_the_end(trainer_in(tmp_path)):
+            raise ValueError("bad")
 
     thread = threading.Thread(target=train)
     thread.start()
     thread.join()
-    assert len(errors) == 1
-    assert "train.py: training stopped after step 7: ValueError: bad." in capfd.readouterr().err
+    (tell,) = told
+    written = []
+    monkeypatch.setattr("os.write", lambda _, line: written.append(line.decode()))
+    tell()
+    tell()  # once
+    assert len(written) == 1
+    assert "train.py: training stopped after step 7: ValueError: bad." in written[0]

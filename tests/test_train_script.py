@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.training import difference
+
 ROOT = Path(__file__).parents[1]
 SMALL = {
     "max_steps": 4,
@@ -21,11 +23,15 @@ SMALL = {
 }
 
 
-def train(output: Path, *arguments: str, config: str = "configs/quickstart.yaml") -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+LAUNCHER = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")
+
+
+def train(
+    output: Path, *arguments: str, config: str = "configs/quickstart.yaml", launcher=LAUNCHER
+) -> subprocess.CompletedProcess:
     settings = [str(word) for key, value in SMALL.items() for word in (f"--{key}", value)]
     return subprocess.run(
-        [*command, "train.py", "--config", config, "--output_dir", str(output), *settings, *arguments],
+        [sys.executable, *launcher, "train.py", "--config", config, "--output_dir", str(output), *settings, *arguments],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -60,3 +66,28 @@ def test_bad_settings_end_with_one_line(tmp_path):
     done = train(tmp_path, "--credit", "ktea")
     assert done.returncode != 0
     assert "train.py: credit='ktea' is unknown (did you mean 'ktae'?). Choose from: none, ktae" in done.stderr
+
+
+@pytest.mark.slow
+def test_what_fails_after_training_is_done_again_by_resuming(tmp_path):
+    (tmp_path / "model.safetensors").mkdir(parents=True)  # so the model cannot be written
+    settings = ("--max_steps", "2", "--held_out_samples", "0", "--eval_strategy", "no")
+    failed = train(tmp_path, *settings, launcher=())
+    assert failed.returncode == 1
+    assert "Traceback" in failed.stderr
+    last = failed.stderr.splitlines()[-1]
+    assert last.startswith("train.py: stopped after the last training step (2), before all was saved: ")
+    checkpoint = tmp_path / "checkpoint-2"
+    assert last.endswith(f"Resume from the last checkpoint ({checkpoint}) with --resume_from_checkpoint true")
+    (tmp_path / "model.safetensors").rmdir()
+    done = train(tmp_path, *settings, "--resume_from_checkpoint", "true", launcher=())
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Trained to step 2" in done.stdout
+    assert "ktae" in (tmp_path / "README.md").read_text()
+    of_checkpoint, saved = (AutoModelForCausalLM.from_pretrained(f) for f in (checkpoint, tmp_path))
+    assert difference(dict(of_checkpoint.named_parameters()), dict(saved.named_parameters())) == 0
+
+    refused = train(tmp_path, *settings, "--resume_from_checkpoint", "true", "--seed", "7", launcher=())
+    assert refused.returncode == 1
+    assert "Traceback" not in refused.stderr
+    assert refused.stderr.splitlines()[-1].startswith(f"train.py: {checkpoint} stopped at a certain place")

@@ -4,7 +4,6 @@ A group whose rollouts are all right, or all wrong, has no advantages to learn f
 next ones of the training set until the batch is full.
 """
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -38,20 +37,11 @@ class PromptStream:
 
     def state(self) -> dict[str, int]:
         """Return what a checkpoint holds of the stream."""
-        return {"position": self.position, **self._order_of()}
+        return {"position": self.position, "size": self.size, "seed": self.seed, "shuffle": self.shuffle}
 
-    def restore(self, state: dict[str, int] | None) -> None:
-        """Go on from the state of a checkpoint; without one, or with one of other data, begin anew and warn."""
-        there = {} if state is None else {name: state[name] for name in self._order_of()}
-        self.position = state["position"] if there == self._order_of() else 0
-        if there != self._order_of():
-            reason = f"drew prompts by {there}" if there else "holds no place in a stream of prompts"
-            warnings.warn(
-                f"The checkpoint {reason}; this run draws them by {self._order_of()}, from the first on.", stacklevel=2
-            )
-
-    def _order_of(self) -> dict[str, int]:
-        return {"size": self.size, "seed": self.seed, "shuffle": self.shuffle}
+    def restore(self, state: dict[str, int]) -> None:
+        """Resume at the place of a checkpoint, whose prompts and order must be those of this stream."""
+        self.position = state["position"]
 
     def _permutation(self, epoch: int) -> list[int]:
         if not self.shuffle:

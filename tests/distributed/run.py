@@ -86,7 +86,9 @@ def main(settings: dict, folder: Path, checkpoint: str | None = None) -> None:
     if "reward" in settings:
         settings["reward_funcs"] = REWARDS[settings.pop("reward")]
     grow, end_at_once = settings.pop("grow", False), settings.pop("end_at_once", None)
-    trainer = make_trainer(folder, train_dataset=prompts(settings.pop("prompts")), **settings)
+    data = prompts(settings.pop("prompts"))
+    data = data.to_iterable_dataset() if settings.pop("stream", False) else data
+    trainer = make_trainer(folder, train_dataset=data, **settings)
     credits, advantages, generate = [], [], trainer._generate_and_score_completions
 
     def spy(inputs):

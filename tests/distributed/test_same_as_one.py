@@ -120,7 +120,8 @@ def test_groups_spread_over_two_processes(trained, mode):
 @pytest.mark.parametrize("mode", ["zero2", "zero3", "fsdp2"])
 def test_resume_inside_a_generation_cycle(trained, tmp_path, mode):
     folder, whole = trained(mode)
-    settings = {**REPLAYED, "per_device_train_batch_size": 12, "save_strategy": "no"}
+    # The learning rate of the checkpoint stays in effect, as a warning says.
+    settings = {**REPLAYED, "per_device_train_batch_size": 12, "save_strategy": "no", "learning_rate": 0.2}
     resumed = launch(tmp_path, settings, mode, str(folder / "checkpoint-3"))
     assert len(resumed[0]["credits"]) == 1  # steps 4, 5 and 6 needed one generation
     assert difference(resumed[0]["weights"], whole[0]["weights"]) < 1e-6
@@ -191,10 +192,12 @@ def test_two_nodes(trained, tmp_path, mode):
     assert_same_as_one(read(tmp_path, mode), trained()[1][0])
 
 
-def test_sampled_rollouts_resume_exactly(tmp_path):
-    whole = launch(tmp_path / "whole", SAMPLED, "ddp")
+@pytest.mark.parametrize("stream", [False, True])
+def test_sampled_rollouts_resume_exactly(tmp_path, stream):
+    settings = {**SAMPLED, "stream": stream}
+    whole = launch(tmp_path / "whole", settings, "ddp")
     # 4 forward passes a generation of 4 prompts, 8 steps an epoch: inside a cycle, and one of the second epoch.
     for step in (3, 10):
         checkpoint = tmp_path / "whole" / f"checkpoint-{step}"
-        resumed = launch(tmp_path / f"from-{step}", SAMPLED, "ddp", str(checkpoint))
+        resumed = launch(tmp_path / f"from-{step}", settings, "ddp", str(checkpoint))
         assert difference(resumed[0]["weights"], whole[0]["weights"]) == 0

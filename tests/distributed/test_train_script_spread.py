@@ -72,6 +72,17 @@ def test_a_dry_run_of_two_processes_is_shown_once(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_resume_is_refused_by_all_processes_and_once(tmp_path):
+    settings = {"save_steps": 1, "held_out_samples": 0}
+    assert train(tmp_path, "ddp", settings).wait(200) == 0, said(tmp_path)
+    refused = train(tmp_path, "ddp", {**settings, "max_steps": 3, "seed": 7, "resume_from_checkpoint": "true"})
+    assert refused.wait(100) != 0
+    (line,) = re.findall(r"^train.py: .*", said(tmp_path), re.MULTILINE)
+    assert "checkpoint-2 stopped at a certain place in its training prompts" in line
+    assert re.search(r"seed was \d+ and is 7", line)
+    assert "ResumeError" not in said(tmp_path)  # no traceback
+
+
 def said(folder: Path) -> str:
     return (folder / "said").read_text()
 
@@ -104,7 +115,7 @@ def test_a_process_dies_and_the_run_goes_on(tmp_path, dies):
     told = re.fullmatch(
         r"train.py: training stopped after step (\d) \(process (\d)\): "
         r"(?:the connection to another process broke|ended from outside \(SIGTERM\)).*\. "
-        r"Go on from the last checkpoint \((.*)\) with --resume_from_checkpoint true\.",
+        r"Resume from the last checkpoint \((.*)\) with --resume_from_checkpoint true",
         line,
     )
     assert told, line
