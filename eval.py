@@ -430,9 +430,9 @@ def grade(words: list[str]) -> None:
     paths = {row["benchmark"]: folder / f"{comparison.safe_name(row['benchmark'])}.jsonl" for row in rows}
     if len(set(paths.values())) < len(paths):
         raise ValueError(f"Two benchmarks of {options.file} would be written to one file: {', '.join(paths)}")
-    _check_graded_folder(folder, options.file)
     if options.file.resolve() in {path.resolve() for path in paths.values()}:
         raise ValueError(f"{options.file} would be overwritten. Choose another output_dir than {folder}")
+    _check_graded_folder(folder, options.file)
     with console.status(f"Grading {len(rows)} outputs"):
         judged = graded(rows, [row.pop("answers") for row in rows])
     members = {name: [row for row in judged if row["benchmark"] == name] for name in paths}
@@ -473,8 +473,8 @@ def _check_graded_folder(folder: Path, file: Path) -> None:
         except (OSError, ValueError, KeyError):
             before = None
         if before != str(file):
-            whose = f"the results of {before}" if before else f"{there[0].name}, which is not of eval.py grade"
-            raise ValueError(f"{folder} holds {whose}. Choose another --output_dir, or delete that folder")
+            whose = f"the results of {before}" if before else f"{there[0].name}, which eval.py grade did not write"
+            raise ValueError(f"{folder} holds {whose}. Choose another --output_dir")
 
 
 def _read_outputs(options: argparse.Namespace) -> list[dict]:

@@ -182,14 +182,16 @@ def test_a_store_takes_up_where_it_stopped(tmp_path, caplog):
     assert [r["id"] for r in store.read("b")] == ["2", "1"]
     assert "cut off" in caplog.text
     store.add("b", [row("1", 1, "\\boxed{0} \udcff\u2028\r\n")])
-    rows = store.finish("b", {"1": ("0",), "2": ("0",)})
+    rows = store.finish("b", {"1": ("0",), "2": ("0",)}, 2)
     assert [(r["id"], r["sample"], r["verdict"]) for r in rows] == [("1", 0, False), ("1", 1, True), ("2", 0, True)]
     assert read_samples(store.path("b")) == rows
     assert not list(tmp_path.glob("*.part"))
 
 
 def test_other_settings_need_another_folder(tmp_path):
-    Store(tmp_path, {"seed": 1, "temperature": 0.5})
+    store = Store(tmp_path, {"seed": 1, "temperature": 0.5})
+    store.add("b", [row("1", 0, "x")])
+    store.close()
     with pytest.raises(
         ValueError, match=r"other settings: temperature was 0.5, now it is 1.0. Choose another output_dir"
     ):
@@ -231,7 +233,7 @@ def test_problems_need_the_same_number_of_samples():
 def test_settings_are_read_back(tmp_path):
     store = Store(tmp_path / "model", {"seed": 1})
     store.add("b", [row("1", 0, r"\boxed{0}")])
-    store.finish("b", {"1": ("0",)})
+    store.finish("b", {"1": ("0",)}, 1)
     assert (tmp_path / "model" / SETTINGS).exists()
     loaded = load_run(str(tmp_path / "model"))
     assert loaded.name == "model"

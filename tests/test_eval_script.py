@@ -80,7 +80,7 @@ def test_the_whole_path(evaluated):
 
 
 def test_the_summary_goes_into_a_model_card(evaluated):
-    accuracy, *others = read_results(evaluated, Path("ktae_trl/tiny/model"), None)
+    accuracy, *others = read_results(evaluated, Path("ktae_trl/tiny/model"))
     rows = samples(evaluated)
     assert accuracy.metric_value == pytest.approx(sum(row["verdict"] for row in rows) / 96, abs=1e-5)
     assert accuracy.metric_name == "accuracy, mean of 4 samples at temperature 1, top_p 1"

@@ -28,7 +28,7 @@ from trl import ModelConfig
 import ktae_trl
 from ktae_trl import hub as our_hub
 from ktae_trl import model_card, tiny
-from ktae_trl.evaluation.samples import fingerprint
+from ktae_trl.fingerprint import fingerprint
 from ktae_trl.hub import HubError
 from tests.distributed import launching
 from tests.hub_server import TOKEN, serving
@@ -253,7 +253,7 @@ def test_what_is_on_the_hub(tmp_path, monkeypatch):
 
 
 def test_results_become_metadata_and_a_table(run, tmp_path):
-    found = our_hub.read_results(measured(tmp_path / "eval", run), run, None)
+    found = our_hub.read_results(measured(tmp_path / "eval", run), run)
     model_card.update(run, results=found)
     model_card.update(run, results=found)  # a second time changes nothing
     text = (run / "README.md").read_text()
@@ -303,23 +303,25 @@ def test_results_of_an_earlier_run_are_not_those_of_one_that_still_trains(tmp_pa
 def test_greedy_results_say_so(run, tmp_path):
     settings = {"temperature": 0.0, "top_p": 1.0, "samples": 1, "max_new_tokens": 30, "seed": 0}
     folder = measured(tmp_path / "eval", run, settings={**settings, "fingerprint": fingerprint(str(run))})
-    assert our_hub.read_results(folder, run, None)[0].metric_name == "accuracy, greedy"
+    assert our_hub.read_results(folder, run)[0].metric_name == "accuracy, greedy"
 
 
 def test_results_of_another_model_are_refused(run, tmp_path):
     with pytest.raises(ValueError, match="does not hold the weights that are in"):
-        our_hub.read_results(measured(tmp_path / "a", tiny.MODEL), run, None)
+        our_hub.read_results(measured(tmp_path / "a", tiny.MODEL), run)
     other = measured(tmp_path / "b", run, file="graded.jsonl")
     summary = json.loads((other / "summary.json").read_text())
     (other / "summary.json").write_text(json.dumps({"benchmarks": summary["benchmarks"], "file": "graded.jsonl"}))
     with pytest.raises(ValueError, match="does not say which model it is of"):
-        our_hub.read_results(other, run, None)
+        our_hub.read_results(other, run)
     with pytest.raises(FileNotFoundError, match=r"holds no summary\.json"):
-        our_hub.read_results(tmp_path, run, None)
-    on_hub = measured(tmp_path / "c", Path("ann/sums"), settings={**summary["settings"], "fingerprint": None})
-    assert our_hub.read_results(on_hub, run, "ann/sums")
+        our_hub.read_results(tmp_path, run)
+    for old in (None, "0123456789abcdef"):  # None: of a Hub id, under which there may be another model by now
+        before = measured(tmp_path / "c", run, settings={**summary["settings"], "fingerprint": old})
+        with pytest.raises(ValueError, match="is of version 0.1 of eval.py, .* Measure again: python eval.py"):
+            our_hub.read_results(before, run)
     # A checkpoint of these very weights is this model.
-    assert our_hub.read_results(measured(tmp_path / "d", run / "checkpoint-1"), run, None)
+    assert our_hub.read_results(measured(tmp_path / "d", run / "checkpoint-1"), run)
 
 
 # Uploads

@@ -62,7 +62,7 @@ class Store:
         if before is None:
             raise ValueError(
                 f"{file} is there already, and no {SETTINGS} says how it was made: it may hold outputs of another "
-                f"program. {remedy}"
+                f"program. Choose another output_dir"
             )
         if "fingerprint" in before and is_old(before["fingerprint"]):
             raise ValueError(
