@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+import httpx
+from huggingface_hub import constants, snapshot_download
 
 ADAPTER = "adapter_config.json"
 
@@ -55,12 +56,12 @@ def model_folder(model: str | Path, revision: str | None = None, *, download: bo
                     snapshot_download(
                         str(model),
                         revision=revision,
-                        local_files_only=not download,
+                        local_files_only=constants.HF_HUB_OFFLINE or not download,
                         allow_patterns=[weights, "*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "*.py"],
                         ignore_patterns=["*/*", "consolidated*", *_STATES],
                     )
                 )
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, httpx.HTTPError) as error:
                 reason = str(error).strip().splitlines()[0]
                 raise FileNotFoundError(f"{model} is no folder here, and not on the Hub: {reason}") from error
             if list(folder.glob(weights)):
