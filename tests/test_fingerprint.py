@@ -277,5 +277,5 @@ def test_a_file_that_changes_while_it_is_read(model, cache, monkeypatch):
         return plain(file)
 
     monkeypatch.setattr(marks, "_digest", slow)
-    with pytest.raises(ValueError, match="changed while it was read. Wait until it is written, then try again"):
+    with pytest.raises(ValueError, match=r"changed while it was read. Wait until it is written, then try again"):
         digests([model / "model.safetensors"])

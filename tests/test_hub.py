@@ -318,7 +318,7 @@ def test_results_of_another_model_are_refused(run, tmp_path):
         our_hub.read_results(tmp_path, run)
     for old in (None, "0123456789abcdef"):  # None: of a Hub id, under which there may be another model by now
         before = measured(tmp_path / "c", run, settings={**summary["settings"], "fingerprint": old})
-        with pytest.raises(ValueError, match="is of version 0.1 of eval.py, .* Measure again: python eval.py"):
+        with pytest.raises(ValueError, match=r"is of version 0.1 of eval.py, .* Measure again: python eval.py"):
             our_hub.read_results(before, run)
     # A checkpoint of these very weights is this model.
     assert our_hub.read_results(measured(tmp_path / "d", run / "checkpoint-1"), run)
