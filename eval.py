@@ -567,9 +567,11 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def _tokens(value, where: str) -> int | None:
-    if value is not None and (isinstance(value, bool | str | list | dict) or value != int(value) or value < 0):
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal) or not (value >= 0 and value % 1 == 0):
         raise ValueError(f"{where}: tokens must be a whole number, not {value!r}")
-    return value if value is None else int(value)
+    return int(value)
 
 
 def _truth(value, name: str, where: str) -> bool | None:

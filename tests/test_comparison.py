@@ -9,6 +9,7 @@ from ktae_trl.evaluation.comparison import (
     Run,
     compare,
     differing_settings,
+    labels,
     length_sentence,
     load_run,
     plot,
@@ -162,6 +163,39 @@ def test_plot(tmp_path):
     assert files[0].read_bytes().startswith(b"\x89PNG")
     assert "<svg" in files[1].read_text()
     assert plot([run("a", 0.2, tokens=None), run("b", 0.9, tokens=None)], tmp_path) == []  # nothing to draw it against
+
+
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (["runs/eval/A/math", "runs/eval/B/math"], ["A", "B"]),
+        (["runs/eval/A/math", "runs/eval/A/quick"], ["math", "quick"]),
+        (["A/math", "B/math", "A/quick"], ["A/math", "B/math", "A/quick"]),
+        (["one", "two/"], ["one", "two"]),
+        (["one/x", "two/x", "two/x"], ["one", "two", "two"]),
+    ],
+)
+def test_labels(folders, names):
+    assert labels(folders) == names
+
+
+def test_what_another_version_graded_is_graded_again(tmp_path, caplog):
+    store = Store(tmp_path / "model", {"fingerprint": "f" * 32})
+    store.add("b", [row("1", 0, r"\boxed{0}")])
+    store.finish("b", {"1": ("0",)}, 1)
+    load_run(str(tmp_path / "model"))
+    assert "graded again" not in caplog.text
+    (judged,) = read_samples(store.path("b"))
+    judged |= {"verdict": False, "graded_by": "an earlier one"}
+    store.path("b").write_text(json.dumps(judged) + "\n")
+    assert load_run(str(tmp_path / "model")).benchmarks["b"].right.tolist() == [[True]]
+    assert "b.jsonl was graded by another version: it is graded again for this comparison" in caplog.text
+
+
+def test_results_of_version_0_1_are_named():
+    runs = [Run("a", {"fingerprint": "f" * 32}, {}), Run("b", {"fingerprint": "0123456789abcdef"}, {})]
+    (note,) = differing_settings(runs)
+    assert note.startswith("b was measured by version 0.1, which did not read all of the model's weights")
 
 
 def test_safe_name():
