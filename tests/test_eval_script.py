@@ -187,11 +187,15 @@ def model(tmp_path):
 
 def test_samples_of_another_model_are_refused(script, model, tmp_path):
     """In the same folder, with weights that differ in the middle only: a merged LoRA, or layers trained alone."""
+    weights = {name: weight.float() for name, weight in load_file(model / "model.safetensors").items()}
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    before = (model / "model.safetensors").read_bytes()
     words = [*QUICK, "--limit", "2", "--model_name_or_path", str(model), "--output_dir", str(tmp_path / "out")]
     script.main(words)
-    weights = load_file(model / "model.safetensors")
-    weights["model.layers.2.mlp.up_proj.weight"] *= -1
+    weights["model.layers.1.mlp.up_proj.weight"] *= -1
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    after = (model / "model.safetensors").read_bytes()
+    assert (before[: 1 << 20], before[-1 << 20 :]) == (after[: 1 << 20], after[-1 << 20 :])
     said = complaint(script, words)
     assert f"{tmp_path / 'out'} holds another model's samples, or its files have changed: fingerprint was " in said
     assert "Choose another output_dir, or delete that folder" in said

@@ -21,17 +21,26 @@ LONG_AGO = 1_600_000_000_000_000_000
 
 @pytest.fixture
 def model(tmp_path):
-    return Path(shutil.copytree(tiny.MODEL, tmp_path / "model"))
+    return in_single_precision(Path(shutil.copytree(tiny.MODEL, tmp_path / "model")))
+
+
+def in_single_precision(folder: Path) -> Path:
+    """Make the file of weights larger than twice the MiB that was read of it once."""
+    weights = {name: weight.float() for name, weight in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def change_middle_layer(folder: Path) -> None:
     """Change one weight in the middle of the file; its first and last MiB, its size and its times stay."""
     file = folder / "model.safetensors"
-    before, weights = file.stat(), load_file(file)
+    before, data, weights = file.stat(), file.read_bytes(), load_file(file)
     weights["model.layers.2.mlp.up_proj.weight"][7, 7] += 1
     save_file(weights, file, metadata={"format": "pt"})
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert file.stat().st_size == before.st_size
+    now = file.read_bytes()
+    assert (now[: 1 << 20], now[-1 << 20 :]) == (data[: 1 << 20], data[-1 << 20 :])
 
 
 def save_again(source: Path, folder: Path, **options) -> Path:
@@ -176,15 +185,15 @@ def hub_cache(tmp_path, monkeypatch):
 
     def upload(commit: str) -> Path:
         (repository / "refs" / "main").write_text(commit)
-        return Path(shutil.copytree(tiny.MODEL, repository / "snapshots" / commit))
+        return in_single_precision(Path(shutil.copytree(tiny.MODEL, repository / "snapshots" / commit)))
 
     return upload
 
 
-def test_a_model_of_the_hub_is_what_its_files_are(hub_cache, monkeypatch):
-    hub_cache("a" * 40)
+def test_a_model_of_the_hub_is_what_its_files_are(hub_cache):
+    folder = hub_cache("a" * 40)
     mark = fingerprint("ann/sums")
-    assert mark == fingerprint(tiny.MODEL)
+    assert mark == fingerprint(folder)
     (hub_cache("b" * 40) / "README.md").write_text("Another card")
     assert fingerprint("ann/sums") == mark
     change_middle_layer(hub_cache("c" * 40))
@@ -254,7 +263,7 @@ def test_a_damaged_cache_is_no_error(model, cache, tmp_path, monkeypatch, damage
 def test_a_home_that_cannot_be_written(model, cache, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert fingerprint(model) == fingerprint(tiny.MODEL)
+    assert fingerprint(model) == fingerprint(model)
     assert cache.count("model.safetensors") == 2
 
 
@@ -262,8 +271,7 @@ def test_the_cache_forgets_files_that_are_gone(model, cache, tmp_path, monkeypat
     age(model, monkeypatch)
     fingerprint(model)
     shutil.rmtree(model)
-    other = Path(shutil.copytree(tiny.MODEL, tmp_path / "other"))
-    fingerprint(other)
+    fingerprint(shutil.copytree(tiny.MODEL, tmp_path / "other"))
     (file,) = (tmp_path / "cache").rglob("*.json")
     assert {Path(path).parent.name for path in json.loads(file.read_text())} == {"other"}
     assert not list((tmp_path / "cache").rglob("*.part"))

@@ -32,6 +32,7 @@ from ktae_trl.fingerprint import fingerprint
 from ktae_trl.hub import HubError
 from tests.distributed import launching
 from tests.hub_server import TOKEN, serving
+from tests.test_fingerprint import change_middle_layer
 from tests.training import make_trainer
 
 ROOT = Path(__file__).parents[1]
@@ -309,7 +310,8 @@ def test_greedy_results_say_so(run, tmp_path):
 def test_results_of_another_model_are_refused(run, tmp_path):
     with pytest.raises(ValueError, match="does not hold the weights that are in"):
         our_hub.read_results(measured(tmp_path / "a", tiny.MODEL), run)
-    other = measured(tmp_path / "b", run, file="graded.jsonl")
+    mine, other = measured(tmp_path / "d", run), measured(tmp_path / "b", run, file="graded.jsonl")
+    assert our_hub.read_results(mine, run)
     summary = json.loads((other / "summary.json").read_text())
     (other / "summary.json").write_text(json.dumps({"benchmarks": summary["benchmarks"], "file": "graded.jsonl"}))
     with pytest.raises(ValueError, match="does not say which model it is of"):
@@ -320,8 +322,18 @@ def test_results_of_another_model_are_refused(run, tmp_path):
         before = measured(tmp_path / "c", run, settings={**summary["settings"], "fingerprint": old})
         with pytest.raises(ValueError, match=r"is of version 0.1 of eval.py, .* Measure again: python eval.py"):
             our_hub.read_results(before, run)
+    change_middle_layer(run)
+    with pytest.raises(ValueError, match="does not hold the weights that are in"):
+        our_hub.read_results(mine, run)
+
+
+def test_results_of_the_same_weights_saved_again_are_accepted(run, tmp_path):
     # A checkpoint of these very weights is this model.
     assert our_hub.read_results(measured(tmp_path / "d", run / "checkpoint-1"), run)
+    (run / "training_args.bin").write_bytes(b"of another run")
+    AutoModelForCausalLM.from_pretrained(run).save_pretrained(run)
+    AutoTokenizer.from_pretrained(run).save_pretrained(run)
+    assert our_hub.read_results(tmp_path / "d", run)
 
 
 # Uploads
