@@ -3,6 +3,7 @@
 accelerate launch train.py --config configs/NAME.yaml [--field value ...]
 """
 
+import hashlib
 import json
 import logging
 import sys
@@ -20,9 +21,11 @@ from ktae_trl.console import MetricsTable
 from ktae_trl.data import DataArguments, load_prompts
 from ktae_trl.evaluation.held_out import Accuracy, held_out_accuracy
 from ktae_trl.hub import HubError, create_repo, repo_name
-from ktae_trl.model_card import PAGE, settings_of
+from ktae_trl.model_card import HELD_OUT, PAGE, settings_of
 from ktae_trl.rewards import load_rewards
 from ktae_trl.stopping import telling_how_to_go_on
+
+HELD_OUT_BEFORE = "held_out_before.json"
 
 
 @dataclass
@@ -55,7 +58,6 @@ class HeldOutAccuracy(TrainerCallback):
 
     def __init__(self, trainer: KTAEGRPOTrainer, run: RunArguments):
         self.trainer, self.samples = trainer, run.held_out_samples
-        self.file = Path(trainer.args.output_dir) / "held_out_before.json"
         self.before: Accuracy | None = None
 
     def measure(self) -> Accuracy:
@@ -66,15 +68,32 @@ class HeldOutAccuracy(TrainerCallback):
             batch_size=self.trainer.args.per_device_eval_batch_size,
         )
 
+    def problems(self) -> str:
+        """Return a mark of what is measured: the problems, their answers, and the samples of each."""
+        rows = self.trainer.eval_dataset.select_columns(["prompt", "solution"]).to_list()
+        return hashlib.sha256(json.dumps([rows, self.samples], default=str).encode()).hexdigest()[:16]
+
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step == 0:
             self.before = self.measure()
-            if state.is_world_process_zero:
-                self.file.parent.mkdir(parents=True, exist_ok=True)
-                self.file.write_text(json.dumps(self.before))
-        elif self.file.exists():
-            self.before = Accuracy(*json.loads(self.file.read_text()))
+        else:
+            self.before = self.of_this_run(Path(args.resume_from_checkpoint))
+        if self.before and state.is_world_process_zero:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            kept = {"accuracy": self.before, "problems": self.problems()}
+            Path(args.output_dir, HELD_OUT_BEFORE).write_text(json.dumps(kept))
         self.trainer.accelerator.print(f"\nHeld-out accuracy before: {self.before or 'not measured'}\n")
+
+    def of_this_run(self, checkpoint: Path) -> Accuracy | None:
+        """Return what the run that left `checkpoint` measured before training, if it was on these problems."""
+        file = checkpoint.parent / HELD_OUT_BEFORE
+        if not file.exists():
+            return None
+        kept = json.loads(file.read_text())
+        if not isinstance(kept, dict) or kept["problems"] != self.problems():
+            self.trainer.accelerator.print(f"{file} is not of these held-out problems and samples: not used")
+            return None
+        return Accuracy(*kept["accuracy"])
 
 
 def load(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig):
@@ -138,6 +157,8 @@ def main(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -> None:
     except (ValueError, OSError, ImportError) as error:  # settings, data, a name on the Hub, what is not installed
         sys.exit(f"train.py: {error}")
     say = trainer.accelerator.print
+    if trainer.is_world_process_zero():  # of the model that an earlier run left there
+        Path(args.output_dir, HELD_OUT).unlink(missing_ok=True)
     held_out = None
     if trainer.eval_dataset is not None and run.held_out_samples > 0:
         held_out = HeldOutAccuracy(trainer, run)

@@ -60,3 +60,13 @@ def test_bad_settings_end_with_one_line(tmp_path):
     done = train(tmp_path, "--credit", "ktea")
     assert done.returncode != 0
     assert "train.py: credit='ktea' is unknown (did you mean 'ktae'?). Choose from: none, ktae" in done.stderr
+
+
+@pytest.mark.slow
+def test_results_of_the_model_that_was_there_before_do_not_stay(tmp_path):
+    figures = {"after_greedy": 0.9876, "after_sampled": 0.9876, "after_samples": 4}
+    (tmp_path / "held_out_results.json").write_text(json.dumps(figures))
+    done = train(tmp_path, "--held_out_samples", "0", "--max_steps", "1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "98.8%" not in (tmp_path / "README.md").read_text()
+    assert not (tmp_path / "held_out_results.json").exists()
