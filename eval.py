@@ -10,10 +10,14 @@ import gzip
 import json
 import logging
 import math
+import os
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from decimal import Decimal
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -24,7 +28,7 @@ from ktae_trl.arguments import nearest, parse
 from ktae_trl.data import BOXED_SYSTEM_PROMPT
 from ktae_trl.evaluation import comparison, summary
 from ktae_trl.evaluation.benchmarks import TEMPLATES, Problem, load_problems, parse_benchmarks, prompts, unscorable
-from ktae_trl.evaluation.samples import Store, fingerprint, graded, read_samples
+from ktae_trl.evaluation.samples import Store, graded, read_settings
 from ktae_trl.evaluation.sampling import (
     Completion,
     Request,
@@ -37,7 +41,12 @@ from ktae_trl.evaluation.sampling import (
     sample_with_vllm,
     stop_token_ids,
 )
+from ktae_trl.fingerprint import fingerprint, is_old, model_folder
+from ktae_trl.grading.golds import gold_answers
 
+# What changes no sample: which samples are asked for (written down with them), and the rest (not).
+_ASKED = {"model_name_or_path", "model_revision", "benchmark_folder", "limit", "samples"}
+_NOT_WRITTEN = {"only", "k", "output_dir", "benchmarks", "batch_size"}
 # How fast vLLM samples, not what.
 _FREE_VLLM_OPTIONS = {
     "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "gpu_memory_utilization", "max_model_len",
@@ -85,13 +94,15 @@ class EvalArguments:
     backend: str | None = field(
         default=None, metadata={"help": "vllm or transformers. Default: vllm if it is installed."}
     )
-    batch_size: int = field(default=32, metadata={"help": "Completions at once with transformers."})
+    batch_size: int = field(
+        default=32, metadata={"help": "Completions at once with transformers; changes samples by rounding at most."}
+    )
     dtype: str = field(default="auto", metadata={"help": "Precision of the weights, such as bfloat16."})
     vllm_options: dict | str | None = field(
         default=None,
         metadata={"help": "Options of vLLM's engine, as JSON on the command line: '{\"tensor_parallel_size\": 2}'."},
     )
-    output_dir: str | None = field(default=None, metadata={"help": "Default: runs/eval/MODEL."})
+    output_dir: str | None = field(default=None, metadata={"help": "Default: runs/eval/MODEL/CONFIG."})
 
     def __post_init__(self):
         self.model_name_or_path = self.model_name_or_path.rstrip("/")
@@ -139,12 +150,17 @@ def complaints():
         sys.exit(f"eval.py: {error}")
 
 
-def evaluate(args: EvalArguments) -> None:
-    """Load, sample, grade, report."""
+def evaluate(args: EvalArguments, config: str = "default") -> None:
+    """Load, sample, grade, report; `config` names the folder of the results."""
     with complaints():
-        problems = _load(args)
-        tokenizer = load_tokenizer(args.model_name_or_path, args.model_revision)
-        sampling, context = _sampling(args, tokenizer), _context(args)
+        check_model(args.model_name_or_path)
+        folder = Path(args.output_dir or _default_folder(args.model_name_or_path) / comparison.safe_name(config))
+        problems = _load(args, folder)
+        with console.status("Reading the model's files"):
+            model = str(model_folder(args.model_name_or_path, args.model_revision))
+            mark = fingerprint(model)
+        tokenizer = load_tokenizer(model)
+        sampling, context = _sampling(args, model, tokenizer), _context(args, model)
         texts, requests = {}, []
         for members in problems.values():
             rendered = prompts(
@@ -159,43 +175,60 @@ def evaluate(args: EvalArguments) -> None:
             for problem, text, ids in asked:
                 texts[problem.benchmark, problem.id] = (problem.text, text)
                 requests += _requests(args, problem, ids, context)
+        settings = _settings(args, context, mark)
+        free = _ASKED | ({"seed", "top_p"} if args.temperature == 0 else set())
+        store = Store(folder, settings, free)
+        done = _done(store, texts, {request.key for request in requests})
+        requests = _without_unfinished(args, store, requests, done)
         if short := [r for r in requests if r.max_new_tokens < args.max_new_tokens]:
             logger.warning(
                 "%d of %d completions get less than max_new_tokens (%d): their prompts leave less of the context of %d",
                 *(len(short), len(requests), args.max_new_tokens, context),
             )
-        default_folder = f"runs/eval/{comparison.safe_name(args.model_name_or_path)}"
-        settings = _settings(args, context)
-        store = Store(Path(args.output_dir or default_folder), settings)
-        done = _done(args, store, texts, problems)
 
     try:
         began = time.monotonic()
-        _sample(args, tokenizer, sampling, requests, done, texts, store)
+        _sample(args, model, tokenizer, sampling, requests, done, texts, store)
         seconds = time.monotonic() - began
         with complaints(), console.status("Grading"):
-            for name, members in problems.items():
-                store.finish(name, {p.id: p.answers for p in members})
+            finished = [
+                summary.results(name, store.finish(name, {p.id: p.answers for p in problems[name]}, args.samples))
+                for name in dict.fromkeys(request.benchmark for request in requests)
+            ]
     finally:
         store.close()
 
-    with complaints():
-        # With `only`, those finished before stay in the summary.
-        benchmarks = parse_benchmarks(args.benchmarks)
-        names = [b.name for b in benchmarks if store.path(b.name).exists()]
-        rows = {name: read_samples(store.path(name)) for name in names}
-        finished = [summary.results(name, r) for name, r in rows.items() if all("verdict" in row for row in r)]
-        figures = summary.summarise(finished, args.k)
-    sources = {b.name: {"dataset": b.dataset, "config": b.config, "split": b.split} for b in benchmarks}
+    figures = summary.summarise(finished, args.k)
+    sources = {
+        b.name: {"dataset": b.dataset, "config": b.config, "split": b.split} for b in parse_benchmarks(args.benchmarks)
+    }
     figures |= {"datasets": {name: sources[name] for name in figures["benchmarks"]}}
     figures |= {"model": args.model_name_or_path, "settings": settings}
-    figures |= {"new_samples": len(requests) - len(done), "sampling_seconds": round(seconds, 1)}
+    new = sum(request.key not in done for request in requests)
+    figures |= {"new_samples": new, "sampling_seconds": round(seconds, 1)}
     _finish(store.folder, figures, args.model_name_or_path)
 
 
-def _load(args: EvalArguments) -> dict[str, list[Problem]]:
-    check_model(args.model_name_or_path)
-    benchmarks = parse_benchmarks(args.benchmarks, args.only)
+def _default_folder(model: str) -> Path:
+    """Return where a model's results go by default: the same folder however its path is written."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        path = Path(os.path.abspath(path))
+        model = str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    folder = Path("runs/eval") / comparison.safe_name(model)
+    if (before := read_settings(folder)) and is_old(before.get("fingerprint")):
+        logger.warning(
+            "%s holds results of version 0.1, which did not read all of a model's weights. They are not used: the "
+            "results of each config now have a folder of their own in there",
+            folder,
+        )
+    return folder
+
+
+def _load(args: EvalArguments, folder: Path) -> dict[str, list[Problem]]:
+    """Load the problems of the benchmarks to run, and of those measured before, which stay in the summary."""
+    wanted = parse_benchmarks(args.benchmarks, args.only)
+    benchmarks = [b for b in parse_benchmarks(args.benchmarks) if b in wanted or (folder / f"{b.name}.jsonl").exists()]
     problems = {b.name: load_problems(b, args.benchmark_folder, args.limit) for b in benchmarks}
     for name, members in problems.items():
         hopeless = unscorable(members)
@@ -215,30 +248,40 @@ def _load(args: EvalArguments) -> dict[str, list[Problem]]:
     return problems
 
 
-def _done(args: EvalArguments, store: Store, texts: dict, problems: dict) -> set[tuple[str, str, int]]:
-    """Return which samples are there from an earlier run with the same settings."""
+def _done(store: Store, texts: dict, asked: set[tuple[str, str, int]]) -> set[tuple[str, str, int]]:
+    """Return which of the samples that are asked for are there from an earlier run with the same settings."""
     done = set()
-    for name in problems:
+    for name in dict.fromkeys(benchmark for benchmark, _ in texts):
         for row in store.read(name):
             key = (name, row["id"], row["sample"])
-            if row["sample"] >= args.samples or row["prompt"] != texts.get(key[:2], ("", None))[1]:
+            if key in asked and row["prompt"] != texts[key[:2]][1]:
                 raise ValueError(
-                    f"{store.path(name)} holds problem {row['id']!r}, sample {row['sample']}, which is not asked for "
-                    "or has another prompt now. Choose another output_dir, or delete that file"
+                    f"{store.path(name)} holds samples of problem {row['id']!r} with another prompt than now. Choose "
+                    "another output_dir, or delete that file"
                 )
-            done.add(key)
+            done |= {key} & asked
     return done
 
 
-def _settings(args: EvalArguments, context: int | None) -> dict:
-    """Return what samples depend on: a folder holds samples of one such set."""
-    free = {"only", "k", "output_dir", "benchmarks", "vllm_options"}
-    if args.backend == "vllm":
-        free.add("batch_size")
-    settings = {name: value for name, value in asdict(args).items() if name not in free}
+def _without_unfinished(args: EvalArguments, store: Store, requests: list[Request], done: set) -> list[Request]:
+    """Return the requests without the benchmarks that are not to be run and lack samples under these settings."""
+    wanted = {b.name for b in parse_benchmarks(args.benchmarks, args.only)}
+    missing = Counter(r.benchmark for r in requests if r.benchmark not in wanted and r.key not in done)
+    for name, count in missing.items():
+        logger.warning(
+            "%s is left out of the summary: %d of the samples that are asked for now are not in %s. Run it too: "
+            "leave out --only",
+            *(name, count, store.path(name)),
+        )
+    return [request for request in requests if request.benchmark not in missing]
+
+
+def _settings(args: EvalArguments, context: int | None, mark: str) -> dict:
+    """Return what samples depend on, a folder holds samples of one such set, and what was asked for (`_ASKED`)."""
+    settings = {name: value for name, value in asdict(args).items() if name not in _NOT_WRITTEN | {"vllm_options"}}
     if args.backend == "vllm":
         settings["vllm_options"] = {n: value for n, value in args.vllm_options.items() if n not in _FREE_VLLM_OPTIONS}
-    return settings | {"context": context, "fingerprint": fingerprint(args.model_name_or_path)}
+    return settings | {"context": context, "fingerprint": mark}
 
 
 def _requests(args: EvalArguments, problem: Problem, prompt_ids: list[int], context: int | None) -> list[Request]:
@@ -253,23 +296,26 @@ def _requests(args: EvalArguments, problem: Problem, prompt_ids: list[int], cont
     return [Request(*key, sample, tuple(prompt_ids), room) for sample in range(args.samples)]
 
 
-def _context(args: EvalArguments) -> int | None:
-    limits = [context_length(args.model_name_or_path, args.model_revision)]
+def _context(args: EvalArguments, model: str) -> int | None:
+    limits = [context_length(model)]
     if args.backend == "vllm":
         limits.append(args.vllm_options.get("max_model_len"))
     return min((limit for limit in limits if limit), default=None)
 
 
-def _sampling(args: EvalArguments, tokenizer) -> Sampling:
+def _sampling(args: EvalArguments, model: str, tokenizer) -> Sampling:
     template = TEMPLATES[args.prompt]
-    ends = stop_token_ids(args.model_name_or_path, args.model_revision, tokenizer, template.ends)
+    ends = stop_token_ids(model, tokenizer, template.ends)
     return Sampling(args.temperature, args.top_p, args.seed, template.stop, ends)
 
 
-def _sample(args, tokenizer, sampling, requests, done, texts, store) -> None:
-    if len(done) == len(requests):
+def _sample(args, model, tokenizer, sampling, requests, done, texts, store) -> None:
+    there = sum(request.key in done for request in requests)
+    if there == len(requests):
         say(f"All {len(requests)} samples are in {store.folder} already")
         return
+    if there:
+        say(f"{there} of {len(requests)} samples are in {store.folder} already")
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -278,20 +324,19 @@ def _sample(args, tokenizer, sampling, requests, done, texts, store) -> None:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("samples", total=len(requests), completed=len(done))
+        bar = progress.add_task("samples", total=len(requests), completed=there)
 
         def write(finished: list[tuple[Request, Completion]]) -> None:
             for name in dict.fromkeys(request.benchmark for request, _ in finished):
                 store.add(name, (_row(r, c, *texts[r.benchmark, r.id]) for r, c in finished if r.benchmark == name))
             progress.advance(bar, len(finished))
 
-        where = (args.model_name_or_path, args.model_revision)
         if args.backend == "vllm":
             options = {"dtype": args.dtype, "options": args.vllm_options}
-            sample_with_vllm(*where, requests, done, sampling, write, **options)
+            sample_with_vllm(model, requests, done, sampling, write, **options)
         else:
             batches = {"batch_size": args.batch_size, "dtype": args.dtype}
-            sample_with_transformers(*where, tokenizer, requests, done, sampling, write, **batches)
+            sample_with_transformers(model, tokenizer, requests, done, sampling, write, **batches)
 
 
 def _row(request: Request, completion: Completion, problem: str, prompt: str) -> dict:
@@ -335,7 +380,8 @@ def compare(words: list[str]) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap and the permutations")
     options = parser.parse_args(words)
-    runs = [comparison.load_run(folder) for folder in options.folders]
+    names = comparison.labels(options.folders)
+    runs = [comparison.load_run(*pair) for pair in zip(options.folders, names, strict=True)]
     compared = comparison.compare(runs, options.seed)
     notes = comparison.differing_settings(runs)
     for b in dict.fromkeys(c.b for c in compared):
@@ -386,6 +432,7 @@ def grade(words: list[str]) -> None:
         raise ValueError(f"Two benchmarks of {options.file} would be written to one file: {', '.join(paths)}")
     if options.file.resolve() in {path.resolve() for path in paths.values()}:
         raise ValueError(f"{options.file} would be overwritten. Choose another output_dir than {folder}")
+    _check_graded_folder(folder, options.file)
     with console.status(f"Grading {len(rows)} outputs"):
         judged = graded(rows, [row.pop("answers") for row in rows])
     members = {name: [row for row in judged if row["benchmark"] == name] for name in paths}
@@ -408,6 +455,8 @@ def grade(words: list[str]) -> None:
                     f"k must lie between 1 and the samples of a problem ({samples} in {result.name}), not {k}"
                 )
     folder.mkdir(parents=True, exist_ok=True)
+    for path in set(folder.glob("*.jsonl")) - set(paths.values()):
+        path.unlink()  # of what this file held when it was graded before
     for name, path in paths.items():
         path.write_text("".join(json.dumps(row) + "\n" for row in members[name]), encoding="utf-8")
     figures = summary.summarise(found, options.k)
@@ -415,62 +464,122 @@ def grade(words: list[str]) -> None:
     _finish(folder, figures, str(options.file))
 
 
+def _check_graded_folder(folder: Path, file: Path) -> None:
+    """Raise ValueError for a folder with other results than earlier ones of the same file."""
+    there = sorted(folder.glob("*.jsonl"))
+    if there:
+        try:
+            before = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["file"]
+        except (OSError, ValueError, KeyError):
+            before = None
+        if before != str(file):
+            whose = f"the results of {before}" if before else f"{there[0].name}, which eval.py grade did not write"
+            raise ValueError(f"{folder} holds {whose}. Choose another --output_dir")
+
+
 def _read_outputs(options: argparse.Namespace) -> list[dict]:
     """Read outputs of any origin into rows of our form."""
     if not options.file.is_file():
         raise FileNotFoundError(f"There is no file {options.file} (looked in {Path.cwd()})")
-    counts: dict[tuple[str, str], int] = {}
-    rows = []
-    with (gzip.open if options.file.suffix == ".gz" else open)(options.file, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{options.file}, line {number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not JSON: {error}. Correct or delete that line") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{where}: an object was expected, not {line.strip()[:80]}")
+    rows: list[dict] = []
+    first: dict[tuple[str, str], tuple[int, dict]] = {}  # of each problem: the line where it came first, and its row
+    counts: Counter[tuple[str, str]] = Counter()
+    incomplete = 0
+    for number, line in _lines(options.file):
+        where = f"{options.file}, line {number}"
+        try:
+            row = json.loads(line, parse_float=Decimal)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: not JSON: {error}. Correct or delete that line") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: an object was expected, not {line.strip()[:80]}")
 
-            def column(wanted: str, default=None, *, row=row, where=where):
-                names = wanted.split(",")
-                name = next((name for name in names if name in row), None)
-                if name is None and default is None:
-                    raise ValueError(f"{where}: no column {' or '.join(names)}. There are: {', '.join(row)}")
-                if name is not None and row[name] is None:
-                    raise ValueError(f"{where}: {name} is null")
-                return default if name is None else row[name]
+        def column(wanted: str, default=None, *, row=row, where=where):
+            names = wanted.split(",")
+            name = next((name for name in names if name in row), None)
+            if name is None and default is None:
+                raise ValueError(f"{where}: no column {' or '.join(names)}. There are: {', '.join(row)}")
+            if name is not None and row[name] is None:
+                raise ValueError(f"{where}: {name} is null")
+            return default if name is None else row[name]
 
-            answers = column(options.answer_column)
-            benchmark = str(column(options.benchmark_column, "outputs"))
-            problem = str(column(options.id_column, f"line {number}"))
-            outputs = column(options.completion_column)
-            # A list of texts holds several samples; tokens and truncated belong to a single one.
-            known = row if isinstance(outputs, str) else {}
-            if known.get("tokens") is not None and not isinstance(known["tokens"], int):
-                raise ValueError(f"{where}: tokens must be a whole number, not {known['tokens']!r}")
-            for output in [outputs] if isinstance(outputs, str) else outputs:
-                if not isinstance(output, str):
-                    raise ValueError(f"{where}: an output must be a text or a list of texts, not {str(output)[:60]}")
-                sample = counts.get((benchmark, problem), 0)
-                counts[benchmark, problem] = sample + 1
-                rows.append(
-                    {
-                        "benchmark": benchmark,
-                        "id": problem,
-                        "sample": sample,
-                        "problem": str(row.get("problem", "")),
-                        "prompt": str(row.get("prompt", "")),
-                        "completion": output,
-                        "tokens": known.get("tokens"),
-                        "truncated": known.get("truncated"),
-                        "answers": [str(a) for a in (answers if isinstance(answers, list) else [answers])],
-                    }
-                )
+        answers = column(options.answer_column)
+        incomplete += isinstance(answers, list) and len(answers) > sum(a not in (None, "") for a in answers) > 0
+        try:
+            accepted = gold_answers(answers)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: {error}") from None
+        if not accepted:
+            raise ValueError(f"{where}: no answer, only {answers!r}. Correct that line, or delete it")
+        common = {
+            "benchmark": str(column(options.benchmark_column, "outputs")),
+            "id": str(column(options.id_column, f"line {number}")),
+            "problem": str(row.get("problem") or ""),
+            "answers": accepted,
+        }
+        key = (common["benchmark"], common["id"])
+        line_before, before = first.setdefault(key, (number, common))
+        if set(accepted) != set(before["answers"]):
+            raise ValueError(
+                f"{where}: problem {key[1]!r} of {key[0]} has the answer {' or '.join(accepted)}, and in line "
+                f"{line_before} {' or '.join(before['answers'])}. Two problems need two ids (--id_column)"
+            )
+        if common["problem"] and before["problem"] and common["problem"] != before["problem"]:
+            raise ValueError(
+                f"{where}: problem {key[1]!r} of {key[0]} has another text than in line {line_before}. Two problems "
+                "need two ids (--id_column)"
+            )
+        outputs = column(options.completion_column)
+        # A list of texts holds several samples; tokens and truncated belong to a single one.
+        one = isinstance(outputs, str)
+        outputs = [outputs] if one else outputs
+        if not isinstance(outputs, list) or not all(isinstance(output, str) for output in outputs):
+            raise ValueError(f"{where}: an output must be a text or a list of texts, not {str(outputs)[:60]}")
+        if not outputs:
+            raise ValueError(
+                f"{where}: problem {key[1]!r} has no outputs. Delete that line to leave the problem out, or give it "
+                'an empty one, [""], to count it as wrong'
+            )
+        length = {
+            "tokens": _tokens(row.get("tokens"), where) if one else None,
+            "truncated": _truth(row.get("truncated"), "truncated", where) if one else None,
+        }
+        prompt = str(row.get("prompt") or "")
+        for output in outputs:
+            rows.append(common | {"sample": counts[key], "prompt": prompt, "completion": output} | length)
+            counts[key] += 1
     if not rows:
         raise ValueError(f"{options.file} holds no outputs")
+    if incomplete:
+        logger.warning(
+            "%d lines of %s have lists of answers with null or empty ones: left out", incomplete, options.file
+        )
     return rows
+
+
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
+    """Return the lines of a file that hold something, with their numbers."""
+    with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8-sig") as lines:
+        try:
+            yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8 ({error}). Save it in that encoding") from None
+
+
+def _tokens(value, where: str) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal) or not (value >= 0 and value % 1 == 0):
+        raise ValueError(f"{where}: tokens must be a whole number, not {value!r}")
+    return int(value)
+
+
+def _truth(value, name: str, where: str) -> bool | None:
+    known = {True: True, False: False, "true": True, "false": False, None: None}  # 1 and 0 are equal to the first two
+    key = value.lower() if isinstance(value, str) else value
+    if isinstance(key, list | dict) or key not in known:
+        raise ValueError(f"{where}: {name} must be true or false, not {value!r}")
+    return known[key]
 
 
 def main(words: list[str]) -> None:
@@ -485,7 +594,7 @@ def main(words: list[str]) -> None:
     with complaints():
         (args,) = parse((EvalArguments,), "eval.py", words)
     try:
-        evaluate(args)
+        evaluate(args, Path(words[words.index("--config") + 1]).stem if "--config" in words else "default")
     except KeyboardInterrupt:
         sys.exit("\neval.py: stopped; what was generated is saved. The same command goes on from there")
 

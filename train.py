@@ -3,6 +3,7 @@
 accelerate launch train.py --config configs/NAME.yaml [--field value ...]
 """
 
+import hashlib
 import json
 import logging
 import sys
@@ -23,6 +24,8 @@ from ktae_trl.hub import HubError, create_repo, repo_name, upload_command
 from ktae_trl.model_card import PAGE, settings_of
 from ktae_trl.rewards import load_rewards
 from ktae_trl.stopping import Advice, advice_at_the_end
+
+HELD_OUT_BEFORE = "held_out_before.json"
 
 
 @dataclass
@@ -55,7 +58,6 @@ class HeldOutAccuracy(TrainerCallback):
 
     def __init__(self, trainer: KTAEGRPOTrainer, run: RunArguments):
         self.trainer, self.samples = trainer, run.held_out_samples
-        self.file = Path(trainer.args.output_dir) / "held_out_before.json"
         self.before: Accuracy | None = None
 
     def measure(self) -> Accuracy:
@@ -66,15 +68,32 @@ class HeldOutAccuracy(TrainerCallback):
             batch_size=self.trainer.args.per_device_eval_batch_size,
         )
 
+    def problems(self) -> str:
+        """Return a mark of what is measured: the problems, their answers, and the samples of each."""
+        rows = self.trainer.eval_dataset.select_columns(["prompt", "solution"]).to_list()
+        return hashlib.sha256(json.dumps([rows, self.samples], default=str).encode()).hexdigest()[:16]
+
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step == 0:
             self.before = self.measure()
-            if state.is_world_process_zero:
-                self.file.parent.mkdir(parents=True, exist_ok=True)
-                self.file.write_text(json.dumps(self.before))
-        elif self.file.exists():
-            self.before = Accuracy(*json.loads(self.file.read_text()))
+        else:
+            self.before = self.of_this_run(Path(args.resume_from_checkpoint))
+        if self.before and state.is_world_process_zero:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            kept = {"accuracy": self.before, "problems": self.problems()}
+            Path(args.output_dir, HELD_OUT_BEFORE).write_text(json.dumps(kept))
         self.trainer.accelerator.print(f"\nHeld-out accuracy before: {self.before or 'not measured'}\n")
+
+    def of_this_run(self, checkpoint: Path) -> Accuracy | None:
+        """Return what the run that left `checkpoint` measured before training, if it was on these problems."""
+        file = checkpoint.parent / HELD_OUT_BEFORE
+        if not file.exists():
+            return None
+        kept = json.loads(file.read_text())
+        if not isinstance(kept, dict) or kept["problems"] != self.problems():
+            self.trainer.accelerator.print(f"{file} is not of these held-out problems and samples: not used")
+            return None
+        return Accuracy(*kept["accuracy"])
 
 
 def load(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig):

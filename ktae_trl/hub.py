@@ -22,7 +22,7 @@ from huggingface_hub import CommitInfo, HfApi, get_session
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from ktae_trl import model_card, records
-from ktae_trl.evaluation.samples import fingerprint
+from ktae_trl.fingerprint import is_of, is_old
 from ktae_trl.model_card import CARD, PAGE
 
 # transformers leaves out checkpoints and what begins with an underscore. Rollouts hold the data that was trained on;
@@ -213,8 +213,8 @@ def write_page(folder: Path) -> None:
         logger.warning("The key-token page of %s could not be made: %s: %s", folder, type(error).__name__, error)
 
 
-def read_results(path: Path, folder: Path, repo_id: str | None) -> list:
-    """Return what eval.py measured, if it was this model.
+def read_results(path: Path, folder: Path) -> list:
+    """Return what eval.py measured, if it was the model in `folder`.
 
     Raises:
         ValueError: the file is no summary of eval.py, or one of another model.
@@ -230,10 +230,16 @@ def read_results(path: Path, folder: Path, repo_id: str | None) -> list:
     if not isinstance(summary, dict) or not {"benchmarks", "model", "settings"} <= summary.keys():
         raise ValueError(f"{file} does not say which model it is of: only what eval.py sampled can go into a card")
     mark = summary["settings"].get("fingerprint")
-    if mark != fingerprint(str(folder)) if mark else summary["model"] not in (repo_id, str(folder)):
+    again = f"Measure again: python eval.py --config ... --model_name_or_path {folder}"
+    if is_old(mark):
+        raise ValueError(
+            f"{file} is of version 0.1 of eval.py, which did not read all of a model's weights: whether it is of those "
+            f"in {folder} is not known. {again}"
+        )
+    if not is_of(mark, folder):
         raise ValueError(
             f"{file} was measured on {summary['model']}, which does not hold the weights that are in {folder} now. "
-            f"Measure again: python eval.py --config ... --model_name_or_path {folder}"
+            f"{again}"
         )
     return model_card.eval_results(summary)
 
@@ -254,7 +260,7 @@ def publish(
     """
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise FileNotFoundError(f"{folder} holds no model: neither config.json nor adapter_config.json is there")
-    found = [result for path in results for result in read_results(path, folder, repo_id)]
+    found = [result for path in results for result in read_results(path, folder)]
     if not (folder / CARD).exists():
         if found:
             raise FileNotFoundError(f"{folder} holds no {CARD} that the results could go into")

@@ -118,7 +118,7 @@ class KTAEGRPOTrainer(ExactResume, Publishing, GRPOTrainer):
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
-        if checkpoint is None and self.is_world_process_zero():  # that of an earlier run
+        if self.is_world_process_zero():  # of the model that was there before
             Path(self.args.output_dir, model_card.HELD_OUT).unlink(missing_ok=True)
         return super().train(checkpoint, *args, **kwargs)
 

@@ -9,6 +9,7 @@ from ktae_trl.evaluation.comparison import (
     Run,
     compare,
     differing_settings,
+    labels,
     length_sentence,
     load_run,
     plot,
@@ -164,6 +165,39 @@ def test_plot(tmp_path):
     assert plot([run("a", 0.2, tokens=None), run("b", 0.9, tokens=None)], tmp_path) == []  # nothing to draw it against
 
 
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (["runs/eval/A/math", "runs/eval/B/math"], ["A", "B"]),
+        (["runs/eval/A/math", "runs/eval/A/quick"], ["math", "quick"]),
+        (["A/math", "B/math", "A/quick"], ["A/math", "B/math", "A/quick"]),
+        (["one", "two/"], ["one", "two"]),
+        (["one/x", "two/x", "two/x"], ["one", "two", "two"]),
+    ],
+)
+def test_labels(folders, names):
+    assert labels(folders) == names
+
+
+def test_what_another_version_graded_is_graded_again(tmp_path, caplog):
+    store = Store(tmp_path / "model", {"fingerprint": "f" * 32})
+    store.add("b", [row("1", 0, r"\boxed{0}")])
+    store.finish("b", {"1": ("0",)}, 1)
+    load_run(str(tmp_path / "model"))
+    assert "graded again" not in caplog.text
+    (judged,) = read_samples(store.path("b"))
+    judged |= {"verdict": False, "graded_by": "an earlier one"}
+    store.path("b").write_text(json.dumps(judged) + "\n")
+    assert load_run(str(tmp_path / "model")).benchmarks["b"].right.tolist() == [[True]]
+    assert "b.jsonl was graded by another version: it is graded again for this comparison" in caplog.text
+
+
+def test_results_of_version_0_1_are_named():
+    runs = [Run("a", {"fingerprint": "f" * 32}, {}), Run("b", {"fingerprint": "0123456789abcdef"}, {})]
+    (note,) = differing_settings(runs)
+    assert note.startswith("b was measured by version 0.1, which did not read all of the model's weights")
+
+
 def test_safe_name():
     assert safe_name("Qwen/Qwen2.5-Math-1.5B") == "Qwen_Qwen2.5-Math-1.5B"
     assert safe_name("../runs/x/") == "runs_x"
@@ -182,14 +216,16 @@ def test_a_store_takes_up_where_it_stopped(tmp_path, caplog):
     assert [r["id"] for r in store.read("b")] == ["2", "1"]
     assert "cut off" in caplog.text
     store.add("b", [row("1", 1, "\\boxed{0} \udcff\u2028\r\n")])
-    rows = store.finish("b", {"1": ("0",), "2": ("0",)})
+    rows = store.finish("b", {"1": ("0",), "2": ("0",)}, 2)
     assert [(r["id"], r["sample"], r["verdict"]) for r in rows] == [("1", 0, False), ("1", 1, True), ("2", 0, True)]
     assert read_samples(store.path("b")) == rows
     assert not list(tmp_path.glob("*.part"))
 
 
 def test_other_settings_need_another_folder(tmp_path):
-    Store(tmp_path, {"seed": 1, "temperature": 0.5})
+    store = Store(tmp_path, {"seed": 1, "temperature": 0.5})
+    store.add("b", [row("1", 0, "x")])
+    store.close()
     with pytest.raises(
         ValueError, match=r"other settings: temperature was 0.5, now it is 1.0. Choose another output_dir"
     ):
@@ -231,7 +267,7 @@ def test_problems_need_the_same_number_of_samples():
 def test_settings_are_read_back(tmp_path):
     store = Store(tmp_path / "model", {"seed": 1})
     store.add("b", [row("1", 0, r"\boxed{0}")])
-    store.finish("b", {"1": ("0",)})
+    store.finish("b", {"1": ("0",)}, 1)
     assert (tmp_path / "model" / SETTINGS).exists()
     loaded = load_run(str(tmp_path / "model"))
     assert loaded.name == "model"

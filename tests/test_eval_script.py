@@ -11,14 +11,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ktae_trl import tiny
+from ktae_trl.evaluation import sampling
 from ktae_trl.grading import grade
 from ktae_trl.hub import read_results
 
@@ -80,7 +83,7 @@ def test_the_whole_path(evaluated):
 
 
 def test_the_summary_goes_into_a_model_card(evaluated):
-    accuracy, *others = read_results(evaluated, Path("ktae_trl/tiny/model"), None)
+    accuracy, *others = read_results(evaluated, Path("ktae_trl/tiny/model"))
     rows = samples(evaluated)
     assert accuracy.metric_value == pytest.approx(sum(row["verdict"] for row in rows) / 96, abs=1e-5)
     assert accuracy.metric_name == "accuracy, mean of 4 samples at temperature 1, top_p 1"
@@ -107,14 +110,161 @@ def test_the_seed_and_nothing_else_decides(script, evaluated, tmp_path):
     assert samples(tmp_path / "other") != samples(evaluated)
 
 
-def test_batches_are_drawn_with_different_noise(script, tmp_path):
-    """One problem in two batches: the second is no copy of the first."""
+def test_the_batch_makes_no_difference(script, evaluated, tmp_path, capsys):
+    script.main([*QUICK, "--output_dir", str(tmp_path), "--batch_size", "7"])
+    assert samples(tmp_path) == samples(evaluated)
+    script.main([*QUICK, "--output_dir", str(tmp_path), "--batch_size", "96"])
+    assert "All 96 samples are in" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_samples_are_drawn_as_by_hand(script, tmp_path, tokenizer):
+    """One sample at a time, without a cache, from cumulated probabilities."""
+    words = ["--limit", "2", "--samples", "2", "--temperature", "0.7", "--top_p", "0.9", "--max_new_tokens", "12"]
+    script.main([*QUICK, *words, "--output_dir", str(tmp_path)])
+    model = AutoModelForCausalLM.from_pretrained(tiny.MODEL, dtype=torch.float32)
+    for row in samples(tmp_path):
+        ids = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
+        numbers, drawn = Random(json.dumps([0, "sums", row["id"], row["sample"]])), []
+        while len(drawn) < 12 and tokenizer.eos_token_id not in drawn:
+            with torch.no_grad():
+                logits = model(torch.tensor([ids + drawn])).logits[0, -1].double()
+            p = torch.softmax(logits / 0.7, 0)
+            order = p.argsort(descending=True)
+            outside = order[(p[order].cumsum(0) - p[order]) >= 0.9]  # not needed to reach 90%
+            p[outside] = 0
+            cumulated = (p / p.sum()).cumsum(0)
+            drawn.append(int((cumulated <= numbers.random()).sum()))
+        assert row["completion"] == tokenizer.decode(drawn, skip_special_tokens=True)
+        assert row["tokens"] == len(drawn)
+
+
+def test_samples_follow_the_model(script):
+    """Many draws of one distribution have its frequencies."""
+    scores = torch.tensor([[0.0, 1.0, -1.0, 2.0, -torch.inf]])
+    draw = sampling._Draw(torch.rand(4000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    tokens = draw(None, scores.expand(4000, -1)).argmax(1)
+    shares = torch.bincount(tokens, minlength=5) / 4000
+    assert torch.allclose(shares, scores[0].softmax(0), atol=0.02)
+    assert shares[4] == 0
+    with pytest.raises(ValueError, match="no numbers"):
+        sampling._Draw(torch.zeros(1, 1))(None, scores * torch.nan)
+
+
+def test_the_same_problem_twice_gets_other_samples(script, tmp_path):
     problem = {"problem": "State the final answer to the following arithmetic problem: 9 + 3 + 4 =", "answers": ["16"]}
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps({"id": i} | problem) + "\n" for i in range(2)))
     words = ["--benchmark_folder", str(tmp_path), "--samples", "16", "--batch_size", "16"]
     script.main([*QUICK, *words, "--output_dir", str(tmp_path / "out")])
     rows = samples(tmp_path / "out")
     assert [row["completion"] for row in rows[:16]] != [row["completion"] for row in rows[16:]]
+
+
+def test_more_and_fewer_samples_use_those_there_are(script, evaluated, tmp_path, capsys, caplog):
+    """What is asked for is in the file and in the figures, what is not is kept, and nothing is drawn twice."""
+    words = ["--config", "configs/eval/quickstart.yaml", "--output_dir", str(tmp_path)]
+    script.main([*words, "--limit", "10", "--samples", "2"])
+    whole = samples(evaluated)
+    assert samples(tmp_path) == [row for row in whole if int(row["id"]) < 10 and row["sample"] < 2]
+    script.main([*words, "--limit", "24", "--samples", "4"])
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert "20 of 96 samples are in" in said
+    assert samples(tmp_path) == whole
+    script.main([*words, "--limit", "5", "--samples", "1", "--k", "1"])
+    figures = json.loads((tmp_path / "summary.json").read_text())
+    assert (figures["new_samples"], figures["benchmarks"]["sums"]["problems"]) == (0, 5)
+    assert (figures["settings"]["samples"], figures["settings"]["limit"]) == (1, 5)
+    assert samples(tmp_path) == [row for row in whole if int(row["id"]) < 5 and row["sample"] < 1]
+    script.main([*words, "--limit", "24", "--samples", "4"])
+    assert json.loads((tmp_path / "summary.json").read_text())["new_samples"] == 0
+    assert samples(tmp_path) == whole
+    assert not list((tmp_path / "more").iterdir())
+
+
+@pytest.fixture
+def model(tmp_path):
+    return Path(shutil.copytree(tiny.MODEL, tmp_path / "model"))
+
+
+def test_samples_of_another_model_are_refused(script, model, tmp_path):
+    """In the same folder, with weights that differ in the middle only: a merged LoRA, or layers trained alone."""
+    weights = {name: weight.float() for name, weight in load_file(model / "model.safetensors").items()}
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    before = (model / "model.safetensors").read_bytes()
+    words = [*QUICK, "--limit", "2", "--model_name_or_path", str(model), "--output_dir", str(tmp_path / "out")]
+    script.main(words)
+    weights["model.layers.1.mlp.up_proj.weight"] *= -1
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    after = (model / "model.safetensors").read_bytes()
+    assert (before[: 1 << 20], before[-1 << 20 :]) == (after[: 1 << 20], after[-1 << 20 :])
+    said = complaint(script, words)
+    assert f"{tmp_path / 'out'} holds another model's samples, or its files have changed: fingerprint was " in said
+    assert "Choose another output_dir, or delete that folder" in said
+
+
+def test_the_same_model_by_another_path(script, model, tmp_path, capsys, monkeypatch):
+    shutil.copytree(model, tmp_path / "saved_again")
+    (tmp_path / "saved_again" / "training_args.bin").write_bytes(b"of another run")
+    words = [*QUICK, "--limit", "2", "--output_dir", str(tmp_path / "out"), "--model_name_or_path"]
+    script.main([*words, str(model)])
+    for path in (f"{model}/", os.path.relpath(model), str(tmp_path / "saved_again")):
+        capsys.readouterr()
+        script.main([*words, path])
+        assert "All 8 samples are in" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_greedy_samples_depend_on_no_seed(script, tmp_path, capsys):
+    words = [*QUICK, "--temperature", "0", "--samples", "1", "--limit", "2", "--output_dir", str(tmp_path)]
+    script.main(words)
+    capsys.readouterr()
+    script.main([*words, "--seed", "5", "--top_p", "0.5"])
+    assert "All 2 samples are in" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_each_config_has_a_folder_of_its_own(script, model, tmp_path, monkeypatch, capsys):
+    config = yaml.safe_load((ROOT / "configs" / "eval" / "quickstart.yaml").read_text())
+    config["benchmarks"][0]["dataset"] = str(ROOT / config["benchmarks"][0]["dataset"])
+    monkeypatch.chdir(tmp_path)
+    for name, change in (("sampled", {}), ("greedy", {"temperature": 0.0, "samples": 1})):
+        settings = config | {"limit": 2, "model_name_or_path": "model/"} | change
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(settings))
+        script.main(["--config", f"{name}.yaml"])
+    folder = Path("runs/eval/model")
+    assert sorted(path.parent.name for path in folder.glob("*/summary.json")) == ["greedy", "sampled"]
+    capsys.readouterr()
+    script.main(["--config", "sampled.yaml", "--model_name_or_path", str(model)])  # the same folder, absolute
+    assert "All 16 samples are in runs/eval/model/sampled already" in capsys.readouterr().out
+    assert "There are: runs/eval/model/greedy, runs/eval/model/sampled" in complaint(
+        script, ["compare", str(folder), str(folder / "greedy")]
+    )
+    said = complaint(script, ["--config", "sampled.yaml", "--seed", "1"])
+    assert "runs/eval/model/sampled holds samples made with other settings: seed was 0, now it is 1." in said
+
+
+def test_results_of_version_0_1(script, evaluated, model, tmp_path, monkeypatch, caplog):
+    """Whose they are is not known. They are neither used nor harmed, and the message says what to do."""
+    old = tmp_path / "runs" / "eval" / "model"
+    shutil.copytree(evaluated, old)
+    settings = json.loads((old / "settings.json").read_text())
+    (old / "settings.json").write_text(json.dumps(settings | {"fingerprint": "0123456789abcdef"}))
+    said = complaint(script, [*QUICK, "--output_dir", str(old)])
+    assert "holds samples of version 0.1, which did not read all of the model's weights" in said
+    assert "Choose another output_dir, or delete that folder" in said
+    config = yaml.safe_load((ROOT / "configs" / "eval" / "quickstart.yaml").read_text())
+    config["benchmarks"][0]["dataset"] = str(ROOT / config["benchmarks"][0]["dataset"])
+    (tmp_path / "quick.yaml").write_text(yaml.safe_dump(config | {"limit": 2, "samples": 1}))
+    monkeypatch.chdir(tmp_path)
+    before = (old / "sums.jsonl").read_bytes()
+    script.main(["--config", "quick.yaml", "--model_name_or_path", "model"])
+    assert "runs/eval/model holds results of version 0.1" in caplog.text
+    assert len(samples(old / "quick")) == 2
+    assert (old / "sums.jsonl").read_bytes() == before
+
+
+def test_outputs_of_others_are_no_samples(script, tmp_path):
+    shutil.copy(ROOT / "ktae_trl" / "tiny" / "data" / "held_out.jsonl", tmp_path / "sums.jsonl")
+    said = complaint(script, [*QUICK, "--output_dir", str(tmp_path)])
+    assert "sums.jsonl is there already, and no settings.json says how it was made" in said
+    assert "delete" not in said
 
 
 def test_lost_samples_are_generated_again(script, evaluated, tmp_path):
@@ -277,6 +427,105 @@ def test_outputs_in_lists(script, tmp_path):
     assert "line 1: tokens must be a whole number, not 'x'" in complaint(script, ["grade", str(path)])
 
 
+def test_no_problem_vanishes(script, tmp_path):
+    """A problem without an output is an error: left out in silence, it would make the rest look better."""
+    path = tmp_path / "x.jsonl"
+    rows = [{"id": "a", "output": [r"\boxed{2}"], "answer": "2"}, {"id": "b", "output": [], "answer": "3"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = complaint(script, ["grade", str(path), "--output_dir", str(tmp_path / "out")])
+    assert "x.jsonl, line 2: problem 'b' has no outputs. Delete that line to leave the problem out" in said
+    rows[1]["output"] = [""]  # as the message says
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert grade_file(script, path)["accuracy"][0] == 0.5
+
+
+def grade_file(script, path, *words) -> dict:
+    folder = path.with_suffix(".graded")
+    script.main(["grade", str(path), "--output_dir", str(folder), *words])
+    (figures,) = json.loads((folder / "summary.json").read_text())["benchmarks"].values()
+    return figures
+
+
+def test_one_id_for_two_problems(script, tmp_path):
+    path = tmp_path / "x.jsonl"
+    rows = [{"id": 1, "output": r"\boxed{2}", "answer": "2"}, {"id": 2, "output": "", "answer": "5"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0] | {"answer": "3"}]))
+    said = complaint(script, ["grade", str(path)])
+    assert "x.jsonl, line 3: problem '1' of outputs has the answer 3, and in line 1 2." in said
+    assert "Two problems need two ids (--id_column)" in said
+    rows[0]["problem"] = "1 + 1 ="
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0] | {"problem": "4 - 2 ="}]))
+    assert "line 3: problem '1' of outputs has another text than in line 1" in complaint(script, ["grade", str(path)])
+    rows[0]["answer"] = 2  # the same answer in another form
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0] | {"answer": ["2"]}][::2]))
+    assert grade_file(script, path)["samples"] == 2
+
+
+def test_whether_an_output_was_cut_off(script, tmp_path):
+    path = tmp_path / "x.jsonl"
+    values = [True, "true", 1, "True", False, "false", 0, "False"]
+    rows = [{"output": "", "answer": "2", "tokens": i, "truncated": value} for i, value in enumerate(values)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    figures = grade_file(script, path)
+    assert figures["truncated"] == 0.5
+    assert figures["tokens"]["mean"] == 3.5
+    for value in ("no", 2, [], {}, 0.5):
+        path.write_text(json.dumps({"output": "", "answer": "2", "truncated": value}) + "\n")
+        assert "line 1: truncated must be true or false, not " in complaint(script, ["grade", str(path)])
+    for value in (True, -1, 1.5, "7", [], float("nan"), float("inf")):
+        path.write_text(json.dumps({"output": "", "answer": "2", "tokens": value}) + "\n")
+        assert "line 1: tokens must be a whole number, not " in complaint(script, ["grade", str(path)]), value
+    path.write_text('{"output": "", "answer": "2", "tokens": 12.0, "truncated": null}\n')  # as pandas writes a column
+    assert grade_file(script, path)["tokens"]["mean"] == 12
+
+
+@pytest.mark.parametrize("opened", [open, gzip.open])
+def test_a_byte_order_mark_loses_no_line(script, tmp_path, opened):
+    path = tmp_path / ("x.jsonl" if opened is open else "x.jsonl.gz")
+    with opened(path, "wt", encoding="utf-8-sig") as file:
+        file.write("".join(json.dumps({"output": rf"\boxed{{{i}}}", "answer": "0"}) + "\n" for i in range(2)))
+    assert grade_file(script, path)["accuracy"][0] == 0.5
+
+
+def test_a_file_in_another_encoding(script, tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes('{"output": "größer", "answer": "2"}\n'.encode("latin-1"))
+    assert "x.jsonl is not UTF-8 (" in complaint(script, ["grade", str(path)])
+
+
+def test_answers_of_any_kind(script, tmp_path, caplog):
+    path = tmp_path / "x.jsonl"
+    cases = [(["1", None], "1", True), (["1", None], "None", False), (142.0, "142", True), (3, "3", True)]
+    cases += [(True, "True", True), ("so\n#### 72", "72", True), (12345678901234567891, "12345678901234567891", True)]
+    cases += [(12345678901234567891, "12345678901234567890", False), ("2024-01-05", "2024-01-05", True)]
+    rows = [{"output": rf"\boxed{{{output}}}", "answer": answer} for answer, output, _ in cases]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    grade_file(script, path)
+    judged = samples(path.with_suffix(".graded"), "outputs")
+    assert [row["verdict"] for row in judged] == [right for *_, right in cases]
+    assert "2 lines of" in caplog.text
+    assert "have lists of answers with null or empty ones: left out" in caplog.text
+    for answer in ([], [None], "", float("nan")):
+        path.write_text(json.dumps({"output": "", "answer": answer}) + "\n")
+        assert "line 1: no answer, only " in complaint(script, ["grade", str(path)]), answer
+    path.write_text(json.dumps({"output": "", "answer": {"a": 1}}) + "\n")
+    assert "line 1: An answer must be " in complaint(script, ["grade", str(path)])
+
+
+def test_graded_outputs_of_another_file_stay(script, tmp_path):
+    path, folder = tmp_path / "x.jsonl", tmp_path / "out"
+    rows = [{"output": r"\boxed{2}", "answer": "2", "task": task} for task in ("a", "b")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    script.main(["grade", str(path), "--output_dir", str(folder)])
+    path.write_text(json.dumps(rows[0]) + "\n")
+    script.main(["grade", str(path), "--output_dir", str(folder)])
+    assert [file.name for file in folder.glob("*.jsonl")] == ["a.jsonl"]  # b is not in the file any more
+    other = tmp_path / "y.jsonl"
+    shutil.copy(path, other)
+    said = complaint(script, ["grade", str(other), "--output_dir", str(folder)])
+    assert f"{folder} holds the results of {path}. Choose another --output_dir" in said
+
+
 def test_unknown_command(script):
     assert "unknown command 'comparee' (did you mean 'compare'?)" in complaint(script, ["comparee", "a", "b"])
 
@@ -288,7 +537,7 @@ def test_only_one_process_writes_to_a_folder(script, tmp_path):
         assert "Another eval.py is writing to" in complaint(script, [*QUICK, "--output_dir", str(tmp_path)])
 
 
-def test_only_keeps_the_other_benchmarks_in_the_summary(script, tmp_path):
+def test_only_keeps_the_other_benchmarks_in_the_summary(script, tmp_path, caplog):
     config = yaml.safe_load((ROOT / "configs" / "eval" / "quickstart.yaml").read_text())
     config["benchmarks"].append(config["benchmarks"][0] | {"name": "again"})
     (tmp_path / "two.yaml").write_text(
@@ -298,6 +547,11 @@ def test_only_keeps_the_other_benchmarks_in_the_summary(script, tmp_path):
     script.main(["--config", str(tmp_path / "two.yaml"), "--only", "again"])
     summary = json.loads((tmp_path / "o" / "summary.json").read_text())
     assert list(summary["benchmarks"]) == ["sums", "again"]
+    # What was measured in another way is not mixed in.
+    script.main(["--config", str(tmp_path / "two.yaml"), "--only", "again", "--samples", "2"])
+    summary = json.loads((tmp_path / "o" / "summary.json").read_text())
+    assert list(summary["benchmarks"]) == ["again"]
+    assert "sums is left out of the summary: 4 of the samples that are asked for now are not in" in caplog.text
 
 
 def test_settings_of_the_model_do_not_leak_into_sampling(script, evaluated, tmp_path):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ktae_trl.grading import gradable, grade, grade_many
+from ktae_trl.grading import gradable, grade, grade_many, grade_many_full
 
 DATA = Path(__file__).parent / "data"
 

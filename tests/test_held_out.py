@@ -1,5 +1,9 @@
+import types
+
+import pytest
 import torch
 
+import train
 from ktae_trl import tiny
 from ktae_trl.evaluation.held_out import Accuracy, generate, held_out_accuracy
 from tests.training import make_trainer, prompts
@@ -62,3 +66,34 @@ def test_sampling_settings_of_the_model_are_not_taken_over(tmp_path):
     )
     assert [seen[name] for name in ("top_p", "top_k", "temperature", "repetition_penalty")] == [1.0, 0, 1.0, 1.0]
     assert trainer.model.generation_config.top_p == 0.5  # and it gets them back
+
+
+def before(folder, *, step=0, checkpoint=None, problems=6, samples=2, measured=None):
+    """Return the accuracy before training that a run shows, which measures `measured` if it measures."""
+    trainer = make_trainer(folder, eval_dataset=prompts(problems, tiny.HELD_OUT))
+    callback = train.HeldOutAccuracy(trainer, types.SimpleNamespace(held_out_samples=samples))
+    callback.measure = lambda: measured
+    trainer.args.resume_from_checkpoint = checkpoint and str(checkpoint)
+    callback.on_train_begin(trainer.args, types.SimpleNamespace(global_step=step, is_world_process_zero=True), None)
+    return callback.before
+
+
+def test_the_accuracy_before_is_that_of_the_run_that_is_resumed(tmp_path, capsys):
+    one, other = Accuracy(0.25, 0.5, 2), Accuracy(0.75, 1.0, 2)
+    assert before(tmp_path / "one", measured=one) == one
+    assert before(tmp_path / "other", measured=other) == other
+    resumed = {"step": 4, "checkpoint": tmp_path / "one" / "checkpoint-4"}
+    assert before(tmp_path / "one", **resumed) == one
+    assert before(tmp_path / "other", **resumed) == one  # another output_dir, in which an earlier run has been
+    assert before(tmp_path / "third", **resumed) == one
+    assert before(tmp_path / "third", step=6, checkpoint=tmp_path / "third" / "checkpoint-6") == one
+    assert "not used" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", [{"problems": 5}, {"samples": 1}])
+def test_the_accuracy_before_is_of_the_same_problems(tmp_path, capsys, change):
+    before(tmp_path, measured=Accuracy(0.25, 0.5, 2))
+    assert before(tmp_path, step=4, checkpoint=tmp_path / "checkpoint-4", **change) is None
+    said = capsys.readouterr().out
+    assert "held_out_before.json is not of these held-out problems and samples: not used" in said
+    assert "before: not measured" in said

@@ -28,10 +28,11 @@ from trl import ModelConfig
 import ktae_trl
 from ktae_trl import hub as our_hub
 from ktae_trl import model_card, tiny
-from ktae_trl.evaluation.samples import fingerprint
+from ktae_trl.fingerprint import fingerprint
 from ktae_trl.hub import HubError
 from tests.distributed import launching
 from tests.hub_server import TOKEN, serving
+from tests.test_fingerprint import change_middle_layer
 from tests.training import make_trainer
 
 ROOT = Path(__file__).parents[1]
@@ -253,7 +254,7 @@ def test_what_is_on_the_hub(tmp_path, monkeypatch):
 
 
 def test_results_become_metadata_and_a_table(run, tmp_path):
-    found = our_hub.read_results(measured(tmp_path / "eval", run), run, None)
+    found = our_hub.read_results(measured(tmp_path / "eval", run), run)
     model_card.update(run, results=found)
     model_card.update(run, results=found)  # a second time changes nothing
     text = (run / "README.md").read_text()
@@ -303,23 +304,36 @@ def test_results_of_an_earlier_run_are_not_those_of_one_that_still_trains(tmp_pa
 def test_greedy_results_say_so(run, tmp_path):
     settings = {"temperature": 0.0, "top_p": 1.0, "samples": 1, "max_new_tokens": 30, "seed": 0}
     folder = measured(tmp_path / "eval", run, settings={**settings, "fingerprint": fingerprint(str(run))})
-    assert our_hub.read_results(folder, run, None)[0].metric_name == "accuracy, greedy"
+    assert our_hub.read_results(folder, run)[0].metric_name == "accuracy, greedy"
 
 
 def test_results_of_another_model_are_refused(run, tmp_path):
     with pytest.raises(ValueError, match="does not hold the weights that are in"):
-        our_hub.read_results(measured(tmp_path / "a", tiny.MODEL), run, None)
-    other = measured(tmp_path / "b", run, file="graded.jsonl")
+        our_hub.read_results(measured(tmp_path / "a", tiny.MODEL), run)
+    mine, other = measured(tmp_path / "d", run), measured(tmp_path / "b", run, file="graded.jsonl")
+    assert our_hub.read_results(mine, run)
     summary = json.loads((other / "summary.json").read_text())
     (other / "summary.json").write_text(json.dumps({"benchmarks": summary["benchmarks"], "file": "graded.jsonl"}))
     with pytest.raises(ValueError, match="does not say which model it is of"):
-        our_hub.read_results(other, run, None)
+        our_hub.read_results(other, run)
     with pytest.raises(FileNotFoundError, match=r"holds no summary\.json"):
-        our_hub.read_results(tmp_path, run, None)
-    on_hub = measured(tmp_path / "c", Path("ann/sums"), settings={**summary["settings"], "fingerprint": None})
-    assert our_hub.read_results(on_hub, run, "ann/sums")
+        our_hub.read_results(tmp_path, run)
+    for old in (None, "0123456789abcdef"):  # None: of a Hub id, under which there may be another model by now
+        before = measured(tmp_path / "c", run, settings={**summary["settings"], "fingerprint": old})
+        with pytest.raises(ValueError, match=r"is of version 0.1 of eval.py, .* Measure again: python eval.py"):
+            our_hub.read_results(before, run)
+    change_middle_layer(run)
+    with pytest.raises(ValueError, match="does not hold the weights that are in"):
+        our_hub.read_results(mine, run)
+
+
+def test_results_of_the_same_weights_saved_again_are_accepted(run, tmp_path):
     # A checkpoint of these very weights is this model.
-    assert our_hub.read_results(measured(tmp_path / "d", run / "checkpoint-1"), run, None)
+    assert our_hub.read_results(measured(tmp_path / "d", run / "checkpoint-1"), run)
+    (run / "training_args.bin").write_bytes(b"of another run")
+    AutoModelForCausalLM.from_pretrained(run).save_pretrained(run)
+    AutoTokenizer.from_pretrained(run).save_pretrained(run)
+    assert our_hub.read_results(tmp_path / "d", run)
 
 
 # Uploads

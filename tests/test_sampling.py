@@ -1,14 +1,13 @@
 """Where a completion ends, and what is read off a model's folder. Whole runs: test_eval_script.py and test_vllm.py."""
 
 import json
-import os
 import shutil
 
 import pytest
 
 from ktae_trl import tiny
-from ktae_trl.evaluation.samples import fingerprint
-from ktae_trl.evaluation.sampling import Completion, Sampling, _completion, _lora_rank, adapter_base, stop_token_ids
+from ktae_trl.evaluation.sampling import Completion, Sampling, _completion, _lora_rank, stop_token_ids
+from ktae_trl.fingerprint import adapter_base
 
 
 def ended(tokenizer, text, *, stop=(), padding=0, limit=None):
@@ -48,32 +47,19 @@ def test_end_tokens(model, tmp_path, tokenizer):
     settings = json.loads((model / "generation_config.json").read_text())
     (model / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": [2, 9]}))
     expected = tuple(sorted({tokenizer.eos_token_id, 2, 9}))
-    assert stop_token_ids(str(model), None, tokenizer, ()) == expected
-    assert stop_token_ids(adapter(tmp_path / "adapter", model), None, tokenizer, ()) == expected
-    assert set(stop_token_ids(str(model), None, tokenizer, ("7",))) == {*expected, tokenizer.convert_tokens_to_ids("7")}
+    assert stop_token_ids(str(model), tokenizer, ()) == expected
+    assert stop_token_ids(adapter(tmp_path / "adapter", model), tokenizer, ()) == expected
+    assert set(stop_token_ids(str(model), tokenizer, ("7",))) == {*expected, tokenizer.convert_tokens_to_ids("7")}
     with pytest.raises(ValueError, match=r"has no <\|turn\|>: this prompt is not for it. Set prompt: chat"):
-        stop_token_ids(str(model), None, tokenizer, ("<|turn|>",))
+        stop_token_ids(str(model), tokenizer, ("<|turn|>",))
 
 
 def test_adapters(model, tmp_path):
-    assert adapter_base(str(model), None) is None
-    assert adapter_base(adapter(tmp_path / "a", model), None) == str(model)
+    assert adapter_base(str(model)) is None
+    assert adapter_base(adapter(tmp_path / "a", model)) == str(model)
     assert _lora_rank(adapter(tmp_path / "b", model, r=24)) == 32
     assert _lora_rank(adapter(tmp_path / "c", model, r=8, rank_pattern={"q_proj": 65})) == 128
     with pytest.raises(ValueError, match=r"LoRA ranks up to 512, not 600\. Set backend: transformers"):
         _lora_rank(adapter(tmp_path / "d", model, r=600))
     with pytest.raises(ValueError, match="LoRA adapters only, not IA3"):
         _lora_rank(adapter(tmp_path / "e", model, peft_type="IA3"))
-
-
-def test_a_fingerprint_is_of_the_weights(model, tmp_path):
-    mark = fingerprint(str(model))
-    os.utime(model / "config.json")
-    (model / "summary.json").write_text("{}")
-    assert fingerprint(str(model)) == mark
-    assert fingerprint(str(tiny.MODEL)) == mark
-    weights = bytearray((model / "model.safetensors").read_bytes())
-    weights[-1] ^= 1
-    (model / "model.safetensors").write_bytes(weights)
-    assert fingerprint(str(model)) != mark
-    assert fingerprint("org/name") is None

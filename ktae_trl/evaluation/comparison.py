@@ -1,5 +1,6 @@
 """Which of several models is better, by how much, how surely, and at what length: the same problems, paired."""
 
+import logging
 import re
 from collections.abc import Sequence
 from itertools import combinations
@@ -8,14 +9,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ktae_trl.evaluation.samples import read_samples, read_settings
+from ktae_trl.evaluation.samples import SETTINGS, graded, grader, read_samples, read_settings
 from ktae_trl.evaluation.statistics import Difference, holm, mean_of, paired_difference, share
 from ktae_trl.evaluation.summary import Results, results
+from ktae_trl.fingerprint import is_old
 
 MEAN = "mean of benchmarks"
 # Colours that colour-blind people can tell apart (Okabe and Ito 2008).
 _COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 _MARKERS = "osD^vPX"
+
+logger = logging.getLogger(__name__)
 
 
 class Run(NamedTuple):
@@ -39,8 +43,26 @@ class Comparison(NamedTuple):
     tokens_corrected_p: float | None
 
 
-def load_run(folder: str) -> Run:
-    """Read a folder that `eval.py` (or `eval.py grade`) has written.
+def labels(folders: Sequence[str]) -> list[str]:
+    """Return a short name for each folder: the last parts of its path that tell it from the others.
+
+    `runs/eval/A/math` and `runs/eval/B/math` are `A` and `B`; two alike keep one name.
+    """
+    paths = [Path(folder).resolve().parts[1:] for folder in folders]
+    while len(paths) > 1 and min(map(len, paths)) > 1 and len({path[-1] for path in paths}) == 1:
+        paths = [path[:-1] for path in paths]
+    for count in range(1, max(map(len, paths)) + 1):
+        names = ["/".join(path[-count:]) for path in paths]
+        if len(set(names)) == len(set(paths)):
+            break
+    return names
+
+
+def load_run(folder: str, name: str | None = None) -> Run:
+    """Read a folder that `eval.py` (or `eval.py grade`) has written; what another grader judged is graded again.
+
+    Args:
+        name: of the model in the comparison. Default: the folder's.
 
     Raises:
         FileNotFoundError: no such folder, or no samples in it.
@@ -49,10 +71,20 @@ def load_run(folder: str) -> Run:
     path = Path(folder)
     files = sorted(path.glob("*.jsonl"))
     if not files:
-        raise FileNotFoundError(f"{folder} holds no results of eval.py (looked in {Path.cwd()})")
-    return Run(
-        path.resolve().name, read_settings(path), {file.stem: results(str(file), read_samples(file)) for file in files}
-    )
+        below = ", ".join(str(file.parent) for file in sorted(path.glob(f"*/{SETTINGS}")))
+        raise FileNotFoundError(
+            f"{folder} holds no results of eval.py (looked in {Path.cwd()})"
+            + (f". There are: {below}" if below else "")
+        )
+    return Run(name or path.resolve().name, read_settings(path), {file.stem: _read(file) for file in files})
+
+
+def _read(file: Path) -> Results:
+    rows = read_samples(file)
+    if any(row.get("graded_by") != grader() for row in rows) and all("verdict" in row for row in rows):
+        logger.warning("%s was graded by another version: it is graded again for this comparison", file)
+        rows = graded(rows, [row["answers"] for row in rows])
+    return results(str(file), rows)
 
 
 def compare(runs: Sequence[Run], seed: int = 0) -> list[Comparison]:
@@ -145,7 +177,12 @@ def differing_settings(runs: Sequence[Run]) -> list[str]:
         return [f"how {', '.join(unknown)} was sampled is not known here"]
     own = {"model_name_or_path", "model_revision", "fingerprint"}
     names = sorted({name for run in runs for name in run.settings} - own)
-    notes = []
+    notes = [
+        f"{run.name} was measured by version 0.1, which did not read all of the model's weights: its samples may be of "
+        "another model. Measure it again"
+        for run in runs
+        if "fingerprint" in run.settings and is_old(run.settings["fingerprint"])
+    ]
     for name in names:
         values = [run.settings.get(name) for run in runs]
         if any(value != values[0] for value in values):

@@ -6,15 +6,19 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Sequence
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import IO
 
+from ktae_trl import grading
+from ktae_trl.fingerprint import is_old
 from ktae_trl.grading import Grade, grade_many, grade_many_full
 
 logger = logging.getLogger(__name__)
 
 SETTINGS = "settings.json"
-_END = 1 << 20  # bytes
+_MORE = "more"
 _NEEDED = ("id", "sample", "problem", "prompt", "completion", "tokens", "truncated")
 
 
@@ -22,14 +26,19 @@ class Store:
     """The samples of one model in one folder: `settings.json`, and NAME.jsonl for each benchmark.
 
     Samples are appended as they come, each in one write, so that nothing is lost when the process ends; `finish` grades
-    and sorts a complete file and puts it in place at once.
+    and sorts what is asked for and puts the file in place at once. Samples that were made but are not asked for now (a
+    smaller `limit`, fewer `samples`) are kept in `more/NAME.jsonl`.
     """
 
-    def __init__(self, folder: Path, settings: dict):
+    def __init__(self, folder: Path, settings: dict, free: Iterable[str] = ()):
         """Open a new folder, or one that holds samples made with the same settings.
 
+        Args:
+            free: names of settings that change no sample: they may differ, and the new values are written down.
+
         Raises:
-            ValueError: the folder's samples were made with other settings, or another process is writing to it.
+            ValueError: the folder's samples were made with other settings, by version 0.1 or by another program, or
+                another process is writing to it.
         """
         self.folder = folder
         self._open: dict[str, IO[str]] = {}
@@ -42,32 +51,51 @@ class Store:
                 f"Another eval.py is writing to {folder}. Wait for it, or choose another output_dir"
             ) from None
         before = read_settings(folder)
-        file = folder / SETTINGS
-        if before is not None:
-            for name in sorted(before.keys() | settings.keys()):
-                if before.get(name) != settings.get(name):
-                    raise ValueError(
-                        f"{folder} holds samples made with other settings: {name} was {before.get(name)!r}, now it is "
-                        f"{settings.get(name)!r}. Choose another output_dir, or delete that folder"
-                    )
-        else:
-            _replace(file, json.dumps(settings, indent=2) + "\n")
+        there = sorted(folder.glob("*.jsonl")) + sorted(folder.glob(f"{_MORE}/*.jsonl"))
+        if there:
+            self._check(there[0], before, settings, set(free))
+        if before != settings:
+            _replace(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
+
+    def _check(self, file: Path, before: dict | None, settings: dict, free: set[str]) -> None:
+        remedy = "Choose another output_dir, or delete that folder"
+        if before is None:
+            raise ValueError(
+                f"{file} is there already, and no {SETTINGS} says how it was made: it may hold outputs of another "
+                f"program. Choose another output_dir"
+            )
+        if "fingerprint" in before and is_old(before["fingerprint"]):
+            raise ValueError(
+                f"{self.folder} holds samples of version 0.1, which did not read all of the model's weights: they may "
+                f"be of another model, and are not used. {remedy}"
+            )
+        for name in sorted((before.keys() | settings.keys()) - free):
+            if before.get(name) != settings.get(name):
+                what = (
+                    "another model's samples, or its files have changed"
+                    if name == "fingerprint"
+                    else ("samples made with other settings")
+                )
+                raise ValueError(
+                    f"{self.folder} holds {what}: {name} was {before.get(name)!r}, now it is {settings.get(name)!r}. "
+                    f"{remedy}"
+                )
 
     def path(self, benchmark: str) -> Path:
         return self.folder / f"{benchmark}.jsonl"
 
     def read(self, benchmark: str) -> list[dict]:
-        """Return the samples there are; a last line that was cut off by a crash is removed."""
+        """Return all samples there are; a last line that was cut off by a crash is removed."""
         path = self.path(benchmark)
-        if not path.exists():
-            return []
-        data = path.read_bytes()
-        if data and not data.endswith(b"\n"):
-            whole = data.rfind(b"\n") + 1
+        if path.exists() and (data := path.read_bytes()) and not data.endswith(b"\n"):
             logger.warning("%s: the last line was cut off and is generated again", path)
             with open(path, "r+b") as file:
-                file.truncate(whole)
-        return read_samples(path)
+                file.truncate(data.rfind(b"\n") + 1)
+        rows = [read_samples(file) for file in (self._more(benchmark), path) if file.exists()]
+        return list({(row["id"], row["sample"]): row for part in rows for row in part}.values())
+
+    def _more(self, benchmark: str) -> Path:
+        return self.folder / _MORE / f"{benchmark}.jsonl"
 
     def add(self, benchmark: str, rows: Iterable[dict]) -> None:
         """Append samples; they are with the operating system when this returns."""
@@ -77,16 +105,25 @@ class Store:
         file.write("".join(_line(row) for row in rows))
         file.flush()
 
-    def finish(self, benchmark: str, answers: dict[str, Sequence[str]]) -> list[dict]:
-        """Grade the samples of a benchmark, sort them by problem and sample, and put the file in place.
+    def finish(self, benchmark: str, answers: dict[str, Sequence[str]], samples: int) -> list[dict]:
+        """Grade the samples of a benchmark that are asked for, sort them, and put the file in place.
 
         Args:
             answers: the accepted answers of each problem, in the order that the file gets.
+            samples: how many of each problem are asked for.
         """
         order = {problem: number for number, problem in enumerate(answers)}
-        rows = sorted(self.read(benchmark), key=lambda row: (order[row["id"]], row["sample"]))
+        rows, more = [], []
+        for row in self.read(benchmark):
+            (rows if row["id"] in order and row["sample"] < samples else more).append(row)
+        rows.sort(key=lambda row: (order[row["id"]], row["sample"]))
         rows = graded(rows, [answers[row["id"]] for row in rows])
+        if more:  # first: what is in both files for a moment is not lost
+            self._more(benchmark).parent.mkdir(exist_ok=True)
+            _replace(self._more(benchmark), "".join(_line(row) for row in more))
         _replace(self.path(benchmark), "".join(_line(row) for row in rows))
+        if not more:
+            self._more(benchmark).unlink(missing_ok=True)
         return rows
 
     def close(self) -> None:
@@ -96,8 +133,17 @@ class Store:
         self._open.clear()
 
 
+@cache
+def grader() -> str:
+    """Return a mark that changes with the grader: verdicts of two graders cannot be compared."""
+    mark = hashlib.sha256(version("math-verify").encode())
+    for file in sorted(Path(grading.__file__).parent.glob("*.py")):
+        mark.update(file.read_bytes())
+    return mark.hexdigest()[:16]
+
+
 def graded(rows: Sequence[dict], answers: Sequence[Sequence[str]]) -> list[dict]:
-    """Return rows with `answers`, `extracted`, `verdict` and `reason`.
+    """Return rows with `answers`, `extracted`, `verdict`, `reason`, and the mark of the grader as `graded_by`.
 
     A problem none of whose answers can be parsed gets no verdict (None) at all: only an answer in the very same words
     could be called right, and counting those alone would flatter the model.
@@ -110,6 +156,7 @@ def graded(rows: Sequence[dict], answers: Sequence[Sequence[str]]) -> list[dict]
     for row, accepted, found in zip(rows, answers, grades, strict=True):
         grade = found if parsable[tuple(accepted)] else unparsable._replace(extracted=found.extracted)
         judged = {"extracted": grade.extracted, "verdict": grade.verdict, "reason": grade.reason}
+        judged["graded_by"] = grader()
         result.append(row | {"answers": list(accepted)} | judged)
     return result
 
@@ -151,25 +198,6 @@ def read_settings(folder: Path) -> dict | None:
         return json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is not JSON ({error}). Delete the folder, or choose another") from None
-
-
-def fingerprint(model: str) -> str | None:
-    """Return a mark that changes when the weights or settings of a local model do; None for a Hub id.
-
-    Of weights only the ends of each file are read: training changes all of them.
-    """
-    if not Path(model).is_dir():
-        return None
-    mark = hashlib.sha256()
-    names = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer_config.json", "tokenizer.json")
-    for file in sorted(Path(model).iterdir()):
-        if file.suffix in (".safetensors", ".bin") or file.name in names:
-            mark.update(f"{file.name} {file.stat().st_size} ".encode())
-            with open(file, "rb") as content:
-                mark.update(content.read(_END))
-                content.seek(-min(_END, file.stat().st_size), os.SEEK_END)
-                mark.update(content.read())
-    return mark.hexdigest()[:16]
 
 
 def _line(row: dict) -> str:

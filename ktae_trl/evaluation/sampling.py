@@ -12,9 +12,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from pathlib import Path
+from random import Random
 from typing import NamedTuple
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from ktae_trl.fingerprint import adapter_base
 
 
 @dataclass(frozen=True)
@@ -64,18 +78,15 @@ def default_backend() -> str:
     return "vllm" if importlib.util.find_spec("vllm") else "transformers"
 
 
-def stop_token_ids(
-    model: str, revision: str | None, tokenizer: PreTrainedTokenizerBase, ends: Sequence[str]
-) -> tuple[int, ...]:
+def stop_token_ids(model: str, tokenizer: PreTrainedTokenizerBase, ends: Sequence[str]) -> tuple[int, ...]:
     """Return every token that ends a completion: of the tokenizer, of the model's generation settings, and `ends`.
 
     Raises:
         ValueError: the tokenizer does not have one of `ends`.
     """
-    base = adapter_base(model, revision)
     found = {tokenizer.eos_token_id}
     try:
-        eos = GenerationConfig.from_pretrained(base or model, revision=None if base else revision).eos_token_id
+        eos = GenerationConfig.from_pretrained(adapter_base(model) or model).eos_token_id
         found |= set(eos if isinstance(eos, list) else [eos])
     except OSError:
         pass  # many models come without
@@ -87,39 +98,24 @@ def stop_token_ids(
     return tuple(sorted(found - {None}))
 
 
-def adapter_base(model: str, revision: str | None) -> str | None:
-    """Return the base model if `model` is a PEFT adapter, else None."""
-    from peft import PeftConfig
-
-    if Path(model).is_dir() and not (Path(model) / "adapter_config.json").is_file():
-        return None  # PEFT would ask the Hub for a repository of that name
-    try:
-        return PeftConfig.from_pretrained(model, revision=revision).base_model_name_or_path
-    except (ValueError, OSError):
-        return None
-
-
-def load_tokenizer(model: str, revision: str | None) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model, or of an adapter's base model if the adapter has none of its own.
 
     Raises:
-        FileNotFoundError: no such model, neither here nor on the Hub.
+        FileNotFoundError: there is none.
     """
     try:
-        return AutoTokenizer.from_pretrained(model, revision=revision)
+        return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        base = adapter_base(model, revision)
+        base = adapter_base(model)
         if base is None:
             reason = str(error).strip().splitlines()[0]
-            raise FileNotFoundError(
-                f"{model} is no folder here, or without a tokenizer, and not on the Hub: {reason}"
-            ) from error
+            raise FileNotFoundError(f"{model} holds no tokenizer: {reason}") from error
         return AutoTokenizer.from_pretrained(base)
 
 
 def sample_with_transformers(
     model: str,
-    revision: str | None,
     tokenizer: PreTrainedTokenizerBase,
     requests: Sequence[Request],
     done: set[tuple[str, str, int]],
@@ -131,42 +127,71 @@ def sample_with_transformers(
 ) -> None:
     """Sample in batches of similar prompt length, on the GPU if there is one.
 
-    A batch is drawn with a seed of its own, and batches do not depend on what is `done`: a run that was interrupted
-    draws the same samples as one that was not. Ctrl-C ends it after the batch it is at.
+    Each sample has a seed of its own, so that it does not depend on the others of its batch, up to rounding: the last
+    digits of a sum depend on the shape of the batch. In float32 that hardly ever draws another token, in bfloat16 now
+    and then. Ctrl-C ends it after the batch it is at.
     """
-    import torch
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=dtype).to(device).eval()
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
     # What ours leaves open, `generate` would take from the model's own, such as the top_p of an instruct model.
     network.generation_config = GenerationConfig()
-    drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt_ids), i))  # the longest first
+    waiting = [request for request in requests if request.key not in done]
+    waiting.sort(key=lambda request: -len(request.prompt_ids))  # the longest first: if one fits, all do
     with _ctrl_c_waits() as interrupted, torch.no_grad():
-        for number, begin in enumerate(range(0, len(order), batch_size)):
-            batch = [requests[i] for i in order[begin : begin + batch_size]]
-            if all(request.key in done for request in batch):
-                continue
+        for begin in range(0, len(waiting), batch_size):
+            batch = waiting[begin : begin + batch_size]
             inputs = tokenizer.pad({"input_ids": [list(r.prompt_ids) for r in batch]}, return_tensors="pt").to(device)
             config = GenerationConfig(
                 max_new_tokens=max(request.max_new_tokens for request in batch),
                 eos_token_id=list(sampling.stop_token_ids),
                 pad_token_id=tokenizer.pad_token_id,
                 stop_strings=list(sampling.stop) or None,
-                **(drawn if sampling.temperature > 0 else {"do_sample": False}),
+                do_sample=False,  # the tokens that `processors` leave are drawn already
             )
-            torch.manual_seed(zlib.crc32(f"{sampling.seed} {number}".encode()))
-            output = network.generate(**inputs, generation_config=config, tokenizer=tokenizer)
-            rows = [
-                (request, _completion(ids[: request.max_new_tokens], tokenizer, sampling))
-                for request, ids in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True)
-            ]
-            write([(request, completion) for request, completion in rows if request.key not in done])
+            processors = _drawing(batch, sampling, config.max_new_tokens) if sampling.temperature > 0 else []
+            output = network.generate(
+                **inputs,
+                generation_config=config,
+                tokenizer=tokenizer,
+                logits_processor=LogitsProcessorList(processors),
+            )
+            write(
+                [
+                    (request, _completion(ids[: request.max_new_tokens], tokenizer, sampling))
+                    for request, ids in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True)
+                ]
+            )
             if interrupted:
                 raise KeyboardInterrupt
+
+
+def _drawing(batch: Sequence[Request], sampling: Sampling, length: int) -> list[LogitsProcessor]:
+    """Return what turns logits into draws: the temperature, the nucleus, and random numbers of each sample's own."""
+    sources = [Random(json.dumps([sampling.seed, *request.key])) for request in batch]
+    uniform_BT = torch.tensor([[source.random() for _ in range(length)] for source in sources], dtype=torch.float64)
+    nucleus = [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
+    return [TemperatureLogitsWarper(sampling.temperature), *nucleus, _Draw(uniform_BT)]
+
+
+class _Draw(LogitsProcessor):
+    """Leaves one token of each row: the first whose cumulated probability is above the row's random number."""
+
+    def __init__(self, uniform_BT: torch.Tensor):
+        self.uniform_BT, self.drawn = uniform_BT, 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        uniform_B1 = self.uniform_BT[:, self.drawn, None].to(scores.device)
+        self.drawn += 1
+        # In double precision: in single, the tail of a large vocabulary is lost.
+        cumulated_BV = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
+        if not cumulated_BV[:, -1].isfinite().all():
+            raise ValueError("The model's probabilities are no numbers (NaN). Set dtype to bfloat16 or float32")
+        chosen_B1 = torch.searchsorted(cumulated_BV, uniform_B1 * cumulated_BV[:, -1:], right=True)
+        chosen_B1 = chosen_B1.clamp(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen_B1, 0.0)
 
 
 def _completion(ids: list[int], tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> Completion:
@@ -202,7 +227,6 @@ def _ctrl_c_waits():
 
 def sample_with_vllm(
     model: str,
-    revision: str | None,
     requests: Sequence[Request],
     done: set[tuple[str, str, int]],
     sampling: Sampling,
@@ -223,15 +247,12 @@ def sample_with_vllm(
     from vllm.lora.request import LoRARequest
     from vllm.sampling_params import RequestOutputKind
 
-    base = adapter_base(model, revision)
+    base = adapter_base(model)
     adapter = None
     if base is not None:
-        folder = _local(model, revision)
-        options = {"enable_lora": True, "max_lora_rank": _lora_rank(folder)} | options
-        adapter = LoRARequest("adapter", 1, folder)
-    engine_args = AsyncEngineArgs(
-        model=base or model, revision=None if base else revision, dtype=dtype, seed=sampling.seed, **options
-    )
+        options = {"enable_lora": True, "max_lora_rank": _lora_rank(model)} | options
+        adapter = LoRARequest("adapter", 1, model)
+    engine_args = AsyncEngineArgs(model=base or model, dtype=dtype, seed=sampling.seed, **options)
     waiting = [request for request in requests if request.key not in done]
 
     async def one(engine, number: int, request: Request) -> None:
@@ -288,14 +309,6 @@ def sample_with_vllm(
         asyncio.run(all_of_them())
 
 
-def _local(model: str, revision: str | None) -> str:
-    if Path(model).is_dir():
-        return model
-    from huggingface_hub import snapshot_download
-
-    return snapshot_download(model, revision=revision)
-
-
 def _lora_rank(folder: str) -> int:
     """Return the rank to reserve for an adapter, which vLLM wants from a list of its own.
 
@@ -312,8 +325,7 @@ def _lora_rank(folder: str) -> int:
     return next(r for r in allowed if r >= rank)
 
 
-def context_length(model: str, revision: str | None) -> int | None:
+def context_length(model: str) -> int | None:
     """Return how many tokens the model takes in all, None if its config does not say."""
-    base = adapter_base(model, revision)
-    config = AutoConfig.from_pretrained(base or model, revision=None if base else revision)
+    config = AutoConfig.from_pretrained(adapter_base(model) or model)
     return getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -381,9 +381,10 @@ def _asked(left: str) -> bool:
 def _may_be_asked(left: str) -> bool:
     r"""Say whether the left side of an answer `left = 5` can be what a problem asks for whose answer is 5.
 
-    Names and values of functions can (`x`, `AB`, `f(2)`, `|z|`, `\sin\theta`, `AB^2`), and so can combinations of several names
-    (`m + n = 17`, `xy = 6`), since problems ask for such a sum, product or quotient. Anything else in one name (`2x =
-    5`, `\sqrt{x} = 9`, `x - 3 = 0`) is an equation that was not solved: its right side is not the value of the name.
+    Names and values of functions can (`x`, `AB`, `f(2)`, `|z|`, `\sin\theta`, `AB^2`), and so can combinations of
+    several names (`m + n = 17`, `xy = 6`), since problems ask for such a sum, product or quotient. Anything else in one
+    name (`2x = 5`, `\sqrt{x} = 9`, `x - 3 = 0`) is an equation that was not solved: its right side is not the value of
+    the name.
     """
     if _asked(left) or _FUNCTION_VALUE.fullmatch(left):
         return True
