@@ -25,7 +25,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ktae_trl.arguments import nearest, parse
-from ktae_trl.data import BOXED_SYSTEM_PROMPT
 from ktae_trl.evaluation import comparison, summary
 from ktae_trl.evaluation.benchmarks import TEMPLATES, Problem, load_problems, parse_benchmarks, prompts, unscorable
 from ktae_trl.evaluation.samples import Store, graded, read_settings
@@ -42,10 +41,11 @@ from ktae_trl.evaluation.sampling import (
     stop_token_ids,
 )
 from ktae_trl.fingerprint import fingerprint, is_old, model_folder
-from ktae_trl.grading.golds import gold_answers
+from ktae_trl.grading import ANSWER_FORMATS, check_format, gold_answers
+from ktae_trl.prompts import AUTO, SYSTEM_PROMPT_HELP, instruction
 
 # What changes no sample: which samples are asked for (written down with them), and the rest (not).
-_ASKED = {"model_name_or_path", "model_revision", "benchmark_folder", "limit", "samples"}
+_ASKED = {"model_name_or_path", "model_revision", "benchmark_folder", "limit", "samples", "answer_format"}
 _NOT_WRITTEN = {"only", "k", "output_dir", "benchmarks", "batch_size"}
 # How fast vLLM samples, not what.
 _FREE_VLLM_OPTIONS = {
@@ -74,7 +74,10 @@ class EvalArguments:
     )
     limit: int | None = field(default=None, metadata={"help": "Only the first so many problems of each benchmark."})
     prompt: str = field(default="chat", metadata={"help": f"How to ask: {', '.join(TEMPLATES)}."})
-    system_prompt: str | None = field(default=BOXED_SYSTEM_PROMPT, metadata={"help": "System prompt; null for none."})
+    answer_format: str = field(
+        default="boxed", metadata={"help": f"Where a completion has its answer: {', '.join(ANSWER_FORMATS)}."}
+    )
+    system_prompt: str | None = field(default=AUTO, metadata={"help": SYSTEM_PROMPT_HELP})
     system_prompt_in_user: bool = field(
         default=False,
         metadata={"help": "Put it at the head of the problem: for models without a system role, such as Gemma."},
@@ -106,7 +109,8 @@ class EvalArguments:
 
     def __post_init__(self):
         self.model_name_or_path = self.model_name_or_path.rstrip("/")
-        self.system_prompt = self.system_prompt or ""
+        check_format(self.answer_format)
+        self.system_prompt = instruction(self.system_prompt, self.answer_format) or ""
         self.backend = self.backend or default_backend()
         self.only = [self.only] if isinstance(self.only, str) else self.only
         self.k = [self.k] if isinstance(self.k, int) else self.k
@@ -192,7 +196,7 @@ def evaluate(args: EvalArguments, config: str = "default") -> None:
         seconds = time.monotonic() - began
         with complaints(), console.status("Grading"):
             finished = [
-                summary.results(name, store.finish(name, {p.id: p.answers for p in problems[name]}, args.samples))
+                summary.results(name, store.finish(name, _golds(problems[name]), args.samples, args.answer_format))
                 for name in dict.fromkeys(request.benchmark for request in requests)
             ]
     finally:
@@ -207,6 +211,10 @@ def evaluate(args: EvalArguments, config: str = "default") -> None:
     new = sum(request.key not in done for request in requests)
     figures |= {"new_samples": new, "sampling_seconds": round(seconds, 1)}
     _finish(store.folder, figures, args.model_name_or_path)
+
+
+def _golds(problems: list[Problem]) -> dict[str, tuple[str, ...]]:
+    return {problem.id: problem.answers for problem in problems}
 
 
 def _default_folder(model: str) -> Path:
@@ -421,6 +429,7 @@ def grade(words: list[str]) -> None:
     parser.add_argument("--answer_column", default="answers,answer,solution", help="a string or a list of strings")
     parser.add_argument("--benchmark_column", default="benchmark,task")
     parser.add_argument("--id_column", default="id,problem_id")
+    parser.add_argument("--answer_format", default="boxed", choices=ANSWER_FORMATS, help="where outputs have it")
     parser.add_argument("--k", type=int, nargs="*", default=[], help="of pass@k and maj@k")
     parser.add_argument("--output_dir", type=Path, default=None, help="default: runs/graded/FILE")
     options = parser.parse_args(words)
@@ -434,7 +443,7 @@ def grade(words: list[str]) -> None:
         raise ValueError(f"{options.file} would be overwritten. Choose another output_dir than {folder}")
     _check_graded_folder(folder, options.file)
     with console.status(f"Grading {len(rows)} outputs"):
-        judged = graded(rows, [row.pop("answers") for row in rows])
+        judged = graded(rows, [row.pop("answers") for row in rows], options.answer_format)
     members = {name: [row for row in judged if row["benchmark"] == name] for name in paths}
     for name in [name for name, found in members.items() if all(row["verdict"] is None for row in found)]:
         logger.warning("%s is left out: none of its answers can be parsed", name)

@@ -106,7 +106,11 @@ def load(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig):
     )
     with args.main_process_first(desc="preparing the data"):
         train_dataset, eval_dataset = load_prompts(
-            run, tokenizer, args.chat_template_kwargs, gradable_only="math_accuracy" in run.reward_funcs
+            run,
+            tokenizer,
+            args.chat_template_kwargs,
+            answer_format=args.answer_format,
+            gradable_only="math_accuracy" in run.reward_funcs,
         )
     return train_dataset, eval_dataset, tokenizer
 

@@ -15,13 +15,21 @@ from datasets import Dataset, DatasetDict, ReadInstruction, concatenate_datasets
 
 from ktae_trl import data_files
 from ktae_trl.arguments import nearest
-from ktae_trl.grading import gradable
+from ktae_trl.grading import INSTRUCTIONS, gradable
 from ktae_trl.grading.golds import gold_answers, is_prose
-from ktae_trl.prompts import Conversation, check_template, conversation, token_ids
+from ktae_trl.prompts import (
+    AUTO,
+    SYSTEM_PROMPT_HELP,
+    Conversation,
+    check_template,
+    conversation,
+    instruction,
+    token_ids,
+)
 
 logger = logging.getLogger(__name__)
 
-BOXED_SYSTEM_PROMPT = r"Please reason step by step, and put your final answer within \boxed{}."
+BOXED_SYSTEM_PROMPT = INSTRUCTIONS["boxed"]
 
 # Arguments of reward functions: a column of such a name would collide with what TRL hands over, or not arrive.
 _RESERVED = {
@@ -74,10 +82,7 @@ class DataArguments:
     eval_answer_column: str | None = field(
         default=None, metadata={"help": "answer_column of the held-out problems. Default: the same."}
     )
-    system_prompt: str | None = field(
-        default=BOXED_SYSTEM_PROMPT,
-        metadata={"help": "System prompt of the problems that bring none of their own; null for none."},
-    )
+    system_prompt: str | None = field(default=AUTO, metadata={"help": SYSTEM_PROMPT_HELP})
     system_prompt_in_user: bool = field(
         default=False,
         metadata={"help": "Put it at the head of the problem: for models without a system role, such as Gemma."},
@@ -330,13 +335,19 @@ def drop_long(
 
 
 def load_prompts(
-    arguments: DataArguments, tokenizer, template_kwargs: dict | None = None, *, gradable_only: bool = True
+    arguments: DataArguments,
+    tokenizer,
+    template_kwargs: dict | None = None,
+    *,
+    answer_format: str = "boxed",
+    gradable_only: bool = True,
 ) -> tuple[Dataset, Dataset | None]:
     """Return the training prompts and the held-out ones (None if the arguments name none).
 
     Args:
         tokenizer: of the model, which reads text: rows with images are left out.
         template_kwargs: for its chat template, as in training (`chat_template_kwargs`).
+        answer_format: what the system prompt asks for, unless the arguments have one.
         gradable_only: see `to_prompts`.
 
     Raises:
@@ -350,7 +361,7 @@ def load_prompts(
                 dataset,
                 problem_column=problem,
                 answer_column=answer,
-                system_prompt=arguments.system_prompt,
+                system_prompt=instruction(arguments.system_prompt, answer_format),
                 system_prompt_in_user=arguments.system_prompt_in_user,
                 gradable_only=gradable_only,
                 rows=matching_rows(dataset, values),

@@ -12,11 +12,24 @@ from collections.abc import Sequence
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from ktae_trl.grading import INSTRUCTIONS
+
 logger = logging.getLogger(__name__)
 
 _ROLES = ("system", "user", "assistant")
 
 Conversation = list[dict[str, str]]
+
+AUTO = "auto"  # as a system prompt: the one that asks for the run's answer format
+SYSTEM_PROMPT_HELP = (
+    "System prompt of the problems that bring none of their own. Default: one that asks for the answer in "
+    "answer_format; null for none."
+)
+
+
+def instruction(system_prompt: str | None, answer_format: str) -> str | None:
+    """Return the system prompt that a setting means: `"auto"` asks for the answer in this format."""
+    return INSTRUCTIONS[answer_format] if system_prompt == AUTO else system_prompt
 
 
 def conversation(problem: str | list[dict], system_prompt: str | None = None, *, in_user: bool = False) -> Conversation:

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from ktae_trl import tiny
 from ktae_trl.evaluation import sampling
-from ktae_trl.grading import grade
+from ktae_trl.grading import ANSWER_FORMATS, INSTRUCTIONS, grade
 from ktae_trl.hub import read_results
 
 ROOT = Path(__file__).parents[1]
@@ -101,6 +101,28 @@ def test_a_second_run_samples_nothing(script, evaluated, capsys):
     assert complaint(script, [*QUICK, "--output_dir", str(evaluated), "--seed", "3"]).startswith(
         f"eval.py: {evaluated} holds samples made with other settings: seed was 0, now it is 3."
     )
+
+
+def test_another_answer_format_grades_the_same_samples_again(script, evaluated, tmp_path, capsys):
+    folder = tmp_path / "tags"
+    shutil.copytree(evaluated, folder)
+    words = [*QUICK, "--output_dir", str(folder)]
+    asked = json.loads((folder / "settings.json").read_text())["system_prompt"]
+    script.main([*words, "--answer_format", "tag", "--system_prompt", asked])
+    assert "All 96 samples are in" in capsys.readouterr().out.replace("\n", " ")
+    assert {row["reason"] for row in samples(folder)} == {"no answer"}
+    assert json.loads((folder / "summary.json").read_text())["benchmarks"]["sums"]["boxed"] == 0
+    script.main([*words, "--answer_format", "auto", "--system_prompt", asked])
+    for row in samples(folder):
+        assert row["verdict"] == grade(row["completion"], row["answers"], "auto")
+
+
+@pytest.mark.parametrize("answer_format", ANSWER_FORMATS)
+def test_the_system_prompt_asks_for_the_answer_format(script, answer_format):
+    words = {"model_name_or_path": "x", "answer_format": answer_format}
+    assert script.EvalArguments(**words).system_prompt == INSTRUCTIONS[answer_format]
+    assert script.EvalArguments(**words, system_prompt="Think.").system_prompt == "Think."
+    assert script.EvalArguments(**words, system_prompt=None).system_prompt == ""
 
 
 def test_the_seed_and_nothing_else_decides(script, evaluated, tmp_path):

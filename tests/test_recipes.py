@@ -11,6 +11,7 @@ from trl import ModelConfig
 
 from ktae_trl import KTAEGRPOConfig, tiny
 from ktae_trl.arguments import parse
+from ktae_trl.prompts import instruction
 from train import RunArguments, build_trainer
 
 ROOT = Path(__file__).parents[1]
@@ -95,6 +96,14 @@ def test_recipe_says_how_it_is_launched_and_where_it_writes(path):
     file = re.search(r"--config_file (\S+)", first)
     if file:
         assert read(ROOT / file[1])["num_processes"] == recipe["num_processes"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_asks_for_what_its_answer_format_reads(path, tmp_path):
+    run, args, _ = parse_recipe(path, tmp_path, use_cpu="true", bf16="false", use_vllm="false")
+    asked = instruction(run.system_prompt, args.answer_format)
+    mark = {"boxed": r"\boxed", "auto": r"\boxed", "tag": "<answer>", "hash": "####", "last_number": "number"}
+    assert mark[args.answer_format] in asked
 
 
 def offline(path: Path, tmp_path: Path) -> dict[str, str]:

@@ -83,7 +83,7 @@ def _read(file: Path) -> Results:
     rows = read_samples(file)
     if any(row.get("graded_by") != grader() for row in rows) and all("verdict" in row for row in rows):
         logger.warning("%s was graded by another version: it is graded again for this comparison", file)
-        rows = graded(rows, [row["answers"] for row in rows])
+        rows = graded(rows, [row["answers"] for row in rows], rows[0].get("answer_format", "boxed"))
     return results(str(file), rows)
 
 

@@ -13,7 +13,7 @@ from typing import IO
 
 from ktae_trl import grading
 from ktae_trl.fingerprint import is_old
-from ktae_trl.grading import Grade, grade_many, grade_many_full
+from ktae_trl.grading import answered, grade_many_full
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,9 @@ class Store:
         file.write("".join(_line(row) for row in rows))
         file.flush()
 
-    def finish(self, benchmark: str, answers: dict[str, Sequence[str]], samples: int) -> list[dict]:
+    def finish(
+        self, benchmark: str, answers: dict[str, Sequence[str]], samples: int, answer_format: str = "boxed"
+    ) -> list[dict]:
         """Grade the samples of a benchmark that are asked for, sort them, and put the file in place.
 
         Args:
@@ -117,7 +119,7 @@ class Store:
         for row in self.read(benchmark):
             (rows if row["id"] in order and row["sample"] < samples else more).append(row)
         rows.sort(key=lambda row: (order[row["id"]], row["sample"]))
-        rows = graded(rows, [answers[row["id"]] for row in rows])
+        rows = graded(rows, [answers[row["id"]] for row in rows], answer_format)
         if more:  # first: what is in both files for a moment is not lost
             self._more(benchmark).parent.mkdir(exist_ok=True)
             _replace(self._more(benchmark), "".join(_line(row) for row in more))
@@ -142,21 +144,17 @@ def grader() -> str:
     return mark.hexdigest()[:16]
 
 
-def graded(rows: Sequence[dict], answers: Sequence[Sequence[str]]) -> list[dict]:
-    """Return rows with `answers`, `extracted`, `verdict`, `reason`, and the mark of the grader as `graded_by`.
+def graded(rows: Sequence[dict], answers: Sequence[Sequence[str]], answer_format: str = "boxed") -> list[dict]:
+    """Return rows with `answers`, `extracted`, `verdict`, `reason`, `answer_format`, and the grader's mark `graded_by`.
 
-    A problem none of whose answers can be parsed gets no verdict (None) at all: only an answer in the very same words
-    could be called right, and counting those alone would flatter the model.
+    A problem none of whose answers can be parsed gets no verdict (None).
     """
-    known = list(dict.fromkeys(tuple(accepted) for accepted in answers))
-    parsable = dict(zip(known, (v is not None for v in grade_many([""] * len(known), known)), strict=True))
-    grades = grade_many_full([row["completion"] for row in rows], answers)
-    unparsable = Grade(None, None, "unparsable gold")
+    completions = [answered(row["prompt"], row["completion"]) for row in rows]
+    grades = grade_many_full(completions, answers, answer_format=answer_format)
     result = []
-    for row, accepted, found in zip(rows, answers, grades, strict=True):
-        grade = found if parsable[tuple(accepted)] else unparsable._replace(extracted=found.extracted)
+    for row, accepted, grade in zip(rows, answers, grades, strict=True):
         judged = {"extracted": grade.extracted, "verdict": grade.verdict, "reason": grade.reason}
-        judged["graded_by"] = grader()
+        judged |= {"answer_format": answer_format, "graded_by": grader()}
         result.append(row | {"answers": list(accepted)} | judged)
     return result
 

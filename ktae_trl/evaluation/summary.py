@@ -124,7 +124,7 @@ def _figures(b: Results, ks: Sequence[int]) -> dict:
         },
         "tokens": tokens,
         "truncated": float(b.truncated.mean()) if b.truncated is not None else None,
-        "boxed": 1 - b.reasons["no boxed answer"] / b.right.size,
+        "boxed": 1 - (b.reasons["no boxed answer"] + b.reasons["no answer"]) / b.right.size,
         "timeouts": b.reasons["timeout"],
         "worker_deaths": b.reasons["worker died"],
         "unparsable": b.reasons["unparsable answer"],
