@@ -222,6 +222,19 @@ def test_a_store_takes_up_where_it_stopped(tmp_path, caplog):
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_a_crash_between_two_files_loses_nothing(tmp_path):
+    """What is not asked for is put aside before the file gets its new form: for a moment it is in both."""
+    store = Store(tmp_path, {})
+    rows = [row("1", 0, "x"), row("1", 1, "y"), row("2", 0, "z")]
+    store.add("b", rows)
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "b.jsonl").write_text(json.dumps(rows[1]) + "\n")
+    assert sorted(store.read("b"), key=lambda r: (r["id"], r["sample"])) == rows
+    assert [r["completion"] for r in store.finish("b", {"1": ("0",)}, 1)] == ["x"]
+    assert [r["completion"] for r in store.finish("b", {"2": ("0",), "1": ("0",)}, 2)] == ["z", "x", "y"]
+    assert not list((tmp_path / "more").iterdir())
+
+
 def test_other_settings_need_another_folder(tmp_path):
     store = Store(tmp_path, {"seed": 1, "temperature": 0.5})
     store.add("b", [row("1", 0, "x")])

@@ -91,13 +91,3 @@ def test_what_fails_after_training_is_done_again_by_resuming(tmp_path):
     assert refused.returncode == 1
     assert "Traceback" not in refused.stderr
     assert refused.stderr.splitlines()[-1].startswith(f"train.py: {checkpoint} stopped at a certain place")
-
-
-@pytest.mark.slow
-def test_results_of_the_model_that_was_there_before_do_not_stay(tmp_path):
-    figures = {"after_greedy": 0.9876, "after_sampled": 0.9876, "after_samples": 4}
-    (tmp_path / "held_out_results.json").write_text(json.dumps(figures))
-    done = train(tmp_path, "--held_out_samples", "0", "--max_steps", "1")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "98.8%" not in (tmp_path / "README.md").read_text()
-    assert not (tmp_path / "held_out_results.json").exists()
