@@ -6,23 +6,26 @@ accelerate launch train.py --config configs/NAME.yaml [--field value ...]
 import json
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, ProgressCallback, TrainerCallback
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl.trainer.utils import get_callable_name
 
 from ktae_trl import KTAEGRPOConfig, KTAEGRPOTrainer, plan
 from ktae_trl.arguments import checkpoint_to_resume, parse
 from ktae_trl.batches import check_processes
 from ktae_trl.console import MetricsTable
 from ktae_trl.data import DataArguments, load_prompts
-from ktae_trl.evaluation.held_out import Accuracy, held_out_accuracy
+from ktae_trl.evaluation.held_out import Accuracy, held_out_accuracy, measured
 from ktae_trl.hub import HubError, create_repo, repo_name
 from ktae_trl.model_card import PAGE, settings_of
 from ktae_trl.rewards import load_rewards
 from ktae_trl.stopping import telling_how_to_go_on
+from ktae_trl.verdicts import correctness_index
 
 
 @dataclass
@@ -74,7 +77,8 @@ class HeldOutAccuracy(TrainerCallback):
                 self.file.write_text(json.dumps(self.before))
         elif self.file.exists():
             self.before = Accuracy(*json.loads(self.file.read_text()))
-        self.trainer.accelerator.print(f"\nHeld-out accuracy before: {self.before or 'not measured'}\n")
+        what = measured(self.trainer.correctness_reward, args.correctness_threshold)
+        self.trainer.accelerator.print(f"\nHeld-out {what}, before: {self.before or 'not measured'}\n")
 
 
 def load(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig):
@@ -90,6 +94,23 @@ def load(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig):
     return train_dataset, eval_dataset, tokenizer
 
 
+def load_reward_functions(run: RunArguments, args: KTAEGRPOConfig) -> list[Callable]:
+    """Load the reward functions that a recipe names. `correctness_reward` may name one as the recipe does, too."""
+    functions = load_rewards(
+        run.reward_funcs, max_completion_length=args.max_completion_length, overlong_buffer=run.overlong_buffer
+    )
+    names = [get_callable_name(function) for function in functions]
+    asked = [run.reward_funcs] if isinstance(run.reward_funcs, str) else run.reward_funcs
+    args.correctness_reward = dict(zip(asked, names, strict=True)).get(args.correctness_reward, args.correctness_reward)
+    correctness_index(names, args.correctness_reward)
+    if args.reward_weights is not None and len(args.reward_weights) != len(names):
+        raise ValueError(
+            f"reward_weights has {len(args.reward_weights)} weights for {len(names)} reward functions "
+            f"({', '.join(names)}): one is needed for each"
+        )
+    return functions
+
+
 def build_trainer(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -> KTAEGRPOTrainer:
     """Build what a recipe describes: data, rewards, model, trainer."""
     args.model_init_kwargs = {
@@ -98,14 +119,11 @@ def build_trainer(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -
         "dtype": model.dtype,
         **(args.model_init_kwargs or {}),
     }
+    reward_funcs = load_reward_functions(run, args)
     train_dataset, eval_dataset, tokenizer = load(run, args, model)
     trainer = KTAEGRPOTrainer(
         model=model.model_name_or_path,
-        reward_funcs=load_rewards(
-            run.reward_funcs,
-            max_completion_length=args.max_completion_length,
-            overlong_buffer=run.overlong_buffer,
-        ),
+        reward_funcs=reward_funcs,
         args=args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
@@ -116,8 +134,7 @@ def build_trainer(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -
     trainer.recipe = {"dataset_name": run.dataset_name} | settings_of(run) | settings_of(model)
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
-        correctness = args.correctness_reward or trainer.reward_func_names[0]
-        trainer.add_callback(MetricsTable(correctness, args.credit, args.dynamic_sampling))
+        trainer.add_callback(MetricsTable(args.credit, args.dynamic_sampling))
     return trainer
 
 
@@ -149,7 +166,7 @@ def main(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -> None:
     if held_out is not None:
         before, after = held_out.before, held_out.measure()
         problems = f"{len(trainer.eval_dataset)} problems"
-        say(f"\nHeld-out accuracy ({problems})\n  before: {before or 'not measured'}\n  after:  {after}")
+        say(f"\nHeld-out {after.what} ({problems})\n  before: {before or 'not measured'}\n  after:  {after}")
         results = {f"after_{name}": value for name, value in after._asdict().items()}
         results |= {f"before_{name}": value for name, value in before._asdict().items()} if before else {}
         results["problems"] = len(trainer.eval_dataset)
