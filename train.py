@@ -7,23 +7,26 @@ import hashlib
 import json
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, ProgressCallback, TrainerCallback
 from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl.trainer.utils import get_callable_name
 
 from ktae_trl import KTAEGRPOConfig, KTAEGRPOTrainer, plan
 from ktae_trl.arguments import ResumeError, checkpoint_to_resume, make_parser, parse
 from ktae_trl.batches import check_processes
 from ktae_trl.console import MetricsTable
 from ktae_trl.data import DataArguments, load_prompts
-from ktae_trl.evaluation.held_out import Accuracy, held_out_accuracy
+from ktae_trl.evaluation.held_out import Accuracy, held_out_accuracy, measured
 from ktae_trl.hub import HubError, create_repo, repo_name, upload_command
 from ktae_trl.model_card import PAGE, settings_of
 from ktae_trl.rewards import load_rewards
 from ktae_trl.stopping import Advice, advice_at_the_end
+from ktae_trl.verdicts import correctness_index
 
 HELD_OUT_BEFORE = "held_out_before.json"
 
@@ -82,7 +85,8 @@ class HeldOutAccuracy(TrainerCallback):
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
             kept = {"accuracy": self.before, "problems": self.problems()}
             Path(args.output_dir, HELD_OUT_BEFORE).write_text(json.dumps(kept))
-        self.trainer.accelerator.print(f"\nHeld-out accuracy before: {self.before or 'not measured'}\n")
+        what = measured(self.trainer.correctness_reward, args.correctness_threshold)
+        self.trainer.accelerator.print(f"\nHeld-out {what}, before: {self.before or 'not measured'}\n")
 
     def of_this_run(self, checkpoint: Path) -> Accuracy | None:
         """Return what the run that left `checkpoint` measured before training, if it was on these problems."""
@@ -115,6 +119,23 @@ def load(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig):
     return train_dataset, eval_dataset, tokenizer
 
 
+def load_reward_functions(run: RunArguments, args: KTAEGRPOConfig) -> list[Callable]:
+    """Load the reward functions that a recipe names. `correctness_reward` may name one as the recipe does, too."""
+    functions = load_rewards(
+        run.reward_funcs, max_completion_length=args.max_completion_length, overlong_buffer=run.overlong_buffer
+    )
+    names = [get_callable_name(function) for function in functions]
+    asked = [run.reward_funcs] if isinstance(run.reward_funcs, str) else run.reward_funcs
+    args.correctness_reward = dict(zip(asked, names, strict=True)).get(args.correctness_reward, args.correctness_reward)
+    correctness_index(names, args.correctness_reward)
+    if args.reward_weights is not None and len(args.reward_weights) != len(names):
+        raise ValueError(
+            f"reward_weights has {len(args.reward_weights)} weights for {len(names)} reward functions "
+            f"({', '.join(names)}): one is needed for each"
+        )
+    return functions
+
+
 def build_trainer(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -> KTAEGRPOTrainer:
     """Build what a recipe describes: data, rewards, model, trainer."""
     args.model_init_kwargs = {
@@ -123,14 +144,11 @@ def build_trainer(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -
         "dtype": model.dtype,
         **(args.model_init_kwargs or {}),
     }
+    reward_funcs = load_reward_functions(run, args)
     train_dataset, eval_dataset, tokenizer = load(run, args, model)
     trainer = KTAEGRPOTrainer(
         model=model.model_name_or_path,
-        reward_funcs=load_rewards(
-            run.reward_funcs,
-            max_completion_length=args.max_completion_length,
-            overlong_buffer=run.overlong_buffer,
-        ),
+        reward_funcs=reward_funcs,
         args=args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
@@ -141,8 +159,7 @@ def build_trainer(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -
     trainer.recipe = {"dataset_name": run.dataset_name} | settings_of(run) | settings_of(model)
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
-        correctness = args.correctness_reward or trainer.reward_func_names[0]
-        trainer.add_callback(MetricsTable(correctness, args.credit, args.dynamic_sampling))
+        trainer.add_callback(MetricsTable(args.credit, args.dynamic_sampling))
     return trainer
 
 
@@ -185,7 +202,7 @@ def train_and_save(trainer: KTAEGRPOTrainer, held_out: HeldOutAccuracy | None, a
     if held_out is not None:
         before, after = held_out.before, held_out.measure()
         problems = f"{len(trainer.eval_dataset)} problems"
-        say(f"\nHeld-out accuracy ({problems})\n  before: {before or 'not measured'}\n  after:  {after}")
+        say(f"\nHeld-out {after.what} ({problems})\n  before: {before or 'not measured'}\n  after:  {after}")
         results = {f"after_{name}": value for name, value in after._asdict().items()}
         results |= {f"before_{name}": value for name, value in before._asdict().items()} if before else {}
         results["problems"] = len(trainer.eval_dataset)

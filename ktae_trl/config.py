@@ -11,6 +11,7 @@ from ktae_trl.credit import METHODS, oar
 from ktae_trl.credit.ktae import check_weights
 from ktae_trl.grading import ANSWER_FORMATS, check_format
 from ktae_trl.sampling import SAMPLERS
+from ktae_trl.verdicts import read_threshold
 
 
 @dataclass
@@ -72,8 +73,9 @@ class KTAEGRPOConfig(GRPOConfig):
         correctness_reward (`str`, *optional*):
             Name of the reward function that says which rollouts are right. Defaults to the first one. A rollout for
             which it returns `None` is left out of the statistics.
-        correctness_threshold (`float`, *optional*, defaults to `0.0`):
-            A rollout is right if that reward is above this.
+        correctness_threshold (`float` or `str`, *optional*, defaults to `0.0`):
+            A rollout is right if that reward is above this. `"auto"`: if it is above the mean of its group, for rewards
+            that have more than two values; a group whose rewards are all equal has no right and no wrong rollouts.
         dynamic_sampling (`bool`, *optional*, defaults to `False`):
             Replace prompts whose rollouts are all right or all wrong by the next ones of the training set, until the
             generation batch is full of groups with both (DAPO). The optimizer steps stay as many as ever; they use
@@ -133,8 +135,13 @@ class KTAEGRPOConfig(GRPOConfig):
         default=None,
         metadata={"help": "Reward function that says which rollouts are right. Defaults to the first one."},
     )
-    correctness_threshold: float = field(
-        default=0.0, metadata={"help": "A rollout is right if its correctness reward is above this."}
+    # With None in it the parser takes words; `float | str` it would read as float.
+    correctness_threshold: float | str | None = field(
+        default=0.0,
+        metadata={
+            "help": "A rollout is right if its correctness reward is above this number, or 'auto': above the mean of "
+            "its group."
+        },
     )
     dynamic_sampling: bool = field(
         default=False,
@@ -184,6 +191,7 @@ class KTAEGRPOConfig(GRPOConfig):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
         check_format(self.answer_format)
+        self.correctness_threshold = read_threshold(self.correctness_threshold)
         check_weights(self.ktae_fisher_weight, self.ktae_ig_weight, self.ktae_tf_weight)
         oar.check_settings(
             self.oar_answer,

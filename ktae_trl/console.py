@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 # Column -> (metric, format)
 _COLUMNS = {
     "reward": ("reward", "{:.3f}"),
-    "right": ("rewards/{correctness}/mean", "{:.1%}"),
+    "right": ("correctness/right", "{:.1%}"),  # of the rollouts that could be judged
     "length": ("completions/mean_length", "{:.1f}"),
     "cut off": ("completions/clipped_ratio", "{:.0%}"),
     "entropy": ("entropy", "{:.3f}"),
@@ -61,13 +61,9 @@ _LEGEND = {
 class MetricsTable(ProgressCallback):
     """The progress bar of `Trainer`, and above it a line of metrics per log in place of the whole dictionary."""
 
-    def __init__(self, correctness: str, credit: str, dynamic_sampling: bool):
+    def __init__(self, credit: str, dynamic_sampling: bool):
         super().__init__()
-        columns = _COLUMNS | _CREDIT_COLUMNS.get(credit, {})
-        columns |= _SAMPLING_COLUMNS if dynamic_sampling else {}
-        self._columns = {
-            name: (metric.format(correctness=correctness), form) for name, (metric, form) in columns.items()
-        }
+        self._columns = _COLUMNS | _CREDIT_COLUMNS.get(credit, {}) | (_SAMPLING_COLUMNS if dynamic_sampling else {})
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)

@@ -3,11 +3,15 @@ r"""Reward functions in TRL's form, and how recipes name them."""
 import functools
 import importlib
 import inspect
+import os
+import sys
+import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from trl.rewards import get_soft_overlong_punishment
+from trl.trainer.utils import get_callable_name, is_async_callable
 
 from ktae_trl.arguments import nearest
 from ktae_trl.grading import answered, find_answer, grade_many_full
@@ -46,7 +50,7 @@ def math_accuracy(
             answer could not be parsed (`unparsable`), took too long (`timeouts`) or ended its worker
             (`worker_deaths`).
     """
-    grades = grade_many_full(_texts(completions, prompts, opened_think), solution, answer_format=answer_format)
+    grades = grade_many_full(texts_of(completions, prompts, opened_think), solution, answer_format=answer_format)
     if log_extra is not None:
         log_extra("extracted", [grade.extracted or "" for grade in grades])
         log_extra("grading", [grade.reason for grade in grades])
@@ -68,7 +72,7 @@ def boxed_format(
 
     By default a last `\boxed{...}` that is complete.
     """
-    texts = _texts(completions, prompts, opened_think)
+    texts = texts_of(completions, prompts, opened_think)
     return [float(find_answer(text, answer_format) is not None) for text in texts]
 
 
@@ -97,18 +101,19 @@ def opens_think(tokenizer, chat_template: str | None, chat_template_kwargs: dict
     return prompt.rstrip().endswith("<think>")
 
 
-def load_rewards(names: Sequence[str], *, max_completion_length: int, overlong_buffer: int) -> list[Callable]:
+def load_rewards(names: str | Sequence[str], *, max_completion_length: int, overlong_buffer: int) -> list[Callable]:
     """Return the reward functions that a recipe names.
 
     Args:
-        names: `math_accuracy`, `boxed_format`, `soft_overlong` (DAPO's length penalty, from TRL: 0 up to
+        names: one or more of `math_accuracy`, `boxed_format`, `soft_overlong` (DAPO's length penalty, from TRL: 0 up to
             `max_completion_length - overlong_buffer` tokens, falling to -1 at `max_completion_length`), or the dotted
-            path of any function of this form, such as `my_package.rewards.brevity`.
+            path of any function of this form, such as `my_package.rewards.brevity`, found from the working directory.
 
     Raises:
-        ValueError: an unknown name, or a buffer that `soft_overlong` cannot use.
-        ImportError: a dotted path that leads to no function.
+        ValueError: an unknown name, two functions of one name, or a buffer that `soft_overlong` cannot use.
+        ImportError: a dotted path that leads to no function, or whose module fails when it is imported.
     """
+    names = [names] if isinstance(names, str) else names
     if "soft_overlong" in names and not 0 < overlong_buffer < max_completion_length:
         raise ValueError(
             f"overlong_buffer must lie between 0 and max_completion_length ({max_completion_length}) for soft_overlong "
@@ -119,25 +124,104 @@ def load_rewards(names: Sequence[str], *, max_completion_length: int, overlong_b
         "boxed_format": boxed_format,
         "soft_overlong": get_soft_overlong_punishment(max_completion_length, overlong_buffer),
     }
-    return [builtin[name] if name in builtin else _imported(name, builtin) for name in names]
+    functions = [builtin[name] if name in builtin else _imported(name, builtin) for name in names]
+    called: dict[str, str] = {}  # by its name in metrics: its name in the recipe
+    for name, function in zip(names, functions, strict=True):
+        own = get_callable_name(function)
+        if own in called:
+            raise ValueError(
+                f"reward_funcs: {called[own]} and {name} are both called {own!r}, so that their metrics "
+                f"(rewards/{own}/mean) would be mixed. Rename one of the functions, or name it once"
+            )
+        called[own] = name
+    return functions
 
 
 def _imported(path: str, builtin: dict[str, Callable]) -> Callable:
-    module, _, function = path.rpartition(".")
-    if not module:
+    module_name, _, name = path.rpartition(".")
+    if not module_name:
         raise ValueError(
             f"Unknown reward function {path!r}{nearest(path, builtin)}. "
             f"Choose from {', '.join(builtin)}, or give a dotted path such as my_package.rewards.brevity"
         )
+    here = os.getcwd()
+    if here not in sys.path:  # a launcher puts the script's folder there; TRL's own scripts add this one
+        sys.path.insert(0, here)
+    problem = f"The reward function {path!r} could not be imported: "
     try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ImportError(f"The reward function {path!r} could not be imported: {error}") from error
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever the user's module does when it is imported
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and f"{module_name}.".startswith(f"{missing}."):
+            raise ImportError(f"{problem}there is no module {missing!r} (looked in {here} and sys.path)") from error
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename[0] != "<"]
+        where = f" ({frames[-1].filename}, line {frames[-1].lineno})"
+        raise ImportError(f"{problem}{module_name} fails with {type(error).__name__}: {error}{where}") from error
+    if not hasattr(module, name):
+        raise ImportError(
+            f"{problem}the module {module_name!r} ({getattr(module, '__file__', None)}) has no "
+            f"{name!r}{nearest(name, dir(module))}"
+        )
+    function = getattr(module, name)
+    if not callable(function) or isinstance(function, type):
+        kind = "a class: name an object of it" if isinstance(function, type) else f"a {type(function).__name__}"
+        raise ImportError(f"{problem}{path} is no function but {kind}")
+    return function
 
 
-def _texts(completions: list, prompts: list | None, opened_think: bool) -> list[str]:
+def reads_answers(function: Callable) -> bool:
+    """Return whether a reward function looks for the answer in the form that the run asks for."""
+    return not isinstance(function, torch.nn.Module) and "answer_format" in inspect.signature(function).parameters
+
+
+def checked(function: Callable, name: str) -> Callable:
+    """Return the reward function (asynchronous or not) with what it returns checked by `check_values`."""
+
+    @functools.wraps(function)
+    def call(*, completions, **kwargs):
+        return check_values(function(completions=completions, **kwargs), name, len(completions))
+
+    @functools.wraps(function)
+    async def call_async(*, completions, **kwargs):
+        return check_values(await function(completions=completions, **kwargs), name, len(completions))
+
+    return call_async if is_async_callable(function) else call
+
+
+def check_values(values, name: str, completions: int) -> list[float | None]:
+    """Return the rewards as a list of numbers, None where there is none.
+
+    Raises:
+        ValueError: they are not one number or None per completion. The message names the function.
+    """
+    wanted = f"must return a list with a number or None for each of the {completions} completions"
+    if isinstance(values, str) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0:
+        raise ValueError(f"The reward function {name!r} {wanted}, not {type(values).__name__}: {str(values)[:80]}")
+    values = list(values)
+    if len(values) != completions:
+        raise ValueError(f"The reward function {name!r} {wanted}, not {len(values)} values")
+    numbers = []
+    for i, value in enumerate(values):
+        try:
+            if value is not None and not hasattr(value, "__float__"):  # float() would read texts
+                raise TypeError
+            numbers.append(None if value is None else float(value))
+        except (TypeError, ValueError, RuntimeError):
+            kind = type(value).__name__
+            raise ValueError(
+                f"The reward function {name!r} {wanted}, but value {i} is of type {kind}: {str(value)[:80]}"
+            ) from None
+    return numbers
+
+
+def texts_of(completions: list, prompts: list | None = None, opened_think: bool = False) -> list[str]:
+    """Return the texts of completions as `find_answer` must read them.
+
+    Args:
+        completions: texts, or conversations of which the last message counts.
+        prompts: texts, of which one that ends with an open `<think>` is seen, or conversations.
+        opened_think: whether the chat template ends prompts so.
+    """
     texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-    starts = ["<think>" if opened_think else ""] * len(texts)
-    if prompts and isinstance(prompts[0], str):
-        starts = prompts
+    starts = prompts if prompts and isinstance(prompts[0], str) else ["<think>" if opened_think else ""] * len(texts)
     return [answered(start, text) for start, text in zip(starts, texts, strict=True)]

@@ -13,7 +13,7 @@ from trl import GRPOTrainer
 from trl.import_utils import is_vllm_available
 
 from ktae_trl import model_card
-from ktae_trl.arguments import checkpoint_to_resume, nearest
+from ktae_trl.arguments import checkpoint_to_resume
 from ktae_trl.batches import Batches
 from ktae_trl.cards import CARDS, NONE, Card
 from ktae_trl.config import KTAEGRPOConfig
@@ -21,13 +21,15 @@ from ktae_trl.console import print_sample
 from ktae_trl.contract import check_trl
 from ktae_trl.credit import METHODS, TOKENIZER_CHECKS
 from ktae_trl.credit.combine import Rollouts, combine
+from ktae_trl.first_look import FirstLook
 from ktae_trl.policy import Policy
 from ktae_trl.publishing import Publishing
 from ktae_trl.recorder import Recorder
 from ktae_trl.resume import ExactResume
-from ktae_trl.rewards import SHAPING, bind, opens_think
+from ktae_trl.rewards import SHAPING, bind, checked, opens_think, reads_answers, texts_of
 from ktae_trl.sampling import SAMPLERS, dynamic
 from ktae_trl.trackers import send_sample
+from ktae_trl.verdicts import Verdicts, correctness_index, verdicts
 
 check_trl(GRPOTrainer)
 logger = logging.getLogger(__name__)
@@ -94,13 +96,12 @@ class KTAEGRPOTrainer(ExactResume, Publishing, GRPOTrainer):
         }
         self.reward_funcs = [bind(function, **settings) for function in self.reward_funcs]
         names = self.reward_func_names
-        correctness = args.correctness_reward or names[0]
-        if correctness not in names:
-            raise ValueError(
-                f"correctness_reward={correctness!r} is none of the reward functions{nearest(correctness, names)}. "
-                f"There are: {', '.join(names)}"
-            )
-        self._correctness_index = names.index(correctness)
+        self._correctness_index = i = correctness_index(names, args.correctness_reward)
+        self._first_look = FirstLook(args, names[i], reads_answers(self.reward_funcs[i]))
+        self.reward_funcs = [
+            function if isinstance(function, torch.nn.Module) else checked(function, name)
+            for function, name in zip(self.reward_funcs, names, strict=True)
+        ]
         self._assign_credit = METHODS.get(args.credit)
         if args.credit in TOKENIZER_CHECKS:
             TOKENIZER_CHECKS[args.credit](self._tokenizer)
@@ -122,6 +123,50 @@ class KTAEGRPOTrainer(ExactResume, Publishing, GRPOTrainer):
             Path(self.args.output_dir, model_card.HELD_OUT).unlink(missing_ok=True)
         return super().train(checkpoint, *args, **kwargs)
 
+    @property
+    def correctness_reward(self) -> str:
+        """Return the name of the reward function that says what is right."""
+        return self.reward_func_names[self._correctness_index]
+
+    def judge(self, rows: list[dict], completion_ids: list[list[int]]) -> Tensor:
+        """Return the correctness reward of the completions of all processes, NaN where there is none; logs nothing.
+
+        All processes must call it, with as many completions each.
+
+        Args:
+            rows: of a dataset, one per completion: `prompt`, and the columns that the reward function takes.
+            completion_ids: the tokens of each.
+        """
+        prompts, i = [row["prompt"] for row in rows], self._correctness_index
+        completions = self._read(prompts, completion_ids)
+        lists = ("reward_funcs", "reward_processing_classes", "reward_func_names")
+        changed = {name: getattr(self, name)[i : i + 1] for name in lists}
+        changed |= {name: defaultdict(list) for name in ("_pending_extra_logs", "_pending_metrics")}
+        kept = {name: getattr(self, name) for name in changed}
+        vars(self).update(changed)
+        try:
+            return super()._calculate_rewards(rows, prompts, completions, completion_ids)[:, 0]
+        finally:
+            vars(self).update(kept)
+
+    def _read(self, prompts: list, completion_ids: list[list[int]]) -> list:
+        """Return completions as reward functions get them in training, which TRL makes while it generates."""
+        prompt_ids, *_ = self._tokenize_prompts(prompts)
+        rollouts = {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": None}
+        changed = {
+            "rollout_func": lambda prompts, trainer: rollouts,
+            "_metrics": {"train": defaultdict(list), "eval": defaultdict(list)},
+            "tools": [],
+            "use_vllm": False,  # it would load the weights into vLLM
+        }
+        kept, tokens = {name: getattr(self, name) for name in changed}, self.state.num_input_tokens_seen
+        vars(self).update(changed)
+        try:
+            return self._generate(prompts)[3]
+        finally:
+            vars(self).update(kept)
+            self.state.num_input_tokens_seen = tokens
+
     # Credit: look at whole groups after each generation, combine in the loss.
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
@@ -138,26 +183,37 @@ class KTAEGRPOTrainer(ExactResume, Publishing, GRPOTrainer):
             batch = self._sample_informative_groups()
         else:
             batch = super()._generate_and_score_completions(inputs)
+        judged, stats = self._verdicts(), {}
+        for name, value in judged.metrics().items():
+            self._metrics["train" if self.model.training else "eval"][name].append(value)
         # A group of one, as evaluation may have, has nothing to compare; nor do samples in the place of a sampler's.
         sampled = self._sampler is None or self.model.training
         if self._assign_credit is not None and sampled and self._group_size() > 1:
             started = time.perf_counter()
             policy = Policy(self.model, self._tokenizer, self.accelerator, images="pixel_values" in batch)
-            credit = self._assign_credit(self._whole_groups(batch), self.args, policy)
+            credit = self._assign_credit(self._whole_groups(batch, judged), self.args, policy)
             batch["credit"] = credit.values[:, : batch["completion_ids"].shape[1]]
             self._credit_how = credit.how
-            self._log_stats(credit.stats, started)
+            stats = self._log_stats(credit.stats, started)
         if self.model.training:
             how = self._credit_how if "credit" in batch else None
-            self._recorder.look(self.state.global_step + 1, batch, self._gathered_rewards, *self._verdicts(), how)
+            self._recorder.look(self.state.global_step + 1, batch, self._gathered_rewards, *judged, how)
+            if self.is_world_process_zero():
+                rewards = self._correctness_rewards()
+                completions = list(self._logs["completion"])[-rewards.numel() :]  # TRL gathers them
+                cut_off = self._metrics["train"]["completions/clipped_ratio"][-1]
+                self._first_look.look(rewards, judged, texts_of(completions), cut_off, stats)
         return batch
 
-    def _verdicts(self) -> tuple[Tensor, Tensor]:
-        """Return for the groups of all processes which rollouts are right, and which could be judged: (P, G) each."""
-        reward = self._gathered_rewards[:, self._correctness_index].view(-1, self._group_size())
-        return reward > self.args.correctness_threshold, ~reward.isnan()
+    def _verdicts(self) -> Verdicts:
+        """Return which rollouts are right, and which could be judged, for the groups of all processes."""
+        return verdicts(self._correctness_rewards(), self.args.correctness_threshold)
+
+    def _correctness_rewards(self) -> Tensor:
+        return self._gathered_rewards[:, self._correctness_index].view(-1, self._group_size())
 
     def log(self, logs, start_time=None):
+        self._first_look.before_log()
         super().log(logs, start_time)
         if sample := self._recorder.take_sample():
             print_sample(sample, self.state.global_step)
@@ -172,7 +228,7 @@ class KTAEGRPOTrainer(ExactResume, Publishing, GRPOTrainer):
             inputs = {**inputs, "advantages": advantages}  # a new dict: buffered batches are used again
         return super()._compute_loss(model, inputs)
 
-    def _whole_groups(self, batch: dict[str, Tensor]) -> Rollouts:
+    def _whole_groups(self, batch: dict[str, Tensor], judged: Verdicts) -> Rollouts:
         """Return the groups that this process holds rollouts of, complete with those of other processes."""
         ids = batch["completion_ids"].int()
         mask = batch["completion_mask"].bool()
@@ -184,7 +240,7 @@ class KTAEGRPOTrainer(ExactResume, Publishing, GRPOTrainer):
         if B % G:  # groups straddle processes
             ids, mask = (self.accelerator.pad_across_processes(x, dim=1) for x in (ids, mask.int()))
             ids, mask = (self.accelerator.gather(x)[first * G : last * G] for x in (ids, mask))
-        correct_PG, scored_PG = (x[first:last] for x in self._verdicts())
+        correct_PG, scored_PG = (x[first:last] for x in judged)
         own = slice(begin - first * G, begin - first * G + B)
         return Rollouts(
             ids_PGT=ids.view(-1, G, ids.shape[1]),
@@ -199,14 +255,17 @@ class KTAEGRPOTrainer(ExactResume, Publishing, GRPOTrainer):
             own=own,
         )
 
-    def _log_stats(self, stats: dict[str, tuple[Tensor, Tensor]], started: float) -> None:
-        metrics = self._metrics["train" if self.model.training else "eval"]
+    def _log_stats(self, stats: dict[str, tuple[Tensor, Tensor]], started: float) -> dict[str, tuple[float, float]]:
+        """Log a credit method's metrics; return their numerators and denominators over all processes."""
+        metrics, of_all = self._metrics["train" if self.model.training else "eval"], {}
         if stats:
             sums = torch.stack([torch.stack(pair).float() for pair in stats.values()])
-            for name, (total, count) in zip(stats, self.accelerator.reduce(sums, "sum").tolist(), strict=True):
+            of_all = dict(zip(stats, map(tuple, self.accelerator.reduce(sums, "sum").tolist()), strict=True))
+            for name, (total, count) in of_all.items():
                 metrics[name].append(total / count if count else float("nan"))  # TRL leaves NaN out of its means
         # Reading the sums has waited for the device. A family of methods (oar_g, oar_p) shares its metrics' prefix.
         metrics[f"{self.args.credit.partition('_')[0]}/seconds"].append(time.perf_counter() - started)
+        return of_all
 
     # A credit method's own sampler, in training: it generates with TRL and hands its rollouts in as TRL's rollout_func.
 
@@ -323,7 +382,6 @@ class KTAEGRPOTrainer(ExactResume, Publishing, GRPOTrainer):
         for name, values in columns.items():
             if len(values) != B:
                 raise ValueError(f"A reward function logged {len(values)} values of {name!r} for {B} completions")
-        correctness = rewards[:, self._correctness_index].view(-1, G)
         return dynamic.Generation(
             indices=indices,
             rollouts=[
@@ -337,8 +395,7 @@ class KTAEGRPOTrainer(ExactResume, Publishing, GRPOTrainer):
                 for i in range(B)
             ],
             rewards=rewards,
-            correct_PG=correctness > self.args.correctness_threshold,
-            scored_PG=~correctness.isnan(),
+            verdicts=self._verdicts(),
         )
 
     def _rows(self, indices: list[int]) -> list[dict]:

@@ -11,13 +11,13 @@ from tests.test_records import row
 from tests.test_trackers import GROUP
 from tests.training import make_trainer, replay
 
-LOGS = {"reward": 0.25, "rewards/math_accuracy/mean": 0.5, "completions/mean_length": 17.25, "ktae/value_right": None}
+LOGS = {"reward": 0.25, "correctness/right": 0.5, "completions/mean_length": 17.25, "ktae/value_right": None}
 
 
 @pytest.fixture
 def table():
     def make(credit, dynamic_sampling=False):
-        table = MetricsTable("math_accuracy", credit, dynamic_sampling)
+        table = MetricsTable(credit, dynamic_sampling)
         table.training_bar = SimpleNamespace(lines=[], write=lambda line: table.training_bar.lines.append(line))
         return table
 
@@ -43,11 +43,11 @@ def test_columns_of_token_credit_come_with_it(table):
     assert table("oar_g")._columns["|w-1|"][0] == table("oar_p")._columns["|w-1|"][0] == "oar/mean_change"
     assert table("tree")._columns["tokens"][0] == "tree/generated_tokens"
     assert "batches" in table("none", True)._columns
-    assert table("none")._columns["right"][0] == "rewards/math_accuracy/mean"
+    assert table("none")._columns["right"][0] == "correctness/right"
 
 
 def test_other_processes_write_nothing():
-    MetricsTable("math_accuracy", "ktae", False).on_log(None, SimpleNamespace(global_step=1), None, logs=LOGS)
+    MetricsTable("ktae", False).on_log(None, SimpleNamespace(global_step=1), None, logs=LOGS)
 
 
 def test_sample_shows_each_token_on_the_colour_of_its_credit(monkeypatch):

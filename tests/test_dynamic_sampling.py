@@ -12,6 +12,7 @@ from trl.trainer.utils import RepeatSampler
 
 from ktae_trl.rewards import boxed_format, math_accuracy
 from ktae_trl.sampling.dynamic import Generation, PromptStream, Selection, sample
+from ktae_trl.verdicts import verdicts
 from tests.training import difference, logged, make_trainer, prompts, replay, weights
 
 # 8 rollouts of 2 prompts a generation.
@@ -85,18 +86,18 @@ def test_the_stream_goes_on_from_a_position(position):
 # Which groups are chosen
 
 
-def generation(indices, verdicts):
+def generation(indices, kinds):
     """A generation on one process with groups of two: R right, W wrong, ? unscorable."""
-    rewards = torch.tensor([[{"R": 1.0, "W": 0.0, "?": math.nan}[v]] for v in "".join(verdicts)])
+    rewards = torch.tensor([[{"R": 1.0, "W": 0.0, "?": math.nan}[v]] for v in "".join(kinds)])
     correctness = rewards.view(-1, 2)
     rollouts = [{"completion_ids": [index, row]} for index in indices for row in range(2)]
-    return Generation(list(indices), rollouts, rewards, correctness > 0, ~correctness.isnan())
+    return Generation(list(indices), rollouts, rewards, verdicts(correctness, 0.0))
 
 
 def test_the_first_informative_groups_are_chosen_and_the_surplus_is_dropped():
-    verdicts = iter([["RW", "RR", "WW"], ["W?", "WR", "RW"], ["RW", "RW", "RW"]])
+    kinds = iter([["RW", "RR", "WW"], ["W?", "WR", "RW"], ["RW", "RW", "RW"]])
     stream = PromptStream(9, seed=0, shuffle=False)
-    chosen = sample(lambda indices: generation(indices, next(verdicts)), stream, 3, 10)
+    chosen = sample(lambda indices: generation(indices, next(kinds)), stream, 3, 10)
     assert chosen.indices == [0, 4, 5]
     assert [rollout["completion_ids"][0] for rollout in chosen.rollouts(0)] == [0, 0, 4, 4, 5, 5]
     assert chosen.rewards[:, 0].tolist() == [1, 0, 0, 1, 1, 0]
@@ -114,8 +115,8 @@ def test_the_first_informative_groups_are_chosen_and_the_surplus_is_dropped():
 
 
 def test_surplus_and_filling_are_counted():
-    verdicts = [["RW", "RR", "RW"], ["RW", "RW", "??"]]
-    both = Selection([generation(range(3), verdicts[0]), generation(range(3, 6), verdicts[1])], [0, 2, 3])
+    kinds = [["RW", "RR", "RW"], ["RW", "RW", "??"]]
+    both = Selection([generation(range(3), kinds[0]), generation(range(3, 6), kinds[1])], [0, 2, 3])
     assert both.metrics()["dynamic_sampling/surplus"] == 1
     none = sample(lambda indices: generation(indices, ["RR", "??", "WW"]), PromptStream(9, 0, shuffle=False), 3, 4)
     assert none.indices == [0, 1, 2]

@@ -40,7 +40,9 @@ def test_completions_come_in_the_order_of_the_prompts(tmp_path):
 def test_unscorable_problems_are_left_out(tmp_path):
     dataset = prompts(4, tiny.HELD_OUT).map(lambda row: {"solution": "???"})
     accuracy = held_out_accuracy(make_trainer(tmp_path), dataset, samples=1, batch_size=8)
-    assert accuracy == Accuracy(0.0, 0.0, 1)
+    assert accuracy == Accuracy(None, None, 1, unscored=8)
+    assert "greedy not scored" in str(accuracy)
+    assert "8 completions without a score are left out" in str(accuracy)
 
 
 def test_sampling_settings_of_the_model_are_not_taken_over(tmp_path):

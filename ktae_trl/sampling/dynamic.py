@@ -11,6 +11,8 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from ktae_trl.verdicts import Verdicts
+
 
 class PromptStream:
     """The order in which prompts are drawn: permutations of the training set, one after another, without a gap.
@@ -64,14 +66,7 @@ class Generation(NamedTuple):
     indices: list[int]  # (P,) numbers of the prompts in the training set
     rollouts: list[dict]  # (B,) this process's rollouts
     rewards: Tensor  # (P G, reward functions) of all processes
-    correct_PG: Tensor  # bool: the final answer is right
-    scored_PG: Tensor  # bool: the final answer could be judged
-
-    @property
-    def informative(self) -> Tensor:
-        """Return which groups have rollouts that are right and rollouts that are wrong, (P,)."""
-        right = (self.correct_PG & self.scored_PG).any(1)
-        return right & (~self.correct_PG & self.scored_PG).any(1)
+    verdicts: Verdicts
 
 
 class Selection(NamedTuple):
@@ -90,7 +85,7 @@ class Selection(NamedTuple):
     def rewards(self) -> Tensor:
         """Return the rewards of the chosen rollouts of all processes, (P G, reward functions)."""
         rewards = torch.cat([generation.rewards for generation in self.generations])
-        return rewards.unflatten(0, (-1, self.generations[0].correct_PG.shape[1]))[self.groups].flatten(0, 1)
+        return rewards.unflatten(0, (-1, self.generations[0].verdicts.correct_PG.shape[1]))[self.groups].flatten(0, 1)
 
     @property
     def filled(self) -> int:
@@ -100,7 +95,7 @@ class Selection(NamedTuple):
     def rollouts(self, process_index: int) -> list[dict]:
         """Spread the chosen groups over the processes again, in order; return this process's rollouts. Collective."""
         B = len(self.generations[0].rollouts)
-        P, G = self.generations[0].correct_PG.shape
+        P, G = self.generations[0].verdicts.correct_PG.shape
         begin = process_index * B
         own = []  # (place in the batch, rollout), for the chosen ones that this process generated
         for place, group in enumerate(self.groups):
@@ -114,7 +109,7 @@ class Selection(NamedTuple):
     def metrics(self) -> dict[str, float]:
         """Return what it took to fill the batch; README's table of metrics says what each means."""
         correct, scored = (
-            torch.cat([getattr(generation, name) for generation in self.generations])
+            torch.cat([getattr(generation.verdicts, name) for generation in self.generations])
             for name in ("correct_PG", "scored_PG")
         )
         right, wrong = correct & scored, ~correct & scored
@@ -130,7 +125,7 @@ class Selection(NamedTuple):
 
     @property
     def _informative(self) -> Tensor:
-        return torch.cat([generation.informative for generation in self.generations]).cpu()
+        return torch.cat([generation.verdicts.informative for generation in self.generations]).cpu()
 
 
 def sample(
@@ -154,7 +149,7 @@ def sample(
     found = 0
     while found < groups and len(generations) < max_generations:
         generations.append(roll_out(stream.take(groups)))
-        found += int(generations[-1].informative.sum())
-    informative = torch.cat([generation.informative for generation in generations])
+        found += int(generations[-1].verdicts.informative.sum())
+    informative = torch.cat([generation.verdicts.informative for generation in generations])
     first = torch.argsort(~informative, stable=True)[:groups]  # informative ones before the others
     return Selection(generations, sorted(first.tolist()))
