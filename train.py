@@ -166,9 +166,10 @@ def build_trainer(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -
 def main(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -> None:
     try:
         if run.dry_run:
+            reward_funcs = load_reward_functions(run, args)
             loaded = load(run, args, model)  # by all processes: they wait for each other in there
             if args.process_index == 0:
-                plan.show(run, args, model, *loaded)
+                plan.show(run, args, model, reward_funcs, *loaded)
             return
         if args.process_index == 0 and (warning := check_processes(args, run.num_processes)):
             logging.warning(warning)
@@ -205,7 +206,7 @@ def train_and_save(trainer: KTAEGRPOTrainer, held_out: HeldOutAccuracy | None, a
         say(f"\nHeld-out {after.what} ({problems})\n  before: {before or 'not measured'}\n  after:  {after}")
         results = {f"after_{name}": value for name, value in after._asdict().items()}
         results |= {f"before_{name}": value for name, value in before._asdict().items()} if before else {}
-        results["problems"] = len(trainer.eval_dataset)
+        results |= {"what": after.what, "problems": len(trainer.eval_dataset)}
         results["train_seconds"] = trained.metrics["train_runtime"]
         trainer.save_metrics("held_out", results, combined=False)
 

@@ -7,13 +7,20 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ktae_trl.grading import last_boxed
+from ktae_trl.grading import find_answer
 from ktae_trl.verdicts import AUTO, Verdicts
 
 logger = logging.getLogger(__name__)
 
 GENERATIONS = 3  # that are looked at
 _SHOWN = 80  # characters of a completion's end
+_FORMS = {
+    "boxed": r"a complete \boxed{}",
+    "tag": "a complete <answer>...</answer>",
+    "hash": "a line that begins with ####",
+    "last_number": "any number",
+    "auto": r"a complete \boxed{} or <answer>...</answer>, a line that begins with ####, or any number",
+}
 _MANY = 0.5  # share of cut off completions from which they are named as the cause
 
 
@@ -71,7 +78,7 @@ class FirstLook:
             return
         given = reward_PG[~reward_PG.isnan()]
         spread_P = reward_PG.nan_to_num(-math.inf).amax(1) > reward_PG.nan_to_num(math.inf).amin(1)
-        without = [text for text in completions if last_boxed(text) is None]
+        without = [text for text in completions if find_answer(text, self.args.answer_format) is None]
         seen.generations += 1
         seen.groups += len(reward_PG)
         seen.informative += int((verdicts.informative if by_verdict(self.args) else spread_P).sum())
@@ -112,7 +119,8 @@ def no_answer(seen: Seen, args, correctness: str, reads_answers: bool) -> str | 
     if seen.cut_off >= _MANY * seen.rollouts:
         remedies.insert(0, f"raise max_completion_length ({args.max_completion_length} tokens)")
     return (
-        f"None of the first {seen.rollouts} completions has an answer in a complete \\boxed{{}}, which {who}. "
+        f"None of the first {seen.rollouts} completions has its answer in {_FORMS[args.answer_format]} "
+        f"(answer_format: {args.answer_format}), which {who}. "
         f"{_cut_off(seen)} One ends with {seen.example[-_SHOWN:]!r}. What to do: {', '.join(remedies)}."
     )
 

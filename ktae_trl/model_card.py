@@ -222,6 +222,7 @@ def held_out_results(folder: Path, datasets: str | list[str] | None) -> list[Eva
         return []
     figures = json.loads(path.read_text(encoding="utf-8"))
     first = datasets if isinstance(datasets, str) else next(iter(datasets or []), "held-out")
+    what = figures.get("what", "accuracy")  # "accuracy by math_accuracy", or "mean reward by my_reward"
     found = []
     for kind in ("greedy", "sampled"):
         if (value := figures.get(f"after_{kind}")) is None:
@@ -237,8 +238,8 @@ def held_out_results(folder: Path, datasets: str | list[str] | None) -> list[Eva
                 dataset_type=_identifier(first),
                 dataset_name="held-out problems",
                 dataset_split="held_out",
-                metric_type="accuracy",
-                metric_name=f"accuracy, {how}, measured in training",
+                metric_type="accuracy" if what.startswith("accuracy") else "reward",
+                metric_name=f"{what}, {how}, measured in training",
                 metric_value=round(value, 5),
                 metric_args={name: value for name, value in arguments.items() if value is not None},
             )

@@ -1,9 +1,12 @@
 """What a run will do, before it is paid for: its batches, steps, data and memory (`train.py --dry_run true`)."""
 
+import asyncio
 import dataclasses
 import importlib.util
+import inspect
 import math
 import statistics
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,16 +14,20 @@ import yaml
 from accelerate import init_empty_weights
 from datasets import Dataset
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerState
 from trl import GRPOConfig, ModelConfig
+from trl.trainer.utils import get_callable_name
 
 from ktae_trl.batches import Batches
 from ktae_trl.config import KTAEGRPOConfig
 from ktae_trl.data import column_values, original_column
-from ktae_trl.grading import grade_many
+from ktae_trl.grading import gradable, write_answer
 from ktae_trl.grading.golds import describe
 from ktae_trl.prompts import texts, token_ids
+from ktae_trl.rewards import bind, check_values
+from ktae_trl.verdicts import AUTO, correctness_index
 
 GIB = 2**30
 _PLAIN = bool | int | float | str | list | dict
@@ -38,14 +45,12 @@ class DataStatistics(NamedTuple):
 def data_statistics(dataset: Dataset, tokenizer, template_kwargs: dict | None = None) -> DataStatistics:
     """Measure prompts in tokens, and count those that come twice or that cannot be graded."""
     lengths = [len(ids) for ids in token_ids(dataset["prompt"][:], tokenizer, template_kwargs)]
-    answers = dataset["solution"]
-    boxed = ["\\boxed{" + (answer if isinstance(answer, str) else answer[0]) + "}" for answer in answers]
     quantiles = statistics.quantiles(lengths, n=20, method="inclusive") if len(lengths) > 1 else lengths * 19
     return DataStatistics(
         prompts=len(dataset),
         tokens=[min(lengths), round(statistics.median(lengths)), round(quantiles[-1]), max(lengths)],
         repeated=len(dataset) - len({str(prompt) for prompt in dataset["prompt"]}),
-        unscorable=grade_many(boxed, answers).count(None),
+        unscorable=gradable(dataset["solution"][:]).count(False),
     )
 
 
@@ -92,8 +97,20 @@ def memory_table(size: ModelSize, gpus: int) -> list[tuple[str, float, float]]:
     return [(name, gpu / GIB, cpu / GIB) for name, (cpu, gpu) in cpu_gpu.items()]
 
 
-def show(run, args: KTAEGRPOConfig, model: ModelConfig, train: Dataset, held_out: Dataset | None, tokenizer) -> None:
-    """Print the resolved settings, the arithmetic of the batches, the data and the memory."""
+def show(
+    run,
+    args: KTAEGRPOConfig,
+    model: ModelConfig,
+    reward_funcs: Sequence[Callable],
+    train: Dataset,
+    held_out: Dataset | None,
+    tokenizer,
+) -> None:
+    """Print the resolved settings, the arithmetic of the batches, the data, the rewards and the memory.
+
+    Raises:
+        ValueError: a reward function failed on the first rows; after everything has been printed.
+    """
     console = Console(highlight=False)
     console.rule("Settings (all of GRPO's and ours; of the others, what is not a default)", align="left")
     console.print(yaml.safe_dump(resolved(run, args, model), sort_keys=True).rstrip(), markup=False, soft_wrap=True)
@@ -125,8 +142,75 @@ def show(run, args: KTAEGRPOConfig, model: ModelConfig, train: Dataset, held_out
         column = run.eval_answer_column or run.answer_column
         show_problems(console, held_out, column, tokenizer, args.chat_template_kwargs, number=1)
 
+    console.rule("Rewards of made-up completions of the first problems", align="left")
+    failures = show_rewards(console, reward_funcs, args, train, tokenizer)
+
     console.rule("Memory", align="left")
     _show_memory(console, args, model, processes)
+    if failures:
+        raise ValueError(". ".join(failures))
+
+
+def show_rewards(
+    console: Console,
+    reward_funcs: Sequence[Callable],
+    args: KTAEGRPOConfig,
+    dataset: Dataset,
+    tokenizer,
+    number: int = 3,
+) -> list[str]:
+    """Print what each reward function returns for a right and a wrong answer of the first rows.
+
+    Returns:
+        A line for each function that failed, with its error.
+    """
+    rows, texts, kinds = [], [], []
+    for place, row in enumerate(dataset.select(range(min(number, len(dataset)))), 1):
+        right, wrong = row["solution"][0], _other(row["solution"])
+        for kind, answer in ((f"{place}, right answer", right), (f"{place}, wrong answer", wrong)):
+            rows.append(row)
+            texts.append(f"So we have the answer.\n{write_answer(answer, args.answer_format)}")
+            kinds.append(kind)
+    names = [get_callable_name(function) for function in reward_funcs]
+    table, columns, failures = Table("problem", "the completion ends with", *names), [], []
+    for function, name in zip(reward_funcs, names, strict=True):
+        try:
+            values = call(bind(function, answer_format=args.answer_format, opened_think=False), rows, texts, tokenizer)
+            columns.append(
+                ["None" if value is None else f"{value:g}" for value in check_values(values, name, len(rows))]
+            )
+        except Exception as error:  # whatever a user's function does
+            failures.append(f"The reward function {name!r} fails: {type(error).__name__}: {error}")
+            columns.append(["fails"] * len(rows))
+    for kind, text, *cells in zip(kinds, texts, *columns, strict=True):
+        table.add_row(kind, escape(text.splitlines()[-1]), *cells)
+    console.print(table)
+    for failure in failures:
+        console.print(failure, markup=False, soft_wrap=True)
+    correctness = names[correctness_index(names, args.correctness_reward)]
+    threshold = args.correctness_threshold
+    above = "the mean of the group" if threshold == AUTO else f"{threshold:g}"
+    console.print(f"A rollout is right if {correctness} gives more than {above} (correctness_threshold: {threshold}).")
+    return failures
+
+
+def _other(answers: list[str]) -> str:
+    return next(number for number in ("-987654321", "-123456789") if number not in answers)
+
+
+def call(function: Callable, rows: list[dict], texts: list[str], tokenizer) -> list:
+    """Call a reward function, asynchronous or not, as TRL does in training."""
+    columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
+    values = function(
+        prompts=[row["prompt"] for row in rows],
+        completions=[[{"role": "assistant", "content": text}] for text in texts],
+        completion_ids=tokenizer(texts)["input_ids"],
+        trainer_state=TrainerState(),
+        log_extra=lambda column, values: None,
+        log_metric=lambda name, value: None,
+        **columns,
+    )
+    return asyncio.run(values) if inspect.iscoroutine(values) else values
 
 
 def show_problems(

@@ -90,10 +90,8 @@ class KTAEGRPOTrainer(ExactResume, Publishing, GRPOTrainer):
         if isinstance(self.train_dataset, Dataset):
             Batches.of(args, self.accelerator.num_processes).check_prompts(len(self.train_dataset))
 
-        settings = {
-            "answer_format": args.answer_format,
-            "opened_think": opens_think(self._tokenizer, self.chat_template, self.chat_template_kwargs),
-        }
+        self._opened_think = opens_think(self._tokenizer, self.chat_template, self.chat_template_kwargs)
+        settings = {"answer_format": args.answer_format, "opened_think": self._opened_think}
         self.reward_funcs = [bind(function, **settings) for function in self.reward_funcs]
         names = self.reward_func_names
         self._correctness_index = i = correctness_index(names, args.correctness_reward)
@@ -202,7 +200,8 @@ class KTAEGRPOTrainer(ExactResume, Publishing, GRPOTrainer):
                 rewards = self._correctness_rewards()
                 completions = list(self._logs["completion"])[-rewards.numel() :]  # TRL gathers them
                 cut_off = self._metrics["train"]["completions/clipped_ratio"][-1]
-                self._first_look.look(rewards, judged, texts_of(completions), cut_off, stats)
+                texts = texts_of(completions, list(self._logs["prompt"])[-rewards.numel() :], self._opened_think)
+                self._first_look.look(rewards, judged, texts, cut_off, stats)
         return batch
 
     def _verdicts(self) -> Verdicts:
