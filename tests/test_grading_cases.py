@@ -7,12 +7,13 @@ pass and those that must not. Pairs that could be argued either way are in `ARGU
 import json
 import random
 import re
+import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from ktae_trl.grading import gradable, grade, grade_many, grade_many_full
+from ktae_trl.grading import answers, gradable, grade, grade_many, grade_many_full
 
 DATA = Path(__file__).parent / "data"
 
@@ -128,6 +129,33 @@ def test_shared_cases(shared):
     if not file.is_file():
         pytest.skip(f"no cases at {file}")
     assert right_by_kind(rows(file)) == []
+
+
+REPEATED = ["€", "1,000\\frac", "1 000\\sqrt", "6=", "(x,y)=", "√π", "\\text{a} or ", "one ", "m/s ", "AB", "f("]
+    "€",
+    "1,000\\frac",
+    "1 000\\sqrt",
+    "6=",
+    "(x,y)=",
+    "√π",
+    "\\text{a} or ",
+    "\\text{ and }",
+    "one ",
+    "m/s ",
+    "AB",
+    "f(",
+]
+
+
+@pytest.mark.parametrize("piece", REPEATED)
+def test_a_piece_repeated_is_settled_fast(piece):
+    """In the caller's process no clock runs: each of the first ones once took seconds or for ever."""
+    text = (piece * 500)[:490]
+    begin = time.process_time()
+    for gold, given in ((text, text + "!"), ("5", text), ("5", f"5{text}!"), (text, "x+1")):
+        answers.settle(gold, given)
+        answers.surely_readable(gold)
+    assert time.process_time() - begin < 2
 
 
 # Mutants of the benchmarks' gold answers ----------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from ktae_trl.grading.text import SEPARATORS, clean, split, squeeze
 
 # What is settled in the caller's process, where no clock runs.
 _SHORT = 500
+_MEMBERS = 20  # of a chain of equations; a longer one is no answer
 
 # A quantity that a problem may ask for by name: x, AB, f(2), P(X=2), |AB|, \angle ABC, \text{Area}, x_{1}, \bar x.
 _SUBSCRIPT = r"(?:\s*_\s*(?:\w|\\[A-Za-z]+|\{[^{}]*\}))?"
@@ -70,7 +71,7 @@ _UNIT_VECTOR = re.compile(
 )
 
 _PLAIN = re.compile(
-    r"(?:\d+(?:\.\d+)?|[A-Za-z]|[-+*/(){}]|\^(?:\d|\{\d+\})|\\(?:frac(?=\{[^{}]+\}\{)|sqrt(?=\{)|pi(?![A-Za-z])))+"
+    r"(?:\d++(?:\.\d++)?+|[A-Za-z]|[-+*/(){}]|\^(?:\d|\{\d+\})|\\(?:frac(?=\{[^{}]+\}\{)|sqrt(?=\{)|pi(?![A-Za-z])))+"
 )
 _INCOMPLETE = re.compile(r"^[*/^)}]|[-+*/({]$|[-+*/({][-+*/^)}]|\d\.\d*\.|\^[^{\d]|\^\d\^|\}\^|[a-z]{4}")
 
@@ -360,6 +361,8 @@ def _components(text: str) -> str:
 
 def _equations(gold: str, answer: str, leaf: Leaf) -> bool | None:
     golds, members = split(gold, "="), split(answer, "=")
+    if len(members) > _MEMBERS:
+        return False
     if r"\equiv" in answer and r"\equiv" not in gold:
         return False
     if len(golds) == 1:

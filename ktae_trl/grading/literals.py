@@ -37,6 +37,7 @@ _AFTER_NUMBER = re.compile(
 )
 _SHORT = {"k": "thousand", "K": "thousand", "M": "million", "m": "million", "B": "billion"}  # after a currency
 _SHORT_MULTIPLIER = re.compile(r"\\text\s*\{\s*([kKMmB])\s*\}$")
+_CURRENCIES = re.compile("[$€£¥₹]")
 _CURRENCY = re.compile(r"(?P<sign>[+-]?)\s*(?P<currency>\\\$|[€£¥₹])\s*(?P<value>.+)|(?P<before>.+?)\s*\\\$")
 OF_AN_ANGLE = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 _PRIMES = re.compile(r"(?:\^\s*(?:\{\s*(?:\\prime\s*)+\}|\\prime)|'+)$")
@@ -199,7 +200,7 @@ def quantity(text: str) -> Quantity:
     """
     if time(text):
         return Quantity(text, None)
-    if (match := _CURRENCY.fullmatch(text)) and "$" not in (match["value"] or match["before"]):
+    if (match := _CURRENCY.fullmatch(text)) and not _CURRENCIES.search(match["value"] or match["before"]):
         value = match["sign"] + match["value"] if match["value"] else match["before"]
         value = _SHORT_MULTIPLIER.sub(lambda short: rf"\text{{{_SHORT[short[1]]}}}", value)
         if quantity(value).unit is None:
