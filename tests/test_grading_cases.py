@@ -7,12 +7,13 @@ pass and those that must not. Pairs that could be argued either way are in `ARGU
 import json
 import random
 import re
+import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from ktae_trl.grading import gradable, grade, grade_many, grade_many_full
+from ktae_trl.grading import answers, gradable, grade, grade_many, grade_many_full
 
 DATA = Path(__file__).parent / "data"
 
@@ -97,26 +98,64 @@ def test_gradable():
     assert gradable([]) == []
 
 
-# Cases of the shared file whose expected verdict is not followed: none.
-EXPECTED_OTHERWISE: dict[str, str] = {}
+@pytest.mark.parametrize(("answer", "gold"), [("a", "A"), ("c", "C"), ("x", "X")])
+def test_one_name_in_the_other_case(answer, gold):
+    """By design: an answer of one name has nothing that it could be mixed up with, and choices are written so too."""
+    assert grade(rf"\boxed{{{answer}}}", gold) is True
+
+
+def right_by_kind(cases: list[dict]) -> list[tuple]:
+    """Grade cases, print the numbers of each kind, and return those with another verdict than expected."""
+    verdicts = grade_many([case["completion"] for case in cases], [case["gold"] for case in cases])
+    right, total, wrong = Counter(), Counter(), []
+    for case, verdict in zip(cases, verdicts, strict=True):
+        total[case["kind"]] += 1
+        right[case["kind"]] += verdict is case["expected"]
+        if verdict is not case["expected"]:
+            wrong.append((case["gold"], case["completion"], verdict))
+    for kind in total:
+        print(f"{right[kind]}/{total[kind]}  {kind}")
+    print(f"{right.total()}/{len(cases)}  in all")
+    return wrong
+
+
+def test_cases_written_by_someone_else():
+    """631 pairs of the same kinds by another author, who had not seen the grader: 621 were right when first tried."""
+    assert right_by_kind(rows(DATA / "grading_cases.jsonl")) == []
 
 
 def test_shared_cases(shared):
     file = shared / "cases" / "grading.jsonl"
     if not file.is_file():
         pytest.skip(f"no cases at {file}")
-    cases = rows(file)
-    verdicts = grade_many([case["completion"] for case in cases], [case["gold"] for case in cases])
-    right, total, wrong = Counter(), Counter(), []
-    for case, verdict in zip(cases, verdicts, strict=True):
-        total[case["kind"]] += 1
-        right[case["kind"]] += verdict is case["expected"]
-        if verdict is not case["expected"] and case["id"] not in EXPECTED_OTHERWISE:
-            wrong.append((case["gold"], case["completion"], verdict))
-    for kind in total:
-        print(f"{right[kind]}/{total[kind]}  {kind}")
-    print(f"{sum(right.values())}/{len(cases)}  in all")
-    assert wrong == []
+    assert right_by_kind(rows(file)) == []
+
+
+REPEATED = ["€", "1,000\\frac", "1 000\\sqrt", "6=", "(x,y)=", "√π", "\\text{a} or ", "one ", "m/s ", "AB", "f("]
+    "€",
+    "1,000\\frac",
+    "1 000\\sqrt",
+    "6=",
+    "(x,y)=",
+    "√π",
+    "\\text{a} or ",
+    "\\text{ and }",
+    "one ",
+    "m/s ",
+    "AB",
+    "f(",
+]
+
+
+@pytest.mark.parametrize("piece", REPEATED)
+def test_a_piece_repeated_is_settled_fast(piece):
+    """In the caller's process no clock runs: each of the first ones once took seconds or for ever."""
+    text = (piece * 500)[:490]
+    begin = time.process_time()
+    for gold, given in ((text, text + "!"), ("5", text), ("5", f"5{text}!"), (text, "x+1")):
+        answers.settle(gold, given)
+        answers.surely_readable(gold)
+    assert time.process_time() - begin < 2
 
 
 # Mutants of the benchmarks' gold answers ----------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
-from itertools import product
+from itertools import pairwise, product
 
 from ktae_trl.grading import literals
 from ktae_trl.grading.names import Names
@@ -17,6 +17,7 @@ from ktae_trl.grading.text import SEPARATORS, clean, split, squeeze
 
 # What is settled in the caller's process, where no clock runs.
 _SHORT = 500
+_MEMBERS = 20  # of a chain of equations; a longer one is no answer
 
 # A quantity that a problem may ask for by name: x, AB, f(2), P(X=2), |AB|, \angle ABC, \text{Area}, x_{1}, \bar x.
 _SUBSCRIPT = r"(?:\s*_\s*(?:\w|\\[A-Za-z]+|\{[^{}]*\}))?"
@@ -29,6 +30,7 @@ _NAME = re.compile(
     r"|\|[A-Za-z\\{}_ ]+\||\[[A-Z]+\]|\\l[vf]\w+ [^=]+\\r[vf]\w+"
 )
 _LENGTH = re.compile(r"(?<![A-Za-z\\{])[A-Z]{2,3}(?![A-Za-z])")
+_IN_ORDER = (r"\Rightarrow", r"\implies", r"\to", r"\subset", r"\subseteq", r"\setminus")
 _SQUARE_OF_LENGTH = re.compile(r"[A-Z]{2}\s*\^\s*\{?\s*2\s*\}?")
 _POINTS = r"(?:\|?\s*(?:\\overline\s*)?\{?[A-Z]'?[A-Z]'?\}?\s*\|?|S_\s*\{[^{}]*\}|\[[A-Z]+\])"
 _QUOTIENT = re.compile(rf"\\frac\s*\{{\s*{_POINTS}\s*\}}\s*\{{\s*{_POINTS}\s*\}}|{_POINTS}\s*[:/]\s*{_POINTS}")
@@ -63,12 +65,13 @@ _DOMAIN = re.compile(r"(.+?),\s*(?:\\forall\s*)?[a-z]\s*\\in\s*\\mathbb\{[RZNQC]
 _CONSTANT = re.compile(r"(.+?)\s*\+\s*(C|c|K|\\text\s*\{\s*(?:constant|const|C)\s*\})")
 _BUILDER = re.compile(r"\\\{\s*([A-Za-z])\s*(?:\\in\s*\\mathbb\{R\})?\s*(?:\\mid|\||:)\s*(.+)\\\}")
 _MEMBER = re.compile(r"(.+?)\\in(?![A-Za-z])(.+)")
+_DISTANCE = re.compile(r"\|\s*([a-z])\s*([+-]\s*\d+)?\s*\|")
 _UNIT_VECTOR = re.compile(
     r"(.*?)\s*\\(?:vec|hat|overrightarrow|mathbf|widehat|boldsymbol)\s*(?:\{\s*\\?([ijk])(?:math)?\s*\}|([ijk])(?![A-Za-z])|\\([ij])math)"
 )
 
 _PLAIN = re.compile(
-    r"(?:\d+(?:\.\d+)?|[A-Za-z]|[-+*/(){}]|\^(?:\d|\{\d+\})|\\(?:frac(?=\{[^{}]+\}\{)|sqrt(?=\{)|pi(?![A-Za-z])))+"
+    r"(?:\d++(?:\.\d++)?+|[A-Za-z]|[-+*/(){}]|\^(?:\d|\{\d+\})|\\(?:frac(?=\{[^{}]+\}\{)|sqrt(?=\{)|pi(?![A-Za-z])))+"
 )
 _INCOMPLETE = re.compile(r"^[*/^)}]|[-+*/({]$|[-+*/({][-+*/^)}]|\d\.\d*\.|\^[^{\d]|\^\d\^|\}\^|[a-z]{4}")
 
@@ -118,7 +121,8 @@ def parts(text: str) -> list[str]:
         return [text]
     if rows := _grid(text):
         return [part for row in rows for cell in row for part in parts(cell)]
-    kind, elements = _structure(_membership(text)[1])
+    text = _membership(text)[1]
+    kind, elements = _structure(text)
     if len(elements) > 1 or kind == "set":
         return [part for element in elements for part in parts(element)]
     if inequality := interval(text):
@@ -157,6 +161,7 @@ def compare(gold: str, answer: str, leaf: Leaf) -> bool | None:
     literal = literals.same_literal(gold, answer)
     if literal or (literal is False and "," not in gold + answer):
         return literal
+    gold, answer = _by_names(gold, answer), _by_names(answer, gold)
     gold_rows, rows = _grid(gold), _grid(answer)
     if gold_rows and rows:
         return (_cases if r"{cases}" in gold else _rows)(gold_rows, rows, leaf)
@@ -172,7 +177,7 @@ def compare(gold: str, answer: str, leaf: Leaf) -> bool | None:
 
     (gold_kind, golds), (kind, answers) = _structure(gold), _structure(answer)
     kinds = {gold_kind, kind}
-    if len(golds) == len(answers) == 1 and kinds == {"set", None}:
+    if len(golds) == len(answers) == 1 and kinds == {"set", None} and r"\emptyset" not in golds + answers:
         return compare(golds[0], answers[0], leaf)  # {5} and 5
     if gold_kind == kind == "set" or (len(golds) > 1 and len(answers) > 1):
         verdict = _elements(gold_kind, golds, kind, answers, leaf)
@@ -190,7 +195,7 @@ def compare(gold: str, answer: str, leaf: Leaf) -> bool | None:
     return _equations(gold, answer, leaf)
 
 
-_SETS = {"union", "intersection", "difference", "and"}
+_SETS = {"union", "intersection", r"\setminus", "and"}
 _SAME_UNITS = object()
 
 
@@ -262,6 +267,7 @@ def _converted(gold: str, answer: str, factor: Fraction, leaf: Leaf) -> bool | N
 
 def _elements(gold_kind, golds: list[str], kind, answers: list[str], leaf: Leaf) -> bool | None:
     kinds = {gold_kind, kind}
+    golds, answers = _written_out(golds), _written_out(answers)
     if any(r"\ldots" in side for side in (golds, answers)):
         return _in_order(golds, answers, leaf) if kinds <= {"list", "set"} or gold_kind == kind else False
     if kinds <= {"list", "set"}:
@@ -278,6 +284,18 @@ def _elements(gold_kind, golds: list[str], kind, answers: list[str], leaf: Leaf)
     if kinds == {"intersection"}:
         return _any_order(golds, answers, leaf)
     return _in_order(golds, answers, leaf) if len(kinds) == 1 else False
+
+
+def _written_out(elements: list[str]) -> list[str]:
+    r"""Write `1, 3, \ldots, 9` out, up to a thousand integers."""
+    *first, dots, last = elements if len(elements) > 3 else ["", "", ""]
+    if dots != r"\ldots" or not all(re.fullmatch(r"-?\d{1,6}", element) for element in (*first, last)):
+        return elements
+    steps = {int(b) - int(a) for a, b in pairwise(first)}
+    step = steps.pop()
+    if steps or step == 0 or (int(last) - int(first[0])) % step or not 0 < (int(last) - int(first[0])) // step < 1000:
+        return elements
+    return [str(number) for number in range(int(first[0]), int(last) + (1 if step > 0 else -1), step)]
 
 
 def _unqualified(text: str) -> str:
@@ -343,6 +361,8 @@ def _components(text: str) -> str:
 
 def _equations(gold: str, answer: str, leaf: Leaf) -> bool | None:
     golds, members = split(gold, "="), split(answer, "=")
+    if len(members) > _MEMBERS:
+        return False
     if r"\equiv" in answer and r"\equiv" not in gold:
         return False
     if len(golds) == 1:
@@ -391,6 +411,17 @@ def _may_be_asked(left: str) -> bool:
     names = Names()
     names.rename(_LENGTH.sub(r"\\text{\g<0>}", left))  # AB is one length
     return len(names.numbers) > 1 or bool(_SQUARE_OF_LENGTH.fullmatch(left))
+
+
+def _by_names(text: str, other: str) -> str:
+    """Write `(a, b) = (5, 6)` as `a = 5, b = 6` if the other answer is written so."""
+    members = split(text, "=")
+    if len(members) != 2 or not (names := _NAMES_IN_BRACKETS.fullmatch(members[0])):
+        return text
+    letters, values = names[1].split(","), split(members[1][1:-1], ",")
+    if len(letters) != len(values) or not all(_name(element) for element in split(other, *SEPARATORS)):
+        return text
+    return ", ".join(f"{letter.strip()} = {value}" for letter, value in zip(letters, values, strict=True))
 
 
 def _by_name(names: str, values: str) -> str:
@@ -537,6 +568,8 @@ def interval(text: str) -> tuple[str, str] | None:
         if len(pieces) != 3 or not _NAME.fullmatch(pieces[0]):
             return None
         return squeeze(pieces[0]), rf"(-\infty, {pieces[2]}) \cup ({pieces[2]}, \infty)"
+    if len(pieces) == 3 and (distance := _DISTANCE.fullmatch(pieces[0])):
+        return _around(distance, *pieces[1:])
     signs = [("<" if sign in ("<", r"\lt", r"\le", "<=") else ">", "e" in sign or "=" in sign) for sign in pieces[1::2]]
     values = pieces[::2]
     if signs[0][0] == ">":  # 7 > x >= -2 from the left
@@ -554,6 +587,20 @@ def interval(text: str) -> tuple[str, str] | None:
     return squeeze(name), f"{'[' if signs[0][1] else '('}{low}, {high}{']' if signs[1][1] else ')'}"
 
 
+def _around(distance: re.Match, sign: str, radius: str) -> tuple[str, str] | None:
+    """Read `|x| < 3` as `(-3, 3)`, and `|x - 1| >= 2` as two intervals."""
+    if not literals.number(radius):
+        return None
+    centre = (distance[2] or "").replace(" ", "").translate(str.maketrans("+-", "-+"))
+    low, high = f"{centre}-{radius}", f"{centre}+{radius}".removeprefix("+")
+    low, high = low.removeprefix("+"), high.removeprefix("+")
+    open_end = sign in ("<", r"\lt", ">", r"\gt")
+    if sign in ("<", r"\lt", r"\le", "<="):
+        return distance[1], f"{'(' if open_end else '['}{low}, {high}{')' if open_end else ']'}"
+    left, right = (")", "(") if open_end else ("]", "[")
+    return distance[1], rf"(-\infty, {low}{left} \cup {right}{high}, \infty)"
+
+
 def _one_way(signs: list[tuple[str, bool]]) -> bool:
     return len({direction for direction, _ in signs}) == 1
 
@@ -567,15 +614,17 @@ def _structure(text: str) -> tuple[str | None, list[str]]:
             merged = {squeeze(one): one for side in elements for one in side}
             return "set", list(merged.values())
         return "union", unions
-    for kind, sign in (("intersection", r"\cap"), ("difference", r"\setminus")):
+    for sign in _IN_ORDER:
         if len(sections := split(text, sign)) > 1:
-            return kind, sections
+            return sign, sections
+    if len(sections := split(text, r"\cap")) > 1:
+        return "intersection", sections
     elements = split(text, *SEPARATORS)
     if len(elements) > 1:
         conjunctions = {word for word in (r"\land", r"\lor") if len(split(text, word)) > 1}
-        if len(conjunctions) == 1 and all(_COMPARISON.search(one) or literals.words(one) for one in elements):
-            words = all(map(literals.words, elements))
-            kind = "and" if conjunctions == {r"\land"} else "or" if words else "union"
+        if len(conjunctions) == 1 and all(map(_is_statement, elements)):
+            statements = any(map(_COMPARISON.search, elements))
+            kind = "and" if conjunctions == {r"\land"} else "union" if statements else "or"
             return kind, elements
         return "list", [one for element in elements for one in _both_signs(element)]
     if text.startswith(r"\{") and text.endswith(r"\}"):
@@ -586,6 +635,13 @@ def _structure(text: str) -> tuple[str | None, list[str]]:
             return text[0] + text[-1], elements
     elements = _both_signs(text)
     return ("list", elements) if len(elements) > 1 else (None, [text])
+
+
+def _is_statement(text: str) -> bool:
+    """Say whether "and" and "or" differ after this: an inequality, words or a name, but not a value such as x = 1."""
+    return bool(
+        _COMPARISON.search(text) or literals.words(text) or (_has_letter(text) and not re.search(r"[=\d]", text))
+    )
 
 
 def _both_signs(element: str) -> list[str]:

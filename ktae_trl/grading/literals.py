@@ -37,6 +37,7 @@ _AFTER_NUMBER = re.compile(
 )
 _SHORT = {"k": "thousand", "K": "thousand", "M": "million", "m": "million", "B": "billion"}  # after a currency
 _SHORT_MULTIPLIER = re.compile(r"\\text\s*\{\s*([kKMmB])\s*\}$")
+_CURRENCIES = re.compile("[$€£¥₹]")
 _CURRENCY = re.compile(r"(?P<sign>[+-]?)\s*(?P<currency>\\\$|[€£¥₹])\s*(?P<value>.+)|(?P<before>.+?)\s*\\\$")
 OF_AN_ANGLE = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 _PRIMES = re.compile(r"(?:\^\s*(?:\{\s*(?:\\prime\s*)+\}|\\prime)|'+)$")
@@ -58,7 +59,7 @@ _INDEXED = re.compile(r"[A-Za-z]\s*_\s*(?:\w|\{\w+\})")
 _TEXT = r"\\(?:text|mathrm|rm|operatorname)"
 _WORDS = re.compile(rf"(?:{_TEXT}\s*\{{[^{{}}\\]*\}}\s*)+")
 _BARE_WORDS = re.compile(r"\(?[^\W\d_][\w .'-]*\)?")
-_LETTERS = re.compile(r"[^\W\d_]")
+_BARE_WORD, _VOWEL = re.compile("[A-Za-z]{3,}"), re.compile("[aeiouAEIOU]")
 # A letter with brackets, a full stop or a colon, alone or with the text of the choice.
 _CHOICE = re.compile(
     rf"(?:{_TEXT}\s*\{{\s*(?:(?:Option|Choice|Answer|option|choice)\s*)?)?(?:\(\s*(?P<bracketed>[A-Z])\s*\)|(?P<marked>[A-Z])\s*[).:]|(?P<alone>[A-Z])(?=\s*\}}?$))[.:]?"
@@ -77,6 +78,9 @@ _RESIDUE = re.compile(
 )
 
 
+_GENERAL_TERM = re.compile(r"([a-z])\s*=\s*(\d{1,9})\s*[kntm]\s*([+-]\s*\d{1,9})?")  # x = 6k + 2
+
+
 @dataclass(frozen=True)
 class Number:
     value: Fraction
@@ -93,10 +97,11 @@ class Quantity(NamedTuple):
 def is_literal(text: str) -> bool:
     r"""Say whether text is a number, a time, a residue, words in `\text{}`, or a name such as E_1."""
     text = quantity(text).value
-    return bool(
-        number(text) or time(text) or residues(text) or words(text) or words_alone(text) or _INDEXED.fullmatch(text)
-        or text in (r"\ldots", r"\emptyset", r"\mathbb{R}")
-    )  # fmt: skip
+    if text in (r"\ldots", r"\emptyset", r"\mathbb{R}") or _INDEXED.fullmatch(text):
+        return True
+    if r"\pmod" in text and residues(text):
+        return True
+    return bool(number(text) or time(text) or words(text) or words_alone(text))
 
 
 def same_literal(gold: str, answer: str) -> bool | None:
@@ -114,7 +119,7 @@ def same_literal(gold: str, answer: str) -> bool | None:
         if pair and single and len(pair) == 2 and pair[1]:
             return pair[0] / pair[1] == single.value
     gold_residues, answer_residues = residues(gold), residues(answer)
-    if gold_residues or answer_residues:
+    if r"\pmod" in gold + answer and (gold_residues or answer_residues):
         return _same_residues(gold_residues, answer_residues)
     gold_base, answer_base = _BASED.fullmatch(gold), _BASED.fullmatch(answer)
     if gold_base and answer_base:
@@ -134,7 +139,7 @@ def _same_words(gold: str, answer: str) -> bool | None:
         return gold_choice == answer_choice
     said_in_text, answer_words = words(gold), words(answer)
     if not (said_in_text or answer_words or words_alone(gold) or words_alone(answer)):
-        return None
+        return _same_bare_words(gold, answer)
     gold_said = said_in_text or (_plain(gold) if _BARE_WORDS.fullmatch(gold) else None)
     said = answer_words or (_plain(answer) if _BARE_WORDS.fullmatch(answer) else None)
     if gold_said and said:
@@ -142,6 +147,15 @@ def _same_words(gold: str, answer: str) -> bool | None:
     if gold_said and number(answer):
         return False
     return None
+
+
+def _same_bare_words(gold: str, answer: str) -> bool | None:
+    """Compare `east` and `seat`, which are no products of variables; None for what may be one."""
+    if not (_BARE_WORD.fullmatch(gold) and _BARE_WORD.fullmatch(answer)):
+        return None
+    if gold.lower() == answer.lower() and all(t.istitle() or t.isupper() or t.islower() for t in (gold, answer)):
+        return True
+    return False if all(len(text) > 3 and len(_VOWEL.findall(text)) > 1 for text in (gold, answer)) else None
 
 
 def same_number(gold: Number, answer: Number) -> bool:
@@ -186,7 +200,7 @@ def quantity(text: str) -> Quantity:
     """
     if time(text):
         return Quantity(text, None)
-    if (match := _CURRENCY.fullmatch(text)) and "$" not in (match["value"] or match["before"]):
+    if (match := _CURRENCY.fullmatch(text)) and not _CURRENCIES.search(match["value"] or match["before"]):
         value = match["sign"] + match["value"] if match["value"] else match["before"]
         value = _SHORT_MULTIPLIER.sub(lambda short: rf"\text{{{_SHORT[short[1]]}}}", value)
         if quantity(value).unit is None:
@@ -309,6 +323,8 @@ def _proportional(gold: tuple[Fraction, ...], answer: tuple[Fraction, ...]) -> b
 
 def residues(text: str) -> tuple[str, frozenset[int], int] | None:
     r"""Read `x \equiv 3 \pmod 7`, with or without the name, as name, residues and modulus."""
+    if general := _GENERAL_TERM.fullmatch(text):
+        text = rf"{general[1]} \equiv {(general[3] or '0').replace('+', '')} \pmod{{{general[2]}}}"
     match = _RESIDUE.fullmatch(text)
     if not match or not int(match["modulus"]):
         return None

@@ -8,9 +8,7 @@ primes, becomes `v_{n}`; a function value (`f(2)`) and a derivative are names to
 import re
 from collections.abc import Callable
 
-_ACCENT = (
-    r"\\(?:bar|overline|vec|overrightarrow|hat|widehat|tilde|dot|ddot|mathcal|mathbb|mathscr|mathfrak|angle|triangle)"
-)
+_ACCENT = r"\\(?:bar|overline|vec|overrightarrow|hat|widehat|tilde|dot|ddot|mathcal|mathbb|mathscr|mathfrak)"
 _GREEK = (
     r"\\(?:alpha|beta|gamma|delta|epsilon|varepsilon|zeta|eta|theta|vartheta|iota|kappa|lambda|mu|nu|xi|rho|varrho|sigma"
     r"|varsigma|tau|upsilon|phi|varphi|chi|psi|omega|Gamma|Delta|Theta|Lambda|Xi|Pi|Sigma|Upsilon|Phi|Psi|Omega|hbar|ell"
@@ -18,6 +16,7 @@ _GREEK = (
 )
 _TOKEN = re.compile(
     r"(?P<kept>\\(?:begin|end)\s*\{[^{}]*\})"
+    r"|(?P<figure>\\(?:angle|triangle)\s*\{?\s*[A-Z]{1,4}(?![A-Za-z])\s*\}?)"
     rf"|(?P<accent>{_ACCENT}\s*(?:\{{[^{{}}]*[A-Za-z][^{{}}]*\}}|\\[A-Za-z]+|[A-Za-z]))"
     r"|(?P<text>\\(?:text|mathrm|operatorname\*?)\s*\{(?P<words>[^{}]*)\})"
     rf"|(?P<greek>{_GREEK})|(?P<command>\\[A-Za-z]+|\\.)|(?P<letter>[A-Za-z])",
@@ -70,13 +69,17 @@ class Names:
     def _read(self, latex: str, match: re.Match, position: int, index_i: bool) -> tuple[str | None, int, str]:
         """Return the name at a match, if it is one, where it ends, and what to write if it is none."""
         token = re.sub(r"\s+", "", match.group())
-        if match["kept"] or (match["command"] and token != r"\partial"):
+        if match["kept"] or (match["command"] and token not in (r"\partial", r"\ldots")):
             return None, position, match.group()
         if match["words"] is not None:
             words = match["words"].strip()
             if words in _KNOWN:
                 return None, position, f"\\{words} "
             token = f"text:{' '.join(words.split())}"
+        if match["figure"]:
+            letters = re.sub(r"\\[a-z]+|[{}]", "", token)
+            # The angle ABC is the angle CBA; a triangle's vertices have no order.
+            token = f"angle {min(letters, letters[::-1])}" if "angle" in token[:6] else f"triangle {sorted(letters)}"
         if match["accent"]:
             token = (
                 token.replace(r"\overline", r"\bar")

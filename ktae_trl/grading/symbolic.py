@@ -49,6 +49,8 @@ _REWRITING = [
         (r"^([+-]?\d+(?:\.\d+)?)[eE]([+-]?\d+)$", r"\1 \\cdot 10^{\2}"),
         (r"\^\s*(\\frac\s*\{[^{}]*\}\s*\{[^{}]*\}|\\sqrt\s*\{[^{}]*\})", r"^{\1}"),
         (r"\\lg(?![A-Za-z])", r"\\log_{10}"),
+        (r"(?<![A-Za-z\\])C\s*_\s*\{?(\d+)\}?\s*\^\s*\{?(\d+)\}?", r"\\binom{\1}{\2}"),
+        (r"(?:\{\s*\}\s*)?(?<![\w}])_\s*\{?(\d+)\}?\s*C\s*_\s*\{?(\d+)\}?", r"\\binom{\1}{\2}"),
         (r"(?<![A-Za-z\\])C\s*\(\s*(\d+|n|m)\s*,\s*(\d+|k|r)\s*\)", r"\\binom{\1}{\2}"),
         (r"\\operatorname\s*\{\s*arc(sin|cos|tan)\s*\}", r"\\arc\1"),
         (r"(\d*)\.(\d*)\\overline\s*\{(\d+)\}", lambda m: _repeating(m)),
@@ -142,7 +144,12 @@ def _same(gold, answer) -> bool:
 
 
 def _rational(expression) -> bool:
-    return bool(sympy.nsimplify(expression.doit(), rational=True).is_rational)
+    return bool(_exact(expression).doit().is_rational)
+
+
+def _exact(expression):
+    """Return an expression with its decimal fractions as ratios."""
+    return expression.xreplace({number: Rational(str(number)) for number in expression.atoms(Float)})
 
 
 def _value(expression):

@@ -76,9 +76,13 @@ _CLEANING = [
         (r"\\degrees?(?![A-Za-z])|(?<=[\dA-Za-z})])\s*\\text\s*\{\s*degrees?\s*\}", r"^\\circ "),
         (r"_\s*\{\s*\\(?:text|mathrm|rm)\s*\{?\s*(\w+)\s*\}?\s*\}", r"_{\1}"),
         (r"\\overline\s*(\d)", r"\\overline{\1}"),
+        (r"\\rightarrow(?![A-Za-z])|\\longrightarrow(?![A-Za-z])", r"\\to "),
         (r"\\backslash(?![A-Za-z])", r"\\setminus "),
         (r"(\\text\s*\{\s*(?:hundred|[a-z]*thousand|[mbt]r?illion|dozen))\s+(?=[A-Za-z])", r"\1}\\text{ "),
         (r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})*,0\d\d(?:,\d{3})*(?![\d,])", lambda m: m.group().replace(",", "")),
+        (r"\\(?:mathrm|text|rm)\s*\{\s*d\s*\}(?=\s*(?:[\\A-Za-z]|\^))", "d"),
+        (r"\\text\s*\{\s*[.,]?\s*\}$|^\s*=(?!=)", ""),
+        (r"^\s*\\text\s*\{\s*[A-Za-z][A-Za-z ]{2,}:\s*\}(?=.)", ""),  # \text{Speed: }60
         (r"\\langle(?![A-Za-z])", "("),
         (r"\\rangle(?![A-Za-z])", ")"),
         (r"\\(?:l|r)?vert(?![A-Za-z])", "|"),

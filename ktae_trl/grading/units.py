@@ -118,6 +118,7 @@ _COUNTED_WORDS = """
     trophy truck trumpet tube tulip turkey turn turtle twin type umbrella unicorn uniform user value van variable
     vase vegetable vehicle vertex video visit visitor vote vowel wall walnut watch watermelon wave way wedding whale
     wheel win window wing winner wire wolf woman word worker workout worksheet world worm wrap yogurt zebra zero
+    äpfel kinder personen leute eier bücher pommes personnes livres élèves manzanas personas libros niños
 """
 _IRREGULAR = {
     "people": "person", "men": "man", "women": "woman", "children": "child", "mice": "mouse", "teeth": "tooth",
@@ -130,7 +131,7 @@ _ADJECTIVE_WORDS = """total different distinct possible red blue green yellow wh
     positive negative real whole full ordinary such of the a an all altogether each average
     remaining left ordered additional extra unique valid linear regular US
     American solar old approximately approx about"""
-_COUNTED, _ADJECTIVES = set(_COUNTED_WORDS.split()), set(_ADJECTIVE_WORDS.split())
+_COUNTED, _ADJECTIVES = set(_COUNTED_WORDS.lower().split()), set(_ADJECTIVE_WORDS.split())
 _POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
 
 _TOKEN = re.compile(
