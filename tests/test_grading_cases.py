@@ -132,19 +132,6 @@ def test_shared_cases(shared):
 
 
 REPEATED = ["€", "1,000\\frac", "1 000\\sqrt", "6=", "(x,y)=", "√π", "\\text{a} or ", "one ", "m/s ", "AB", "f("]
-    "€",
-    "1,000\\frac",
-    "1 000\\sqrt",
-    "6=",
-    "(x,y)=",
-    "√π",
-    "\\text{a} or ",
-    "\\text{ and }",
-    "one ",
-    "m/s ",
-    "AB",
-    "f(",
-]
 
 
 @pytest.mark.parametrize("piece", REPEATED)
