@@ -73,7 +73,7 @@ class KTAEGRPOConfig(GRPOConfig):
         correctness_reward (`str`, *optional*):
             Name of the reward function that says which rollouts are right. Defaults to the first one. A rollout for
             which it returns `None` is left out of the statistics.
-        correctness_threshold (`float` or `str`, *optional*, defaults to `0.0`):
+        correctness_threshold (`float | str`, *optional*, defaults to `0.0`):
             A rollout is right if that reward is above this. `"auto"`: if it is above the mean of its group, for rewards
             that have more than two values; a group whose rewards are all equal has no right and no wrong rollouts.
         dynamic_sampling (`bool`, *optional*, defaults to `False`):
