@@ -97,7 +97,6 @@ def test_three_steps(name, tmp_path, capfd):
     assert {step["grading/unscorable"] for step in steps} == {0}
 
 
-@pytest.mark.slow
 def test_the_dry_run_shows_what_is_understood(tmp_path, capfd):
     words = ["--config", recipe("gsm8k", tmp_path), "--dry_run", "true", "--report_to", "none"]
     train.main(*train.read_arguments(words))
