@@ -17,9 +17,12 @@ _RELIED_ON: dict[str, tuple[list[str], set[str]]] = {
         ["model", "reward_funcs", "args"],
         {
             "_buffered_inputs",
+            "_logs",
             "_metrics",
             "_step",
             "_tokenizer",
+            "chat_template",
+            "chat_template_kwargs",
             "environment_factories",
             "eos_token_ids",
             "generation_config",
@@ -29,6 +32,8 @@ _RELIED_ON: dict[str, tuple[list[str], set[str]]] = {
             "num_generations_eval",
             "num_iterations",
             "reward_func_names",
+            "reward_funcs",
+            "reward_processing_classes",
             "rollout_func",
             "shuffle_dataset",
             "tools",
@@ -49,7 +54,12 @@ _RELIED_ON: dict[str, tuple[list[str], set[str]]] = {
         {"generation_config", "generate", "vllm_generation"},
     ),
     "_log_completion_extra": (["column", "values"], {"_pending_extra_logs"}),
-    "_calculate_rewards": (["inputs", "prompts", "completions", "completion_ids_list"], {"gather"}),
+    # The held-out measurement asks the correctness reward alone, and logs nothing.
+    "_log_metric": (["name", "value"], {"_pending_metrics"}),
+    "_calculate_rewards": (
+        ["inputs", "prompts", "completions", "completion_ids_list"],
+        {"gather", "reward_funcs", "reward_processing_classes", "reward_func_names"},
+    ),
     "_generate_and_score_completions": (
         ["inputs"],
         {
