@@ -5,7 +5,7 @@ load (Hub, file, folder) -> problems and gold answers of each row -> prompts, as
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,7 +33,7 @@ BOXED_SYSTEM_PROMPT = INSTRUCTIONS["boxed"]
 
 # Arguments of reward functions: a column of such a name would collide with what TRL hands over, or not arrive.
 _RESERVED = {
-    *("prompt", "prompts", "completion", "completions", "completion_ids", "solution"),
+    *("prompts", "completion", "completions", "completion_ids"),
     *("trainer_state", "log_extra", "log_metric", "environments", "answer_format", "opened_think"),
 }
 _IMAGES = ("image", "images")  # columns from which TRL takes images
@@ -267,14 +267,23 @@ def _has_system(problem: str | list[dict]) -> bool:
 
 
 def _out_of_the_way(dataset: Dataset, problem_column: str, answer_column: str) -> Dataset:
-    """Give the columns whose names are taken others, and remove those of images that hold none."""
+    """Make room for the columns `prompt` and `solution`, and for what TRL hands to reward functions."""
+    if problem_column == "prompt":
+        dataset = dataset.remove_columns("prompt")
+    return free_names(dataset, {"prompt", "solution"} | _RESERVED, silent={answer_column})
+
+
+def free_names(dataset: Dataset, taken: set[str] = _RESERVED, silent: Iterable[str] = ()) -> Dataset:
+    """Give the columns whose names are taken others (`data_NAME`), and remove those of images that hold none.
+
+    A column of such a name would collide with what TRL hands to reward functions, or never arrive there. A warning
+    names the columns, but those in `silent`.
+    """
     for name in _IMAGES:
         if name in dataset.column_names and not any(_has_image(dataset, name)):
             dataset = dataset.remove_columns(name)
-    if problem_column == "prompt":
-        dataset = dataset.remove_columns("prompt")
-    renamed = {name: f"data_{name}" for name in dataset.column_names if name in _RESERVED}
-    if told := {old: new for old, new in renamed.items() if old != answer_column}:
+    renamed = {name: f"data_{name}" for name in dataset.column_names if name in taken}
+    if told := {old: new for old, new in renamed.items() if old not in silent}:
         logger.warning(
             "Columns whose names are taken (by TRL, or by the prompts and gold answers) get others: %s",
             ", ".join(f"{old} is now {new}" for old, new in told.items()),

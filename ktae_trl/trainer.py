@@ -21,6 +21,7 @@ from ktae_trl.console import print_sample
 from ktae_trl.contract import check_trl
 from ktae_trl.credit import METHODS, TOKENIZER_CHECKS
 from ktae_trl.credit.combine import Rollouts, combine
+from ktae_trl.data import free_names
 from ktae_trl.first_look import FirstLook
 from ktae_trl.policy import Policy
 from ktae_trl.publishing import Publishing
@@ -87,6 +88,8 @@ class KTAEGRPOTrainer(ExactResume, Publishing, GRPOTrainer):
                 "Or set use_vllm to false, to generate with transformers"
             )
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
+        self.train_dataset = _with_free_names(self.train_dataset)
+        self.eval_dataset = _with_free_names(self.eval_dataset)
         if isinstance(self.train_dataset, Dataset):
             Batches.of(args, self.accelerator.num_processes).check_prompts(len(self.train_dataset))
 
@@ -432,6 +435,13 @@ class KTAEGRPOTrainer(ExactResume, Publishing, GRPOTrainer):
                 len(chosen.groups),
                 len(chosen.generations),
             )
+
+
+def _with_free_names(dataset):
+    """Return a dataset, or several by name, without columns that TRL would stumble over; a stream stays as it is."""
+    if isinstance(dataset, dict):
+        return {name: _with_free_names(part) for name, part in dataset.items()}
+    return free_names(dataset) if isinstance(dataset, Dataset) else dataset
 
 
 def _as_rollout_output(rollouts: list[dict]) -> dict[str, list | None]:

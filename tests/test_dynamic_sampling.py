@@ -334,7 +334,7 @@ def test_an_iterable_dataset_is_refused(tmp_path):
 
 
 def test_tools_are_refused(tmp_path):
-    images = prompts(8).add_column("image", [None] * 8)
+    images = prompts(8).add_column("image", ["a picture"] * 8)
     with pytest.raises(ValueError, match="does not go with tools, environments or images"):
         make_trainer(tmp_path, train_dataset=images, **SAMPLING)
 

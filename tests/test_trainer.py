@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
@@ -359,3 +360,17 @@ def test_bad_settings(tmp_path, settings, words):
 def test_a_plain_grpo_config_is_refused(tmp_path):
     with pytest.raises(TypeError, match="must be a KTAEGRPOConfig, which takes the same arguments, not a GRPOConfig"):
         make_trainer(tmp_path, config=GRPOConfig)
+
+
+def test_columns_whose_names_are_taken_do_not_crash_a_training(tmp_path):
+    """As they reach the trainer of somebody who does not use `to_prompts`."""
+    seen = []
+
+    def mine(completions, data_completions, **kwargs):
+        seen.extend(data_completions)
+        return [float(i % 2) for i in range(len(completions))]
+
+    names = ("completions", "prompts", "completion_ids", "trainer_state", "log_metric", "environments")
+    rows = [row | dict.fromkeys(names, "mine") | {"image": None} for row in prompts()]
+    make_trainer(tmp_path, reward_funcs=mine, train_dataset=Dataset.from_list(rows), max_steps=1).train()
+    assert set(seen) == {"mine"}
