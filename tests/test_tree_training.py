@@ -401,7 +401,7 @@ def test_bad_settings(tmp_path, settings, words):
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"rollout_func": replay}, {"train_dataset": prompts(8).add_column("image", [None] * 8)}]
+    "arguments", [{"rollout_func": replay}, {"train_dataset": prompts(8).add_column("image", ["a picture"] * 8)}]
 )
 def test_rollouts_of_another_kind_are_refused(tmp_path, arguments):
     with pytest.raises(ValueError, match="credit='tree' samples its rollouts itself, from text: it does not go with a"):
