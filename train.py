@@ -97,7 +97,11 @@ class HeldOutAccuracy(TrainerCallback):
         if not isinstance(kept, dict) or kept["problems"] != self.problems():
             self.trainer.accelerator.print(f"{file} is not of these held-out problems and samples: not used")
             return None
-        return Accuracy(*kept["accuracy"])
+        before, args = Accuracy(*kept["accuracy"]), self.trainer.args
+        if (before.reward, before.threshold) != (self.trainer.correctness_reward, args.correctness_threshold):
+            self.trainer.accelerator.print(f"{file} has the {before.what}, which this run does not measure: not used")
+            return None
+        return before
 
 
 def load(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig):

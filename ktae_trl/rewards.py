@@ -222,6 +222,12 @@ def texts_of(completions: list, prompts: list | None = None, opened_think: bool 
         prompts: texts, of which one that ends with an open `<think>` is seen, or conversations.
         opened_think: whether the chat template ends prompts so.
     """
-    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    texts = [c if isinstance(c, str) else _content(c[-1]) for c in completions]
     starts = prompts if prompts and isinstance(prompts[0], str) else ["<think>" if opened_think else ""] * len(texts)
     return [answered(start, text) for start, text in zip(starts, texts, strict=True)]
+
+
+def _content(message: dict) -> str:
+    """Return the text of a message; one that only calls a tool has none, and one may hold text in parts."""
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)

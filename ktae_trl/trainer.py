@@ -98,6 +98,12 @@ class KTAEGRPOTrainer(ExactResume, Publishing, GRPOTrainer):
         self.reward_funcs = [bind(function, **settings) for function in self.reward_funcs]
         names = self.reward_func_names
         self._correctness_index = i = correctness_index(names, args.correctness_reward)
+        if args.correctness_reward is None and names[0] in SHAPING:
+            logger.warning(
+                "%s decides which rollouts are right, because it comes first, but it only shapes the reward. Set "
+                "correctness_reward to the function that says what is right",
+                names[0],
+            )
         self._first_look = FirstLook(args, names[i], reads_answers(self.reward_funcs[i]))
         self.reward_funcs = [
             function if isinstance(function, torch.nn.Module) else checked(function, name)

@@ -99,3 +99,11 @@ def test_the_accuracy_before_is_of_the_same_problems(tmp_path, capsys, change):
     said = capsys.readouterr().out
     assert "held_out_before.json is not of these held-out problems and samples: not used" in said
     assert "before: not measured" in said
+
+
+def test_the_accuracy_before_is_by_the_same_verdict(tmp_path, capsys):
+    """A figure by another reward or threshold must not stand beside the one after training."""
+    for other in ({"reward": "my_verdict"}, {"threshold": 0.5}, {"threshold": "auto"}):
+        before(tmp_path, measured=Accuracy(0.25, 0.5, 2, **other))
+        assert before(tmp_path, step=4, checkpoint=tmp_path / "checkpoint-4") is None
+        assert "which this run does not measure: not used" in capsys.readouterr().out

@@ -38,6 +38,13 @@ def test_math_accuracy_grades_texts_and_conversations_and_logs():
     assert rewards.math_accuracy(completions, solution, prompts=None, trainer_state=None) == values
 
 
+def test_messages_without_a_text_or_with_text_in_parts():
+    """As runs with tools have them: the last message may only call a tool."""
+    parts = [{"type": "text", "text": r"So \boxed{"}, {"type": "image"}, {"type": "text", "text": "4}"}]
+    last = [{"tool_calls": []}, {"content": None}, {"content": parts}]
+    assert rewards.boxed_format([[{"role": "assistant", **message}] for message in last]) == [0.0, 0.0, 1.0]
+
+
 def test_boxed_format():
     assert rewards.boxed_format([RIGHT, NONE, r"\boxed{1"]) == [1.0, 0.0, 0.0]
 
@@ -224,3 +231,12 @@ def test_gold_answers_that_cannot_be_graded_are_counted(own_data, capfd, caplog)
     train.main(*train.read_arguments([*words[:-2], "--reward_funcs", "boxed_format"]))
     assert "training │ 8 │" in (said := " ".join(capfd.readouterr().out.split()))
     assert "│ 0 │ 3 │" in said
+
+
+def test_a_shaping_reward_that_decides_what_is_right_is_named(tmp_path, caplog):
+    functions = [rewards.boxed_format, rewards.math_accuracy]
+    make_trainer(tmp_path, reward_funcs=functions)
+    assert "boxed_format decides which rollouts are right, because it comes first" in caplog.text
+    caplog.clear()
+    make_trainer(tmp_path, reward_funcs=functions, correctness_reward="math_accuracy")
+    assert "decides" not in caplog.text
