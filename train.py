@@ -74,7 +74,9 @@ class HeldOutAccuracy(TrainerCallback):
     def problems(self) -> str:
         """Return a mark of what is measured: the problems, their answers, and the samples of each."""
         rows = self.trainer.eval_dataset.select_columns(["prompt", "solution"]).to_list()
-        return hashlib.sha256(json.dumps([rows, self.samples], default=str).encode()).hexdigest()[:16]
+        return hashlib.sha256(
+            json.dumps([rows, self.samples, self.trainer.args.answer_format], default=str).encode()
+        ).hexdigest()[:16]
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step == 0:
