@@ -620,8 +620,8 @@ def test_train_py_pushes(server, tmp_path):
     text = repo["files"]["README.md"].decode()
     data = ModelCard(text).data
     assert [r.metric_name for r in data.eval_results] == [
-        "accuracy, greedy, measured in training",
-        "accuracy, mean of 1 samples at temperature 1, measured in training",
+        "accuracy by math_accuracy, greedy, measured in training",
+        "accuracy by math_accuracy, mean of 1 samples at temperature 1, measured in training",
     ]
     assert all("before_training" in r.metric_args for r in data.eval_results)
     assert "on local data (train.jsonl)" in text

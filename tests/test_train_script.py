@@ -44,7 +44,7 @@ def train(
 def test_train_saves_what_a_user_needs_and_resumes(tmp_path):
     done = train(tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "Held-out accuracy before: greedy" in done.stdout
+    assert "Held-out accuracy by math_accuracy, before: greedy" in done.stdout
     assert "after:  greedy" in done.stdout
     header = next(line for line in done.stdout.splitlines() + done.stderr.splitlines() if line.startswith("step "))
     assert "K right" in header
