@@ -270,13 +270,14 @@ def _table(results: Sequence[EvalResult]) -> str:
     for result in results:
         arguments = result.metric_args or {}
         interval, before = arguments.get("interval_95"), arguments.get("before_training")
+        shown = _number if result.metric_type == "reward" else _percent
         cells = [
             arguments.get("benchmark", result.dataset_name),
             result.metric_name or result.metric_type,
-            _percent(result.metric_value),
+            shown(result.metric_value),
             f"{_percent(interval[0])} to {_percent(interval[1])}" if interval else "",
             arguments.get("problems", ""),
-            "" if before is None else _percent(before),
+            "" if before is None else shown(before),
         ]
         lines.append("| " + " | ".join(escaped(str(cell)) for cell in cells) + " |")
     return "\n".join(lines)
@@ -284,6 +285,10 @@ def _table(results: Sequence[EvalResult]) -> str:
 
 def _percent(value: Any) -> str:
     return f"{value:.1%}" if isinstance(value, (int, float)) else str(value)
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}"
 
 
 def escaped(text: str) -> str:

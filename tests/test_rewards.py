@@ -202,6 +202,13 @@ def test_own_data_with_an_own_verdict(own_data, tmp_path, capfd):
     assert "accuracy by my_verdict, greedy, measured in training" in card
 
 
+def test_a_mean_reward_is_no_percentage(own_data, tmp_path):
+    Path("my_rewards.py").write_text("def my_verdict(completions, **kwargs):\n    return [2.5] * len(completions)\n")
+    train.main(*train.read_arguments([*own_data, "--correctness_threshold", "auto", "--max_steps", "1"]))
+    row = "| held-out problems | mean reward by my_verdict, greedy, measured in training | 2.5 |  | 4 | 2.5 |"
+    assert row in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_the_dry_run_calls_the_reward_functions(own_data, capfd):
     train.main(*train.read_arguments([*own_data, "--dry_run", "true"]))
     said = " ".join(capfd.readouterr().out.split())
