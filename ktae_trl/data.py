@@ -173,8 +173,9 @@ def to_prompts(
     *,
     problem_column: str = "problem",
     answer_column: str = "answer",
-    system_prompt: str | None = BOXED_SYSTEM_PROMPT,
+    system_prompt: str | None = AUTO,
     system_prompt_in_user: bool = False,
+    answer_format: str = "boxed",
     gradable_only: bool = True,
     rows: Sequence[int] | None = None,
 ) -> Dataset:
@@ -187,7 +188,8 @@ def to_prompts(
     Args:
         problem_column, answer_column: names; a field of a nested column as a dotted path. For the values, see
             `prompts.conversation` and `grading.golds.gold_answers`.
-        system_prompt, system_prompt_in_user: see `prompts.conversation`.
+        system_prompt, system_prompt_in_user: see `prompts.conversation`. "auto" asks for an answer in `answer_format`.
+        answer_format: that of the run (`KTAEGRPOConfig.answer_format`).
         gradable_only: leave out answers on which `math_accuracy` has no verdict. False for a reward function that has.
         rows: take only the rows of these numbers.
 
@@ -195,6 +197,7 @@ def to_prompts(
         ValueError: a column that is not there, a value (with its row) that is no problem or no answer, or no row left.
     """
     taken = range(len(dataset)) if rows is None else rows
+    system_prompt = instruction(system_prompt, answer_format)
     try:
         problems, golds = column_values(dataset, problem_column), column_values(dataset, answer_column)
     except ValueError as error:
@@ -370,7 +373,8 @@ def load_prompts(
                 dataset,
                 problem_column=problem,
                 answer_column=answer,
-                system_prompt=instruction(arguments.system_prompt, answer_format),
+                system_prompt=arguments.system_prompt,
+                answer_format=answer_format,
                 system_prompt_in_user=arguments.system_prompt_in_user,
                 gradable_only=gradable_only,
                 rows=matching_rows(dataset, values),

@@ -8,6 +8,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from ktae_trl import data
+from ktae_trl.grading import INSTRUCTIONS
 from ktae_trl.grading.golds import gold_answers
 from ktae_trl.rewards import math_accuracy
 from tests.training import make_trainer
@@ -355,3 +356,11 @@ def test_a_filter_that_leaves_nothing_says_what_there_is():
         ValueError, match=r"no column 'levels' \(did you mean 'level'\?\). There are: problem, answer, "
     ):
         data.keep_rows(rows, {"levels": [3]})
+
+
+def test_the_system_prompt_asks_for_the_answer_format():
+    dataset = Dataset.from_list([{"problem": "1 + 1 =", "answer": 2}])
+    asked = {
+        name: data.to_prompts(dataset, answer_format=name)[0]["prompt"][0]["content"] for name in ("hash", "boxed")
+    }
+    assert asked == {name: INSTRUCTIONS[name] for name in asked}

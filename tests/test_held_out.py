@@ -102,7 +102,7 @@ def test_the_accuracy_before_is_of_the_same_problems(tmp_path, capsys, change):
 
 
 def test_the_accuracy_before_is_by_the_same_verdict(tmp_path, capsys):
-    """A figure by another reward or threshold must not stand beside the one after training."""
+    """A figure by another reward or threshold must not be compared with the one after training."""
     for other in ({"reward": "my_verdict"}, {"threshold": 0.5}, {"threshold": "auto"}):
         before(tmp_path, measured=Accuracy(0.25, 0.5, 2, **other))
         assert before(tmp_path, step=4, checkpoint=tmp_path / "checkpoint-4") is None

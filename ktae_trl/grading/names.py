@@ -1,7 +1,7 @@
 r"""Names in LaTeX: every variable gets a symbol of its own before the parser sees it.
 
 The parser takes different names for one (R and r, x and x', E_0 and e) and some for functions (\gamma is read as the
-gamma function), and knows nothing of others (\hbar, L_{\odot}, \bar z). Here each name, with its accent, index and
+gamma function), and does not read others (\hbar, L_{\odot}, \bar z). Here each name, with its accent, index and
 primes, becomes `v_{n}`; a function value (`f(2)`) and a derivative are names too. What stays is e, i, and \pi.
 """
 
