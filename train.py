@@ -8,6 +8,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,11 +18,13 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from trl.trainer.utils import get_callable_name
 
 from ktae_trl import KTAEGRPOConfig, KTAEGRPOTrainer, plan
-from ktae_trl.arguments import ResumeError, checkpoint_to_resume, make_parser, parse
+from ktae_trl.arguments import make_parser, parse
 from ktae_trl.batches import check_processes
+from ktae_trl.checkpoints import ResumeError, candidates, wants_to_resume
 from ktae_trl.console import MetricsTable
 from ktae_trl.data import DataArguments, load_prompts
 from ktae_trl.evaluation.held_out import Accuracy, held_out_accuracy, measured
+from ktae_trl.files import locked
 from ktae_trl.hub import HubError, create_repo, repo_name, upload_command
 from ktae_trl.model_card import PAGE, settings_of
 from ktae_trl.rewards import load_rewards
@@ -82,7 +85,7 @@ class HeldOutAccuracy(TrainerCallback):
         if state.global_step == 0:
             self.before = self.measure()
         else:
-            self.before = self.of_this_run(Path(args.resume_from_checkpoint))
+            self.before = self.of_this_run(Path(self.trainer.resumed_from))
         if self.before and state.is_world_process_zero:
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
             kept = {"accuracy": self.before, "problems": self.problems()}
@@ -170,25 +173,32 @@ def build_trainer(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -
 
 
 def main(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -> None:
-    try:
-        if run.dry_run:
-            reward_funcs = load_reward_functions(run, args)
-            loaded = load(run, args, model)  # by all processes: they wait for each other in there
-            if args.process_index == 0:
-                plan.show(run, args, model, reward_funcs, *loaded)
-            return
-        if args.process_index == 0 and (warning := check_processes(args, run.num_processes)):
-            logging.warning(warning)
-        if args.push_to_hub and args.process_index == 0:  # before anything is loaded
-            create_repo(repo_name(args), private=args.hub_private_repo, token=args.hub_token)
-        trainer = build_trainer(run, args, model)
-    except (ValueError, OSError, ImportError) as error:  # settings, data, a name on the Hub, what is not installed
-        sys.exit(f"train.py: {error}")
+    with ExitStack() as folder:
+        try:
+            if run.dry_run:
+                reward_funcs = load_reward_functions(run, args)
+                loaded = load(run, args, model)  # by all processes: they wait for each other in there
+                if args.process_index == 0:
+                    plan.show(run, args, model, reward_funcs, *loaded)
+                return
+            if args.process_index == 0:  # before anything is loaded
+                folder.enter_context(locked(args.output_dir, "train.py"))
+                if warning := check_processes(args, run.num_processes):
+                    logging.warning(warning)
+                if args.push_to_hub:
+                    create_repo(repo_name(args), private=args.hub_private_repo, token=args.hub_token)
+            trainer = build_trainer(run, args, model)
+        except (ValueError, OSError, ImportError) as error:  # settings, data, a name on the Hub, what is not installed
+            sys.exit(f"train.py: {error}")
+        start(trainer, run)
+
+
+def start(trainer: KTAEGRPOTrainer, run: RunArguments) -> None:
+    """Train, and end with one line where that says all."""
     held_out = None
     if trainer.eval_dataset is not None and run.held_out_samples > 0:
         held_out = HeldOutAccuracy(trainer, run)
         trainer.add_callback(held_out)
-
     try:
         with advice_at_the_end(trainer) as advice:
             train_and_save(trainer, held_out, advice)
@@ -238,7 +248,8 @@ def read_arguments(words: list[str]) -> tuple[RunArguments, KTAEGRPOConfig, Mode
         run, *_ = make_parser((RunArguments,)).parse_args_and_config(words, return_remaining_strings=True)
         words = [*words, "--use_cpu", "true"] if run.dry_run else words
     run, args, model = parse((RunArguments, KTAEGRPOConfig, ModelConfig), "train.py", words)
-    args.resume_from_checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
+    if wants_to_resume(args.resume_from_checkpoint):  # before anything is loaded
+        candidates(args.resume_from_checkpoint, args.output_dir)
     return run, args, model
 
 

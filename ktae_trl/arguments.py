@@ -1,15 +1,8 @@
 """Command lines and names: a misspelt one is an error that names the nearest valid one."""
 
 import difflib
-import os
-import re
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import get_args, get_type_hints
-
-
-class ResumeError(ValueError):
-    """Training cannot resume as asked. Raised before the first step, by all processes alike."""
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
@@ -62,32 +55,3 @@ def _null_or(convert: Callable[[str], object]) -> Callable[[str], object]:
 
     converted.__name__ = getattr(convert, "__name__", "value")  # for argparse's messages
     return converted
-
-
-def last_checkpoint(output_dir: str) -> str | None:
-    """Return the newest checkpoint that was written to its end, where `trainer_state.json` comes, or None."""
-    whole = {
-        int(step[1]): file.parent  # not a copy that somebody made, as checkpoint-100-best
-        for file in Path(output_dir).glob("checkpoint-*/trainer_state.json")
-        if (step := re.fullmatch(r"checkpoint-(\d+)", file.parent.name))
-    }
-    return str(whole[max(whole)]) if whole else None
-
-
-def checkpoint_to_resume(asked: str | os.PathLike | bool | None, output_dir: str) -> str | None:
-    """Return the checkpoint that `resume_from_checkpoint` means: a folder, or true for the last one.
-
-    Raises:
-        ResumeError: the folder is no whole checkpoint, or there is none yet.
-    """
-    if asked is None or str(asked).lower() in ("false", ""):
-        return None
-    last = last_checkpoint(output_dir)
-    if str(asked).lower() == "true":
-        if last is None:
-            raise ResumeError(f"{output_dir} holds no checkpoint to resume from: start without resume_from_checkpoint")
-        return last
-    if not (Path(asked) / "trainer_state.json").is_file():
-        there = f"The last one of {output_dir} is {last}" if last else f"There is none in {output_dir} either"
-        raise ResumeError(f"{asked} is no whole checkpoint: it has no trainer_state.json. {there}")
-    return str(asked)

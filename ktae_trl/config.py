@@ -93,6 +93,9 @@ class KTAEGRPOConfig(GRPOConfig):
         tree_normalizer (`str`, *optional*, defaults to `"bernoulli"`):
             What a segment's value, less the mean mu of its siblings, is divided by: `"bernoulli"` sqrt(mu (1 - mu)),
             `"std"` the siblings' standard deviation, as in GRPO, or `"none"`.
+        allow_inexact_resume (`bool`, *optional*, defaults to `False`):
+            Resume also from a checkpoint that lacks its optimizer and learning-rate schedule, its random numbers, or
+            the rollouts still to be trained on, as one of another trainer does: what is missing starts anew.
         record_steps (`int`, *optional*, defaults to `0`):
             Record rollouts, with the value and the advantage of every token, once in so many optimizer steps, in
             `output_dir/rollouts`, for `python -m ktae_trl.report` and for pandas. 0 records none.
@@ -165,6 +168,10 @@ class KTAEGRPOConfig(GRPOConfig):
     tree_normalizer: str = field(
         default="bernoulli",
         metadata={"help": "'bernoulli' (sqrt(mu (1 - mu))), 'std' (as in GRPO) or 'none'."},
+    )
+    allow_inexact_resume: bool = field(
+        default=False,
+        metadata={"help": "Resume also from a checkpoint that lacks parts other than the model; they start anew."},
     )
     record_steps: int = field(
         default=0, metadata={"help": "Record rollouts once in so many optimizer steps; 0 records none."}

@@ -18,7 +18,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_wei
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from ktae_trl.arguments import last_checkpoint
+from ktae_trl.checkpoints import last_checkpoint
 
 DTYPES = ("float32", "bfloat16", "float16")
 FSDP_SHARDS = "pytorch_model_fsdp_0"

@@ -3,27 +3,88 @@
 import json
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from datasets import Dataset
-from transformers import TrainerState
+from transformers import TrainerState, trainer
 
-from ktae_trl.arguments import ResumeError
+from ktae_trl import checkpoints
 from ktae_trl.changes import LAYOUT, ROWS, SETTINGS, Changes, fingerprint
+from ktae_trl.checkpoints import ResumeError
+from ktae_trl.guard import NotFiniteError, check_weights
 
 logger = logging.getLogger(__name__)
+# With several processes on a CPU, transformers reads the optimizer's state back to "cpu:0", which torch does not know.
+torch.serialization.register_package(0, lambda _: None, lambda part, name: part if name.startswith("cpu:") else None)
 
 
 class ExactResume:
     """Checkpoints of a TRL trainer that also hold, per process, the rollouts still to be trained on.
 
-    They hold the settings that shape training, too: `ktae_trl.changes` says what becomes of each that has changed.
+    They hold the settings that shape training, too: `ktae_trl.changes` says what becomes of each that has changed. Only
+    a whole one is resumed from (`ktae_trl.checkpoints`).
     """
 
     _data_fingerprint: dict | None = None
+
+    def checkpoint_to_resume(self, asked) -> str | None:
+        """Return the whole checkpoint that `resume_from_checkpoint` means. All processes must call it.
+
+        Raises:
+            ResumeError: there is none, or the one that was named is not whole.
+        """
+        if not checkpoints.wants_to_resume(asked):
+            return None
+        found = [[], None]
+        if self.accelerator.is_main_process:
+            try:
+                found = [checkpoints.candidates(asked, self.args.output_dir), None]
+            except ResumeError as error:
+                found = [[], str(error)]
+        found, refused = broadcast_object_list(found)
+        if refused:
+            raise ResumeError(refused)
+        whole, passed_over = self._first_whole(found)
+        if passed_over and (str(asked).lower() != "true" or whole is None):
+            raise ResumeError(checkpoints.not_whole(*passed_over[0], whole))
+        for checkpoint, why in passed_over:
+            self._warn(f"{checkpoint} is passed over, for it is not whole: {why}. Training resumes from {whole}.")
+        return str(whole)
+
+    def _first_whole(self, candidates: list[Path]) -> tuple[Path | None, list[tuple[Path, str]]]:
+        """Return the first whole one, by the files that each machine sees, and those before it with the reasons."""
+        passed_over = []
+        for checkpoint in candidates:
+            why = ""
+            if self.accelerator.is_local_main_process:
+                why = checkpoints.problem(checkpoint, allow_missing=self.args.allow_inexact_resume)
+            if not (why := next(filter(None, gather_object([why])), "")):
+                return checkpoint, passed_over
+            passed_over.append((checkpoint, why))
+        return None, passed_over
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        self._check_weights(folder)  # before anything that is there goes
+        if self.args.should_save:
+            checkpoints.begin(folder)
+        self.accelerator.wait_for_everyone()
+        with _before_older_ones_go(lambda: self._seal(folder)):
+            super()._save_checkpoint(model, trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        self._seal(Path(checkpoint_folder))
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _seal(self, folder: Path) -> None:
+        if self.args.should_save and not checkpoints.is_sealed(folder):
+            checkpoints.seal(folder)
+            checkpoints.remove_unfinished(folder.parent)
 
     def _get_train_sampler(self, dataset=None):
         self._train_sampler = super()._get_train_sampler(dataset)
@@ -69,13 +130,21 @@ class ExactResume:
 
     def _check_training_state(self, checkpoint: str) -> None:
         """Check that the checkpoint holds more than a model, which transformers takes for a training from step 0."""
-        wanted = ("global_step*",) if self.is_deepspeed_enabled else ("optimizer*", "scheduler.pt")
-        here = all(any(Path(checkpoint).glob(name)) for name in (*wanted, "rng_state*.pth"))
-        if not all(gather_object([here])):
+        parts = {
+            "optimizer and learning-rate schedule": ("optimizer*", "scheduler.pt"),
+            "random numbers": ("rng_state*.pth",),
+        }
+        if self.is_deepspeed_enabled:
+            parts["optimizer and learning-rate schedule"] = ("global_step*",)
+        lacks = [part for part, names in parts.items() if not all(any(Path(checkpoint).glob(name)) for name in names)]
+        lacks = list(dict.fromkeys(part for lacking in gather_object([lacks]) for part in lacking))
+        if lacks and self.args.allow_inexact_resume and not self.is_deepspeed_enabled:
+            self._warn(f"{checkpoint} does not hold the state of the {' or the '.join(lacks)}: these start anew.")
+        elif lacks:
             raise ResumeError(
-                f"{checkpoint} holds a model, but not the state of its training (optimizer, learning-rate schedule, "
-                "random numbers): it was saved with save_only_model, or with another back-end (DeepSpeed, FSDP), or "
-                f"was not copied whole. Instead of resuming, {_new_run(checkpoint)}"
+                f"{checkpoint} holds a model, but not the state of its training ({', '.join(lacks)}): it was saved "
+                "with save_only_model, or with another back-end (DeepSpeed, FSDP), or was not copied whole. Instead of "
+                f"resuming, {_new_run(checkpoint)}. Or let what is missing start anew: --allow_inexact_resume true"
             )
 
     def _restore(self, checkpoint: str, max_steps: int) -> None:
@@ -86,10 +155,13 @@ class ExactResume:
         now = broadcast_object_list([self._settings(max_steps)])[0]
         first = next(filter(None, saved), None)
         if first is None:
-            self._warn(
-                f"{checkpoint} holds no {os.path.basename(path)}, so it was not saved by KTAEGRPOTrainer: this run "
-                "starts a new generation cycle and will not repeat the original one exactly."
+            lacks = (
+                f"{checkpoint} holds no {os.path.basename(path)}: KTAEGRPOTrainer did not save it, or it lost a file"
             )
+            effect = "training starts with a new generation and will not repeat the original run exactly"
+            if not self.args.allow_inexact_resume:
+                raise ResumeError(f"{lacks}. With --allow_inexact_resume true {effect}")
+            self._warn(f"{lacks}. So {effect}.")
             return
         changes = Changes(first.settings, now)
         self._check_changes(checkpoint, changes)
@@ -161,6 +233,14 @@ class ExactResume:
         # As plain values, which a checkpoint can hold: no enums, no tuples.
         return json.loads(json.dumps({name: known[name] for name in SETTINGS if name in known}, default=str))
 
+    def _check_weights(self, folder) -> None:
+        """Raise NotFiniteError instead of saving weights that are not finite."""
+        finite = check_weights(self.model, str(folder))
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # each process may hold a part of its own
+            finite = all(gather_object([finite]))
+        if not finite:
+            raise NotFiniteError(f"at step {self.state.global_step} some weights are not finite. Lower learning_rate")
+
     def _warn(self, message: str) -> None:
         if self.accelerator.is_main_process:
             logger.warning(message)
@@ -168,6 +248,22 @@ class ExactResume:
     def _cycle(self) -> int:
         """Return the forward passes from one generation to the next."""
         return self.args.steps_per_generation * self.num_iterations
+
+
+@contextmanager
+def _before_older_ones_go(act) -> Iterator[None]:
+    """In here, transformers calls `act` between the last file of a checkpoint and the removal of older checkpoints."""
+    theirs = trainer.rotate_checkpoints
+
+    def rotate(**arguments) -> None:
+        act()
+        theirs(**arguments)
+
+    trainer.rotate_checkpoints = rotate
+    try:
+        yield
+    finally:
+        trainer.rotate_checkpoints = theirs
 
 
 class _Saved(NamedTuple):

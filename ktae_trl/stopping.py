@@ -11,7 +11,8 @@ from contextlib import ExitStack, contextmanager, suppress
 import torch
 from tqdm import tqdm
 
-from ktae_trl.arguments import ResumeError, last_checkpoint
+from ktae_trl.checkpoints import ResumeError, last_checkpoint
+from ktae_trl.guard import NotFiniteError
 from ktae_trl.hub import HubError
 
 
@@ -93,6 +94,10 @@ def advice_at_the_end(trainer) -> Iterator[Advice]:
         if trainer.accelerator.process_index == 0:  # all processes get it
             reasons.append("interrupted")
         sys.exit(128 + signal.SIGINT)
+    except NotFiniteError as error:
+        if trainer.accelerator.process_index == 0:  # all processes raise it
+            reasons.append(str(error))
+        sys.exit(1)
     except BaseException as error:
         reasons.append(reason_of(error))
         raise

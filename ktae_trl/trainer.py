@@ -4,16 +4,18 @@ import copy
 import logging
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import Tensor
 from trl import GRPOTrainer
 from trl.import_utils import is_vllm_available
 
 from ktae_trl import model_card
-from ktae_trl.arguments import checkpoint_to_resume
 from ktae_trl.batches import Batches
 from ktae_trl.cards import CARDS, NONE, Card
 from ktae_trl.config import KTAEGRPOConfig
@@ -22,7 +24,9 @@ from ktae_trl.contract import check_trl
 from ktae_trl.credit import METHODS, TOKENIZER_CHECKS
 from ktae_trl.credit.combine import Rollouts, combine
 from ktae_trl.data import free_names
+from ktae_trl.files import FolderInUseError, locked
 from ktae_trl.first_look import FirstLook
+from ktae_trl.guard import Guard, check_rewards, or_nan
 from ktae_trl.policy import Policy
 from ktae_trl.publishing import Publishing
 from ktae_trl.recorder import Recorder
@@ -70,6 +74,7 @@ class KTAEGRPOTrainer(ExactResume, Publishing, GRPOTrainer):
     """
 
     _tag_names, _name, _paper, _does = CARDS["ktae"]
+    resumed_from: str | None = None  # the checkpoint that the last training resumed from
 
     def __init__(self, model, reward_funcs=None, args: KTAEGRPOConfig | None = None, *positional, **kwargs):
         if args is None:
@@ -118,6 +123,7 @@ class KTAEGRPOTrainer(ExactResume, Publishing, GRPOTrainer):
         self._chosen_rewards: Tensor | None = None  # set while the parent runs on rollouts that dynamic sampling chose
         self._prompt_stream = self._make_prompt_stream() if args.dynamic_sampling else None
         self._warned_of_filling = False
+        self._guard = Guard()
         self._special_ids = tuple({self._tokenizer.pad_token_id, *self.eos_token_ids})
         self._recorder = Recorder(args, names, self._tokenizer, self._special_ids, self.accelerator)
         self.add_callback(self._recorder)
@@ -125,10 +131,25 @@ class KTAEGRPOTrainer(ExactResume, Publishing, GRPOTrainer):
             self.num_completions_to_print = 0  # `log_completions` shows key tokens instead of all completions
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
-        if self.is_world_process_zero():  # of the model that was there before
-            Path(self.args.output_dir, model_card.HELD_OUT).unlink(missing_ok=True)
-        return super().train(checkpoint, *args, **kwargs)
+        with self._own_folder():
+            self.resumed_from = self.checkpoint_to_resume(resume_from_checkpoint)
+            if self.is_world_process_zero():  # of the model that was there before
+                Path(self.args.output_dir, model_card.HELD_OUT).unlink(missing_ok=True)
+            return super().train(self.resumed_from, *args, **kwargs)
+
+    @contextmanager
+    def _own_folder(self) -> Iterator[None]:
+        """Hold `output_dir`; raise FolderInUseError on all processes if another training holds it."""
+        with ExitStack() as stack:
+            refused = [None]
+            if self.accelerator.is_main_process:
+                try:
+                    stack.enter_context(locked(self.args.output_dir, "a training"))
+                except FolderInUseError as error:
+                    refused = [str(error)]
+            if said := broadcast_object_list(refused)[0]:
+                raise FolderInUseError(said)
+            yield
 
     @property
     def correctness_reward(self) -> str:
@@ -182,6 +203,7 @@ class KTAEGRPOTrainer(ExactResume, Publishing, GRPOTrainer):
         rewards = self._chosen_rewards
         if rewards is None:
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            check_rewards(rewards, self.reward_func_names)
         self._gathered_rewards = rewards
         return rewards
 
@@ -234,7 +256,29 @@ class KTAEGRPOTrainer(ExactResume, Publishing, GRPOTrainer):
         if "credit" in inputs:
             advantages = combine(inputs["advantages"], inputs["credit"], self._credit_how)
             inputs = {**inputs, "advantages": advantages}  # a new dict: buffered batches are used again
-        return super()._compute_loss(model, inputs)
+        return or_nan(super()._compute_loss(model, inputs))
+
+    # What is not finite: see `ktae_trl.guard`.
+
+    def _prepare_for_training(self, *args):
+        prepared = super()._prepare_for_training(*args)
+        zero = getattr(self.optimizer, "optimizer", None)
+        if hasattr(zero, "check_grad_overflow"):  # ZeRO-1 and 2 in bf16 leave the check out, other DeepSpeed does it
+            zero.check_grad_overflow = True
+        return prepared
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        # The loss scaler of fp16 skips steps itself, in the beginning many in a row.
+        if self.accelerator.mixed_precision != "fp16" and not self._guard.allows(self.state.global_step + 1, grad_norm):
+            # Weights without a gradient are left alone by optimizers. DeepSpeed has skipped the step already.
+            self.optimizer.zero_grad(set_to_none=True)
+            self._metrics["train"]["skipped_steps"] = [self._guard.skipped]
+        return grad_norm
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        self._check_weights(output_dir or self.args.output_dir)
+        super().save_model(output_dir, _internal_call)
 
     def _whole_groups(self, batch: dict[str, Tensor], judged: Verdicts) -> Rollouts:
         """Return the groups that this process holds rollouts of, complete with those of other processes."""

@@ -1,6 +1,5 @@
 """What a dry run says, against what training then does; and settings that do not go together."""
 
-import json
 import re
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from trl import ModelConfig
 
 import train
 from ktae_trl import KTAEGRPOConfig, plan, tiny
-from ktae_trl.arguments import checkpoint_to_resume
 from ktae_trl.batches import Batches, check_processes
 from tests.training import SETTINGS, logged, make_trainer, prompts
 
@@ -277,20 +275,6 @@ def test_resuming_from_what_is_no_checkpoint_is_refused(tmp_path):
             trainer.train(resume_from_checkpoint=str(tmp_path / folder))
     with pytest.raises(ValueError, match="run holds no checkpoint to resume from"):
         trainer.train(resume_from_checkpoint=True)
-
-
-def test_which_checkpoint_is_meant(tmp_path):
-    for step in (9, 10):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}/trainer_state.json").write_text(json.dumps({}))
-    (tmp_path / "checkpoint-11").mkdir()  # a run that was killed while saving
-    assert checkpoint_to_resume(None, str(tmp_path)) is None
-    assert checkpoint_to_resume("false", str(tmp_path)) is None
-    assert checkpoint_to_resume(True, str(tmp_path)) == str(tmp_path / "checkpoint-10")
-    assert checkpoint_to_resume("true", str(tmp_path)) == str(tmp_path / "checkpoint-10")
-    assert checkpoint_to_resume(tmp_path / "checkpoint-9", "elsewhere") == str(tmp_path / "checkpoint-9")
-    with pytest.raises(ValueError, match=r"The last one of .* is .*checkpoint-10"):
-        checkpoint_to_resume(str(tmp_path / "checkpoint-11"), str(tmp_path))
 
 
 def test_precision_of_the_frozen_weights():

@@ -10,8 +10,8 @@ from datasets import IterableDataset
 from peft import LoraConfig
 
 from ktae_trl import KTAEGRPOConfig, resume, tiny
-from ktae_trl.arguments import ResumeError
 from ktae_trl.changes import HASH, ROWS, SETTINGS, fingerprint
+from ktae_trl.checkpoints import MANIFEST, ResumeError
 from ktae_trl.rewards import boxed_format
 from tests.training import difference, logged, make_trainer, prompts, weights
 
@@ -172,9 +172,15 @@ def test_a_lost_file_of_rollouts_is_not_replaced_by_another_process_s(uninterrup
 # Version 0.1 recorded the layout only
 
 
-def as_version_0_1(checkpoint: Path, folder: Path) -> Path:
+def without_manifest(checkpoint: Path, folder: Path) -> Path:
+    """Copy a checkpoint as a trainer without manifests would have written it."""
     shutil.copytree(checkpoint, folder / checkpoint.name)
-    file = folder / checkpoint.name / "rollouts_0.pt"
+    (folder / checkpoint.name / MANIFEST).unlink()
+    return folder / checkpoint.name
+
+
+def as_version_0_1(checkpoint: Path, folder: Path) -> Path:
+    file = without_manifest(checkpoint, folder) / "rollouts_0.pt"
     saved = torch.load(file, weights_only=True)
     settings = saved.pop("settings")
     layout = [
@@ -342,8 +348,7 @@ def test_another_optimizer_is_refused(uninterrupted, tmp_path):
 def test_a_model_without_its_training_is_refused(uninterrupted, tmp_path, lost):
     folder, _ = uninterrupted
     if lost:
-        checkpoint = tmp_path / "lost" / "checkpoint-8"
-        shutil.copytree(folder / "checkpoint-8", checkpoint)
+        checkpoint = without_manifest(folder / "checkpoint-8", tmp_path / "lost")
         (checkpoint / lost).unlink()
     else:
         settings = {**CYCLES, "max_steps": 1, "save_only_model": True}
@@ -373,10 +378,16 @@ def test_a_finished_run_is_not_trained_further(uninterrupted, tmp_path):
     assert difference(weights(resumed), weights(whole)) == 0
 
 
-def test_a_foreign_checkpoint_is_resumed_with_a_warning(uninterrupted, tmp_path, caplog):
+@pytest.mark.parametrize("lost", ["rollouts_0.pt", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize("sealed", [True, False])  # unsealed: of version 0.1, or of another trainer
+def test_going_on_without_a_part_needs_to_be_asked_for(uninterrupted, tmp_path, caplog, lost, sealed):
     folder, _ = uninterrupted
-    shutil.copytree(folder / "checkpoint-17", tmp_path / "foreign" / "checkpoint-17")
-    (tmp_path / "foreign" / "checkpoint-17" / "rollouts_0.pt").unlink()
-    trainer, (said,) = resumed_from(tmp_path / "foreign" / "checkpoint-17", tmp_path, caplog)
-    assert "was not saved by KTAEGRPOTrainer" in said
+    make = without_manifest if not sealed else lambda source, to: Path(shutil.copytree(source, to / source.name))
+    checkpoint = make(folder / "checkpoint-17", tmp_path / "less")
+    (checkpoint / lost).unlink()
+    with pytest.raises(ResumeError, match="--allow_inexact_resume true"):
+        resumed_from(checkpoint, tmp_path)
+    trainer, (said,) = resumed_from(checkpoint, tmp_path / "asked", caplog, allow_inexact_resume=True)
+    assert "start" in said
+    assert "anew" in said or "new generation" in said
     assert trainer.state.global_step == 18

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ktae_trl.arguments import ResumeError, last_checkpoint
+from ktae_trl.checkpoints import ResumeError
 from ktae_trl.hub import HubError
 from ktae_trl.stopping import Advice, advice_at_the_end, reason_of
 
@@ -26,23 +26,8 @@ def checkpoint(folder, step, whole=True):
     path = folder / f"checkpoint-{step}"
     path.mkdir()
     if whole:
-        (path / "trainer_state.json").touch()
+        (path / "trainer_state.json").write_text('{"global_step": 1}')
     return str(path)
-
-
-def test_the_last_checkpoint_is_the_newest_whole_one(tmp_path):
-    assert last_checkpoint(str(tmp_path / "nothing")) is None
-    checkpoint(tmp_path, 10, whole=False)
-    assert last_checkpoint(str(tmp_path)) is None
-    checkpoint(tmp_path, 8)
-    nine = checkpoint(tmp_path, 9)
-    assert last_checkpoint(str(tmp_path)) == nine
-    assert last_checkpoint(str(tmp_path)) != checkpoint(tmp_path, 11, whole=False)
-    assert last_checkpoint(str(tmp_path)) != checkpoint(tmp_path, 100)[:-1]
-    for name in ("checkpoint-best", "checkpoint-200-copy"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "trainer_state.json").touch()
-    assert last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-100")
 
 
 def test_the_line_says_where_it_stopped_and_how_to_resume(tmp_path):

@@ -1,0 +1,100 @@
+"""What is not finite (NaN, infinite): a step is skipped, weights are never saved, rewards are refused."""
+
+import logging
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+IN_A_ROW = 3  # skipped steps that end a training: the next ones would be no better
+logger = logging.getLogger(__name__)
+
+
+class NotFiniteError(RuntimeError):
+    """Training cannot go on with these weights or gradients. Raised by all processes alike."""
+
+
+class Guard:
+    """Decides which optimizer steps are taken.
+
+    Attributes:
+        skipped: steps that were skipped so far.
+    """
+
+    def __init__(self):
+        self.skipped = 0
+        self._in_a_row = 0
+
+    def allows(self, step: int, grad_norm: float) -> bool:
+        """Return whether a step can be taken with a gradient of this norm.
+
+        Raises:
+            NotFiniteError: it is the last of `IN_A_ROW` steps that cannot.
+        """
+        if math.isfinite(grad_norm):
+            self._in_a_row = 0
+            return True
+        self.skipped += 1
+        self._in_a_row += 1
+        if self._in_a_row == IN_A_ROW:
+            raise NotFiniteError(
+                f"{IN_A_ROW} steps in a row ({step - IN_A_ROW + 1} to {step}) had a loss or a gradient that is not "
+                f"finite (gradient norm {grad_norm}). They were skipped, and the weights are as before. Lower "
+                "learning_rate or max_grad_norm, train in bf16 or float32 instead of fp16, and look at the rewards and "
+                "the log-probabilities of the last steps"
+            )
+        logger.warning(
+            "Step %d was skipped: its loss or its gradient is not finite (gradient norm %s). After %d such steps in a "
+            "row training stops.",
+            *(step, grad_norm, IN_A_ROW),
+        )
+        return False
+
+
+def or_nan(loss: Tensor) -> Tensor:
+    """Return the loss as it is; one that is not finite gets gradients of NaN.
+
+    So the norm of the gradients, which all processes share, tells of the loss of any of them.
+    """
+    return loss * torch.where(loss.isfinite(), loss.new_ones(()), math.nan)
+
+
+def check_weights(model: nn.Module, what: str) -> bool:
+    """Return whether all trained weights that this process holds are finite; one warning names the first that is not.
+
+    Args:
+        what: what is not saved if they are not.
+    """
+    trained = [(name, _own_part(p)) for name, p in model.named_parameters() if p.requires_grad]
+    if not trained:
+        return True
+    finite = torch.stack([weights.isfinite().all() for _, weights in trained]).tolist()  # waits for the device once
+    bad = [name for (name, _), is_finite in zip(trained, finite, strict=True) if not is_finite]
+    if bad:
+        logger.warning("%s is not saved: %d weights are not finite, the first is %s.", what, len(bad), bad[0])
+    return not bad
+
+
+def _own_part(parameter: nn.Parameter) -> Tensor:
+    """Return the weights that this process holds: all, or its shard (ZeRO-3, FSDP)."""
+    shard = getattr(parameter, "ds_tensor", parameter)
+    return shard.to_local() if hasattr(shard, "to_local") else shard
+
+
+def check_rewards(rewards: Tensor, names: Sequence[str]) -> None:
+    """Refuse infinite rewards, which make NaN of the advantages of their group.
+
+    Args:
+        rewards: (rollouts, reward functions), NaN where a function gave none.
+
+    Raises:
+        ValueError: with the name of the function.
+    """
+    bad = rewards.isinf().nonzero().tolist()
+    if bad:
+        row, function = bad[0]
+        raise ValueError(
+            f"The reward function {names[function]!r} returned {rewards[row, function].item()} for rollout {row} of "
+            f"{len(rewards)}: a reward must be finite, or None where there is none"
+        )
