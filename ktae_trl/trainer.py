@@ -260,13 +260,6 @@ class KTAEGRPOTrainer(ExactResume, Publishing, GRPOTrainer):
 
     # What is not finite: see `ktae_trl.guard`.
 
-    def _prepare_for_training(self, *args):
-        prepared = super()._prepare_for_training(*args)
-        zero = getattr(self.optimizer, "optimizer", None)
-        if hasattr(zero, "check_grad_overflow"):  # ZeRO-1 and 2 in bf16 leave the check out, other DeepSpeed does it
-            zero.check_grad_overflow = True
-        return prepared
-
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)
         # The loss scaler of fp16 skips steps itself, in the beginning many in a row.

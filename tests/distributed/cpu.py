@@ -1,12 +1,8 @@
-"""What several processes need on a CPU only; importing it is enough for all but FSDP."""
+"""What FSDP needs on a CPU only."""
 
 import os
 
-import torch
 from accelerate import DistributedType, PartialState
-
-# transformers reads an optimizer's state back to "cpu:0" if there are several processes, a name torch does not know.
-torch.serialization.register_package(0, lambda _: None, lambda storage, name: storage if name == "cpu:0" else None)
 
 
 def fsdp_settings() -> dict:

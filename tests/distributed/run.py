@@ -19,6 +19,7 @@ from ktae_trl import tiny
 from ktae_trl.evaluation.held_out import held_out_accuracy
 from tests.distributed import cpu
 from tests.test_dynamic_sampling import third
+from tests.test_guard import poison
 from tests.training import make_trainer, prompts, replay
 
 
@@ -88,7 +89,10 @@ def main(settings: dict, folder: Path, checkpoint: str | None = None) -> None:
     grow, end_at_once = settings.pop("grow", False), settings.pop("end_at_once", None)
     data = prompts(settings.pop("prompts"))
     data = data.to_iterable_dataset() if settings.pop("stream", False) else data
+    poisoned = settings.pop("poison", None)
     trainer = make_trainer(folder, train_dataset=data, **settings)
+    if poisoned and trainer.accelerator.process_index == 1:
+        poison(trainer, *poisoned)
     credits, advantages, generate = [], [], trainer._generate_and_score_completions
 
     def spy(inputs):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ktae_trl import tiny
+from ktae_trl import checkpoints, tiny
 from tests.distributed.launching import MODES, ROOT, accelerate, environment
 
 pytestmark = pytest.mark.slow
@@ -32,14 +32,16 @@ SHARDED = {
 }
 
 
-def train(folder: Path, mode: str, settings: dict, **more) -> subprocess.Popen:
+SHIM = Path(__file__).with_name("train_on_cpu.py")
+
+
+def train(folder: Path, mode: str, settings: dict, script=SHIM, **more) -> subprocess.Popen:
     """Start train.py with the quickstart recipe; what it says goes to folder/said."""
     words = [str(word) for key, value in {**SMALL, **settings}.items() for word in (f"--{key}", value)]
     words = ["--config", "configs/quickstart.yaml", "--output_dir", str(folder / "out"), *words]
-    script = str(Path(__file__).with_name("train_on_cpu.py"))
     with (folder / "said").open("w") as said:
         return subprocess.Popen(
-            [*accelerate(folder, mode, **more), script, *words],
+            [*accelerate(folder, mode, **more), str(script), *words],
             cwd=ROOT,
             env=environment(mode),
             stdout=said,
@@ -72,6 +74,14 @@ def test_a_dry_run_of_two_processes_is_shown_once(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_two_processes_on_a_cpu_resume_without_our_help(tmp_path):
+    settings = {"save_steps": 1, "held_out_samples": 0, "learning_rate": 1e-3, "use_cpu": "true"}
+    for more in ({}, {"max_steps": 3, "lr_scheduler_type": "constant", "resume_from_checkpoint": "true"}):
+        launched = train(tmp_path, "ddp", settings | more, script=ROOT / "train.py")
+        assert launched.wait(200) == 0, said(tmp_path)
+    assert "Trained to step 3" in said(tmp_path)
+
+
 def test_a_resume_is_refused_by_all_processes_and_once(tmp_path):
     settings = {"save_steps": 1, "held_out_samples": 0}
     assert train(tmp_path, "ddp", settings).wait(200) == 0, said(tmp_path)
@@ -101,7 +111,7 @@ def test_a_process_dies_and_the_run_goes_on(tmp_path, dies):
     launched = train(tmp_path, "ddp", settings)
     try:
         until = time.monotonic() + 200
-        while not (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").exists():
+        while not checkpoints.is_sealed(tmp_path / "out" / "checkpoint-2"):
             assert launched.poll() is None, said(tmp_path)
             assert time.monotonic() < until, said(tmp_path)
             time.sleep(0.05)
@@ -125,7 +135,7 @@ def test_a_process_dies_and_the_run_goes_on(tmp_path, dies):
     begin = int(checkpoint.rpartition("-")[2])
     assert begin in (int(step), int(step) - 1)
     # One that was being written when the process died does not stop the run from going on.
-    (tmp_path / "out" / "checkpoint-7").mkdir()
+    checkpoints.begin(tmp_path / "out" / "checkpoint-7")
     (tmp_path / "out" / "checkpoint-7" / "rollouts_0.pt").touch()
 
     assert train(tmp_path, "ddp", {**settings, "resume_from_checkpoint": "true"}).wait(200) == 0, said(tmp_path)

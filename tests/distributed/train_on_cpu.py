@@ -1,4 +1,4 @@
-"""train.py as it is, with what several processes need on a CPU only. Takes the arguments of train.py.
+"""train.py as it is, with what FSDP needs on a CPU only. Takes the arguments of train.py.
 
 Says in the end what it ran as, because several ways of launching silently run as something else.
 """
