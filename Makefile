@@ -4,19 +4,23 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 VLLM_VENV ?= .venv-vllm
 
-.PHONY: quickstart test test-slow test-vllm lint bench docs clean
+.PHONY: quickstart test test-slow test-faults test-vllm lint bench docs clean
 
 quickstart: $(VENV)/quickstart.installed
 	$(BIN)/accelerate launch --cpu --num_processes 1 train.py --config configs/quickstart.yaml
 
 # One thread for each of the two workers. Tests never ask the network.
-test test-slow: export OMP_NUM_THREADS = 1
-test test-slow: export HF_HUB_OFFLINE = 1
+test test-slow test-faults: export OMP_NUM_THREADS = 1
+test test-slow test-faults: export HF_HUB_OFFLINE = 1
 test: $(VENV)/dev.installed
 	$(BIN)/pytest -m "not slow" -n 2
 
 test-slow: $(VENV)/dev.installed
 	$(BIN)/pytest -m slow
+
+# Kills, a full disk, damaged files: a part of test-slow.
+test-faults: $(VENV)/dev.installed
+	$(BIN)/pytest tests/test_faults.py
 
 # vLLM's CPU build is a package of its own that must not meet vllm; the other packages it brings are CUDA builds.
 test-vllm: $(VLLM_VENV)/installed

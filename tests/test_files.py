@@ -10,11 +10,13 @@ from contextlib import contextmanager, suppress
 import pytest
 
 from ktae_trl import files
+from tests.training import make_trainer
 
 HOLD = """
 import sys
 from pathlib import Path
 from ktae_trl import files
+from tests.training import make_trainer
 
 with files.locked(Path(sys.argv[1]), "train.py"):
     if "fork" in sys.argv and not __import__("os").fork():
@@ -100,3 +102,16 @@ def test_nothing_is_written_through_a_link(tmp_path):
     assert theirs.read_text() == "theirs"
     assert (tmp_path / "a").read_text() == (tmp_path / "b").read_text() == "ours"
     assert not (tmp_path / "a").is_symlink()
+
+
+def test_second_training_is_refused_before_it_touches_anything(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1)
+    (tmp_path / "held_out_results.json").write_text("of the first one")
+    with (
+        holder(tmp_path) as other,
+        pytest.raises(files.FolderInUseError, match=rf"process {other.pid} on .* output_dir"),
+    ):
+        trainer.train()
+    assert (tmp_path / "held_out_results.json").read_text() == "of the first one"
+    trainer.train()  # the other one is dead
+    take(tmp_path)  # this one is done

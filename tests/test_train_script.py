@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ktae_trl.files import locked
 from tests.training import difference
 
 ROOT = Path(__file__).parents[1]
@@ -66,6 +67,17 @@ def test_bad_settings_end_with_one_line(tmp_path):
     done = train(tmp_path, "--credit", "ktea")
     assert done.returncode != 0
     assert "train.py: credit='ktea' is unknown (did you mean 'ktae'?). Choose from: none, ktae" in done.stderr
+
+
+@pytest.mark.slow
+def test_second_training_in_a_folder_is_refused_with_one_line(tmp_path):
+    with locked(tmp_path, "train.py"):
+        refused = train(tmp_path, launcher=())
+    assert refused.returncode == 1
+    assert "Traceback" not in refused.stderr
+    last = refused.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"train.py: {tmp_path} is in use: train.py (process {os.getpid()} on ")
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 @pytest.mark.slow
