@@ -92,6 +92,21 @@ def test_weights_that_are_not_finite_are_never_saved_and_replace_nothing(tmp_pat
     assert difference(weights(loaded), good) == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_weight_among_many_is_found_and_large_ones_are_finite(caplog, dtype):
+    model = torch.nn.Linear(300, 70, dtype=dtype)
+    with torch.no_grad():
+        model.weight.fill_(torch.finfo(dtype).max)  # their sum overflows
+    assert check_weights(model, "x")
+    for value in (math.nan, math.inf, -math.inf):
+        with torch.no_grad():
+            model.bias[3] = value
+        assert not check_weights(model, "here")
+    assert "here is not saved: 1 weights are not finite, the first is bias" in caplog.text
+    model.bias.requires_grad = False  # not trained, so no training made it so
+    assert check_weights(model, "x")
+
+
 def test_finite_loss_is_left_alone():
     for value in (0.3, -2.5e-30, 3e38):
         loss = torch.tensor(value, requires_grad=True)
