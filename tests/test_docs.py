@@ -297,7 +297,7 @@ def metrics_in_code() -> set[str]:
     ours = "".join(path.read_text() for path in (ROOT / "ktae_trl").rglob("*.py"))
     names = set(re.findall(r'"((?:correctness|ktae|dynamic_sampling|oar|tree|grading)/\w*[a-z])"', ours))
     names |= {f"grading/{name}" for name in _TROUBLE} | {f"{family}/seconds" for family in ("ktae", "oar", "tree")}
-    names.add("tree/signal_depth_K")
+    names |= {"tree/signal_depth_K", "skipped_steps"}
     return names
 
 
