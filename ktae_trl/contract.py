@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import trl
 from packaging.specifiers import SpecifierSet
+from transformers import Trainer
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import RepeatSampler
 
@@ -84,6 +85,8 @@ _RELIED_ON: dict[str, tuple[list[str], set[str]]] = {
     "log": (["logs", "start_time"], {"log_completions"}),
     # These are transformers' own.
     "_save_rng_state": (["output_dir"], set()),
+    "_get_output_dir": (["trial"], set()),
+    "_get_grad_norm": (["model", "grad_norm"], set()),
     "_init_training_state": (
         ["max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint", "trial"],
         {"load_from_json", "global_step"},
@@ -102,6 +105,10 @@ def check_trl(trainer_class: type, version: str = trl.__version__) -> None:
     """
     missing = [problem for name, wanted in _RELIED_ON.items() for problem in _problems(trainer_class, name, *wanted)]
     missing += _problems(VLLMGeneration, "generate", ["prompts", "num_generations"], {"max_completion_length"})
+    # Between the last file of a checkpoint and the removal of older ones it is sealed.
+    missing += _problems(Trainer, "_save_checkpoint", ["model", "trial"], {"rotate_checkpoints", "_save_rng_state"})
+    # Before each step of the optimizer the norm of the gradient is asked for.
+    missing += _problems(Trainer, "_run_epoch", [], {"_get_grad_norm", "zero_grad"})
     # Resuming draws one permutation per past epoch: right as long as the sampler does, and is not told its epoch.
     missing += _problems(RepeatSampler, "__iter__", [], {"randperm", "generator", "num_samples"})
     if hasattr(RepeatSampler, "set_epoch"):
