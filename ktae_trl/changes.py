@@ -23,7 +23,14 @@ LAYOUT = (
     "credit",
 )
 _FOR_SAMPLING = ("dynamic_sampling", "dynamic_sampling_max_batches")
-_FOR_NO_ROLLOUT = ("oar_token_budget", "record_steps", "record_groups", "record_files", *_FOR_SAMPLING)
+_FOR_NO_ROLLOUT = (
+    "oar_token_budget",
+    "record_steps",
+    "record_groups",
+    "record_files",
+    "reward_timeout",
+    *_FOR_SAMPLING,
+)
 _OF_METHODS = tuple(
     name
     for name in (field.name for field in fields(KTAEGRPOConfig))
