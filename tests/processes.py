@@ -15,13 +15,13 @@ _MARK = "STARTED_BY_TEST"  # in the environment, which grandchildren inherit, wh
 
 @contextmanager
 def started(
-    command: Sequence[str], *, env: dict[str, str] | None = None, sigint=signal.SIG_DFL, **options
+    command: Sequence[str], *, env: dict[str, str] | None = None, ignored: Sequence[int] = (), **options
 ) -> Iterator[subprocess.Popen]:
     """Start a process in a group of its own; in the end, end it and all that it started.
 
     Args:
-        sigint: how it takes SIGINT. A shell's background job, as these tests may be, would hand down that it is
-            ignored.
+        ignored: which of SIGINT and SIGHUP it is to ignore. What these tests ignore, as the background job of a shell
+            or of nohup, is not handed down.
         options: of `subprocess.Popen`.
     """
     mark = uuid.uuid4().hex
@@ -30,7 +30,7 @@ def started(
         env={**(os.environ if env is None else env), _MARK: mark},
         text=True,
         process_group=0,
-        preexec_fn=partial(signal.signal, signal.SIGINT, sigint),
+        preexec_fn=partial(_ignore_only, ignored),
         **options,
     )
     try:
@@ -48,6 +48,11 @@ def started(
             if pipe is not None:
                 with suppress(OSError):  # of what could not be written any more
                     pipe.close()
+
+
+def _ignore_only(ignored: Sequence[int]) -> None:
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
 
 
 def marked(mark: str) -> list[int]:
