@@ -20,7 +20,7 @@ from ktae_trl.hub import HubError
 
 # What ends a process from outside: each is answered unless it is ignored (SIGHUP by nohup) or somebody's already.
 FROM_OUTSIDE = {
-    signal.SIGTERM: "ended from outside (SIGTERM), as a launcher does when another process has died",
+    signal.SIGTERM: "ended from outside (SIGTERM), as when another process or the launcher has died",
     signal.SIGHUP: "its terminal was closed (SIGHUP). nohup or tmux would keep it running",
 }
 
