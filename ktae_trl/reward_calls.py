@@ -146,7 +146,7 @@ class _Watch(threading.Thread):
         then = f"reward_timeout ends it after {self.limit:g} s"
         if self.limit == math.inf:
             then = "With reward_timeout, such a call ends the run with an error that names the completion"
-        logger.warning("%s has been running for %.0f s. %s", self.what, age, then)
+        logger.warning("%s", f"{self.what} has been running for {age:.0f} s. {then}")
 
     def interrupt_again(self) -> None:
         with self.ending:  # once it has ended, the signal would mean something else
