@@ -43,6 +43,7 @@ from ktae_trl.evaluation.sampling import (
 from ktae_trl.fingerprint import fingerprint, is_old, model_folder
 from ktae_trl.grading import ANSWER_FORMATS, check_format, gold_answers
 from ktae_trl.prompts import AUTO, SYSTEM_PROMPT_HELP, instruction
+from ktae_trl.stopping import like_ctrl_c
 
 # What changes no sample: which samples are asked for (written down with them), and the rest (not).
 _ASKED = {"model_name_or_path", "model_revision", "benchmark_folder", "limit", "samples", "answer_format"}
@@ -603,7 +604,8 @@ def main(words: list[str]) -> None:
     with complaints():
         (args,) = parse((EvalArguments,), "eval.py", words)
     try:
-        evaluate(args, Path(words[words.index("--config") + 1]).stem if "--config" in words else "default")
+        with like_ctrl_c():
+            evaluate(args, Path(words[words.index("--config") + 1]).stem if "--config" in words else "default")
     except KeyboardInterrupt:
         sys.exit("\neval.py: stopped; what was generated is saved. The same command goes on from there")
 

@@ -28,7 +28,7 @@ from ktae_trl.files import locked
 from ktae_trl.hub import HubError, create_repo, repo_name, upload_command
 from ktae_trl.model_card import PAGE, settings_of
 from ktae_trl.rewards import load_rewards
-from ktae_trl.stopping import Advice, advice_at_the_end
+from ktae_trl.stopping import Advice, advice_at_the_end, end_with_launcher
 from ktae_trl.verdicts import correctness_index
 
 HELD_OUT_BEFORE = "held_out_before.json"
@@ -173,6 +173,7 @@ def build_trainer(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -
 
 
 def main(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -> None:
+    end_with_launcher()
     with ExitStack() as folder:
         try:
             if run.dry_run:

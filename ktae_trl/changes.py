@@ -29,6 +29,7 @@ _FOR_NO_ROLLOUT = (
     "record_groups",
     "record_files",
     "allow_inexact_resume",
+    "reward_timeout",
     *_FOR_SAMPLING,
 )
 _OF_METHODS = tuple(

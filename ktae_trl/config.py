@@ -76,6 +76,10 @@ class KTAEGRPOConfig(GRPOConfig):
         correctness_threshold (`float | str`, *optional*, defaults to `0.0`):
             A rollout is right if that reward is above this. `"auto"`: if it is above the mean of its group, for rewards
             that have more than two values; a group whose rewards are all equal has no right and no wrong rollouts.
+        reward_timeout (`float`, *optional*):
+            Seconds that a call of a reward function, with the whole batch of a process, may take. A call that takes
+            longer ends the run with an error that names the function and the completion. By default a call may take any
+            time; after a minute, and again after two, four and so on, a line says what is waited for.
         dynamic_sampling (`bool`, *optional*, defaults to `False`):
             Replace prompts whose rollouts are all right or all wrong by the next ones of the training set, until the
             generation batch is full of groups with both (DAPO). The optimizer steps stay as many as ever; they use
@@ -146,6 +150,10 @@ class KTAEGRPOConfig(GRPOConfig):
             "its group."
         },
     )
+    reward_timeout: float | None = field(
+        default=None,
+        metadata={"help": "Seconds that a call of a reward function may take; a longer one ends the run."},
+    )
     dynamic_sampling: bool = field(
         default=False,
         metadata={"help": "Replace prompts whose rollouts are all right or all wrong by further ones (DAPO)."},
@@ -197,6 +205,10 @@ class KTAEGRPOConfig(GRPOConfig):
         for name, least in (("record_steps", 0), ("record_groups", 1), ("record_files", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if self.reward_timeout is not None and not 0 < self.reward_timeout < math.inf:
+            raise ValueError(
+                f"reward_timeout must be a number of seconds above 0, or None for no limit, not {self.reward_timeout}"
+            )
         check_format(self.answer_format)
         self.correctness_threshold = read_threshold(self.correctness_threshold)
         check_weights(self.ktae_fisher_weight, self.ktae_ig_weight, self.ktae_tf_weight)

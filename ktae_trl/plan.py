@@ -26,7 +26,7 @@ from ktae_trl.data import column_values, original_column
 from ktae_trl.grading import gradable, write_answer
 from ktae_trl.grading.golds import describe
 from ktae_trl.prompts import texts, token_ids
-from ktae_trl.rewards import bind, check_values
+from ktae_trl.rewards import bind, checked
 from ktae_trl.verdicts import AUTO, correctness_index
 
 GIB = 2**30
@@ -175,10 +175,9 @@ def show_rewards(
     table, columns, failures = Table("problem", "the completion ends with", *names), [], []
     for function, name in zip(reward_funcs, names, strict=True):
         try:
-            values = call(bind(function, answer_format=args.answer_format, opened_think=False), rows, texts, tokenizer)
-            columns.append(
-                ["None" if value is None else f"{value:g}" for value in check_values(values, name, len(rows))]
-            )
+            bound = bind(function, answer_format=args.answer_format, opened_think=False)
+            values = call(checked(bound, name, args.reward_timeout), rows, texts, tokenizer)
+            columns.append(["None" if value is None else f"{value:g}" for value in values])
         except Exception as error:  # whatever a user's function does
             failures.append(f"The reward function {name!r} fails: {type(error).__name__}: {error}")
             columns.append(["fails"] * len(rows))

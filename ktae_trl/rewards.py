@@ -3,6 +3,7 @@ r"""Reward functions in TRL's form, and how recipes name them."""
 import functools
 import importlib
 import inspect
+import math
 import os
 import sys
 import traceback
@@ -13,6 +14,7 @@ import torch
 from trl.rewards import get_soft_overlong_punishment
 from trl.trainer.utils import get_callable_name, is_async_callable
 
+from ktae_trl import reward_calls
 from ktae_trl.arguments import nearest
 from ktae_trl.grading import answered, find_answer, grade_many_full
 
@@ -174,25 +176,33 @@ def reads_answers(function: Callable) -> bool:
     return not isinstance(function, torch.nn.Module) and "answer_format" in inspect.signature(function).parameters
 
 
-def checked(function: Callable, name: str) -> Callable:
-    """Return the reward function (asynchronous or not) with what it returns checked by `check_values`."""
+def checked(function: Callable, name: str, seconds: float | None = None) -> Callable:
+    """Return the reward function (asynchronous or not) with its time and what it returns checked.
+
+    Args:
+        name: as metrics and messages have it.
+        seconds: that a call may take (`reward_timeout`), None for any time. See `reward_calls.call`.
+    """
 
     @functools.wraps(function)
-    def call(*, completions, **kwargs):
-        return check_values(function(completions=completions, **kwargs), name, len(completions))
+    def call(**arguments):
+        values = reward_calls.call(function, name, seconds, arguments)
+        return check_values(values, name, len(arguments["completions"]))
 
     @functools.wraps(function)
-    async def call_async(*, completions, **kwargs):
-        return check_values(await function(completions=completions, **kwargs), name, len(completions))
+    async def call_async(**arguments):
+        values = await reward_calls.call_async(function, name, seconds, arguments)
+        return check_values(values, name, len(arguments["completions"]))
 
     return call_async if is_async_callable(function) else call
 
 
 def check_values(values, name: str, completions: int) -> list[float | None]:
-    """Return the rewards as a list of numbers, None where there is none.
+    """Return the rewards as a list of numbers, None where there is none. NaN passes: TRL takes it for None.
 
     Raises:
-        ValueError: they are not one number or None per completion. The message names the function.
+        ValueError: they are not one number or None per completion, or one is infinite, if only in the single precision
+            that TRL computes with. The message names the function and the completion.
     """
     wanted = f"must return a list with a number or None for each of the {completions} completions"
     if isinstance(values, str) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0:
@@ -206,11 +216,19 @@ def check_values(values, name: str, completions: int) -> list[float | None]:
             if value is not None and not hasattr(value, "__float__"):  # float() would read texts
                 raise TypeError
             numbers.append(None if value is None else float(value))
+        except OverflowError:  # of an integer
+            numbers.append(math.inf)
         except (TypeError, ValueError, RuntimeError):
             kind = type(value).__name__
             raise ValueError(
                 f"The reward function {name!r} {wanted}, but value {i} is of type {kind}: {str(value)[:80]}"
             ) from None
+        if value is not None and abs(numbers[i]) > torch.finfo(torch.float32).max:
+            raise ValueError(
+                f"The reward function {name!r} must return finite numbers, but value {i} of the {completions} is "
+                f"{numbers[i]:g}: one such reward turns the advantages of its group into NaN. Return None where there "
+                "is no reward"
+            )
     return numbers
 
 

@@ -1,12 +1,16 @@
 """When a run stops before its end: the last line says why, and how to resume."""
 
 import atexit
+import ctypes
+import multiprocessing
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import dropwhile
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -14,6 +18,12 @@ from tqdm import tqdm
 from ktae_trl.checkpoints import ResumeError, last_checkpoint
 from ktae_trl.guard import NotFiniteError
 from ktae_trl.hub import HubError
+
+# What ends a process from outside: each is answered unless it is ignored (SIGHUP by nohup) or somebody's already.
+FROM_OUTSIDE = {
+    signal.SIGTERM: "ended from outside (SIGTERM), as when another process or the launcher has died",
+    signal.SIGHUP: "its terminal was closed (SIGHUP). nohup or tmux would keep it running",
+}
 
 
 class Advice:
@@ -60,32 +70,32 @@ def reason_of(error: BaseException) -> str:
 def advice_at_the_end(trainer) -> Iterator[Advice]:
     """Around a run: if it stops before its end, the last line that the process writes says how to resume.
 
-    An error passes, and its traceback comes first. Ctrl-C ends the process without one, SIGTERM at once. Errors that
-    say themselves what to do are left alone: `ResumeError`, `HubError`.
+    An error passes, and its traceback comes first. Ctrl-C ends the process without one, SIGTERM and SIGHUP at once.
+    Errors that say themselves what to do are left alone: `ResumeError`, `HubError`.
 
-    SIGTERM is left alone off the main thread, where Python sets no handlers, and where somebody handles it already (as
-    transformers' `enable_jit_checkpoint` does).
+    Signals are left alone off the main thread, where Python sets no handlers, and where somebody handles them already
+    (as transformers' `enable_jit_checkpoint` does SIGTERM) or ignores them (a shell SIGINT of a background job, nohup
+    SIGHUP).
     """
     advice, listening = Advice(trainer), ExitStack()
     reasons: list[str] = []  # one, until it is told
 
     def tell() -> None:
-        with suppress(IndexError):
+        with suppress(IndexError, OSError):  # told already; the terminal is gone
             os.write(2, f"\n{advice.line(reasons.pop())}\n".encode())
 
     def at_exit() -> None:
         tell()
         listening.close()
 
-    def ended() -> None:
-        reasons[:] = reasons or ["ended from outside (SIGTERM), as a launcher does when another process has died"]
+    def ended(number: int) -> None:
+        reasons[:] = reasons or [FROM_OUTSIDE[number]]
         tell()
 
     # The last one registered is called first, so what a training starts, such as a tracker, writes before it.
     atexit.register(at_exit)
-    main = threading.current_thread() is threading.main_thread()
-    if main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        listening.enter_context(_on_sigterm(ended))
+    if free := _free_signals():
+        listening.enter_context(_on_signals(free, ended))
     try:
         yield advice
     except (ResumeError, HubError):
@@ -110,7 +120,40 @@ def advice_at_the_end(trainer) -> Iterator[Advice]:
 
 
 @contextmanager
-def _on_sigterm(tell: Callable[[], None]) -> Iterator[None]:
+def like_ctrl_c() -> Iterator[None]:
+    """Turn what ends a process from outside into a KeyboardInterrupt, so that what it started is ended too."""
+    free = _free_signals()
+    for number in free:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number in free:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def end_with_launcher() -> None:
+    """Get SIGTERM when the launcher dies that started this process: one that was killed could not send it.
+
+    accelerate does not pass on a SIGTERM either when it launches a single process. A launcher is a parent whose command
+    ends with ours. On Linux only.
+    """
+    own = list(dropwhile(lambda word: word.startswith("-"), sys.orig_argv[1:]))  # without Python and its options
+    with suppress(OSError):
+        parent = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")[:-1]
+        if own and parent[-len(own) :] == own:
+            set_parent_death_signal = 1
+            ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+
+
+def _free_signals() -> list[int]:
+    if threading.current_thread() is not threading.main_thread():
+        return []
+    return [number for number in FROM_OUTSIDE if signal.getsignal(number) is signal.SIG_DFL]
+
+
+@contextmanager
+def _on_signals(numbers: list[int], tell: Callable[[int], None]) -> Iterator[None]:
     # A launcher sends SIGTERM to the others when a process has died. They may be waiting for it deep inside NCCL, where
     # no Python handler runs; so a thread answers.
     receive, send = os.pipe()
@@ -118,41 +161,49 @@ def _on_sigterm(tell: Callable[[], None]) -> Iterator[None]:
 
     def listen() -> None:
         while number := os.read(receive, 1)[0]:  # 0 ends it
-            if number == signal.SIGTERM:
+            if number in numbers:
                 try:
-                    tell()
+                    tell(number)
+                    for child in multiprocessing.active_children():  # `_exit` does not end them, as an exit does
+                        child.terminate()
                 finally:
-                    os._exit(128 + signal.SIGTERM)
+                    os._exit(128 + number)
 
     def ignore(*_) -> None:
         pass
 
-    # A forked worker, as of a reward function's pool, has the same pipe: until its SIGTERM is its own, it gets none.
+    # A forked worker, as of a reward function's pool, has the same pipe: until its signals are its own, it gets none.
     masks: dict[int, set] = {}
 
+    def ours() -> set[int]:
+        return {number for number in numbers if signal.getsignal(number) is ignore}
+
     def before_fork() -> None:
-        if signal.getsignal(signal.SIGTERM) is ignore:
-            masks[threading.get_ident()] = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        if ours():
+            masks[threading.get_ident()] = signal.pthread_sigmask(signal.SIG_BLOCK, ours())
 
     def after_fork() -> None:
         if (mask := masks.pop(threading.get_ident(), None)) is not None:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def after_fork_in_child() -> None:
-        if signal.getsignal(signal.SIGTERM) is ignore:
+        if ours():
             signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in ours():
+            signal.signal(number, signal.SIG_DFL)
         after_fork()
 
     os.register_at_fork(before=before_fork, after_in_parent=after_fork, after_in_child=after_fork_in_child)
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()
     fd = signal.set_wakeup_fd(send, warn_on_full_buffer=False)
-    signal.signal(signal.SIGTERM, ignore)
+    for number in numbers:
+        signal.signal(number, ignore)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
         signal.set_wakeup_fd(fd)
         os.write(send, b"\0")
         listener.join()

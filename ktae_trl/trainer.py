@@ -111,7 +111,7 @@ class KTAEGRPOTrainer(ExactResume, Publishing, GRPOTrainer):
             )
         self._first_look = FirstLook(args, names[i], reads_answers(self.reward_funcs[i]))
         self.reward_funcs = [
-            function if isinstance(function, torch.nn.Module) else checked(function, name)
+            function if isinstance(function, torch.nn.Module) else checked(function, name, args.reward_timeout)
             for function, name in zip(self.reward_funcs, names, strict=True)
         ]
         self._assign_credit = METHODS.get(args.credit)

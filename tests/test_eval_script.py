@@ -24,6 +24,7 @@ from ktae_trl import tiny
 from ktae_trl.evaluation import sampling
 from ktae_trl.grading import ANSWER_FORMATS, INSTRUCTIONS, grade
 from ktae_trl.hub import read_results
+from tests.processes import started
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--config", "configs/eval/quickstart.yaml", "--limit", "24", "--samples", "4", "--batch_size", "16"]
@@ -648,9 +649,14 @@ def test_every_config_parses(script, config):
     assert args.samples == yaml.safe_load(text)["samples"]
 
 
-def start(folder, *words) -> subprocess.Popen:
+def start(folder, *words, **options):
     command = [sys.executable, "eval.py", *QUICK, "--batch_size", "4", "--output_dir", str(folder), *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return started(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+
+
+def output_of(folder) -> str:
+    with start(folder) as process:
+        return process.communicate()[0]
 
 
 def wait_for_samples(process, folder, count):
@@ -664,19 +670,26 @@ def wait_for_samples(process, folder, count):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_killed_in_the_middle(tmp_path, blow):
     """A run that was killed and started again leaves the same file as one that was not."""
-    whole = start(tmp_path / "whole")
-    assert "96/96" in whole.communicate()[0]
-    process = start(tmp_path / "killed")
-    wait_for_samples(process, tmp_path / "killed", 8)
-    process.send_signal(blow)
-    said = process.communicate()[0]
+    assert "96/96" in output_of(tmp_path / "whole")
+    with start(tmp_path / "killed") as process:
+        wait_for_samples(process, tmp_path / "killed", 8)
+        process.send_signal(blow)
+        said = process.communicate()[0]
     there = (tmp_path / "killed" / "sums.jsonl").read_bytes().count(b"\n")
     assert 8 <= there < 96
-    if blow == signal.SIGINT:
-        assert "Stopping after the batch" in said
-        assert "what was generated is saved" in said
-    assert "96/96" in start(tmp_path / "killed").communicate()[0]
+    assert ("Stopping after the batch" in said) == (blow == signal.SIGINT)
+    assert ("what was generated is saved" in said) == (blow != signal.SIGKILL)
+    assert "96/96" in output_of(tmp_path / "killed")
     assert (tmp_path / "killed" / "sums.jsonl").read_bytes() == (tmp_path / "whole" / "sums.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_background_job_of_nohup_is_not_stopped_by_ctrl_c_or_a_closed_terminal(tmp_path):
+    with start(tmp_path, ignored=(signal.SIGINT, signal.SIGHUP)) as process:
+        wait_for_samples(process, tmp_path, 8)
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGHUP)
+        assert "96/96" in process.communicate()[0]

@@ -15,6 +15,7 @@ import pytest
 
 from ktae_trl import grading
 from ktae_trl.grading import grade, grade_full, grade_many, grade_many_full, pool
+from tests.processes import started
 
 ENDLESS = r"\boxed{9^{9^{9^{9^{9}}}}}"
 HARD = r"\boxed{1+x}"  # right for x+1, but not as text
@@ -167,14 +168,9 @@ def test_child_processes_have_workers_of_their_own(method):
     assert workers() == mine
 
 
-def run(script: str, **options) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
+def run(script: str):
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    return started(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 GRADE_FOR_EVER = r"""
@@ -186,23 +182,23 @@ while True:
 """
 
 
-@pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_no_worker_outlives_the_main_process(blow):
     """Ctrl-C goes to the whole process group; a kill only to the main process, in the middle of a computation."""
-    process = run(GRADE_FOR_EVER, start_new_session=True)
-    assert process.stdout.readline() == "ready\n"
-    time.sleep(0.5)
-    pids = children(process.pid)
-    assert len(pids) in (1, 2)
-    (os.killpg if blow == signal.SIGINT else os.kill)(process.pid, blow)
-    _, errors = process.communicate(timeout=30)
-    assert ("KeyboardInterrupt" in errors) == (blow == signal.SIGINT)
-    assert "BrokenPipe" not in errors
-    assert gone(pids)
+    with run(GRADE_FOR_EVER) as process:
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.5)
+        pids = children(process.pid)
+        assert len(pids) in (1, 2)
+        (os.killpg if blow == signal.SIGINT else os.kill)(process.pid, blow)
+        _, errors = process.communicate(timeout=30)
+        assert ("KeyboardInterrupt" in errors) == (blow == signal.SIGINT)
+        assert "BrokenPipe" not in errors
+        assert gone(pids)
 
 
 def test_after_a_ctrl_c_grading_goes_on():
-    process = run(r"""
+    script = r"""
         import os, signal, threading
         from ktae_trl.grading import grade, grade_many
         threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT)).start()
@@ -211,8 +207,9 @@ def test_after_a_ctrl_c_grading_goes_on():
                 grade_many([r"\boxed{9^{9^{9^{9^{9}}}}}"], ["x+1"])
         except KeyboardInterrupt:
             print(grade_many([r"\boxed{1+x}", r"\boxed{2+x}"], ["x+1", "x+1"]))
-        """)
-    output, errors = process.communicate(timeout=60)
+        """
+    with run(script) as process:
+        output, errors = process.communicate(timeout=60)
     assert output == "[True, False]\n", errors
 
 

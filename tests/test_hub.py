@@ -7,10 +7,10 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import types
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import huggingface_hub
 import pytest
@@ -30,6 +30,7 @@ from ktae_trl import hub as our_hub
 from ktae_trl import model_card, tiny
 from ktae_trl.fingerprint import fingerprint
 from ktae_trl.hub import HubError
+from tests import processes
 from tests.distributed import launching
 from tests.hub_server import TOKEN, serving
 from tests.test_fingerprint import change_middle_layer
@@ -592,19 +593,16 @@ def client(server, token: str = TOKEN) -> dict[str, str]:
     return {**os.environ, **switches, "HF_ENDPOINT": server.url, "HF_TOKEN": token, "OMP_NUM_THREADS": "1"}
 
 
-def train(server, output: Path, *words: str, token: str = TOKEN, lines: str = "") -> subprocess.CompletedProcess:
+def train(server, output: Path, *words: str, token: str = TOKEN, lines: str = "") -> CompletedProcess:
     recipe = output.parent / "recipe.yaml"
     recipe.write_text((ROOT / "configs/quickstart.yaml").read_text() + lines)
     small = {"max_steps": 1, "per_device_train_batch_size": 16, "eval_strategy": "no", "eval_size": 4}
     small |= {"held_out_samples": 1, "report_to": "none", "output_dir": output, "save_strategy": "no"}
-    return subprocess.run(
+    return processes.run(
         [sys.executable, "train.py", "--config", str(recipe), *map(str, words)]
         + [str(word) for key, value in small.items() for word in (f"--{key}", value)],
         cwd=ROOT,
         env=client(server, token),
-        capture_output=True,
-        text=True,
-        timeout=200,
     )
 
 
@@ -653,7 +651,7 @@ def test_train_py_says_how_to_go_on_when_the_upload_fails(server, tmp_path):
     before = snapshot(tmp_path / "sums")
     server.faults.clear()
     command = [sys.executable, "-m", "ktae_trl.hub", *retry_command(last)]
-    again = subprocess.run(command, cwd=ROOT, env=client(server), capture_output=True, text=True, timeout=100)
+    again = processes.run(command, cwd=ROOT, env=client(server))
     assert again.returncode == 0, again.stderr
     assert server.repos["ann/sums"]["private"]
     assert server.repos["ann/sums"]["files"] == files_for_the_hub(tmp_path / "sums")
@@ -667,12 +665,10 @@ def test_two_processes_end_when_the_upload_fails(server, tmp_path, fails):
     words = ["--config", "configs/quickstart.yaml", "--output_dir", str(tmp_path / "sums"), "--push_to_hub", "true"]
     small = {"max_steps": 1, "per_device_train_batch_size": 16, "eval_strategy": "no", "held_out_samples": 0}
     words += [str(word) for key, value in (small | {"save_strategy": "no"}).items() for word in (f"--{key}", value)]
-    done = subprocess.run(
+    done = processes.run(
         [*launching.accelerate(tmp_path / "launch", "ddp"), "tests/distributed/train_on_cpu.py", *words],
         cwd=ROOT,
         env={**client(server), "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
         timeout=200,  # a process that waits for one that is gone would wait for half an hour
     )
     assert done.returncode != 0

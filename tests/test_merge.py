@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from ktae_trl import merge as merging
 from ktae_trl import tiny
 from ktae_trl.merge import merge
 from tests.distributed import launching
+from tests.processes import run
 from tests.training import make_trainer
 
 ROOT = Path(__file__).parents[1]
@@ -217,7 +217,7 @@ def test_a_checkpoint_in_shards(tmp_path, monkeypatch, mode, lora):
     adapter = {"lora": {"r": 4, "target_modules": ["q_proj", "v_proj"]}, "learning_rate": 0.05} if lora else {}
     words = [*launching.accelerate(tmp_path / "run", mode), *launching.run(tmp_path / "run", {**TRAINING, **adapter})]
     env = launching.environment(mode)
-    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    done = run(words, cwd=ROOT, env=env)
     assert done.returncode == 0, done.stderr[-5000:]
     trained = torch.load(tmp_path / "run" / "process_0.pt", weights_only=True)
     assert (trained["processes"], trained["distributed_type"]) == (2, ran_as[0])
@@ -232,9 +232,7 @@ def test_a_checkpoint_in_shards(tmp_path, monkeypatch, mode, lora):
             return
     command = [sys.executable, "-m", "ktae_trl.merge", str(tmp_path / "run"), "-o", str(tmp_path / "merged")]
     command += ["--base", str(tiny.MODEL)] if mode == "fsdp2" else []
-    done = subprocess.run(
-        [*command, "--dtype", "float32"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=200
-    )
+    done = run([*command, "--dtype", "float32"], cwd=ROOT, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_a_whole_model(tmp_path / "merged")
 

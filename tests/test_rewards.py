@@ -1,4 +1,5 @@
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -126,6 +127,14 @@ def test_bad_values_name_the_function(values, words):
     assert rewards.check_values(torch.tensor([1.0, 2.0]), "mine", 2) == [1.0, 2.0]
 
 
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), torch.tensor(-torch.inf), 1e39, -(10**400)])
+def test_infinite_rewards_are_refused(value):
+    """1e39 is infinite in the single precision of TRL's tensors."""
+    with pytest.raises(ValueError, match=r"'mine' must return finite numbers, but value 1 of the 3 is -?(inf|1e\+39)"):
+        rewards.check_values([0.0, value, 1.0], "mine", 3)
+    assert math.isnan(rewards.check_values([float("nan")], "mine", 1)[0])  # no reward, as None
+
+
 def test_a_training_names_the_function_that_returns_too_few(tmp_path):
     def mine(completions, **kwargs):
         return [1.0]
@@ -217,6 +226,13 @@ def test_the_dry_run_calls_the_reward_functions(own_data, capfd):
     assert "A rollout is right if my_verdict gives more than 0 (correctness_threshold: 0.0)." in said
     train.main(*train.read_arguments([*own_data, "--dry_run", "true", "--answer_format", "hash"]))
     assert "1, right answer │ #### 1 │ 1 │" in " ".join(capfd.readouterr().out.split())
+
+
+def test_a_dry_run_ends_with_a_reward_function_that_hangs(own_data):
+    Path("my_rewards.py").write_text("import time\ndef my_verdict(**kwargs):\n    time.sleep(100)\n")
+    words = [*own_data, "--dry_run", "true", "--reward_timeout", "0.2"]
+    with pytest.raises(SystemExit, match=r"'my_verdict' fails: TimeoutError: .* Completion 0 of 6 takes that long by"):
+        train.main(*train.read_arguments(words))
 
 
 def test_a_dry_run_ends_with_the_error_of_a_reward_function(own_data, capfd):

@@ -12,6 +12,8 @@ import torch
 from ktae_trl.checkpoints import ResumeError
 from ktae_trl.hub import HubError
 from ktae_trl.stopping import Advice, advice_at_the_end, reason_of
+from tests.distributed.launching import environment
+from tests.processes import children, gone, run, started
 
 
 def trainer_in(folder, step=7, processes=1):
@@ -58,7 +60,7 @@ with advice_at_the_end(trainer_in(sys.argv[1])):
 def stops(tmp_path, error: str) -> tuple[int, list[str]]:
     """Raise an error in a run; return the exit code and the lines of stderr."""
     script = [sys.executable, "-c", STOPS.format(error=error), str(tmp_path)]
-    done = subprocess.run(script, capture_output=True, text=True, timeout=60, check=False)
+    done = run(script, timeout=60)
     return done.returncode, [line for line in done.stderr.splitlines() if line]
 
 
@@ -127,21 +129,98 @@ with advice_at_the_end(trainer_in(sys.argv[1], processes=2)):
 """
 
 
-def test_sigterm_ends_a_process_that_waits_outside_of_python(tmp_path):
-    waiting = subprocess.Popen(
-        [sys.executable, "-c", STUCK, str(tmp_path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
+FROM_OUTSIDE = {signal.SIGTERM: "ended from outside (SIGTERM)", signal.SIGHUP: "its terminal was closed (SIGHUP)"}
+
+
+@pytest.mark.parametrize("blow", FROM_OUTSIDE)
+def test_signals_end_a_process_that_waits_outside_of_python(tmp_path, blow):
+    command = [sys.executable, "-c", STUCK, str(tmp_path)]
+    with started(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as waiting:
         assert waiting.stdout.readline() == "waiting\n"
+        waiting.send_signal(blow)
+        _, errors = waiting.communicate(timeout=30)
+    assert waiting.returncode == 128 + blow
+    assert f"train.py: training stopped after step 7 (process 0): {FROM_OUTSIDE[blow]}" in errors
+
+
+def test_signals_that_are_ignored_stay_so(tmp_path):
+    """A background job of a shell script ignores SIGINT, and nohup SIGHUP."""
+    command = [sys.executable, "-c", STUCK, str(tmp_path)]
+    ignored = (signal.SIGINT, signal.SIGHUP)
+    with started(command, ignored=ignored, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as waiting:
+        assert waiting.stdout.readline() == "waiting\n"
+        for blow in ignored:
+            waiting.send_signal(blow)
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.wait(1)
         waiting.terminate()
         _, errors = waiting.communicate(timeout=30)
-    finally:
-        waiting.kill()
     assert waiting.returncode == 128 + signal.SIGTERM
-    assert "train.py: training stopped after step 7 (process 0): ended from outside (SIGTERM)" in errors
+    assert errors.count("train.py: ") == 1
+
+
+WITH_A_POOL = """
+import sys, time
+from concurrent.futures import ProcessPoolExecutor
+from tests.test_stopping import trainer_in
+from ktae_trl.stopping import advice_at_the_end
+with advice_at_the_end(trainer_in(sys.argv[1])), ProcessPoolExecutor(2) as pool:
+    list(pool.map(abs, range(100)))
+    print("waiting", flush=True)
+    time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize("blow", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_processes_of_a_pool_end_with_theirs(tmp_path, blow):
+    command = [sys.executable, "-c", WITH_A_POOL, str(tmp_path)]
+    with started(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as waiting:
+        assert waiting.stdout.readline() == "waiting\n"
+        workers = children(waiting.pid)
+        assert workers
+        waiting.send_signal(blow)
+        _, errors = waiting.communicate(timeout=30)
+        assert gone(workers)
+    assert waiting.returncode == 128 + blow
+    assert "train.py: training stopped after step 7: " in errors
+
+
+LAUNCHES = """
+import subprocess, sys
+subprocess.Popen([sys.executable, "-u", *sys.argv[1:]]).wait()
+"""
+LAUNCHED = """
+import sys, time
+from tests.test_stopping import trainer_in
+from ktae_trl.stopping import advice_at_the_end, end_with_launcher
+end_with_launcher()
+with advice_at_the_end(trainer_in(sys.argv[1])):
+    print("waiting", flush=True)
+    time.sleep(100)
+"""
+
+
+def test_a_run_ends_with_its_launcher(tmp_path):
+    (tmp_path / "launched.py").write_text(LAUNCHED)
+    command = [sys.executable, "-c", LAUNCHES, str(tmp_path / "launched.py"), str(tmp_path)]
+    with started(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()) as launcher:
+        assert launcher.stdout.readline() == "waiting\n"
+        launched = children(launcher.pid)
+        launcher.kill()
+        _, errors = launcher.communicate(timeout=30)
+        assert gone(launched)
+    assert "train.py: training stopped after step 7: ended from outside (SIGTERM)" in errors
+
+
+def test_a_run_outlives_a_parent_that_is_no_launcher(tmp_path):
+    """As a shell is: one that is closed takes those along that it wants to, by SIGHUP."""
+    (tmp_path / "launched.py").write_text(LAUNCHED)
+    run_it = f"{sys.executable} {tmp_path / 'launched.py'} {tmp_path}; true"
+    with started(["bash", "-c", run_it], stdout=subprocess.PIPE, env=environment()) as shell:
+        assert shell.stdout.readline() == "waiting\n"
+        launched = children(shell.pid)
+        shell.kill()
+        assert not gone(launched, seconds=1)
 
 
 WITH_WORKERS = """
@@ -163,9 +242,7 @@ print("trained", flush=True)
 
 
 def test_workers_that_are_forked_in_training_get_their_own_sigterm(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", WITH_WORKERS, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False
-    )
+    done = run([sys.executable, "-c", WITH_WORKERS, str(tmp_path)], timeout=60)
     assert done.stdout == "trained\n", done.stderr
     assert "SIGTERM" not in done.stderr
 

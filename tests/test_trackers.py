@@ -1,6 +1,5 @@
 """With `log_completions` the key tokens of a group reach the trackers, read back from what they keep on disk."""
 
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -10,6 +9,7 @@ from transformers.integrations import TensorBoardCallback
 
 from ktae_trl import records, trackers
 from tests.distributed.launching import environment
+from tests.processes import run
 from tests.test_records import METHOD, row
 
 # 2 right, 2 wrong: token 7 in both right ones, 8 in both wrong ones, 9 in all of them.
@@ -58,7 +58,7 @@ def test_every_tracker_gets_the_sample(tmp_path):
         "TENSORBOARD_LOGGING_DIR": str(tmp_path / "tensorboard"),
     }
     words = [sys.executable, "-c", TRAINING, str(tmp_path / "run")]
-    done = subprocess.run(words, env=environment() | variables, capture_output=True, text=True, timeout=200)
+    done = run(words, env=environment() | variables, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "did not take" not in done.stderr
     events = EventAccumulator(str(tmp_path / "tensorboard"))

@@ -2,14 +2,15 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ktae_trl.files import locked
+from tests.processes import run
 from tests.training import difference
 
 ROOT = Path(__file__).parents[1]
@@ -29,15 +30,12 @@ LAUNCHER = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")
 
 def train(
     output: Path, *arguments: str, config: str = "configs/quickstart.yaml", launcher=LAUNCHER
-) -> subprocess.CompletedProcess:
+) -> CompletedProcess:
     settings = [str(word) for key, value in SMALL.items() for word in (f"--{key}", value)]
-    return subprocess.run(
+    return run(
         [sys.executable, *launcher, "train.py", "--config", config, "--output_dir", str(output), *settings, *arguments],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
     )
 
 

@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from ktae_trl import tiny
+from tests.processes import children, gone, run, started
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm")
 pytestmark = pytest.mark.slow
@@ -25,24 +26,22 @@ OPTIONS = {"enforce_eager": True, "max_model_len": 256, "enable_chunked_prefill"
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def start(folder, *words, **options) -> subprocess.Popen:
+def start(folder, *words, **options):
     # Without its word on cores, vLLM wants a NUMA node for each process of tensor parallelism.
     cores = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if "tensor_parallel_size" in options else {}
     vllm = ["--backend", "vllm", "--vllm_options", json.dumps(OPTIONS | options)]
-    return subprocess.Popen(
+    return started(
         [sys.executable, "eval.py", *QUICK, *vllm, "--output_dir", str(folder), *words],
         cwd=ROOT,
         env=os.environ | ENVIRONMENT | cores,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
     )
 
 
 def evaluate(folder, *words, **options) -> list[dict]:
-    process = start(folder, *words, **options)
-    said = process.communicate(timeout=300)[0]
+    with start(folder, *words, **options) as process:
+        said = process.communicate(timeout=300)[0]
     assert process.returncode == 0, said
     return samples(folder)
 
@@ -53,7 +52,7 @@ def samples(folder) -> list[dict]:
 
 def with_transformers(folder, *words) -> list[dict]:
     command = [sys.executable, "eval.py", *QUICK, "--backend", "transformers", "--output_dir", str(folder), *words]
-    subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    run(command, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"}).check_returncode()
     return samples(folder)
 
 
@@ -98,7 +97,7 @@ def test_samples_do_not_depend_on_what_runs_beside_them(tmp_path):
         assert sum(a == b for a, b in zip(alone, together, strict=True)) >= 0.97 * len(alone)
 
 
-@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_killed_in_the_middle(tmp_path, blow):
     """The run that goes on has the samples of the killed one, and ends with those of an uninterrupted one.
 
@@ -106,19 +105,21 @@ def test_killed_in_the_middle(tmp_path, blow):
     """
     words = ["--samples", "16", "--limit", "64"]
     whole = evaluate(tmp_path / "whole", *words)
-    process = start(tmp_path / "killed", *words)
     path = tmp_path / "killed" / "sums.jsonl"
-    while not (path.exists() and path.read_bytes().count(b"\n") >= 20):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
-    if blow == signal.SIGINT:
-        os.killpg(process.pid, signal.SIGINT)
-        said = process.communicate(timeout=120)[0]
-        assert "what was generated is saved" in said
-        assert "Traceback" not in said
-    else:
-        process.kill()
-        process.wait()
+    with start(tmp_path / "killed", *words) as process:
+        while not (path.exists() and path.read_bytes().count(b"\n") >= 20):
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.01)
+        if blow == signal.SIGKILL:
+            process.kill()
+            process.wait()
+        else:
+            pids = children(process.pid)
+            (os.killpg if blow == signal.SIGINT else os.kill)(process.pid, blow)
+            said = process.communicate(timeout=120)[0]
+            assert "what was generated is saved" in said
+            assert "Traceback" not in said
+            assert gone(pids)
     early = [json.loads(line) for line in path.read_text().splitlines()[:20]]
     assert path.read_bytes().count(b"\n") < len(whole)
     resumed = evaluate(tmp_path / "killed", *words)

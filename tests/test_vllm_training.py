@@ -14,6 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ import torch
 import yaml
 
 from ktae_trl import tiny
+from tests.processes import run, started
 from tests.test_vllm import ENVIRONMENT
 from tests.training import difference
 
@@ -49,7 +51,7 @@ def train(folder: Path, settings: dict, processes: int = 1) -> list[dict]:
         command += ["--main_process_port", "0"]
         more["ACCELERATE_USE_CPU"] = "true"
     command += [str(TESTS / "vllm_run.py"), str(folder / "settings.json"), str(folder)]
-    done = subprocess.run(command, env=environment(**more), capture_output=True, text=True, timeout=200)
+    done = run(command, env=environment(**more), timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(folder / f"process_{i}.pt", weights_only=True) for i in range(processes)]
 
@@ -176,26 +178,22 @@ def server(tmp_path):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, str(TESTS / "vllm_serve.py"), str(tiny.MODEL), str(port)]
-    with (tmp_path / "server.log").open("w") as log:
-        process = subprocess.Popen(command, env=environment(), stdout=log, stderr=log, start_new_session=True)
-    try:
+    log = tmp_path / "server.log"
+    with log.open("w") as said, started(command, env=environment(), stdout=said, stderr=said) as process:
         address = f"http://127.0.0.1:{port}"
         until = time.monotonic() + 150
         while True:
             waiting = process.poll() is None and time.monotonic() < until
-            assert waiting, (tmp_path / "server.log").read_text()[-3000:]
+            assert waiting, log.read_text()[-3000:]
             try:
                 urllib.request.urlopen(f"{address}/health", timeout=5).close()
                 break
             except urllib.error.URLError:
                 time.sleep(0.5)
         yield address
-    finally:
         os.killpg(process.pid, signal.SIGTERM)
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_rollouts_of_a_server(tmp_path, server):

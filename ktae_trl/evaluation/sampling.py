@@ -210,8 +210,14 @@ def _completion(ids: list[int], tokenizer: PreTrainedTokenizerBase, sampling: Sa
 
 @contextmanager
 def _ctrl_c_waits():
-    """Let the first Ctrl-C only leave a mark in the list that is given, the second one interrupt."""
+    """Let the first Ctrl-C only leave a mark in the list that is given, the second one interrupt.
+
+    Where it is ignored, as in the background job of a script, it stays so.
+    """
     marks: list[bool] = []
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        yield marks
+        return
 
     def first(signum, frame):
         print("\nStopping after the batch that is being generated (Ctrl-C again: at once)", flush=True)
@@ -290,8 +296,13 @@ def sample_with_vllm(
                 task.cancel()
 
         # Not `loop.add_signal_handler`: its pipe can be full of the engine's messages, and the Ctrl-C is lost.
+        # A signal that is ignored stays so; SIGTERM and SIGHUP are there too where the caller has made them a Ctrl-C.
         loop = asyncio.get_running_loop()
-        before = signal.signal(signal.SIGINT, lambda *_: loop.call_soon_threadsafe(stop))
+        before = {
+            number: signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop))
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            if signal.getsignal(number) not in (signal.SIG_IGN, signal.SIG_DFL)
+        }
         try:
             await asyncio.gather(*tasks)
         except (Exception, asyncio.CancelledError):
@@ -303,7 +314,8 @@ def sample_with_vllm(
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             engine.shutdown()
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     if waiting:
         asyncio.run(all_of_them())

@@ -2,12 +2,13 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 import yaml
+
+from tests.processes import run as finish
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,7 +58,7 @@ def launch(folder: Path, settings: dict, mode: str | None, *arguments: str, proc
     """Run run.py, without a mode as a plain single process; return the result of each process."""
     launcher = accelerate(folder, mode, processes) if mode else [sys.executable]
     words = [*launcher, *run(folder, settings, *arguments)]
-    done = subprocess.run(words, cwd=ROOT, env=environment(mode), capture_output=True, text=True, timeout=300)
+    done = finish(words, cwd=ROOT, env=environment(mode))
     assert done.returncode == 0, done.stderr[-5000:]
     return read(folder, mode, processes)
 

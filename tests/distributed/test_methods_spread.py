@@ -1,13 +1,13 @@
 """Every credit method on two processes, full and LoRA, with groups all right, all wrong, unscorable, and mixed."""
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from ktae_trl.credit import METHODS
 from tests.distributed.launching import ROOT, accelerate, environment
+from tests.processes import run
 
 pytestmark = pytest.mark.slow
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 def test_three_steps_on_two_processes(tmp_path):
     script = str(Path(__file__).with_name("all_methods.py"))
     words = [*accelerate(tmp_path, "ddp"), script, str(tmp_path)]
-    done = subprocess.run(words, cwd=ROOT, env=environment("ddp"), capture_output=True, text=True, timeout=500)
+    done = run(words, cwd=ROOT, env=environment("ddp"), timeout=500)
     assert done.returncode == 0, done.stderr[-5000:]
     first, second = (json.loads((tmp_path / f"process_{rank}.json").read_text()) for rank in (0, 1))
     assert set(first) == {f"{credit} {kind}" for credit in ("none", *METHODS) for kind in ("full", "lora")}

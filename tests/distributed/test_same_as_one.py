@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from ktae_trl import tiny
 from tests.distributed.launching import MODES, ROOT, accelerate, environment, launch, read, run
+from tests.processes import started
 from tests.training import difference
 
 pytestmark = pytest.mark.slow
@@ -178,17 +179,16 @@ def test_two_nodes(trained, tmp_path, mode):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     script = run(tmp_path, {**REPLAYED, "per_device_train_batch_size": 12, "save_strategy": "no"})
-    nodes = []
-    for rank in (0, 1):
+
+    def node(rank: int):
         where = {"num_machines": 2, "machine_rank": rank, "main_process_ip": "127.0.0.1", "main_process_port": port}
         words = [*accelerate(tmp_path / f"node_{rank}", mode, **where), *script]
-        nodes.append(subprocess.Popen(words, cwd=ROOT, env=environment(mode), stderr=subprocess.PIPE, text=True))
-    try:
-        errors = [node.communicate(timeout=200)[1] for node in nodes]
-    finally:
-        for node in nodes:
-            node.kill()
-    assert [node.returncode for node in nodes] == [0, 0], errors
+        return started(words, cwd=ROOT, env=environment(mode), stderr=subprocess.PIPE)
+
+    with node(0) as first, node(1) as second:
+        nodes = (first, second)
+        errors = [each.communicate(timeout=200)[1] for each in nodes]
+    assert [each.returncode for each in nodes] == [0, 0], errors
     assert_same_as_one(read(tmp_path, mode), trained()[1][0])
 
 

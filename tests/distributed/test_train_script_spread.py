@@ -6,6 +6,8 @@ import re
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from ktae_trl import checkpoints, tiny
 from tests.distributed.launching import MODES, ROOT, accelerate, environment
+from tests.processes import children, gone, started
 
 pytestmark = pytest.mark.slow
 SMALL = {
@@ -35,26 +38,29 @@ SHARDED = {
 SHIM = Path(__file__).with_name("train_on_cpu.py")
 
 
-def train(folder: Path, mode: str, settings: dict, script=SHIM, **more) -> subprocess.Popen:
-    """Start train.py with the quickstart recipe; what it says goes to folder/said."""
+@contextmanager
+def train(folder: Path, mode: str, settings: dict, path: str = "", script=SHIM, **more) -> Iterator[subprocess.Popen]:
+    """Start train.py with the quickstart recipe; what it says goes to folder/said. `path`: for its imports."""
     words = [str(word) for key, value in {**SMALL, **settings}.items() for word in (f"--{key}", value)]
     words = ["--config", "configs/quickstart.yaml", "--output_dir", str(folder / "out"), *words]
-    with (folder / "said").open("w") as said:
-        return subprocess.Popen(
-            [*accelerate(folder, mode, **more), str(script), *words],
-            cwd=ROOT,
-            env=environment(mode),
-            stdout=said,
-            stderr=subprocess.STDOUT,
-        )
+    command, env = [*accelerate(folder, mode, **more), str(script), *words], environment(mode)
+    env["PYTHONPATH"] += f":{path}"
+    said, options = (folder / "said").open("w"), {"cwd": ROOT, "env": env, "stderr": subprocess.STDOUT}
+    with said, started(command, stdout=said, **options) as launched:
+        yield launched
+
+
+def train_to_the_end(*arguments, **more) -> int:
+    """Return the exit code."""
+    with train(*arguments, **more) as launched:
+        return launched.wait(200)
 
 
 @pytest.mark.parametrize("mode", SHARDED)
 def test_a_spread_model_is_saved_whole(tmp_path, mode):
     settings = {"gradient_checkpointing": "true", "learning_rate": 1e-3}
-    launched = train(tmp_path, mode, settings, **SHARDED[mode])
     # ZeRO-3 with gradient checkpointing can abort at exit, after all is done.
-    assert launched.wait(200) == 0, said(tmp_path)
+    assert train_to_the_end(tmp_path, mode, settings, **SHARDED[mode]) == 0, said(tmp_path)
     assert f"\nran as 2 {' '.join(MODES[mode][1:])}\n" in said(tmp_path)
     assert "Saved model" in said(tmp_path)
     results = json.loads((tmp_path / "out" / "held_out_results.json").read_text())
@@ -68,8 +74,7 @@ def test_a_spread_model_is_saved_whole(tmp_path, mode):
 
 
 def test_a_dry_run_of_two_processes_is_shown_once(tmp_path):
-    launched = train(tmp_path, "ddp", {"dry_run": "true"})
-    assert launched.wait(200) == 0, said(tmp_path)
+    assert train_to_the_end(tmp_path, "ddp", {"dry_run": "true"}) == 0, said(tmp_path)
     assert said(tmp_path).count("16 rollouts x 2 processes x 1 steps_per_generation = 32 rollouts a generation") == 1
     assert not (tmp_path / "out").exists()
 
@@ -77,16 +82,16 @@ def test_a_dry_run_of_two_processes_is_shown_once(tmp_path):
 def test_two_processes_on_a_cpu_resume_without_our_help(tmp_path):
     settings = {"save_steps": 1, "held_out_samples": 0, "learning_rate": 1e-3, "use_cpu": "true"}
     for more in ({}, {"max_steps": 3, "lr_scheduler_type": "constant", "resume_from_checkpoint": "true"}):
-        launched = train(tmp_path, "ddp", settings | more, script=ROOT / "train.py")
-        assert launched.wait(200) == 0, said(tmp_path)
+        ended = train_to_the_end(tmp_path, "ddp", settings | more, script=ROOT / "train.py")
+        assert ended == 0, said(tmp_path)
     assert "Trained to step 3" in said(tmp_path)
 
 
 def test_a_resume_is_refused_by_all_processes_and_once(tmp_path):
     settings = {"save_steps": 1, "held_out_samples": 0}
-    assert train(tmp_path, "ddp", settings).wait(200) == 0, said(tmp_path)
-    refused = train(tmp_path, "ddp", {**settings, "max_steps": 3, "seed": 7, "resume_from_checkpoint": "true"})
-    assert refused.wait(100) != 0
+    assert train_to_the_end(tmp_path, "ddp", settings) == 0, said(tmp_path)
+    another = {**settings, "max_steps": 3, "seed": 7, "resume_from_checkpoint": "true"}
+    assert train_to_the_end(tmp_path, "ddp", another) != 0
     (line,) = re.findall(r"^train.py: .*", said(tmp_path), re.MULTILINE)
     assert "checkpoint-2 stopped at a certain place in its training prompts" in line
     assert re.search(r"seed was \d+ and is 7", line)
@@ -108,8 +113,7 @@ def process(launched: subprocess.Popen, rank: int) -> int:
 @pytest.mark.parametrize("dies", [0, 1])
 def test_a_process_dies_and_the_run_goes_on(tmp_path, dies):
     settings = {"max_steps": 8, "save_steps": 2}
-    launched = train(tmp_path, "ddp", settings)
-    try:
+    with train(tmp_path, "ddp", settings) as launched:
         until = time.monotonic() + 200
         while not checkpoints.is_sealed(tmp_path / "out" / "checkpoint-2"):
             assert launched.poll() is None, said(tmp_path)
@@ -118,8 +122,6 @@ def test_a_process_dies_and_the_run_goes_on(tmp_path, dies):
         time.sleep(0.1)  # into the third step
         os.kill(process(launched, dies), signal.SIGKILL)
         assert launched.wait(60) != 0
-    finally:
-        launched.kill()
     # The other process said so, whether it met a broken connection or the launcher's SIGTERM first.
     (line,) = re.findall(r"^train.py: .*", said(tmp_path), re.MULTILINE)
     told = re.fullmatch(
@@ -138,9 +140,63 @@ def test_a_process_dies_and_the_run_goes_on(tmp_path, dies):
     checkpoints.begin(tmp_path / "out" / "checkpoint-7")
     (tmp_path / "out" / "checkpoint-7" / "rollouts_0.pt").touch()
 
-    assert train(tmp_path, "ddp", {**settings, "resume_from_checkpoint": "true"}).wait(200) == 0, said(tmp_path)
+    assert train_to_the_end(tmp_path, "ddp", {**settings, "resume_from_checkpoint": "true"}) == 0, said(tmp_path)
     assert "\nran as 2 MULTI_CPU DistributedDataParallel\n" in said(tmp_path)
     assert "Trained to step 8" in said(tmp_path)
     logged = json.loads((tmp_path / "out" / "checkpoint-8" / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in logged] == list(range(1, 9))
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+HANGS = """
+import os, time
+
+def mine(completions, **kwargs):
+    if os.environ["RANK"] == "1":
+        time.sleep(1000)
+    return [float(i % 2) for i in range(len(completions))]
+"""
+
+
+def test_a_reward_function_that_hangs_on_one_process_ends_all(tmp_path):
+    (tmp_path / "hanging.py").write_text(HANGS)
+    settings = {"reward_funcs": "hanging.mine", "reward_timeout": 1, "held_out_samples": 0}
+    with train(tmp_path, "ddp", settings, path=str(tmp_path)) as launched:
+        assert launched.wait(100) != 0
+    (error,) = re.findall(r"^TimeoutError: .*", said(tmp_path).replace("[rank1]: ", ""), re.MULTILINE)
+    assert error.startswith(
+        "TimeoutError: The reward function 'mine' (process 1) took longer than reward_timeout (1 s)"
+    )
+    assert "Completion 0 of 16 takes that long by itself" in error
+    lines = re.findall(r"^train.py: training stopped after step 0 \(process (\d)\): (.*)", said(tmp_path), re.MULTILINE)
+    assert ("1", f"{error}. There is no checkpoint in {tmp_path / 'out'} yet: start again") in lines
+
+
+WAITS = """
+import time
+
+def mine(completions, **kwargs):
+    print("waiting", flush=True)
+    time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("blow", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_nobody_outlives_the_launcher(tmp_path, blow, processes):
+    (tmp_path / "waiting.py").write_text(WAITS)
+    more = {} if processes == 2 else {"num_processes": 1, "distributed_type": "NO"}
+    settings = {"reward_funcs": "waiting.mine", "held_out_samples": 0}
+    with train(tmp_path, "ddp", settings, path=str(tmp_path), **more) as launched:
+        until = time.monotonic() + 100
+        while said(tmp_path).count("waiting\n") < processes:
+            assert launched.poll() is None, said(tmp_path)
+            assert time.monotonic() < until, said(tmp_path)
+            time.sleep(0.05)
+        started_by_it = children(launched.pid)
+        assert len(started_by_it) >= processes
+        launched.send_signal(blow)
+        assert launched.wait(60) != 0
+        assert gone(started_by_it)
+    passed_on = "SIGHUP" if (blow, processes) == (signal.SIGHUP, 2) else "SIGTERM"
+    assert re.search(rf"^train.py: training stopped after step 0.*\({passed_on}\)", said(tmp_path), re.MULTILINE)
