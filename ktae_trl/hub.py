@@ -249,8 +249,12 @@ def read_results(path: Path, folder: Path) -> list:
     try:
         summary = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    if not isinstance(summary, dict) or not {"benchmarks", "model", "settings"} <= summary.keys():
+        raise ValueError(
+            f"{file} is damaged ({error}). The samples beside it are kept: run eval.py again with the same settings, "
+            "which grades them and writes it anew"
+        ) from None
+    known = isinstance(summary, dict) and {"benchmarks", "model", "settings"} <= summary.keys()
+    if not known or not isinstance(summary["settings"], dict):
         raise ValueError(f"{file} does not say which model it is of: only what eval.py sampled can go into a card")
     mark = summary["settings"].get("fingerprint")
     again = f"Measure again: python eval.py --config ... --model_name_or_path {folder}"

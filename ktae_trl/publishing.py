@@ -53,9 +53,12 @@ class Publishing:
             super()._save(output_dir, state_dict)
 
     def save_metrics(self, split, metrics, combined=True):
-        if self.is_world_process_zero():
-            with without_links(Path(self.args.output_dir)):
-                super().save_metrics(split, metrics, combined)
+        with without_links(Path(self.args.output_dir)):
+            super().save_metrics(split, metrics, combined)
+
+    def save_state(self):
+        with without_links(Path(self.args.output_dir)):
+            super().save_state()
 
     def save_whole_model(self) -> None:
         """Save a model that `from_pretrained` loads, also where checkpoints are in shards (accelerate's default)."""

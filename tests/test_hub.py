@@ -636,9 +636,11 @@ def test_hostile_files_stay_here_during_training(server, report, tmp_path, monke
 
     save_rng_state = trainer._save_rng_state
     monkeypatch.setattr(trainer, "_save_rng_state", lambda output: (save_rng_state(output), add_to_checkpoint()))
+    before = snapshot(tmp_path / "outside")
     trainer.train()
     (repo,) = server.repos.values()
     assert leaked(repo) == []
+    assert snapshot(tmp_path / "outside") == before
     assert not [name for name, data in repo["files"].items() if TOKEN.encode() in data]
     assert {"model.safetensors", "tokenizer.json"} <= repo["files"].keys()
     name = {"every_save": None, "checkpoint": "last-checkpoint", "all_checkpoints": "checkpoint-1"}[strategy]
@@ -689,13 +691,13 @@ REFUSED = {
 
 def test_weights_that_cannot_be_sent_are_said(server, run):
     (run / "model.safetensors").rename(run.parent / "weights")
-    with pytest.raises(SystemExit, match="holds no weights .* python -m ktae_trl.merge"):
+    with pytest.raises(SystemExit, match=r"holds no weights .* python -m ktae_trl.merge"):
         our_hub.main([str(run)])
     (run / "pytorch_model.bin").write_bytes(b"a pickle")
-    with pytest.raises(SystemExit, match="pytorch_model.bin is a pickle, .* add --include pytorch_model.bin"):
+    with pytest.raises(SystemExit, match=r"pytorch_model\.bin is a pickle, .* add --include pytorch_model\.bin"):
         our_hub.main([str(run)])
     (run / "model.safetensors").symlink_to(run.parent / "weights")
-    with pytest.raises(SystemExit, match="The weights in .* are a link .*Copy the file there"):
+    with pytest.raises(SystemExit, match=r"The weights in .* are a link .*Copy the file there"):
         our_hub.main([str(run)])
     assert not server.requests
 

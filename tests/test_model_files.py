@@ -201,7 +201,7 @@ def test_a_config_of_any_kind_is_no_error(tmp_path, text):
 
 def test_pictures_of_the_card(tmp_path):
     (tmp_path / "README.md").write_text(
-        "![curve](curve.png) <img src='./plots/length.svg' width=3> ![](../up.png) ![](.hidden/x.png) [notes](notes.txt)\n"
+        "![curve](curve.png) <img src='./plots/length.svg' width=3> ![](../up.png) ![](.hidden/x.png) [a](notes.txt)\n"
         '![titled](titled.jpg "A title") ![elsewhere](https://example.org/far.png) ![](linked.png) ![](missing.gif)'
     )
     for name in (
