@@ -218,9 +218,10 @@ def read_settings(folder: Path) -> dict | None:
     if damage is None:
         return None
     raise ValueError(
-        f"{damage}, and no {SUMMARY} has the settings. The samples in {folder} are still there, but none can be added, "
-        f"for how they were made is not known. To grade them: python eval.py grade {folder / 'NAME.jsonl'}. To measure "
-        "again: choose another output_dir, or move that folder away"
+        f"{damage}, and no {SUMMARY} has the settings. The samples in {folder} are all there, but without the settings "
+        "none are added to them. If you know the command that made them: run it with another output_dir, stop it when "
+        f"it samples, and copy the {SETTINGS} from there. To measure again: choose another output_dir, or move that "
+        "folder away"
     )
 
 
