@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 VLLM_VENV ?= .venv-vllm
 
+# TRL reports each trainer that is built to the Hub; with this it asks nobody.
+export HF_HUB_DISABLE_TELEMETRY = 1
+
 .PHONY: quickstart test test-slow test-faults test-vllm lint bench docs clean
 
 quickstart: $(VENV)/quickstart.installed

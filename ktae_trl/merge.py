@@ -55,7 +55,7 @@ def merge(source: str | Path, output: str | Path, *, base: str | None = None, dt
     if not source.is_dir():
         raise FileNotFoundError(f"There is no folder {source}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} is there already and not empty: choose another folder, or delete it")
+        raise ValueError(f"{output} is there already and not empty: choose another folder")
     source, kind = _find(source)
     logger.info("%s: %s", source, kind)
     if kind == "adapter":
@@ -69,14 +69,15 @@ def merge(source: str | Path, output: str | Path, *, base: str | None = None, dt
     if precision is not None:
         model = model.to(precision)
     tokenizer = _tokenizer(tokenizer_from)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as partial:
+    place = output.resolve()  # a link to an empty folder, perhaps on another disk, stays one
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as partial:
         whole = Path(partial) / "model"
         model.save_pretrained(whole)
         tokenizer.save_pretrained(whole)
-        if output.exists():
-            output.rmdir()  # it is empty
-        whole.rename(output)
+        if place.exists():
+            place.rmdir()
+        whole.rename(place)
     return output
 
 

@@ -19,6 +19,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard
 
 from ktae_trl import __version__
+from ktae_trl.files import replacing
 
 CARD = "README.md"
 PAGE = "key_tokens.html"
@@ -126,13 +127,13 @@ def update(folder: Path, *, repo_id: str | None = None, results: Sequence[EvalRe
     """Add to the card of a folder: results, the link to the page if it is there, the model's name on the Hub.
 
     Results of the same benchmark and metric are replaced, all others stay. What was measured in training
-    (`held_out_results.json`) is added by itself. A folder without a card is left alone.
+    (`held_out_results.json`) is added by itself. A folder without a card of its own is left alone.
 
     Raises:
         ValueError: somebody has edited the card's metadata, and they are no YAML or no model-index any more.
     """
     path = folder / CARD
-    if not path.exists():
+    if not path.exists() or path.is_symlink():  # a card that lies elsewhere is not this model's
         return
     card = _load(path)
     card.data.model_name = card.data.model_name or folder.name
@@ -172,9 +173,8 @@ def _load(path: Path) -> ModelCard:
 
 def _save(card: ModelCard, path: Path) -> None:
     """Write the card whole: who is interrupted keeps the one before."""
-    partial = path.with_name(f"_{path.name}.part")
-    card.save(partial)
-    partial.replace(path)
+    with replacing(path) as draft:
+        card.save(draft)
 
 
 # Results: each is an entry of the metadata's model-index, from which the table is written.

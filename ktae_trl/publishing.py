@@ -1,11 +1,13 @@
 """The part of `KTAEGRPOTrainer` that saves and publishes: what is on disk comes first, then the network."""
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 from accelerate.utils import is_peft_model
 
 from ktae_trl import hub, model_card
+from ktae_trl.model_files import without_links
 
 
 class Publishing:
@@ -19,13 +21,11 @@ class Publishing:
         data = dataset_name or self.recipe.get("dataset_name")
         on_hub = model_card.is_hub_id(data)
         tags = [*([tags] if isinstance(tags, str) else tags or []), *(getattr(self.model, "model_tags", None) or [])]
-        super().create_model_card(
-            " ".join((model_name or (self.args.hub_model_id or output.name).split("/")[-1]).split()),
-            data if on_hub else None,
-            tags,
-        )
+        name = " ".join((model_name or (self.args.hub_model_id or output.name).split("/")[-1]).split())
         if not self.is_world_process_zero():
             return
+        with without_links(output):
+            super().create_model_card(name, data if on_hub else None, tags)
         base = self.model.config._name_or_path
         known = {"credit": self.args.credit, "reward_funcs": self.reward_func_names}
         family = f"{self.args.credit.partition('_')[0]}_"
@@ -42,6 +42,23 @@ class Publishing:
         )
         if not self.is_in_train:  # what lies there then may be of an earlier run
             model_card.update(output)
+
+    def _save(self, output_dir=None, state_dict=None):
+        # The final model and that of each checkpoint. The libraries write through links: such as those of the Hub's
+        # cache, copied into `output_dir` with the model that training began with.
+        folder = Path(output_dir or self.args.output_dir)
+        with ExitStack() as saving:
+            for place in (folder, folder / "ref"):  # TRL's second adapter, the reference of one that is trained again
+                saving.enter_context(without_links(place))
+            super()._save(output_dir, state_dict)
+
+    def save_metrics(self, split, metrics, combined=True):
+        with without_links(Path(self.args.output_dir)):
+            super().save_metrics(split, metrics, combined)
+
+    def save_state(self):
+        with without_links(Path(self.args.output_dir)):
+            super().save_state()
 
     def save_whole_model(self) -> None:
         """Save a model that `from_pretrained` loads, also where checkpoints are in shards (accelerate's default)."""
@@ -82,8 +99,8 @@ class Publishing:
     def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, **kwargs):
         """Save model (or adapter), tokenizer, card and key-token page, then upload them.
 
-        Checkpoints, recorded rollouts, and what holds all arguments and so secrets (training_args.bin, TensorBoard's
-        logs) stay here.
+        All else in `output_dir` stays there, such as checkpoints, recorded rollouts, logs, and training_args.bin, which
+        holds `hub_token`; a warning lists it. `python -m ktae_trl.hub FOLDER --include FILE` adds files.
 
         Args:
             blocking: False returns a `Future` of the commit at once.
@@ -104,5 +121,7 @@ class Publishing:
             self.push_in_progress = None
 
     def _push_from_checkpoint(self, checkpoint_folder):
-        with hub.our_uploads():
+        if not self.is_world_process_zero():
+            return
+        with hub.our_uploads(), without_links(Path(self.args.output_dir)):  # the checkpoint's model is copied there
             super()._push_from_checkpoint(checkpoint_folder)

@@ -35,6 +35,12 @@ class Recorder(TrainerCallback):
         ]
         self.tokenizer, self.special_ids, self.accelerator = tokenizer, special_ids, accelerator
         self.folder = Path(args.output_dir) / records.FOLDER
+        for folder in (self.folder, self.folder.with_name("completions")):  # the second is TRL's, of `log_completions`
+            if folder.is_symlink():
+                raise ValueError(
+                    f"{folder} is a link to {folder.readlink()}, perhaps of another run: this one would write and "
+                    "remove files there. Remove the link, or choose another output_dir (which may be a link as a whole)"
+                )
         self._sample: records.Record | None = None
         self._every = 0  # optimizer steps; 0 until a training begins
         self._last_step = 0  # of the newest record

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ktae_trl.files import open_to_append, replace_text, replacing
+
 FOLDER = "rollouts"
 METRICS = "metrics.jsonl"
 SCHEMA_VERSION = 1
@@ -72,9 +74,8 @@ def write(path: Path, record: Record) -> None:
     columns = schema(names).with_metadata({_METADATA: json.dumps(record.method._asdict()).encode()})
     rows = [{"schema_version": SCHEMA_VERSION, **row} for row in record.rows]
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.part")
-    pq.write_table(pa.Table.from_pylist(rows, columns), partial, compression="zstd")
-    partial.replace(path)
+    with replacing(path) as draft:
+        pq.write_table(pa.Table.from_pylist(rows, columns), draft, compression="zstd")
 
 
 def read(path: str | Path) -> Record:
@@ -126,16 +127,17 @@ def step_of(path: Path) -> int:
 
 
 def forget(folder: Path, step: int) -> int:
-    """Remove what was recorded after this step, metrics too; return the number of records removed."""
+    """Remove what was recorded after this step, metrics too; return the number of records removed.
+
+    A link in the place of the metrics becomes a file.
+    """
     later = [path for path in files(folder) if step_of(path) > step]
     for path in later:
         path.unlink()
     metrics = read_metrics(folder)
     kept = [entry for entry in metrics if entry["step"] <= step]
-    if len(kept) < len(metrics):
-        partial = folder / f".{METRICS}.part"
-        partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
-        partial.replace(folder / METRICS)
+    if len(kept) < len(metrics) or (folder / METRICS).is_symlink():  # lines are appended to a file of the run's own
+        replace_text(folder / METRICS, "".join(json.dumps(entry) + "\n" for entry in kept))
     return len(later)
 
 
@@ -143,7 +145,7 @@ def append_metrics(folder: Path, entry: dict[str, Any]) -> None:
     """Add a line to the metrics; what is no number or not finite becomes null."""
     folder.mkdir(parents=True, exist_ok=True)
     finite = {k: v if isinstance(v, (int, float)) and math.isfinite(v) else None for k, v in entry.items()}
-    with (folder / METRICS).open("a", encoding="utf-8") as lines:
+    with open_to_append(folder / METRICS) as lines:
         lines.write(json.dumps(finite) + "\n")
 
 

@@ -248,8 +248,8 @@ def test_other_settings_need_another_folder(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("not json", r"line 2 is not a sample .*Delete that line and run eval.py with the same settings"),
-        ("17", r"line 2 is not a sample .*Delete that line"),
+        ("not json", r"line 2 is not a sample .*Move that line to another file and run eval.py with the same settings"),
+        ("17", r"line 2 is not a sample .*Move that line to another file"),
         ('{"id": "1"}', "line 2 is not a sample .no sample, problem, prompt, completion, tokens, truncated"),
         (json.dumps(row("1", 0, "again")), "line 2 is problem '1', sample 0 again"),
     ],

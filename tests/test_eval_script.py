@@ -1,6 +1,5 @@
 """`eval.py` as a user runs it, with the offline model on its own task."""
 
-import fcntl
 import gzip
 import importlib.util
 import json
@@ -221,7 +220,7 @@ def test_samples_of_another_model_are_refused(script, model, tmp_path):
     assert (before[: 1 << 20], before[-1 << 20 :]) == (after[: 1 << 20], after[-1 << 20 :])
     said = complaint(script, words)
     assert f"{tmp_path / 'out'} holds another model's samples, or its files have changed: fingerprint was " in said
-    assert "Choose another output_dir, or delete that folder" in said
+    assert "Choose another output_dir, or move that folder away" in said
 
 
 def test_the_same_model_by_another_path(script, model, tmp_path, capsys, monkeypatch):
@@ -271,7 +270,7 @@ def test_results_of_version_0_1(script, evaluated, model, tmp_path, monkeypatch,
     (old / "settings.json").write_text(json.dumps(settings | {"fingerprint": "0123456789abcdef"}))
     said = complaint(script, [*QUICK, "--output_dir", str(old)])
     assert "holds samples of version 0.1, which did not read all of the model's weights" in said
-    assert "Choose another output_dir, or delete that folder" in said
+    assert "Choose another output_dir, or move that folder away" in said
     config = yaml.safe_load((ROOT / "configs" / "eval" / "quickstart.yaml").read_text())
     config["benchmarks"][0]["dataset"] = str(ROOT / config["benchmarks"][0]["dataset"])
     (tmp_path / "quick.yaml").write_text(yaml.safe_dump(config | {"limit": 2, "samples": 1}))
@@ -456,7 +455,7 @@ def test_no_problem_vanishes(script, tmp_path):
     rows = [{"id": "a", "output": [r"\boxed{2}"], "answer": "2"}, {"id": "b", "output": [], "answer": "3"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     said = complaint(script, ["grade", str(path), "--output_dir", str(tmp_path / "out")])
-    assert "x.jsonl, line 2: problem 'b' has no outputs. Delete that line to leave the problem out" in said
+    assert "x.jsonl, line 2: problem 'b' has no outputs. Grade a copy of the file without that line, to leave" in said
     rows[1]["output"] = [""]  # as the message says
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert grade_file(script, path)["accuracy"][0] == 0.5
@@ -554,10 +553,119 @@ def test_unknown_command(script):
 
 
 def test_only_one_process_writes_to_a_folder(script, tmp_path):
-    (tmp_path / ".lock").touch()
-    with open(tmp_path / ".lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "Another eval.py is writing to" in complaint(script, [*QUICK, "--output_dir", str(tmp_path)])
+    other = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            f"from ktae_trl.files import locked\nwith locked({str(tmp_path)!r}, 'eval.py'):\n  input()",
+        ],
+        stdin=subprocess.PIPE,
+        cwd=ROOT,
+    )
+    with other:
+        while not (tmp_path / ".lock").exists() or not (tmp_path / ".lock").read_text().endswith("}"):
+            time.sleep(0.01)
+        said = complaint(script, [*QUICK, "--output_dir", str(tmp_path)])
+        other.communicate(b"\n")
+    assert f"{tmp_path} is in use: eval.py (process {other.pid} on " in said
+    assert list(tmp_path.iterdir()) == [tmp_path / ".lock"]
+
+
+DAMAGES = {
+    "empty": b"",
+    "half": b'{"model_name_or_path": "m',
+    "a list": b"[1, 2]",
+    "a number": b"17",
+    "no text": b"\xff\xfe\x00",
+    "missing": None,
+}
+
+
+def damage(file: Path, kind: str) -> None:
+    file.unlink()
+    if DAMAGES[kind] is not None:
+        file.write_bytes(DAMAGES[kind])
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damaged_settings_are_those_of_the_summary(script, evaluated, tmp_path, caplog, capsys, kind):
+    folder = Path(shutil.copytree(evaluated, tmp_path / "tiny"))
+    damage(folder / "settings.json", kind)
+    script.main([*QUICK, "--output_dir", str(folder)])
+    assert "All 96 samples are in" in capsys.readouterr().out
+    assert "the settings are taken from summary.json" in caplog.text
+    for name in ("settings.json", "sums.jsonl"):
+        assert (folder / name).read_bytes() == (evaluated / name).read_bytes()
+    damage(folder / "settings.json", kind)
+    said = complaint(script, [*QUICK, "--temperature", "0.5", "--output_dir", str(folder)])  # they are compared
+    assert "holds samples made with other settings: temperature was 1.0, now it is 0.5" in said
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_advice_on_damaged_settings_loses_nothing(script, evaluated, tmp_path, capsys, kind):
+    folder = Path(shutil.copytree(evaluated, tmp_path / "tiny"))
+    damage(folder / "settings.json", kind)
+    damage(folder / "summary.json", "half")
+    before = {path.name: path.read_bytes() for path in folder.glob("*.json*")}
+    said = complaint(script, [*QUICK, "--output_dir", str(folder)])
+    assert {path.name: path.read_bytes() for path in folder.glob("*.json*")} == before
+    assert "delete" not in said.lower()
+    if kind == "missing":  # it could be anybody's
+        assert f"To grade what is in it: python eval.py grade {folder / 'sums.jsonl'}" in said
+        script.main(["grade", str(folder / "sums.jsonl"), "--output_dir", str(tmp_path / "graded")])
+        return
+    assert "settings.json is damaged (" in said
+    assert "run it with another output_dir, stop it when it samples, and copy the settings.json from there" in said
+    shutil.copy(evaluated / "settings.json", folder)  # as such a run writes it before its first sample
+    capsys.readouterr()
+    script.main([*QUICK, "--output_dir", str(folder)])
+    assert "All 96 samples are in" in capsys.readouterr().out
+    assert (folder / "sums.jsonl").read_bytes() == before["sums.jsonl"]
+    assert json.loads((folder / "summary.json").read_text())["benchmarks"]
+
+
+def test_settings_are_there_before_the_first_sample(script, tmp_path, monkeypatch):
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "sample_with_transformers", killed)
+    with pytest.raises(SystemExit, match="stopped"):
+        script.main([*QUICK, "--output_dir", str(tmp_path)])
+    assert json.loads((tmp_path / "settings.json").read_text())["samples"] == 4
+
+
+@pytest.mark.parametrize("kind", [kind for kind in DAMAGES if kind != "missing"])
+@pytest.mark.parametrize("name", ["settings.json", "summary.json"])
+def test_what_was_sampled_can_be_compared_whatever_else_is_damaged(script, evaluated, tmp_path, capsys, name, kind):
+    one, other = (Path(shutil.copytree(evaluated, tmp_path / side)) for side in ("one", "other"))
+    damage(one / name, kind)
+    if name == "settings.json":
+        (one / "summary.json").unlink()
+    script.main(["compare", str(one), str(other), "--output_dir", str(tmp_path / "compare")])
+    out = capsys.readouterr().out
+    assert "the same on every problem" in out
+    assert ("how one was sampled is not known here" in out) == (name == "settings.json")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in DAMAGES if kind != "missing"])
+def test_a_damaged_summary_is_written_anew(script, evaluated, tmp_path, kind):
+    folder = Path(shutil.copytree(evaluated, tmp_path / "tiny"))
+    damage(folder / "summary.json", kind)
+    with pytest.raises(ValueError, match=r"run eval\.py again|does not say which model"):
+        read_results(folder, folder)
+    script.main([*QUICK, "--output_dir", str(folder)])
+    was = json.loads((evaluated / "summary.json").read_text())
+    assert json.loads((folder / "summary.json").read_text())["benchmarks"] == was["benchmarks"]
+
+
+def test_a_last_line_that_is_whole_is_kept(script, evaluated, tmp_path, capsys):
+    """An editor may leave out the end of the last line."""
+    folder = Path(shutil.copytree(evaluated, tmp_path / "tiny"))
+    whole = (folder / "sums.jsonl").read_bytes()
+    (folder / "sums.jsonl").write_bytes(whole.rstrip(b"\n"))
+    script.main([*QUICK, "--output_dir", str(folder)])
+    assert "All 96 samples are in" in capsys.readouterr().out
+    assert (folder / "sums.jsonl").read_bytes() == whole
 
 
 def test_only_keeps_the_other_benchmarks_in_the_summary(script, tmp_path, caplog):

@@ -30,7 +30,7 @@ from ktae_trl import hub as our_hub
 from ktae_trl import model_card, tiny
 from ktae_trl.fingerprint import fingerprint
 from ktae_trl.hub import HubError
-from tests import processes
+from tests import hostile, processes
 from tests.distributed import launching
 from tests.hub_server import TOKEN, serving
 from tests.test_fingerprint import change_middle_layer
@@ -134,8 +134,7 @@ def files_for_the_hub(folder: Path) -> dict[str, bytes]:
         for path in folder.rglob("*")
         if path.is_file() and path.relative_to(folder).parts[0] not in private
     }
-    kept.pop("training_args.bin", None)
-    return {name: data for name, data in kept.items() if not name.startswith("_")}
+    return {name: data for name, data in kept.items() if name not in ("training_args.bin", "held_out_before.json")}
 
 
 def snapshot(folder: Path) -> dict[str, str]:
@@ -358,7 +357,7 @@ def test_push_to_hub(server, report, tmp_path, private):
     ].keys()
     weights = (folder / "model.safetensors").read_bytes()
     assert server.objects[hashlib.sha256(weights).hexdigest()] == weights
-    assert report == [(folder, folder / "_key_tokens.html")]
+    assert report == [(folder, folder / ".part-key_tokens.html")]
     text = repo["files"]["README.md"].decode()
     card = ModelCard(text)
     assert card.data.datasets == "ann/problems"
@@ -456,7 +455,7 @@ def test_a_page_that_cannot_be_made_is_a_warning(server, report, run, monkeypatc
     assert "model.safetensors" in server.repos["ann/sums"]["files"]
     assert not [name for name in server.repos["ann/sums"]["files"] if "key_tokens" in name]
     assert "key_tokens" not in (run / "README.md").read_text()
-    assert not (run / "_key_tokens.html").exists()
+    assert not list(run.glob("*key_tokens*"))
 
 
 FAULTS = {
@@ -582,6 +581,167 @@ def test_what_is_no_model_is_refused(server, tmp_path, capsys):
     with pytest.raises(SystemExit):
         our_hub.main([str(tmp_path), "--private", "maybe"])
     assert not server.requests
+
+
+# What must not leave the folder
+
+
+def leaked(repo: dict) -> list[str]:
+    """Return which files of a repository hold what lay in the folder or behind its links."""
+    return sorted(name for name, data in repo["files"].items() if hostile.SECRET.encode() in data)
+
+
+def test_hostile_files_stay_here_with_the_command(server, report, run, caplog):
+    expected = set(files_for_the_hub(run)) | {"key_tokens.html"}
+    assert hostile.add(run, run.parent / "outside") > 70
+    our_hub.main([str(run)])
+    repo = server.repos["ann/sums"]
+    assert leaked(repo) == []
+    assert set(repo["files"]) == expected - {"generation_config.json"}  # which is a link in here
+    (said,) = [message for message in caplog.messages if message.startswith("Not uploaded")]
+    assert len(said) < 2000
+    for name in ("seed2/ (6 files)", "training_args.bin", "generation_config.json (a link)", "wandb/ (2 files)"):
+        assert name in said
+
+
+def test_hostile_files_stay_here_after_training(server, report, tmp_path):
+    folder = tmp_path / "sums"
+    hostile.add(folder, tmp_path / "outside", links={})
+    trainer = make_trainer(folder, **SETTINGS, save_strategy="steps", save_steps=1)
+    trainer.train()
+    for name, target in hostile.LINKS.items():  # what the last save did not replace
+        if not (folder / name).exists():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).symlink_to(tmp_path / "outside" / target)
+    trainer.push_to_hub()
+    assert leaked(server.repos["ann/sums"]) == []
+    assert {"model.safetensors", "tokenizer.json", "README.md"} <= server.repos["ann/sums"]["files"].keys()
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
+def test_hostile_files_stay_here_during_training(server, report, tmp_path, monkeypatch, strategy):
+    folder = tmp_path / "sums"
+    hostile.add(folder, tmp_path / "outside")
+    settings = {**SETTINGS, "save_strategy": "steps", "save_steps": 1, "hub_always_push": True}
+    trainer = make_trainer(folder, **settings, push_to_hub=True, hub_strategy=strategy, hub_token=TOKEN)
+    checkpoint = folder / "checkpoint-1"
+
+    def add_to_checkpoint(*_):
+        for name in (".env", "train.jsonl", "wandb/config.yaml", "optimizer.pt.bak", "seed2/training_args.bin"):
+            (checkpoint / name).parent.mkdir(exist_ok=True)
+            (checkpoint / name).write_text(hostile.SECRET)
+        (checkpoint / "manifest.json").write_text("{}")
+        (checkpoint / "scaler.pt").symlink_to(tmp_path / "outside" / "id_rsa")
+        (checkpoint / "global_step1").symlink_to(tmp_path / "outside" / "private_folder")
+
+    save_rng_state = trainer._save_rng_state
+    monkeypatch.setattr(trainer, "_save_rng_state", lambda output: (save_rng_state(output), add_to_checkpoint()))
+    before = snapshot(tmp_path / "outside")
+    trainer.train()
+    (repo,) = server.repos.values()
+    assert leaked(repo) == []
+    assert snapshot(tmp_path / "outside") == before
+    assert not [name for name, data in repo["files"].items() if TOKEN.encode() in data]
+    assert {"model.safetensors", "tokenizer.json"} <= repo["files"].keys()
+    name = {"every_save": None, "checkpoint": "last-checkpoint", "all_checkpoints": "checkpoint-1"}[strategy]
+    sent = {tuple(path.split("/", 1)) for path in repo["files"] if "/" in path}
+    assert {where for where, _ in sent} == ({name} if name else set())
+    if name:
+        own = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+        own |= {"chat_template.jinja", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+        assert {path for _, path in sent} == own | {"rollouts_0.pt", "manifest.json"}
+
+
+def test_files_are_added_by_name(server, report, run):
+    (run / "notes.txt").write_text("of interest")
+    (run / "logs").mkdir()
+    (run / "logs" / "[1] loss.csv").write_text("1,2")
+    our_hub.main([str(run), "--include", "notes.txt", "logs/[1] loss.csv"])
+    files = server.repos["ann/sums"]["files"]
+    assert files["notes.txt"] == b"of interest"
+    assert files["logs/[1] loss.csv"] == b"1,2"
+    assert not [name for name in files if name.startswith(("rollouts", "checkpoint"))]
+
+
+def test_a_failed_upload_with_added_files_says_so(server, report, run):
+    (run / "my notes.txt").write_text("of interest")
+    server.fault("drop", "/commit/")
+    with pytest.raises(SystemExit) as end:
+        our_hub.main([str(run), "--include", "my notes.txt"])
+    words = retry_command(str(end.value.code))
+    assert words[-2:] == ["--include", "my notes.txt"]
+    server.faults.clear()
+    our_hub.main(words)
+    assert "my notes.txt" in server.repos["ann/sums"]["files"]
+
+
+REFUSED = {
+    "training_args.bin": "holds all arguments of the training, with hub_token",
+    "seed2/training_args.bin": "holds all arguments of the training, with hub_token",
+    ".env": "is a hidden file",
+    ".git/config": "is a hidden file",
+    "generation_config.json": "is a link",
+    "linked/config.json": "is a link",
+    "../outside/id_rsa": "is not inside of",
+    "notes.txt": "looks like a token of the Hub",
+    "seed2": "is a folder",
+    "nothing.txt": "is not there",
+}
+
+
+def test_weights_that_cannot_be_sent_are_said(server, run):
+    (run / "model.safetensors").rename(run.parent / "weights")
+    with pytest.raises(SystemExit, match=r"holds no weights .* python -m ktae_trl.merge"):
+        our_hub.main([str(run)])
+    (run / "pytorch_model.bin").write_bytes(b"a pickle")
+    with pytest.raises(SystemExit, match=r"pytorch_model\.bin is a pickle, .* add --include pytorch_model\.bin"):
+        our_hub.main([str(run)])
+    (run / "model.safetensors").symlink_to(run.parent / "weights")
+    with pytest.raises(SystemExit, match=r"The weights in .* are a link .*Copy the file there"):
+        our_hub.main([str(run)])
+    assert not server.requests
+
+
+def test_a_card_or_records_behind_a_link_are_not_read(server, run):
+    outside = run.parent / "outside"
+    outside.mkdir()
+    (run / "README.md").rename(outside / "README.md")
+    (run / "README.md").symlink_to(outside / "README.md")
+    (run / "rollouts").rename(outside / "rollouts")
+    (run / "rollouts").symlink_to(outside / "rollouts")
+    before = (outside / "README.md").read_bytes()
+    our_hub.main([str(run)])
+    assert not {"README.md", "key_tokens.html"} & server.repos["ann/sums"]["files"].keys()
+    assert (outside / "README.md").read_bytes() == before
+    assert (run / "README.md").is_symlink()
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_asked_for_by_name_and_refused(server, report, run, name):
+    hostile.add(run, run.parent / "outside")
+    with pytest.raises(SystemExit, match=REFUSED[name]):
+        our_hub.main([str(run), "--include", name])
+    assert not server.requests
+
+
+def test_a_token_in_a_file_of_the_model_ends_the_upload(server, report, run):
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"token": hostile.SECRET}))
+    with pytest.raises(SystemExit, match=r"config\.json holds what looks like a token of the Hub"):
+        our_hub.main([str(run)])
+    assert not server.repos or not server.repos["ann/sums"]["files"]
+
+
+def test_no_token_is_on_disk_but_in_training_args(tmp_path):
+    """`hub_token`, and one that a dataset or a model is loaded with, in nothing else that a training writes."""
+    folder = tmp_path / "sums"
+    settings = {**SETTINGS, "save_strategy": "steps", "save_steps": 1, "record_steps": 1, "report_to": "tensorboard"}
+    trainer = make_trainer(folder, **settings, hub_token=TOKEN, log_completions=True)
+    trainer.train()
+    trainer.save_all(push=False)
+    found = {path.name for path in folder.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()}
+    assert found == {"training_args.bin"}
+    assert len(list(folder.rglob("events*"))) == 1
 
 
 # train.py, as a user starts it

@@ -316,7 +316,7 @@ def test_metrics_outlive_a_full_disk(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(records.Path, "write_text", full)
+    monkeypatch.setattr("os.replace", full)
     with pytest.raises(OSError, match="No space"):
         records.forget(tmp_path, 2)
     assert len(records.read_metrics(tmp_path)) == 4

@@ -12,6 +12,7 @@ import numpy as np
 from ktae_trl.evaluation.samples import SETTINGS, graded, grader, read_samples, read_settings
 from ktae_trl.evaluation.statistics import Difference, holm, mean_of, paired_difference, share
 from ktae_trl.evaluation.summary import Results, results
+from ktae_trl.files import replacing
 from ktae_trl.fingerprint import is_old
 
 MEAN = "mean of benchmarks"
@@ -76,7 +77,12 @@ def load_run(folder: str, name: str | None = None) -> Run:
             f"{folder} holds no results of eval.py (looked in {Path.cwd()})"
             + (f". There are: {below}" if below else "")
         )
-    return Run(name or path.resolve().name, read_settings(path), {file.stem: _read(file) for file in files})
+    try:
+        settings = read_settings(path)
+    except ValueError as error:  # the samples are there, and can be compared
+        logger.warning("%s", error)
+        settings = None
+    return Run(name or path.resolve().name, settings, {file.stem: _read(file) for file in files})
 
 
 def _read(file: Path) -> Results:
@@ -266,7 +272,8 @@ def plot(runs: Sequence[Run], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"accuracy_and_length.{kind}" for kind in ("png", "svg")]
     for file in files:
-        figure.savefig(file, dpi=150)
+        with replacing(file) as draft:
+            figure.savefig(draft, dpi=150)
     plt.close(figure)
     return files
 

@@ -1,23 +1,23 @@
 """Samples on disk: one JSON Lines file a benchmark, written while it is generated, graded when it is complete."""
 
-import fcntl
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO
 
 from ktae_trl import grading
+from ktae_trl.files import locked, open_to_append, replace_text, replacing
 from ktae_trl.fingerprint import is_old
 from ktae_trl.grading import answered, grade_many_full
 
 logger = logging.getLogger(__name__)
 
-SETTINGS = "settings.json"
+SETTINGS, SUMMARY = "settings.json", "summary.json"
 _MORE = "more"
 _NEEDED = ("id", "sample", "problem", "prompt", "completion", "tokens", "truncated")
 
@@ -42,27 +42,25 @@ class Store:
         """
         self.folder = folder
         self._open: dict[str, IO[str]] = {}
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(folder / ".lock", "w")  # noqa: SIM115 (held while the process lives)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"Another eval.py is writing to {folder}. Wait for it, or choose another output_dir"
-            ) from None
-        before = read_settings(folder)
-        there = sorted(folder.glob("*.jsonl")) + sorted(folder.glob(f"{_MORE}/*.jsonl"))
-        if there:
-            self._check(there[0], before, settings, set(free))
-        if before != settings:
-            _replace(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
+        with ExitStack() as held:
+            held.enter_context(locked(folder, "eval.py"))
+            if (folder / _MORE).is_symlink():
+                raise ValueError(
+                    f"{folder / _MORE} is a link to {(folder / _MORE).readlink()}, where samples would be written. "
+                    "Remove the link, or choose another output_dir"
+                )
+            there = sorted(folder.glob("*.jsonl")) + sorted(folder.glob(f"{_MORE}/*.jsonl"))
+            if there:
+                self._check(there[0], read_settings(folder), settings, set(free))
+            replace_text(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
+            self._lock = held.pop_all()  # until `close`
 
     def _check(self, file: Path, before: dict | None, settings: dict, free: set[str]) -> None:
-        remedy = "Choose another output_dir, or delete that folder"
+        remedy = "Choose another output_dir, or move that folder away"
         if before is None:
             raise ValueError(
                 f"{file} is there already, and no {SETTINGS} says how it was made: it may hold outputs of another "
-                f"program. Choose another output_dir"
+                f"program. Choose another output_dir. To grade what is in it: python eval.py grade {file}"
             )
         if "fingerprint" in before and is_old(before["fingerprint"]):
             raise ValueError(
@@ -85,12 +83,20 @@ class Store:
         return self.folder / f"{benchmark}.jsonl"
 
     def read(self, benchmark: str) -> list[dict]:
-        """Return all samples there are; a last line that was cut off by a crash is removed."""
+        """Return all samples there are; a last line that was cut off by a crash is removed.
+
+        A link in the place of the file becomes a file, for samples may be added.
+        """
         path = self.path(benchmark)
-        if path.exists() and (data := path.read_bytes()) and not data.endswith(b"\n"):
+        data = path.read_bytes() if path.exists() else b""
+        whole, _, last = data.rpartition(b"\n")
+        if last and not _is_sample(last):
             logger.warning("%s: the last line was cut off and is generated again", path)
-            with open(path, "r+b") as file:
-                file.truncate(data.rfind(b"\n") + 1)
+            last = b""
+        kept = b"".join(part + b"\n" for part in (whole, last) if part)
+        if kept != data or path.is_symlink():
+            with replacing(path) as draft:
+                draft.write_bytes(kept)
         rows = [read_samples(file) for file in (self._more(benchmark), path) if file.exists()]
         return list({(row["id"], row["sample"]): row for part in rows for row in part}.values())
 
@@ -100,7 +106,7 @@ class Store:
     def add(self, benchmark: str, rows: Iterable[dict]) -> None:
         """Append samples; they are with the operating system when this returns."""
         if benchmark not in self._open:
-            self._open[benchmark] = open(self.path(benchmark), "a", encoding="utf-8")  # noqa: SIM115 (closed in `close`)
+            self._open[benchmark] = open_to_append(self.path(benchmark))  # closed in `close`
         file = self._open[benchmark]
         file.write("".join(_line(row) for row in rows))
         file.flush()
@@ -122,17 +128,18 @@ class Store:
         rows = graded(rows, [answers[row["id"]] for row in rows], answer_format)
         if more:  # first: what is in both files for a moment is not lost
             self._more(benchmark).parent.mkdir(exist_ok=True)
-            _replace(self._more(benchmark), "".join(_line(row) for row in more))
-        _replace(self.path(benchmark), "".join(_line(row) for row in rows))
+            replace_text(self._more(benchmark), "".join(_line(row) for row in more))
+        replace_text(self.path(benchmark), "".join(_line(row) for row in rows))
         if not more:
             self._more(benchmark).unlink(missing_ok=True)
         return rows
 
     def close(self) -> None:
         """Close the files, and let other processes write to the folder."""
-        for file in (*self._open.values(), self._lock):
+        for file in self._open.values():
             file.close()
         self._open.clear()
+        self._lock.close()
 
 
 @cache
@@ -168,7 +175,9 @@ def read_samples(path: Path) -> list[dict]:
     rows: dict[tuple[str, int], dict] = {}
     with open(path, encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
-            go_on = "Delete that line and run eval.py with the same settings: it generates what is missing"
+            go_on = (
+                "Move that line to another file and run eval.py with the same settings: it generates what is missing"
+            )
             try:
                 row = json.loads(line)
                 missing = [key for key in _NEEDED if key not in row]
@@ -184,26 +193,53 @@ def read_samples(path: Path) -> list[dict]:
 
 
 def read_settings(folder: Path) -> dict | None:
-    """Return the settings of a folder's samples, None if it has none.
+    """Return the settings of a folder's samples, None if it does not say.
+
+    Where `settings.json` is missing or damaged they are those of `summary.json`, which a whole run has written: samples
+    with others are never added to a folder.
 
     Raises:
-        ValueError: the file cannot be read.
+        ValueError: the file is damaged, and the summary has no settings.
     """
     file = folder / SETTINGS
-    if not file.exists():
-        return None
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON ({error}). Delete the folder, or choose another") from None
+        return _object(file)
+    except FileNotFoundError:
+        damage = None
+    except ValueError as error:
+        damage = f"{file} is damaged ({error})"
+    try:
+        settings = _object(folder / SUMMARY).get("settings")
+    except (FileNotFoundError, ValueError):
+        settings = None
+    if isinstance(settings, dict):
+        logger.warning("%s: the settings are taken from %s", damage or f"There is no {file}", SUMMARY)
+        return settings
+    if damage is None:
+        return None
+    raise ValueError(
+        f"{damage}, and no {SUMMARY} has the settings. The samples in {folder} are all there, but without the settings "
+        "none are added to them. If you know the command that made them: run it with another output_dir, stop it when "
+        f"it samples, and copy the {SETTINGS} from there. To measure again: choose another output_dir, or move that "
+        "folder away"
+    )
+
+
+def _object(file: Path) -> dict:
+    """Read a JSON object; what is none is a ValueError."""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError(f"it holds no object, but {str(found)[:40]}")
+    return found
+
+
+def _is_sample(line: bytes) -> bool:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(row, dict) and all(key in row for key in _NEEDED)
 
 
 def _line(row: dict) -> str:
     return json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace").decode() + "\n"
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that at no time there is half of it."""
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)

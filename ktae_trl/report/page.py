@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import track
 
 from ktae_trl import records
+from ktae_trl.files import replace_text
 from ktae_trl.records import Method, Record
 from ktae_trl.report.groups import describe, number, split
 from ktae_trl.report.tokens import colour, visible
@@ -109,9 +110,7 @@ def write(output: str | Path, name: str, shown: Shown, panels: Sequence[dict[str
     if output.is_dir():
         raise IsADirectoryError(f"{output} is a folder: name a file, such as {output / 'report.html'}")
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.part")
-    partial.write_text(render(name, shown, panels), encoding="utf-8", newline="\n")
-    partial.replace(output)
+    replace_text(output, render(name, shown, panels))
     return output
 
 

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 from ktae_trl import tiny
+from ktae_trl.files import replace_text
 from ktae_trl.tiny import task
 
 # The warm start, the training of the quickstart and its evaluation never share a problem.
@@ -32,11 +33,13 @@ def main() -> None:
     if arguments.command == "data":
         for name, items in (("train", train), ("held_out", held_out)):
             lines = "".join(json.dumps(item) + "\n" for item in items)
-            (arguments.output / f"{name}.jsonl").write_text(lines)
+            replace_text(arguments.output / f"{name}.jsonl", lines)
     else:
+        from ktae_trl.model_files import without_links
         from ktae_trl.tiny.warm_start import warm_start
 
-        warm_start(arguments.output, task.problems(40_000, seed=_SEEDS["warm start"], exclude=taken))
+        with without_links(arguments.output):
+            warm_start(arguments.output, task.problems(40_000, seed=_SEEDS["warm start"], exclude=taken))
 
 
 if __name__ == "__main__":
