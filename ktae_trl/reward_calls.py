@@ -55,9 +55,11 @@ def call(function: Callable, name: str, seconds: float | None, arguments: dict) 
 
     def once(arguments: dict, where: Callable[[], str]):
         with _Watch(what, seconds, where) as watch:
-            if _alarm_is_free(seconds):
+            if seconds is None:
+                return function(**arguments)
+            if _may_set_alarm():
                 return _with_alarm(function, arguments, watch)
-            return function(**arguments) if seconds is None else _in_thread(function, arguments, seconds)
+            return _in_thread(function, arguments, seconds)
 
     try:
         return once(arguments, lambda: _slow_row(_thread_tries(function, seconds), arguments, seconds))
@@ -163,11 +165,8 @@ class _Watch(threading.Thread):
         os._exit(1)
 
 
-def _alarm_is_free(seconds: float | None) -> bool:
-    """Say whether SIGALRM may be ours for a call; without a limit it is left to a timer that is running."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGALRM) is None:
-        return False
-    return seconds is not None or not signal.getitimer(signal.ITIMER_REAL)[0]
+def _may_set_alarm() -> bool:
+    return threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGALRM) is not None
 
 
 def _with_alarm(function: Callable, arguments: dict, watch: _Watch):
