@@ -53,12 +53,14 @@ class Publishing:
             super()._save(output_dir, state_dict)
 
     def save_metrics(self, split, metrics, combined=True):
-        with without_links(Path(self.args.output_dir)):
-            super().save_metrics(split, metrics, combined)
+        if self.is_world_process_zero():  # as the parent; the others would take the links away from under it
+            with without_links(Path(self.args.output_dir)):
+                super().save_metrics(split, metrics, combined)
 
     def save_state(self):
-        with without_links(Path(self.args.output_dir)):
-            super().save_state()
+        if self.is_world_process_zero():
+            with without_links(Path(self.args.output_dir)):
+                super().save_state()
 
     def save_whole_model(self) -> None:
         """Save a model that `from_pretrained` loads, also where checkpoints are in shards (accelerate's default)."""

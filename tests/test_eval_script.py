@@ -624,6 +624,30 @@ def test_advice_on_damaged_settings_loses_nothing(script, evaluated, tmp_path, c
     assert json.loads((folder / "summary.json").read_text())["benchmarks"]
 
 
+def test_results_are_not_written_through_links(script, evaluated, tmp_path):
+    other = tmp_path / "other"
+    other.write_text("another's")
+    (tmp_path / "graded").mkdir()
+    (tmp_path / "compare").mkdir()
+    folder = Path(shutil.copytree(evaluated, tmp_path / "tiny"))
+    (folder / "summary.json").unlink()
+    links = [folder / "summary.json", tmp_path / "compare" / "comparison.json", tmp_path / "graded" / "summary.json"]
+    for link in links:
+        link.symlink_to(other)
+    script.main([*QUICK, "--output_dir", str(folder)])
+    script.main(["compare", str(folder), str(evaluated), "--output_dir", str(tmp_path / "compare")])
+    script.main(["grade", str(folder / "sums.jsonl"), "--output_dir", str(tmp_path / "graded")])
+    assert other.read_text() == "another's"
+    for link in links:
+        assert not link.is_symlink()
+        assert json.loads(link.read_text())
+    (tmp_path / "graded" / "sums.jsonl").unlink()
+    (tmp_path / "graded" / "sums.jsonl").symlink_to(other)
+    script.main(["grade", str(folder / "sums.jsonl"), "--output_dir", str(tmp_path / "graded")])
+    assert other.read_text() == "another's"
+    assert len(samples(tmp_path / "graded")) == 96
+
+
 def test_settings_are_there_before_the_first_sample(script, tmp_path, monkeypatch):
     def killed(*_, **__):
         raise KeyboardInterrupt

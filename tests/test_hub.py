@@ -27,7 +27,7 @@ from trl import ModelConfig
 
 import ktae_trl
 from ktae_trl import hub as our_hub
-from ktae_trl import model_card, tiny
+from ktae_trl import model_card, model_files, tiny
 from ktae_trl.fingerprint import fingerprint
 from ktae_trl.hub import HubError
 from tests import hostile, processes
@@ -733,15 +733,24 @@ def test_a_token_in_a_file_of_the_model_ends_the_upload(server, report, run):
 
 
 def test_no_token_is_on_disk_but_in_training_args(tmp_path):
-    """`hub_token`, and one that a dataset or a model is loaded with, in nothing else that a training writes."""
+    """Nor is one that a model is loaded with, except in TensorBoard's logs, which have all arguments in clear."""
     folder = tmp_path / "sums"
     settings = {**SETTINGS, "save_strategy": "steps", "save_steps": 1, "record_steps": 1, "report_to": "tensorboard"}
     trainer = make_trainer(folder, **settings, hub_token=TOKEN, log_completions=True)
+    trainer.args.model_init_kwargs = {"token": hostile.SECRET}  # as for a model by name
     trainer.train()
     trainer.save_all(push=False)
-    found = {path.name for path in folder.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()}
-    assert found == {"training_args.bin"}
-    assert len(list(folder.rglob("events*"))) == 1
+
+    def holding(token: str) -> set[str]:
+        files = (path for path in folder.rglob("*") if path.is_file())
+        return {path.name.partition(".tfevents")[0] for path in files if token.encode() in path.read_bytes()}
+
+    assert holding(TOKEN) == {"training_args.bin"}
+    assert holding(hostile.SECRET) == {"training_args.bin", "events.out"}
+    (events,) = folder.rglob("events*")
+    assert not {"training_args.bin", events.name} & set(model_files.of_model(folder).sent)
+    with pytest.raises(model_files.RefusedFileError, match="holds what looks like a token of the Hub"):
+        model_files.of_model(folder, [events.relative_to(folder).as_posix()])
 
 
 # train.py, as a user starts it
