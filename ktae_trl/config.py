@@ -9,7 +9,7 @@ from trl import GRPOConfig
 from ktae_trl.arguments import nearest
 from ktae_trl.credit import METHODS, oar
 from ktae_trl.credit.ktae import check_weights
-from ktae_trl.grading import ANSWER_FORMATS, check_format
+from ktae_trl.grading import ANSWER_FORMATS, BUDGET, check_budget, check_format
 from ktae_trl.sampling import SAMPLERS
 from ktae_trl.verdicts import read_threshold
 
@@ -70,6 +70,10 @@ class KTAEGRPOConfig(GRPOConfig):
             these that is there). Read so by `math_accuracy`, `boxed_format`, the held-out measurement and OAR; a reward
             function of yours with a parameter of this name gets it. What a model thinks (`<think>...</think>`) is no
             answer.
+        grading_budget (`float`, *optional*, defaults to `60.0`):
+            Seconds that `math_accuracy` may take for 1,000 rollouts, at least 10 a call; `None` for no limit. Answers
+            take milliseconds, so only rollouts whose answers never end, such as towers of powers, use it up. What is
+            left then counts as wrong (metric `grading/budget`). The formula: `ktae_trl.grading.grade_many`.
         correctness_reward (`str`, *optional*):
             Name of the reward function that says which rollouts are right. Defaults to the first one. A rollout for
             which it returns `None` is left out of the statistics.
@@ -131,6 +135,9 @@ class KTAEGRPOConfig(GRPOConfig):
         default="boxed",
         metadata={"help": f"Where a completion has its final answer: {', '.join(map(repr, ANSWER_FORMATS))}."},
     )
+    grading_budget: float | None = field(
+        default=BUDGET, metadata={"help": "Seconds that grading 1,000 rollouts may take; null for no limit."}
+    )
     correctness_reward: str | None = field(
         default=None,
         metadata={"help": "Reward function that says which rollouts are right. Defaults to the first one."},
@@ -191,6 +198,7 @@ class KTAEGRPOConfig(GRPOConfig):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
         check_format(self.answer_format)
+        check_budget("grading_budget", self.grading_budget)
         self.correctness_threshold = read_threshold(self.correctness_threshold)
         check_weights(self.ktae_fisher_weight, self.ktae_ig_weight, self.ktae_tf_weight)
         oar.check_settings(
