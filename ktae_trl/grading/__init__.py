@@ -43,8 +43,8 @@ _LEAST_BUDGET = 10.0
 _REMEMBERED = 100_000
 
 __all__ = [
-    "BUDGET",
     "ANSWER_FORMATS",
+    "BUDGET",
     "INSTRUCTIONS",
     "Grade",
     "answered",
@@ -102,11 +102,11 @@ def grade_many(
 ) -> list[bool | None]:
     """Grade each completion against its own answers: the verdicts of `grade`, in order.
 
-    Most answers take milliseconds; a model can write ones that take their 2 s, and a thousand of them half an hour. So a
-    call has a budget: N completions may take `max(10, budget * N / 1000)` seconds of each worker's processor time.
-    It is wall time where each worker has a core for itself; on a busy machine it is not, so that a slow machine makes no
-    right answer wrong. The first start of the workers does not count; the starts of those that replace others do.
-    What is left when the budget is used up is wrong with the reason "budget", and one warning a process says so.
+    Most answers take milliseconds; a model can write ones that take their 2 s, and a thousand of them half an hour.
+    So a call has a budget: N completions may take `max(10, budget * N / 1000)` seconds of each worker's processor time.
+    That is wall time where each worker has a core for itself. Where it has not, wall time is longer: a busy machine
+    must make no right answer wrong. The first start of the workers does not count; the starts of those that replace
+    others do. What is left when the budget is used up is wrong with the reason "budget", and one warning a process says so.
     Powers of powers and the like are compared last. An answer that was compared in this process before, with the same
     accepted answers, is not compared again, whatever came out (the last 100,000 are remembered).
 
@@ -174,9 +174,9 @@ def _tell(left: int, answers: int, budget: float | None) -> None:
     if left and not _told:
         _told = True
         logger.warning(
-            "%d of %d answers were not compared and count as wrong: others take so long that they used up the budget of "
-            "%g seconds for 1,000 answers. Raise it if such answers can be right: grading_budget in a config, budget "
-            "of grade_many. This is said once; in training the metric grading/budget counts them",
+            "%d of %d answers were not compared and count as wrong: others take so long that they used up the budget "
+            "of %g seconds for 1,000 answers. Raise it if such answers can be right: grading_budget in a config, "
+            "budget of grade_many. This is said once; in training the metric grading/budget counts them",
             *(left, answers, budget),
         )
 

@@ -5,7 +5,7 @@ work from any thread, in notebooks, under torchrun and beside CUDA, and they end
 
 Whose fault is it when a worker ends? Only its own clock (SIGPROF after 2 s of processor time) is surely the answer's
 doing: that is a "timeout". Any other end (killed when memory runs out, frozen, crashed) may have come from outside, so
-the answer is graded again, once, as the first one of a fresh worker; if it ends that one too, its verdict is "worker died".
+the answer is graded again, once, alone on a fresh worker; if it ends that one too, its verdict is "worker died".
 
 A worker is frozen if it has an answer to compare but for 2 s neither says a word, nor uses any processor time, nor
 waits for a processor or a disk (the kernel's word, where there is a /proc). So a busy machine makes nobody look frozen.
