@@ -214,12 +214,12 @@ def texts(pattern: re.Pattern, length: int) -> Iterator[str]:
             yield start * (length // len(start)) + "\x00"
 
 
-class TooLong(Exception):
+class TooLongError(Exception):
     pass
 
 
 def stop(*_):
-    raise TooLong
+    raise TooLongError
 
 
 def seconds(pattern: re.Pattern, anchored: bool, text: str, limit: float) -> float:
@@ -234,7 +234,7 @@ def seconds(pattern: re.Pattern, anchored: bool, text: str, limit: float) -> flo
         else:
             for _ in pattern.finditer(text):
                 pass
-    except TooLong:
+    except TooLongError:
         return limit
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
@@ -268,7 +268,7 @@ def test_time_is_linear(i):
 
 
 def test_no_pattern_is_left_out():
-    """A pattern that is no literal is made when its module is imported, so an attribute, or known to be made of data."""
+    """A pattern that is no literal is made on import, so that it is an attribute, or known to be made of data."""
     _, others, _ = calls()
     assert len(PATTERNS) > 100
     assert {text for text, *_ in others} == MADE

@@ -68,7 +68,10 @@ _CONSTANT = re.compile(r"(.+?)(?<=\S)\s*+\+\s*+(C|c|K|\\text\s*+\{\s*+(?:constan
 _BUILDER = re.compile(r"\\\{\s*+([A-Za-z])\s*+(?:\\in\s*+\\mathbb\{R\})?\s*+(?:\\mid|\||:)\s*+(.+)\\\}")
 _MEMBER = re.compile(r"(.+?)\\in(?![A-Za-z])(.+)")
 _DISTANCE = re.compile(r"\|\s*+([a-z])\s*+([+-]\s*+\d+)?\s*+\|")
-_UNIT = r"\\(?:vec|hat|overrightarrow|mathbf|widehat|boldsymbol)\s*+(?:\{\s*+\\?([ijk])(?:math)?\s*+\}|([ijk])(?![A-Za-z])|\\([ij])math)"
+_UNIT = (
+    r"\\(?:vec|hat|overrightarrow|mathbf|widehat|boldsymbol)\s*+"
+    r"(?:\{\s*+\\?([ijk])(?:math)?\s*+\}|([ijk])(?![A-Za-z])|\\([ij])math)"
+)
 _ANY_UNIT_VECTOR, _UNIT_VECTOR = re.compile(_UNIT), re.compile(rf"(.*?)(?<!\s)\s*+{_UNIT}")
 
 _PLAIN = re.compile(

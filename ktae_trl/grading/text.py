@@ -42,7 +42,8 @@ _LEAD = (
 _WRAPPERS = (
     r"\*\*(?P<stars>[^*]+)\*\*",
     r"\*(?P<star>[^*]+)\*", r"__(?P<underscores>[^_]+)__", r"`(?P<quotes>[^`]+)`",
-    r"\\\[(?P<display>.+)\\\]", r"\\\((?P<inline>.+)\\\)", r"\\text\s*+\{\s*+(?i:" + _LEAD + r")\s*+\}(?P<text_lead>.+)",
+    r"\\\[(?P<display>.+)\\\]", r"\\\((?P<inline>.+)\\\)",
+    r"\\text\s*+\{\s*+(?i:" + _LEAD + r")\s*+\}(?P<text_lead>.+)",
     r"(?i:" + _LEAD + r")\s*+(?P<lead>.+)",
     rf"(?:{_CONNECTIVE})\s*+(?P<connective>.+)",
 )  # fmt: skip
