@@ -107,8 +107,9 @@ def grade_many(
     That is wall time where each worker has a core for itself. Where it has not, wall time is longer: a busy machine
     must make no right answer wrong. The first start of the workers does not count; the starts of those that replace
     others do. What is left when the budget is used up is wrong with the reason "budget", and one warning a process
-    says so. Powers of powers and the like are compared last. An answer that was compared in this process before, with the same
-    accepted answers, is not compared again, whatever came out (the last 100,000 are remembered).
+    says so. Powers of powers and the like are compared last. An answer that was compared in this process before, with
+    the same accepted answers, is not compared again, whatever came out (the last 100,000 are remembered), unless it
+    ended its worker other than by a time-out.
 
     Args:
         workers: processes that compare at once; by default the cores of this process's share (all cores by the number
