@@ -42,13 +42,13 @@ from ktae_trl.evaluation.sampling import (
 )
 from ktae_trl.files import replace_text
 from ktae_trl.fingerprint import fingerprint, is_old, model_folder
-from ktae_trl.grading import ANSWER_FORMATS, check_format, gold_answers
+from ktae_trl.grading import ANSWER_FORMATS, check_budget, check_format, gold_answers
 from ktae_trl.prompts import AUTO, SYSTEM_PROMPT_HELP, instruction
 from ktae_trl.stopping import like_ctrl_c
 
 # What changes no sample: which samples are asked for (written down with them), and the rest (not).
 _ASKED = {"model_name_or_path", "model_revision", "benchmark_folder", "limit", "samples", "answer_format"}
-_NOT_WRITTEN = {"only", "k", "output_dir", "benchmarks", "batch_size"}
+_NOT_WRITTEN = {"only", "k", "output_dir", "benchmarks", "batch_size", "grading_budget"}
 # How fast vLLM samples, not what.
 _FREE_VLLM_OPTIONS = {
     "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "gpu_memory_utilization", "max_model_len",
@@ -79,6 +79,11 @@ class EvalArguments:
     prompt: str = field(default="chat", metadata={"help": f"How to ask: {', '.join(TEMPLATES)}."})
     answer_format: str = field(
         default="boxed", metadata={"help": f"Where a completion has its answer: {', '.join(ANSWER_FORMATS)}."}
+    )
+    # None: a training can go on with an answer that was not compared, a measurement would be wrong by it.
+    grading_budget: float | None = field(
+        default=None,
+        metadata={"help": "Seconds that grading 1,000 completions may take, such as 60. Default: no limit."},
     )
     system_prompt: str | None = field(default=AUTO, metadata={"help": SYSTEM_PROMPT_HELP})
     system_prompt_in_user: bool = field(
@@ -113,6 +118,7 @@ class EvalArguments:
     def __post_init__(self):
         self.model_name_or_path = self.model_name_or_path.rstrip("/")
         check_format(self.answer_format)
+        check_budget("grading_budget", self.grading_budget)
         self.system_prompt = instruction(self.system_prompt, self.answer_format) or ""
         self.backend = self.backend or default_backend()
         self.only = [self.only] if isinstance(self.only, str) else self.only
@@ -197,9 +203,10 @@ def evaluate(args: EvalArguments, config: str = "default") -> None:
         began = time.monotonic()
         _sample(args, model, tokenizer, sampling, requests, done, texts, store)
         seconds = time.monotonic() - began
+        how = (args.samples, args.answer_format, args.grading_budget)
         with complaints(), console.status("Grading"):
             finished = [
-                summary.results(name, store.finish(name, _golds(problems[name]), args.samples, args.answer_format))
+                summary.results(name, store.finish(name, _golds(problems[name]), *how))
                 for name in dict.fromkeys(request.benchmark for request in requests)
             ]
     finally:

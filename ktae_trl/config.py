@@ -9,7 +9,7 @@ from trl import GRPOConfig
 from ktae_trl.arguments import nearest
 from ktae_trl.credit import METHODS, oar
 from ktae_trl.credit.ktae import check_weights
-from ktae_trl.grading import ANSWER_FORMATS, check_format
+from ktae_trl.grading import ANSWER_FORMATS, BUDGET, check_budget, check_format
 from ktae_trl.sampling import SAMPLERS
 from ktae_trl.verdicts import read_threshold
 
@@ -70,6 +70,10 @@ class KTAEGRPOConfig(GRPOConfig):
             these that is there). Read so by `math_accuracy`, `boxed_format`, the held-out measurement and OAR; a reward
             function of yours with a parameter of this name gets it. What a model thinks (`<think>...</think>`) is no
             answer.
+        grading_budget (`float`, *optional*, defaults to `60.0`):
+            Seconds that `math_accuracy` may take for 1,000 rollouts, at least 10 a call; `None` for no limit. Answers
+            take milliseconds, so only rollouts whose answers never end, such as towers of powers, use it up. What is
+            left then counts as wrong (metric `grading/budget`). The formula: `ktae_trl.grading.grade_many`.
         correctness_reward (`str`, *optional*):
             Name of the reward function that says which rollouts are right. Defaults to the first one. A rollout for
             which it returns `None` is left out of the statistics.
@@ -137,6 +141,9 @@ class KTAEGRPOConfig(GRPOConfig):
     answer_format: str = field(
         default="boxed",
         metadata={"help": f"Where a completion has its final answer: {', '.join(map(repr, ANSWER_FORMATS))}."},
+    )
+    grading_budget: float | None = field(
+        default=BUDGET, metadata={"help": "Seconds that grading 1,000 rollouts may take; null for no limit."}
     )
     correctness_reward: str | None = field(
         default=None,
@@ -210,6 +217,7 @@ class KTAEGRPOConfig(GRPOConfig):
                 f"reward_timeout must be a number of seconds above 0, or None for no limit, not {self.reward_timeout}"
             )
         check_format(self.answer_format)
+        check_budget("grading_budget", self.grading_budget)
         self.correctness_threshold = read_threshold(self.correctness_threshold)
         check_weights(self.ktae_fisher_weight, self.ktae_ig_weight, self.ktae_tf_weight)
         oar.check_settings(

@@ -37,7 +37,7 @@ _LEFT_OUT = {
     "push_to_hub",
 }
 _SECRET_NAME = re.compile(r"(^|_)(token|password|secret|key)$", re.IGNORECASE)
-_SECRET_VALUE = re.compile(r"\bhf_\w{16,}|(?<=://)[^/\s@]+:[^/\s@]+(?=@)")
+_SECRET_VALUE = re.compile(r"\bhf_\w{16,}|(?<=://)[^/\s@][^/\s@:]*+:[^/\s@]++(?=@)")
 
 
 def settings_of(arguments: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from trl.trainer.utils import get_callable_name, is_async_callable
 
 from ktae_trl import reward_calls
 from ktae_trl.arguments import nearest
-from ktae_trl.grading import answered, find_answer, grade_many_full
+from ktae_trl.grading import BUDGET, answered, find_answer, grade_many_full
 
 # Names, as the trainer knows them, of functions here and in TRL that shape the reward but do not say what is right.
 SHAPING = {"boxed_format", "soft_overlong_punishment_reward", "think_format_reward", "repetition_penalty_reward"}
@@ -26,6 +26,7 @@ _TROUBLE = {
     "unparsable": "unparsable answer",
     "timeouts": "timeout",
     "worker_deaths": "worker died",
+    "budget": "budget",
 }
 
 
@@ -35,6 +36,7 @@ def math_accuracy(
     prompts: list | None = None,
     answer_format: str = "boxed",
     opened_think: bool = False,
+    grading_budget: float | None = BUDGET,
     log_extra=None,
     log_metric=None,
     **kwargs,
@@ -47,12 +49,15 @@ def math_accuracy(
         prompts: texts, or conversations. Of texts, one that ends with an open `<think>` is seen.
         answer_format: where the answer stands (see `ktae_trl.grading.find_answer`). The trainer gives its own.
         opened_think: whether the chat template ends each prompt with an open `<think>`. The trainer knows.
+        grading_budget: seconds that 1,000 completions may take (see `ktae_trl.grading.grade_many`). The trainer gives
+            its own.
         log_extra, log_metric: given by the trainer. The table of completions gets the columns `extracted` and
             `grading`, the metrics the shares of rollouts that could not be scored (`grading/unscorable`), or whose
-            answer could not be parsed (`unparsable`), took too long (`timeouts`) or ended its worker
-            (`worker_deaths`).
+            answer could not be parsed (`unparsable`), took too long (`timeouts`), ended its worker
+            (`worker_deaths`) or was not compared (`budget`).
     """
-    grades = grade_many_full(texts_of(completions, prompts, opened_think), solution, answer_format=answer_format)
+    texts = texts_of(completions, prompts, opened_think)
+    grades = grade_many_full(texts, solution, answer_format=answer_format, budget=grading_budget)
     if log_extra is not None:
         log_extra("extracted", [grade.extracted or "" for grade in grades])
         log_extra("grading", [grade.reason for grade in grades])

@@ -99,7 +99,11 @@ class KTAEGRPOTrainer(ExactResume, Publishing, GRPOTrainer):
             Batches.of(args, self.accelerator.num_processes).check_prompts(len(self.train_dataset))
 
         self._opened_think = opens_think(self._tokenizer, self.chat_template, self.chat_template_kwargs)
-        settings = {"answer_format": args.answer_format, "opened_think": self._opened_think}
+        settings = {
+            "answer_format": args.answer_format,
+            "opened_think": self._opened_think,
+            "grading_budget": args.grading_budget,
+        }
         self.reward_funcs = [bind(function, **settings) for function in self.reward_funcs]
         names = self.reward_func_names
         self._correctness_index = i = correctness_index(names, args.correctness_reward)

@@ -112,20 +112,26 @@ class Store:
         file.flush()
 
     def finish(
-        self, benchmark: str, answers: dict[str, Sequence[str]], samples: int, answer_format: str = "boxed"
+        self,
+        benchmark: str,
+        answers: dict[str, Sequence[str]],
+        samples: int,
+        answer_format: str = "boxed",
+        budget: float | None = None,
     ) -> list[dict]:
         """Grade the samples of a benchmark that are asked for, sort them, and put the file in place.
 
         Args:
             answers: the accepted answers of each problem, in the order that the file gets.
             samples: how many of each problem are asked for.
+            budget: of grading (see `graded`).
         """
         order = {problem: number for number, problem in enumerate(answers)}
         rows, more = [], []
         for row in self.read(benchmark):
             (rows if row["id"] in order and row["sample"] < samples else more).append(row)
         rows.sort(key=lambda row: (order[row["id"]], row["sample"]))
-        rows = graded(rows, [answers[row["id"]] for row in rows], answer_format)
+        rows = graded(rows, [answers[row["id"]] for row in rows], answer_format, budget)
         if more:  # first: what is in both files for a moment is not lost
             self._more(benchmark).parent.mkdir(exist_ok=True)
             replace_text(self._more(benchmark), "".join(_line(row) for row in more))
@@ -151,17 +157,27 @@ def grader() -> str:
     return mark.hexdigest()[:16]
 
 
-def graded(rows: Sequence[dict], answers: Sequence[Sequence[str]], answer_format: str = "boxed") -> list[dict]:
+def graded(
+    rows: Sequence[dict],
+    answers: Sequence[Sequence[str]],
+    answer_format: str = "boxed",
+    budget: float | None = None,
+) -> list[dict]:
     """Return rows with `answers`, `extracted`, `verdict`, `reason`, `answer_format`, and the grader's mark `graded_by`.
 
     A problem none of whose answers can be parsed gets no verdict (None).
+
+    Args:
+        budget: seconds of grading for 1,000 rows (`ktae_trl.grading.grade_many`); by default no limit, since a
+            measurement has to compare every answer. What is left when it is used up is wrong, and no grader's mark
+            says that it was judged: `eval.py compare` grades it again.
     """
     completions = [answered(row["prompt"], row["completion"]) for row in rows]
-    grades = grade_many_full(completions, answers, answer_format=answer_format)
+    grades = grade_many_full(completions, answers, answer_format=answer_format, budget=budget)
     result = []
     for row, accepted, grade in zip(rows, answers, grades, strict=True):
         judged = {"extracted": grade.extracted, "verdict": grade.verdict, "reason": grade.reason}
-        judged |= {"answer_format": answer_format, "graded_by": grader()}
+        judged |= {"answer_format": answer_format, "graded_by": None if grade.reason == "budget" else grader()}
         result.append(row | {"answers": list(accepted)} | judged)
     return result
 

@@ -97,7 +97,7 @@ def summarise(benchmarks: Sequence[Results], ks: Sequence[int]) -> dict:
         "maj": {str(k): mean("maj", str(k)) for k in ks},
         "tokens": None if length is None else {"mean": length},
         **{key: average([part[key] for part in parts]) for key in ("truncated", "boxed")},
-        **{key: sum(part[key] for part in parts) for key in ("timeouts", "worker_deaths", "unparsable")},
+        **{key: sum(part[key] for part in parts) for key in ("timeouts", "worker_deaths", "unparsable", "over_budget")},
     }
     return {"benchmarks": each, "mean of benchmarks": overall}
 
@@ -128,6 +128,7 @@ def _figures(b: Results, ks: Sequence[int]) -> dict:
         "timeouts": b.reasons["timeout"],
         "worker_deaths": b.reasons["worker died"],
         "unparsable": b.reasons["unparsable answer"],
+        "over_budget": b.reasons["budget"],
     }
 
 
@@ -173,6 +174,14 @@ def show(summary: dict, title: str, console: Console) -> None:
         completions.add_row(name, *cells, f"{f['boxed']:.1%}", str(stopped), str(f["unparsable"]))
     console.print("Completions, and how many answers took too long or could not be read")
     console.print(completions)
+    if left := {name: f["over_budget"] for name, f in summary["benchmarks"].items() if f["over_budget"]}:
+        counts = ", ".join(f"{count} of {name}" for name, count in left.items())
+        console.print(
+            f"Answers that were not compared, and count as wrong, because grading_budget was used up: {counts}. These "
+            "accuracies are too low. The same command with --grading_budget null grades all",
+            highlight=False,
+            markup=False,
+        )
 
 
 def _table(*columns: str) -> Table:

@@ -20,55 +20,59 @@ _SHORT = 500
 _MEMBERS = 20  # of a chain of equations; a longer one is no answer
 
 # A quantity that a problem may ask for by name: x, AB, f(2), P(X=2), |AB|, \angle ABC, \text{Area}, x_{1}, \bar x.
-_SUBSCRIPT = r"(?:\s*_\s*(?:\w|\\[A-Za-z]+|\{[^{}]*\}))?"
+_SUBSCRIPT = r"(?:\s*+_\s*+(?:\w|\\[A-Za-z]+|\{[^{}]*\}))?"
 _NAME = re.compile(
-    r"(?:\\(?:angle|triangle|Delta|measuredangle|overline|bar|vec|hat|overrightarrow|widehat|mathrm|mathcal)\s*)*"
+    r"(?:\\(?:angle|triangle|Delta|measuredangle|overline|bar|vec|hat|overrightarrow|widehat|mathrm|mathcal)\s*+)*"
     r"(?:[A-Z]{1,4}|[A-Za-z]|\{[A-Za-z]+\}|\\(?!frac|sqrt|pi(?![A-Za-z])|log|ln|lg|sin|cos|tan|binom|left|begin|l?dots)[A-Za-z]+)"
     + _SUBSCRIPT
-    + r"'*\s*(?:\^\s*\{?(?:-1|\\prime|\(\w\))\s*\}?\s*(?=\())?(?:\([^()]*(?:\([^()]*\)[^()]*)*\))?"
-    r"|\\(?:text|mathrm|operatorname)\s*\{[A-Za-z .]+\}" + _SUBSCRIPT + r"\s*(?:\([^()]*\))?"
+    + r"'*\s*+(?:\^\s*+\{?(?:-1|\\prime|\(\w\))\s*+\}?\s*+(?=\())?(?:\([^()]*(?:\([^()]*\)[^()]*)*\))?"
+    r"|\\(?:text|mathrm|operatorname)\s*+\{[A-Za-z .]+\}" + _SUBSCRIPT + r"\s*+(?:\([^()]*\))?"
     r"|\|[A-Za-z\\{}_ ]+\||\[[A-Z]+\]|\\l[vf]\w+ [^=]+\\r[vf]\w+"
 )
 _LENGTH = re.compile(r"(?<![A-Za-z\\{])[A-Z]{2,3}(?![A-Za-z])")
 _IN_ORDER = (r"\Rightarrow", r"\implies", r"\to", r"\subset", r"\subseteq", r"\setminus")
-_SQUARE_OF_LENGTH = re.compile(r"[A-Z]{2}\s*\^\s*\{?\s*2\s*\}?")
-_POINTS = r"(?:\|?\s*(?:\\overline\s*)?\{?[A-Z]'?[A-Z]'?\}?\s*\|?|S_\s*\{[^{}]*\}|\[[A-Z]+\])"
-_QUOTIENT = re.compile(rf"\\frac\s*\{{\s*{_POINTS}\s*\}}\s*\{{\s*{_POINTS}\s*\}}|{_POINTS}\s*[:/]\s*{_POINTS}")
+_SQUARE_OF_LENGTH = re.compile(r"[A-Z]{2}\s*+\^\s*+\{?\s*+2\s*+\}?")
+_POINTS = r"(?:\|?\s*+(?:\\overline\s*+)?\{?[A-Z]'?[A-Z]'?\}?\s*+\|?|S_\s*+\{[^{}]*\}|\[[A-Z]+\])"
+_QUOTIENT = re.compile(rf"\\frac\s*+\{{\s*+{_POINTS}\s*+\}}\s*+\{{\s*+{_POINTS}\s*+\}}|{_POINTS}\s*+[:/]\s*+{_POINTS}")
 _NAMES_IN_BRACKETS = re.compile(
-    r"\(\s*((?:\\?[A-Za-z]+(?:_\s*(?:\w|\{\w+\}))?\s*,\s*)+\\?[A-Za-z]+(?:_\s*(?:\w|\{\w+\}))?)\s*\)"
+    r"\(\s*+((?:\\?[A-Za-z]+(?:_\s*+(?:\w|\{\w+\}))?\s*+,\s*+)+\\?[A-Za-z]+(?:_\s*+(?:\w|\{\w+\}))?)\s*+\)"
 )
 _FUNCTION_VALUE = re.compile(
-    r"(?:\d+\s*)?\\(?:sin|cos|tan|cot|sec|csc|max|min|gcd|deg|det|dim|lim|sum|prod|int|operatorname|Pr|lfloor|lceil)(?![A-Za-z]).*"
+    r"(?:\d+\s*+)?\\(?:sin|cos|tan|cot|sec|csc|max|min|gcd|deg|det|dim|lim|sum|prod|int|operatorname|Pr|lfloor|lceil)(?![A-Za-z]).*"
 )
-_FUNCTION_OF_ANGLE = re.compile(r"\\(?:sin|cos|tan|cot)\s*(?:\\angle\s*)?(?:[A-Za-z]{1,3}|\\[A-Za-z]+)")
+_FUNCTION_OF_ANGLE = re.compile(r"\\(?:sin|cos|tan|cot)\s*+(?:\\angle\s*+)?(?:[A-Za-z]{1,3}|\\[A-Za-z]+)")
 _COMPARISON = re.compile(r"(\\(?:le|ge|lt|gt|ne)(?![A-Za-z])|<=|>=|<|>)")
 _DERIVATIVE = re.compile(
-    r"\\frac\s*\{\s*(?:d|\\partial)(?:\^\{?\d\}?)?\s*\\?[A-Za-z]+\s*\}\s*\{\s*(?:d|\\partial)\s*\\?[A-Za-z]+(?:\^\{?\d\}?)?\s*\}"
+    r"\\frac\s*+\{\s*+(?:d|\\partial)(?:\^\{?\d\}?)?\s*+\\?[A-Za-z]+\s*+\}\s*+\{\s*+(?:d|\\partial)\s*+\\?[A-Za-z]+(?:\^\{?\d\}?)?\s*+\}"
 )
 _ASKED = (_NAME, _QUOTIENT, _NAMES_IN_BRACKETS, _FUNCTION_OF_ANGLE, _DERIVATIVE)
 _LETTER = re.compile(r"\\[A-Za-z]+|([A-Za-z])")
 _NO_LETTERS = {"frac", "sqrt", "pi", "cdot", "times", "binom", "infty", "circ", "log", "ln", "lg", "sin", "cos", "tan",
                "cot", "sec", "csc", "exp", "ldots"}  # fmt: skip
-_TEXT = re.compile(r"\\(?:text|mathrm|rm|operatorname)\s*\{")
+_TEXT = re.compile(r"\\(?:text|mathrm|rm|operatorname)\s*+\{")
 _TUPLES = {"()", "[]", "(]", "[)"}
 _GRID = re.compile(
-    r"\\begin\s*\{(cases|[pbB]?matrix|smallmatrix|array|aligned)\}(?:\s*\{[lcr| ]*\})?(.*)\\end\s*\{\1\}", re.DOTALL
+    r"\\begin\s*+\{(cases|[pbB]?matrix|smallmatrix|array|aligned)\}(?:\s*+\{[lcr| ]*\})?(.*)\\end\s*+\{\1\}", re.DOTALL
 )
 _THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
 # What is said about a formula, after it.
 _QUALIFIER = re.compile(
-    r"(.+?)\s*,?\s*(?:\\text\s*\{\s*,?\s*\(?\s*|\(\s*|(?<=\s))(?:for (?:all|any|every|each|some|an? )|where |with )"
-    r"(?!.*=).*",
+    r"((?:.*=)?+.*?)(?<=\S)\s*+,?\s*+(?:\\text\s*+\{\s*+,?\s*+\(?\s*+|\(\s*+|(?<=\s))"
+    r"(?:for (?:all|any|every|each|some|an? )|where |with ).*",
     re.DOTALL,
 )
-_DOMAIN = re.compile(r"(.+?),\s*(?:\\forall\s*)?[a-z]\s*\\in\s*\\mathbb\{[RZNQC]\}(?:\^?[+*])?|(.+?)\s*\\forall.*")
-_CONSTANT = re.compile(r"(.+?)\s*\+\s*(C|c|K|\\text\s*\{\s*(?:constant|const|C)\s*\})")
-_BUILDER = re.compile(r"\\\{\s*([A-Za-z])\s*(?:\\in\s*\\mathbb\{R\})?\s*(?:\\mid|\||:)\s*(.+)\\\}")
-_MEMBER = re.compile(r"(.+?)\\in(?![A-Za-z])(.+)")
-_DISTANCE = re.compile(r"\|\s*([a-z])\s*([+-]\s*\d+)?\s*\|")
-_UNIT_VECTOR = re.compile(
-    r"(.*?)\s*\\(?:vec|hat|overrightarrow|mathbf|widehat|boldsymbol)\s*(?:\{\s*\\?([ijk])(?:math)?\s*\}|([ijk])(?![A-Za-z])|\\([ij])math)"
+_DOMAIN = re.compile(
+    r"(.+?),\s*+(?:\\forall\s*+)?[a-z]\s*+\\in\s*+\\mathbb\{[RZNQC]\}(?:\^?[+*])?|(.+?)(?<=\S)\s*+\\forall.*"
 )
+_CONSTANT = re.compile(r"(.+?)(?<=\S)\s*+\+\s*+(C|c|K|\\text\s*+\{\s*+(?:constant|const|C)\s*+\})")
+_BUILDER = re.compile(r"\\\{\s*+([A-Za-z])\s*+(?:\\in\s*+\\mathbb\{R\})?\s*+(?:\\mid|\||:)\s*+(.+)\\\}")
+_MEMBER = re.compile(r"(.+?)\\in(?![A-Za-z])(.+)")
+_DISTANCE = re.compile(r"\|\s*+([a-z])\s*+([+-]\s*+\d+)?\s*+\|")
+_UNIT = (
+    r"\\(?:vec|hat|overrightarrow|mathbf|widehat|boldsymbol)\s*+"
+    r"(?:\{\s*+\\?([ijk])(?:math)?\s*+\}|([ijk])(?![A-Za-z])|\\([ij])math)"
+)
+_ANY_UNIT_VECTOR, _UNIT_VECTOR = re.compile(_UNIT), re.compile(rf"(.*?)(?<!\s)\s*+{_UNIT}")
 
 _PLAIN = re.compile(
     r"(?:\d++(?:\.\d++)?+|[A-Za-z]|[-+*/(){}]|\^(?:\d|\{\d+\})|\\(?:frac(?=\{[^{}]+\}\{)|sqrt(?=\{)|pi(?![A-Za-z])))+"
@@ -238,7 +242,7 @@ def _quantities(gold: str, answer: str, leaf: Leaf):
     return verdict
 
 
-_DEGREE_SIGN = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))")
+_DEGREE_SIGN = re.compile(r"\^\s*+(?:\{\s*+\\circ\s*+\}|\\circ(?![A-Za-z]))")
 _DEGREE, _RADIAN = frozenset({("degree", 1)}), frozenset({("radian", 1)})
 
 
@@ -319,7 +323,9 @@ def _grid(text: str) -> list[list[str]] | None:
 
 
 def _condition(cell: str) -> str:
-    return re.sub(r"^\s*\\text\s*\{\s*(?:if|for|when)\s*:?\s*\}|,\s*$", "", cell.strip()).strip(" ,") or r"\text{}"
+    return (
+        re.sub(r"^\s*+\\text\s*+\{\s*+(?:if|for|when)\s*+:?\s*+\}|,\s*+$", "", cell.strip()).strip(" ,") or r"\text{}"
+    )
 
 
 def _rows(golds: list[list[str]], answers: list[list[str]], leaf: Leaf) -> bool | None:
@@ -344,7 +350,7 @@ def _listed(text: str) -> str:
 
 def _components(text: str) -> str:
     r"""Write `1\vec i + 2\vec j` as `(1, 2)`."""
-    if not _UNIT_VECTOR.search(text):
+    if not _ANY_UNIT_VECTOR.search(text):
         return text
     terms = re.sub(r"(?<=.)([+-])", r" , \1", text).split(" , ")
     found = {}

@@ -26,14 +26,16 @@ ANSWER_FORMATS = tuple(INSTRUCTIONS)
 
 _THOUGHT = re.compile(r".*</think>", re.DOTALL)
 _TOKEN = re.compile(r"\\.|[{}]", re.DOTALL)
-_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*+")
 # `\boxed 5` and `\boxed\frac12`, but not `\boxed notation`: to the end of the formula, or the first word.
-_UNBRACED = re.compile(r"(?=[-+]?[\d.]|\\[A-Za-z]|[A-Za-z](?![A-Za-z]))(?:[^\n$]*?(?=\s*(?:\$|\\[)\]]))|[^\s$]+)")
+_UNBRACED = re.compile(
+    r"(?=[-+]?[\d.]|\\[A-Za-z]|[A-Za-z](?![A-Za-z]))(?:[^\n$]*?(?<!\s)(?=\s*+(?:\$|\\[)\]]))|[^\s$]+)"
+)
 # `\boxed{3}, \boxed{5} and \boxed{7}`, also between dollars and with names, as in `x=\boxed{3} or x=\boxed{5}`.
-_FORMULA_ENDS = r"(?:[\s$]|\\[()\[\],;:! ]|\\q?quad)*"
+_FORMULA_ENDS = r"(?:[\s$]|\\[()\[\],;:! ]|\\q?quad)*+"
 _BETWEEN = re.compile(
-    rf"{_FORMULA_ENDS}(?:,|;|,?\s*(?:\\text\s*\{{)?\s*\b(?:and|or)\b\s*\}}?){_FORMULA_ENDS}"
-    rf"(?:[A-Za-z](?:_\w|_\{{\w+\}})?\s*={_FORMULA_ENDS})?"
+    rf"{_FORMULA_ENDS}(?:,|;|,?\s*+(?:\\text\s*+\{{)?\s*+\b(?:and|or)\b\s*+\}}?){_FORMULA_ENDS}"
+    rf"(?:[A-Za-z](?:_\w|_\{{\w+\}})?\s*+={_FORMULA_ENDS})?"
 )
 _TAG = re.compile(r"<answer>(?:(?!<answer>).)*?</answer>", re.DOTALL)
 _HASH = re.compile(r"^[ \t]*####[ \t]*(\S[^\n]*)", re.MULTILINE)

@@ -28,57 +28,59 @@ _BARE = (
 _UNITS = re.compile(
     rf"(?:(?:{_WRAPPED}|\\frac\s*+\{{\s*+{_WRAPPED}\s*+\}}\s*+\{{(?:{_WRAPPED}|\\cdot|\s)++\}}|{_CIRCLE}"
     rf"|\{{\\rm\s[A-Za-z]+\}}|[MRL]_\s*+(?:\{{\s*+\\odot\s*+\}}|\\odot)|{_BARE}|[€£¥₹¢])"
-    rf"(?:\s|/|\.|\\cdot(?![A-Za-z]))*+)++$"
+    rf"(?:\s|/|\.|\\cdot(?![A-Za-z]))*+){{1,40}}+$"
 )
 _LAST_UNIT = re.compile(rf"{_WRAPPED}$")
 _AFTER_NUMBER = re.compile(
-    r"(?P<value>[+-]?\s*(?:\d[\d,]*(?:\.\d*)?|\.\d+)(?:\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*(?:\{[+-]?\d+\}|\d))?)"
-    r"(?P<space>\s*)(?P<unit>(?:[^\W\d_]|µ)[^\\{}()=,+!?]{0,60}(?:\{[+-]?\d\}[^\\{}()=,+!?]{0,30})*)"
+    r"(?P<value>[+-]?\s*+(?:\d[\d,]*(?:\.\d*)?|\.\d+)(?:\s*+(?:\\times|\\cdot|\*)\s*+10\s*+\^\s*+(?:\{[+-]?\d+\}|\d))?)"
+    r"(?P<space>\s*+)(?P<unit>(?:[^\W\d_]|µ)[^\\{}()=,+!?]{0,60}(?:\{[+-]?\d\}[^\\{}()=,+!?]{0,30})*)"
 )
 _SHORT = {"k": "thousand", "K": "thousand", "M": "million", "m": "million", "B": "billion"}  # after a currency
-_SHORT_MULTIPLIER = re.compile(r"\\text\s*\{\s*([kKMmB])\s*\}$")
+_SHORT_MULTIPLIER = re.compile(r"\\text\s*+\{\s*+([kKMmB])\s*+\}$")
 _CURRENCIES = re.compile("[$€£¥₹]")
-_CURRENCY = re.compile(r"(?P<sign>[+-]?)\s*(?P<currency>\\\$|[€£¥₹])\s*(?P<value>.+)|(?P<before>.+?)\s*\\\$")
+_CURRENCY = re.compile(r"(?P<sign>[+-]?)\s*+(?P<currency>\\\$|[€£¥₹])\s*+(?P<value>.+)|(?P<before>.+?)(?<=\S)\s*+\\\$")
 OF_AN_ANGLE = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
-_PRIMES = re.compile(r"(?:\^\s*(?:\{\s*(?:\\prime\s*)+\}|\\prime)|'+)$")
-_ORDINAL = re.compile(r"(?<=\d)\s*\^?\s*\{?\s*(?:\\(?:text|mathrm)\s*\{)?\s*(?:st|nd|rd|th)\s*\}?\s*\}?$")
-_MULTIPLIER = re.compile(r"(?:\\text\s*\{\s*)?([^\W\d_]+)\s*\}?")
+_PRIMES = re.compile(r"(?:\^\s*+(?:\{\s*+(?:\\prime\s*+)++\}|\\prime)|(?<!')'++)$")
+_ORDINAL = re.compile(r"(?<=\d)\s*+\^?\s*+\{?\s*+(?:\\(?:text|mathrm)\s*+\{)?\s*+(?:st|nd|rd|th)\s*+\}?\s*+\}?$")
+_MULTIPLIER = re.compile(r"(?:\\text\s*+\{\s*+)?([^\W\d_]+)\s*+\}?")
 _NUMBER = re.compile(
-    r"(?P<sign>[+-]?)\s*(?P<digits>[1-9]\d{0,2}(?:,\d{3}){1,9}|\d{1,100})?(?P<fraction>\.\d{0,100})?"
-    r"(?:\s*(?:\\times|\\cdot|\*|x)\s*10\s*\^\s*(?:\{\s*(?P<power>[+-]?\d{1,4})\s*\}|(?P<bare_power>[+-]?\d{1,4}))"
+    r"(?P<sign>[+-]?)\s*+(?P<digits>[1-9]\d{0,2}(?:,\d{3}){1,9}|\d{1,100})?(?P<fraction>\.\d{0,100})?"
+    r"(?:\s*+(?:\\times|\\cdot|\*|x)\s*+10\s*+\^\s*+(?:\{\s*+(?P<power>[+-]?\d{1,4})\s*+\}|(?P<bare_power>[+-]?\d{1,4}))"
     r"|[eE](?P<exponent>[+-]?\d{1,4}))?"
 )
 _RATIO = re.compile(
-    r"(?P<sign>[+-]?)\s*(?P<whole>\d{1,100}(?=\s*\\|\s+\d))?\s*(?:\\frac\s*(?:\{\s*(?P<over>-?\d{1,100})\s*\}|(?P<over1>\d))"
-    r"\s*(?:\{\s*(?P<under>-?\d{1,100})\s*\}|(?P<under1>\d))|(?P<over2>\d{1,100})\s*/\s*(?P<under2>\d{1,100}))"
+    r"(?P<sign>[+-]?)\s*+(?P<whole>\d{1,100}(?=\s*+\\|\s+\d))?\s*+(?:\\frac\s*+(?:\{\s*+(?P<over>-?\d{1,100})\s*+\}|(?P<over1>\d))"
+    r"\s*+(?:\{\s*+(?P<under>-?\d{1,100})\s*+\}|(?P<under1>\d))|(?P<over2>\d{1,100})\s*+/\s*+(?P<under2>\d{1,100}))"
 )
-_REPEATING = re.compile(r"(?P<sign>[+-]?)(?P<whole>\d{0,50})\.(?P<once>\d{0,50})\\overline\s*\{(?P<again>\d{1,50})\}")
-_AND_SO_ON = re.compile(r"([+-]?\d{0,50}\.\d{0,50}?)(\d{1,12}?)(\2+)\s*\\ldots")
-_BASED = re.compile(r"([0-9A-Z]+)\s*_\s*\{?\s*(\d+)\s*\}?")
-_INDEXED = re.compile(r"[A-Za-z]\s*_\s*(?:\w|\{\w+\})")
+_REPEATING = re.compile(r"(?P<sign>[+-]?)(?P<whole>\d{0,50})\.(?P<once>\d{0,50})\\overline\s*+\{(?P<again>\d{1,50})\}")
+_AND_SO_ON = re.compile(r"([+-]?\d{0,50}\.\d{0,50}?)(\d{1,12}?)(\2+)\s*+\\ldots")
+_BASED = re.compile(r"([0-9A-Z]+)\s*+_\s*+\{?\s*+(\d+)\s*+\}?")
+_INDEXED = re.compile(r"[A-Za-z]\s*+_\s*+(?:\w|\{\w+\})")
 _TEXT = r"\\(?:text|mathrm|rm|operatorname)"
-_WORDS = re.compile(rf"(?:{_TEXT}\s*\{{[^{{}}\\]*\}}\s*)+")
+_WORDS = re.compile(rf"(?:{_TEXT}\s*+\{{[^{{}}\\]*\}}\s*+)+")
 _BARE_WORDS = re.compile(r"\(?[^\W\d_][\w .'-]*\)?")
 _BARE_WORD, _VOWEL = re.compile("[A-Za-z]{3,}"), re.compile("[aeiouAEIOU]")
 # A letter with brackets, a full stop or a colon, alone or with the text of the choice.
 _CHOICE = re.compile(
-    rf"(?:{_TEXT}\s*\{{\s*(?:(?:Option|Choice|Answer|option|choice)\s*)?)?(?:\(\s*(?P<bracketed>[A-Z])\s*\)|(?P<marked>[A-Z])\s*[).:]|(?P<alone>[A-Z])(?=\s*\}}?$))[.:]?"
-    r"\s*\}?(?P<rest>.*)"
+    rf"(?:{_TEXT}\s*+\{{\s*+(?:(?:Option|Choice|Answer|option|choice)\s*+)?)?(?:\(\s*+(?P<bracketed>[A-Z])\s*+\)|(?P<marked>[A-Z])\s*+[).:]|(?P<alone>[A-Z])(?=\s*+\}}?$))[.:]?"
+    r"\s*+\}?(?P<rest>.*)"
 )
 _OTHER_CHOICE = re.compile(
-    rf"^\s*(?:,|\\lor|\\land|[-+*/=^_])|\([A-Z]\)|{_TEXT}\s*\{{\s*\(?[A-Z]\)?\s*\}}|(?<![A-Za-z])[B-Z][).:](?![A-Za-z])"
+    rf"^\s*+(?:,|\\lor|\\land|[-+*/=^_])|\([A-Z]\)|{_TEXT}\s*+\{{\s*+\(?[A-Z]\)?\s*+\}}|(?<![A-Za-z])[B-Z][).:](?![A-Za-z])"
 )
 _TIME = re.compile(
-    rf"(?:{_TEXT}\s*\{{\s*)?(?P<hours>[01]?\d|2[0-4])(?::(?P<minutes>[0-5]\d)(?::(?P<seconds>[0-5]\d))?)?\s*(?:{_TEXT}\s*\{{\s*)?"
-    r"(?P<half>[AaPp]\.?\s?[Mm]\.?|noon|midnight)?\s*\}?"
+    rf"(?:{_TEXT}\s*+\{{\s*+)?(?P<hours>[01]?\d|2[0-4])(?::(?P<minutes>[0-5]\d)(?::(?P<seconds>[0-5]\d))?)?\s*+(?:{_TEXT}\s*+\{{\s*+)?"
+    r"(?P<half>[AaPp]\.?\s?[Mm]\.?|noon|midnight)?\s*+\}?"
 )
-_COLON = re.compile(r"\s*(?::|\\colon(?![A-Za-z])|\\text\s*\{\s*to\s*\}|(?<=\d)\s+to\s+(?=\d))\s*")
+_COLON = re.compile(
+    r"(?:(?:(?<!\s)\s++)?+(?::|\\colon(?![A-Za-z])|\\text\s*+\{\s*+to\s*+\})|(?<=\d)\s++to\s++(?=\d))\s*+"
+)
 _RESIDUE = re.compile(
-    r"(?:(?P<name>[A-Za-z]\w?)\s*(?:\\equiv|=)\s*)?(?P<residues>[-\d\s,]+?)\s*\\pmod\s*\{\s*(?P<modulus>\d{1,18})\s*\}"
+    r"(?:(?P<name>[A-Za-z]\w?)\s*+(?:\\equiv|=)\s*+)?(?P<residues>[-\d\s,]+?)(?<=\S)\s*+\\pmod\s*+\{\s*+(?P<modulus>\d{1,18})\s*+\}"
 )
 
 
-_GENERAL_TERM = re.compile(r"([a-z])\s*=\s*(\d{1,9})\s*[kntm]\s*([+-]\s*\d{1,9})?")  # x = 6k + 2
+_GENERAL_TERM = re.compile(r"([a-z])\s*+=\s*+(\d{1,9})\s*+[kntm]\s*+([+-]\s*+\d{1,9})?")  # x = 6k + 2
 
 
 @dataclass(frozen=True)
@@ -227,7 +229,7 @@ def number(text: str) -> Number | None:
     for ending in (_PRIMES, _ORDINAL):
         text = ending.sub("", text).strip()
     scale = Fraction(1)
-    if text and not text[-1].isdigit() and (match := re.search(r"\d\s*((?:\\text\s*\{[^{}]*\}|[^\W\d_]+)$)", text)):
+    if text and not text[-1].isdigit() and (match := re.search(r"\d\s*+((?:\\text\s*+\{[^{}]*\}|[^\W\d_]+)$)", text)):
         word = _MULTIPLIER.fullmatch(match[1])
         if word and word[1] in MULTIPLIERS and (word[1] not in ("k", "K") or "\\text" in match[1]):
             scale, text = Fraction(MULTIPLIERS[word[1]]), text[: match.start(1)].strip()

@@ -15,30 +15,30 @@ _GREEK = (
     r"|nabla|aleph|mho|imath|jmath)(?![A-Za-z])"
 )
 _TOKEN = re.compile(
-    r"(?P<kept>\\(?:begin|end)\s*\{[^{}]*\})"
-    r"|(?P<figure>\\(?:angle|triangle)\s*\{?\s*[A-Z]{1,4}(?![A-Za-z])\s*\}?)"
-    rf"|(?P<accent>{_ACCENT}\s*(?:\{{[^{{}}]*[A-Za-z][^{{}}]*\}}|\\[A-Za-z]+|[A-Za-z]))"
-    r"|(?P<text>\\(?:text|mathrm|operatorname\*?)\s*\{(?P<words>[^{}]*)\})"
+    r"(?P<kept>\\(?:begin|end)\s*+\{[^{}]*\})"
+    r"|(?P<figure>\\(?:angle|triangle)\s*+\{?\s*+[A-Z]{1,4}(?![A-Za-z])\s*+\}?)"
+    rf"|(?P<accent>{_ACCENT}\s*+(?:\{{[^{{}}A-Za-z]*+[A-Za-z][^{{}}]*+\}}|\\[A-Za-z]+|[A-Za-z]))"
+    r"|(?P<text>\\(?:text|mathrm|operatorname\*?)\s*+\{(?P<words>[^{}]*)\})"
     rf"|(?P<greek>{_GREEK})|(?P<command>\\[A-Za-z]+|\\.)|(?P<letter>[A-Za-z])",
     re.DOTALL,
 )
-_INDEX = re.compile(r"\s*_\s*(?:\{(?P<braced>(?:[^{}]|\{[^{}]*\})*)\}|(?P<bare>\\[A-Za-z]+|\w))")
+_INDEX = re.compile(r"\s*+_\s*+(?:\{(?P<braced>(?:[^{}]|\{[^{}]*\})*)\}|(?P<bare>\\[A-Za-z]+|\w))")
 _PRIMES = re.compile(
-    r"\s*(?:(?P<marks>'+)|\^\s*(?:\{\s*(?P<commands>(?:\\prime\s*)+)\}|(?P<command>\\prime(?![A-Za-z]))))"
+    r"\s*+(?:(?P<marks>'+)|\^\s*+(?:\{\s*+(?P<commands>(?:\\prime\s*+)++)\}|(?P<command>\\prime(?![A-Za-z]))))"
 )
 _STAR = re.compile(
-    r"\s*\^\s*(?:\{\s*(?P<sign>\*|\+|-|\\(?:ast|star|circ|top|dagger))\s*\}|(?P<bare>\*|\\(?:ast|star|top|dagger)))"
+    r"\s*+\^\s*+(?:\{\s*+(?P<sign>\*|\+|-|\\(?:ast|star|circ|top|dagger))\s*+\}|(?P<bare>\*|\\(?:ast|star|top|dagger)))"
 )
-_POWER = re.compile(r"\s*\^\s*(?:\{\s*(?P<braced>-?\w+|\(\w\))\s*\}|(?P<bare>\w))(?=\s*\()")
-_ARGUMENT = re.compile(r"\s*\(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\)")
+_POWER = re.compile(r"\s*+\^\s*+(?:\{\s*+(?P<braced>-?\w+|\(\w\))\s*+\}|(?P<bare>\w))(?=\s*+\()")
+_ARGUMENT = re.compile(r"\s*+\(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\)")
 _DERIVATIVE = re.compile(
-    r"\\frac\s*\{\s*(?P<d>d|\\partial|\\mathrm\s*\{\s*d\s*\})\s*(?:\^\s*\{?\s*(?P<order>\d)\s*\}?)?\s*(?P<of>[^{}]+?)\s*\}"
-    r"\s*\{\s*(?:d|\\partial|\\mathrm\s*\{\s*d\s*\})\s*(?P<by>[^{}]+?)\s*(?:\^\s*\{?\s*\d\s*\}?)?\s*\}"
+    r"\\frac\s*+\{\s*+(?P<d>d|\\partial|\\mathrm\s*+\{\s*+d\s*+\})\s*+(?:\^\s*+\{?\s*+(?P<order>\d)\s*+\}?)?(?P<of>[^{}]++)\}"
+    r"\s*+\{\s*+(?:d|\\partial|\\mathrm\s*+\{\s*+d\s*+\})\s*+(?P<by>[^{}]+?)(?<=\S)\s*+(?:\^\s*+\{?\s*+\d\s*+\}?)?\s*+\}"
 )
 _FUNCTIONS = {*"fghFGH", r"\phi", r"\varphi", r"\psi", r"\sigma", r"\tau", r"\Gamma", r"\zeta", r"\Phi", r"\Psi"}
 _KNOWN = {"sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "ln", "log",
           "exp", "det", "gcd", "lcm", "max", "min"}  # fmt: skip
-_BOUND_I = re.compile(r"_\s*\{?\s*i\s*(?:=|\\in)")
+_BOUND_I = re.compile(r"_\s*+\{?\s*+i\s*+(?:=|\\in)")
 
 
 class Names:

@@ -40,23 +40,26 @@ _REWRITING = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"\\\$|(?<=\d)%", ""),
-        (r"(?<![\d.,}^_])(\d+)\s*\\frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}", r"(\1+\\frac{\2}{\3})"),  # mixed numbers
-        (r"\(((?:[^()])*)\)\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))", r"\\frac{(\1)\\pi}{180}"),
         (
-            r"(\d+(?:\.\d+)?|[A-Za-z]|\\[A-Za-z]+)\s*(?:\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))|\\degrees?(?![A-Za-z]))",
+            r"(?<![\d.,}^_])(\d+)\s*+\\frac\s*+\{\s*+(\d+)\s*+\}\s*+\{\s*+(\d+)\s*+\}",
+            r"(\1+\\frac{\2}{\3})",
+        ),  # mixed numbers
+        (r"\(((?:[^()])*)\)\s*+\^\s*+(?:\{\s*+\\circ\s*+\}|\\circ(?![A-Za-z]))", r"\\frac{(\1)\\pi}{180}"),
+        (
+            r"((?<!\d)\d++(?:\.\d++)?|[A-Za-z]|\\[A-Za-z]+)\s*+(?:\^\s*+(?:\{\s*+\\circ\s*+\}|\\circ(?![A-Za-z]))|\\degrees?(?![A-Za-z]))",
             r"\\frac{\1\\pi}{180}",
         ),
         (r"^([+-]?\d+(?:\.\d+)?)[eE]([+-]?\d+)$", r"\1 \\cdot 10^{\2}"),
-        (r"\^\s*(\\frac\s*\{[^{}]*\}\s*\{[^{}]*\}|\\sqrt\s*\{[^{}]*\})", r"^{\1}"),
+        (r"\^\s*+(\\frac\s*+\{[^{}]*\}\s*+\{[^{}]*\}|\\sqrt\s*+\{[^{}]*\})", r"^{\1}"),
         (r"\\lg(?![A-Za-z])", r"\\log_{10}"),
-        (r"(?<![A-Za-z\\])C\s*_\s*\{?(\d+)\}?\s*\^\s*\{?(\d+)\}?", r"\\binom{\1}{\2}"),
-        (r"(?:\{\s*\}\s*)?(?<![\w}])_\s*\{?(\d+)\}?\s*C\s*_\s*\{?(\d+)\}?", r"\\binom{\1}{\2}"),
-        (r"(?<![A-Za-z\\])C\s*\(\s*(\d+|n|m)\s*,\s*(\d+|k|r)\s*\)", r"\\binom{\1}{\2}"),
-        (r"\\operatorname\s*\{\s*arc(sin|cos|tan)\s*\}", r"\\arc\1"),
-        (r"(\d*)\.(\d*)\\overline\s*\{(\d+)\}", lambda m: _repeating(m)),
-        (r"\\text\s*\{\s*\}", ""),
+        (r"(?<![A-Za-z\\])C\s*+_\s*+\{?(\d+)\}?\s*+\^\s*+\{?(\d+)\}?", r"\\binom{\1}{\2}"),
+        (r"(?:\{\s*+\}\s*+)?(?<![\w}])_\s*+\{?(\d+)\}?\s*+C\s*+_\s*+\{?(\d+)\}?", r"\\binom{\1}{\2}"),
+        (r"(?<![A-Za-z\\])C\s*+\(\s*+(\d+|n|m)\s*+,\s*+(\d+|k|r)\s*+\)", r"\\binom{\1}{\2}"),
+        (r"\\operatorname\s*+\{\s*+arc(sin|cos|tan)\s*+\}", r"\\arc\1"),
+        (r"(?<!\d)(\d*+)\.(\d*+)\\overline\s*+\{(\d+)\}", lambda m: _repeating(m)),
+        (r"\\text\s*+\{\s*+\}", ""),
         (r"\\[lr]vert", "|"),
-        (r"\\overline\s*\{\s*([A-Z]{2})\s*\}", r"\1"),
+        (r"\\overline\s*+\{\s*+([A-Z]{2})\s*+\}", r"\1"),
         (r"(?<![A-Za-z])\\mid(?![A-Za-z])", "|"),
     )
 ]
@@ -341,7 +344,7 @@ def _read(names: Names, latex: str):
     for pattern, replacement in _REWRITING:
         latex = pattern.sub(replacement, latex)
     expression = _parse(latex if r"\int" in latex or r"\lim" in latex else names.rename(latex))
-    if isinstance(expression, Expr) and not re.search(r"_\s*\{?\s*i\s*=", latex):
+    if isinstance(expression, Expr) and not re.search(r"_\s*+\{?\s*+i\s*+=", latex):
         expression = expression.subs(sympy.Symbol("i"), I)
     # All infinities are equal to each other.
     return None if expression is None or expression.has(sympy.zoo, sympy.nan) else expression

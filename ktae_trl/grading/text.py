@@ -33,18 +33,19 @@ MULTIPLIERS = {
     },
 }
 _CONNECTIVE = (
-    r"\\text\s*\{\s*(?i:so|thus|hence|therefore|then)\s*[,:]?\s*\}|\\(?:therefore|implies|Rightarrow)(?![A-Za-z])"
+    r"\\text\s*+\{\s*+(?i:so|thus|hence|therefore|then)\s*+[,:]?\s*+\}|\\(?:therefore|implies|Rightarrow)(?![A-Za-z])"
 )
 _LEAD = (
     r"(?:(?:so|thus|hence|therefore),?\s+)?(?:(?:the|our|my)\s+)?(?:(?:final|correct|right)\s+)?"
-    r"(?:answer|solution|result)\s*(?::|=|is:?|are:?)"
+    r"(?:answer|solution|result)\s*+(?::|=|is:?|are:?)"
 )
 _WRAPPERS = (
     r"\*\*(?P<stars>[^*]+)\*\*",
     r"\*(?P<star>[^*]+)\*", r"__(?P<underscores>[^_]+)__", r"`(?P<quotes>[^`]+)`",
-    r"\\\[(?P<display>.+)\\\]", r"\\\((?P<inline>.+)\\\)", r"\\text\s*\{\s*(?i:" + _LEAD + r")\s*\}(?P<text_lead>.+)",
-    r"(?i:" + _LEAD + r")\s*(?P<lead>.+)",
-    rf"(?:{_CONNECTIVE})\s*(?P<connective>.+)",
+    r"\\\[(?P<display>.+)\\\]", r"\\\((?P<inline>.+)\\\)",
+    r"\\text\s*+\{\s*+(?i:" + _LEAD + r")\s*+\}(?P<text_lead>.+)",
+    r"(?i:" + _LEAD + r")\s*+(?P<lead>.+)",
+    rf"(?:{_CONNECTIVE})\s*+(?P<connective>.+)",
 )  # fmt: skip
 _WRAPPED = re.compile("|".join(_WRAPPERS), re.DOTALL)
 _CLEANING = [
@@ -52,15 +53,15 @@ _CLEANING = [
     for pattern, replacement in (
         (r"\s+", " "),
         (
-            r"(?:\\left\s*)?\\\{\s*\\begin\s*\{(array|aligned|matrix)\}(?:\s*\{[lcr ]*\})?(.*?)\\end\s*\{\1\}"
-            r"(?:\s*\\right\s*\.)?",
+            r"(?:\\left\s*+)?\\\{\s*+\\begin\s*+\{(array|aligned|matrix)\}(?:\s*+\{[lcr ]*\})?(.*?)\\end\s*+\{\1\}"
+            r"(?:\s*+\\right\s*+\.)?",
             r"\\begin{cases}\2\\end{cases}",
         ),
-        (r"\\(?:mathbf|boldsymbol|bm)\s*\{\s*\\?([ijk])(?:math)?\s*\}", r"\\hat \1 "),  # unit vectors
+        (r"\\(?:mathbf|boldsymbol|bm)\s*+\{\s*+\\?([ijk])(?:math)?\s*+\}", r"\\hat \1 "),  # unit vectors
         (r"(?<!\\)\\(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])\.?", ""),
         (
-            r"(?<!\\)\\(?:(?:text)?color\s*\{[^{}]*\}|(?:mathbf|boldsymbol|bm|bf|boxed|fbox|underline|mathit|mathsf"
-            r"|mathtt|large|Large|huge|ensuremath|displaystyle|textstyle|limits|tfrac(?=\s*\\))(?![A-Za-z]))",
+            r"(?<!\\)\\(?:(?:text)?color\s*+\{[^{}]*\}|(?:mathbf|boldsymbol|bm|bf|boxed|fbox|underline|mathit|mathsf"
+            r"|mathtt|large|Large|huge|ensuremath|displaystyle|textstyle|limits|tfrac(?=\s*+\\))(?![A-Za-z]))",
             " ",
         ),
         (r"(?<![\d.,])(\d{1,3})((?:(?: ?\\[,;: !]| |~) ?\d{3})+)(?![\d,])", lambda m: _joined(m)),
@@ -71,18 +72,18 @@ _CLEANING = [
         (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
         (r"\\(?:mbox|textbf|textit|textrm|textnormal|textsf|texttt|emph)(?![A-Za-z])", r"\\text"),
         (r"\\(?:le|ge)(qslant|q)(?![A-Za-z])", lambda match: match.group()[:3]),
-        (r"\\neq(?![A-Za-z])|\\not\s*=", r"\\ne "),
-        (r"\\(?:varnothing|O)(?![A-Za-z])|\\\{\s*\\\}|\\text\s*\{\s*(?:the )?empty set\s*\}", r"\\emptyset "),
-        (r"\\degrees?(?![A-Za-z])|(?<=[\dA-Za-z})])\s*\\text\s*\{\s*degrees?\s*\}", r"^\\circ "),
-        (r"_\s*\{\s*\\(?:text|mathrm|rm)\s*\{?\s*(\w+)\s*\}?\s*\}", r"_{\1}"),
-        (r"\\overline\s*(\d)", r"\\overline{\1}"),
+        (r"\\neq(?![A-Za-z])|\\not\s*+=", r"\\ne "),
+        (r"\\(?:varnothing|O)(?![A-Za-z])|\\\{\s*+\\\}|\\text\s*+\{\s*+(?:the )?empty set\s*+\}", r"\\emptyset "),
+        (r"\\degrees?(?![A-Za-z])|(?<=[\dA-Za-z})])\s*+\\text\s*+\{\s*+degrees?\s*+\}", r"^\\circ "),
+        (r"_\s*+\{\s*+\\(?:text|mathrm|rm)\s*+\{?\s*+(\w+)\s*+\}?\s*+\}", r"_{\1}"),
+        (r"\\overline\s*+(\d)", r"\\overline{\1}"),
         (r"\\rightarrow(?![A-Za-z])|\\longrightarrow(?![A-Za-z])", r"\\to "),
         (r"\\backslash(?![A-Za-z])", r"\\setminus "),
-        (r"(\\text\s*\{\s*(?:hundred|[a-z]*thousand|[mbt]r?illion|dozen))\s+(?=[A-Za-z])", r"\1}\\text{ "),
+        (r"(\\text\s*+\{\s*+(?:hundred|[a-z]*thousand|[mbt]r?illion|dozen))\s+(?=[A-Za-z])", r"\1}\\text{ "),
         (r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})*,0\d\d(?:,\d{3})*(?![\d,])", lambda m: m.group().replace(",", "")),
-        (r"\\(?:mathrm|text|rm)\s*\{\s*d\s*\}(?=\s*(?:[\\A-Za-z]|\^))", "d"),
-        (r"\\text\s*\{\s*[.,]?\s*\}$|^\s*=(?!=)", ""),
-        (r"^\s*\\text\s*\{\s*[A-Za-z][A-Za-z ]{2,}:\s*\}(?=.)", ""),  # \text{Speed: }60
+        (r"\\(?:mathrm|text|rm)\s*+\{\s*+d\s*+\}(?=\s*+(?:[\\A-Za-z]|\^))", "d"),
+        (r"\\text\s*+\{\s*+[.,]?\s*+\}$|^\s*+=(?!=)", ""),
+        (r"^\s*+\\text\s*+\{\s*+[A-Za-z][A-Za-z ]{2,}:\s*+\}(?=.)", ""),  # \text{Speed: }60
         (r"\\langle(?![A-Za-z])", "("),
         (r"\\rangle(?![A-Za-z])", ")"),
         (r"\\(?:l|r)?vert(?![A-Za-z])", "|"),
@@ -90,44 +91,47 @@ _CLEANING = [
         (r"\\vee(?![A-Za-z])", r"\\lor"),
         (r"\\wedge(?![A-Za-z])", r"\\land"),
         (r"(?<!\\)\$", ""),
-        (r"\\%|\\text\s*\{\s*(?:percent|%|\\%)\s*\}|(?<=\d) ?percent\b", "%"),
-        (r"\\(?:mathrm|text|rm)\s*\{\s*([ije])\s*\}", r" \1 "),  # a number or variable, not a unit
-        (r"\\(?:text|mathrm)\s*\{\s*(-?\d[^{}]*)\}", r"\1"),  # \text{5 cm}
-        (r"\{\s*,\s*\}", ","),
-        (r"\\(?:mathbb|Bbb)\s*\{?\s*([RZNQC])\s*\}?|\\R(?![A-Za-z])", lambda m: rf"\mathbb{{{m[1] or 'R'}}}"),
+        (r"\\%|\\text\s*+\{\s*+(?:percent|%|\\%)\s*+\}|(?<=\d) ?percent\b", "%"),
+        (r"\\(?:mathrm|text|rm)\s*+\{\s*+([ije])\s*+\}", r" \1 "),  # a number or variable, not a unit
+        (r"\\(?:text|mathrm)\s*+\{\s*+(-?\d[^{}]*)\}", r"\1"),  # \text{5 cm}
+        (r"\{\s*+,\s*+\}", ","),
+        (r"\\(?:mathbb|Bbb)\s*+\{?\s*+([RZNQC])\s*+\}?|\\R(?![A-Za-z])", lambda m: rf"\mathbb{{{m[1] or 'R'}}}"),
         (
-            r"\\text\s*\{\s*all (?:the )?(?:real numbers|reals)\s*\}|(?<![\w\\])all (?:real numbers|reals)",
+            r"\\text\s*+\{\s*+all (?:the )?(?:real numbers|reals)\s*+\}|(?<![\w\\])all (?:real numbers|reals)",
             r"\\mathbb{R}",
         ),
         (
-            r"\(\s*(?:\\text\s*\{\s*mod\s*\}|\\bmod|\\mod|\\mathrm\s*\{\s*mod\s*\}|(?<![A-Za-z])mod)\s*([^()]+)\)",
+            r"\(\s*+(?:\\text\s*+\{\s*+mod\s*+\}|\\bmod|\\mod|\\mathrm\s*+\{\s*+mod\s*+\}|(?<![A-Za-z])mod)\s*+([^()]+)\)",
             r"\\pmod{\1}",
         ),
-        (r"\\pmod\s*(\d|[A-Za-z])", r"\\pmod{\1}"),
+        (r"\\pmod\s*+(\d|[A-Za-z])", r"\\pmod{\1}"),
         (
-            r"\\bmod(?![A-Za-z])\s*(\d+|[A-Za-z])$|\\mod(?![A-Za-z])\s*\{?(\d+|[A-Za-z])\}?$",
+            r"\\bmod(?![A-Za-z])\s*+(\d+|[A-Za-z])$|\\mod(?![A-Za-z])\s*+\{?(\d+|[A-Za-z])\}?$",
             lambda m: rf"\pmod{{{m[1] or m[2]}}}",
         ),
         (
-            r"\\(?:text|mathrm)\s*\{[^{}]*(?<![A-Za-z])(?:and|or)(?![A-Za-z])[^{}]*\}",
+            r"\\(?:text|mathrm)\s*+\{[^{}]*(?<![A-Za-z])(?:and|or)(?![A-Za-z])[^{}]*\}",
             lambda m: _conjunctions(m.group()),
         ),
-        (r"\\text\s*\{(\s*[A-Z](?:\s*,\s*[A-Z])+\s*)\}", lambda m: re.sub("[A-Z]", r"\\text{\g<0>}", m[1])),  # A, B
-        (r",?\s+(and|or)\s+", lambda m: rf"\l{m[1].replace('and', 'and')} "),
-        (r",\s*(?=\\(?:land|lor)(?![A-Za-z]))", ""),
-        (r";", ","),
-        (r"(?<=\.)(\d*)\s*\((\d+)\)", r"\1\\overline{\2}"),  # 0.(3)
         (
-            r"(?<=\.)(\d*)\\dot\s*\{?(\d)\}?(?:(\d*)\\dot\s*\{?(\d)\}?)?",
+            r"\\text\s*+\{(\s*+[A-Z](?:\s*+,\s*+[A-Z])+\s*+)\}",
+            lambda m: re.sub("[A-Z]", r"\\text{\g<0>}", m[1]),
+        ),  # A, B
+        (r"(?:,|(?<![\s,]))\s++(and|or)\s++", lambda m: rf"\l{m[1].replace('and', 'and')} "),
+        (r",\s*+(?=\\(?:land|lor)(?![A-Za-z]))", ""),
+        (r";", ","),
+        (r"(?<=\.)(\d*)\s*+\((\d+)\)", r"\1\\overline{\2}"),  # 0.(3)
+        (
+            r"(?<=\.)(\d*)\\dot\s*+\{?(\d)\}?(?:(\d*)\\dot\s*+\{?(\d)\}?)?",
             lambda m: rf"{m[1]}\overline{{{m[2]}{m[3] or ''}{m[4] or ''}}}",
         ),
-        (r"(?<=\{)\s*([1-9]\d{0,2}(?:,\d{3})+)\s*(?=\})", lambda m: m[1].replace(",", "")),  # \frac{1,200}{7}
+        (r"(?<=\{)\s*+([1-9]\d{0,2}(?:,\d{3})+)\s*+(?=\})", lambda m: m[1].replace(",", "")),  # \frac{1,200}{7}
     )
 ]
-_CONJUNCTION = re.compile(r"\s*,?\s*(?<![A-Za-z])(and|or)(?![A-Za-z])\s*")
+_CONJUNCTION = re.compile(r"(?:(?:(?<!\s)\s++)?+,\s*+|(?<![\s,])\s++)?+(?<![A-Za-z])(and|or)(?![A-Za-z])\s*+")
 _TAKES = {r"\frac": 2, r"\binom": 2, r"\sqrt": 1}
 _ARGUMENTS = re.compile(r"\\[A-Za-z]+|\\.|\s+|.", re.DOTALL)
-_BRACKETS = re.compile(r"\\[{}]|\\(?:begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+|\\.|=+|[()\[\]{},]")
+_BRACKETS = re.compile(r"\\[{}]|\\(?:begin|end)\s*+\{[^{}]*\}|\\[A-Za-z]+|\\.|=+|[()\[\]{},]")
 _OPENING, _CLOSING = ("(", "[", "{", r"\{"), (")", "]", "}", r"\}")
 _SUPERFLUOUS_BRACES = re.compile(r"(?<=[_^])\{(\w)\}")
 _SPACE = re.compile(r"(?<!\d) | (?!\d)")  # not the one in `1 1/2`
@@ -177,7 +181,7 @@ def _conjunctions(group: str) -> str:
 
 
 def _in_digits(text: str) -> str:
-    match = re.fullmatch(r"(?:\\text\s*\{\s*)?([A-Za-z][A-Za-z -]*?)\s*\}?", text)
+    match = re.fullmatch(r"(?:\\text\s*+\{\s*+)?([A-Za-z][A-Za-z -]*?)(?<=\S)\s*+\}?", text)
     if not match or not _FIRST_NUMBER.match(match[1]):
         return text
     words = match[1].replace("-", " ").split()

@@ -135,17 +135,17 @@ _COUNTED, _ADJECTIVES = set(_COUNTED_WORDS.lower().split()), set(_ADJECTIVE_WORD
 _POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
 
 _TOKEN = re.compile(
-    r"\s*(?:\^\s*\{?\s*(?P<power>[+-]?\d{1,2})\s*\}?|(?P<per>/|per\b)|(?P<dot>\*|\\cdot(?![A-Za-z])|·|-)"
-    r"|(?P<word>°\s?[CF](?![A-Za-z])|(?:[^\W\d_]|[☉µ])+|[$€£¥₹°¢]))"
+    r"\s*+(?:\^\s*+\{?\s*+(?P<power>[+-]?\d{1,2})\s*+\}?|(?P<per>/|per\b)|(?P<dot>\*|\\cdot(?![A-Za-z])|·|-)"
+    r"|(?P<word>°\s?[CF](?![A-Za-z])|(?:[^\W\d_]|[☉µ])++|[$€£¥₹°¢]))"
 )
 _WRAPPERS = re.compile(r"\\(?:text|mathrm|rm|operatorname)(?![A-Za-z])|(?<!\^)(?<!\^ )[{}]|\\[,;!]|\.(?!\d)|\(|\)")
 _SYMBOLS_OF_LATEX = (
-    (re.compile(r"(?:\\mu(?![A-Za-z])|μ)\s*(\\(?:text|mathrm)\s*\{)?\s*"), r"\1µ"),
-    (re.compile(r"_\s*(?:\{\s*\\odot\s*\}|\\odot)"), "☉"),
-    (re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degrees?(?![A-Za-z])|\\circ(?![A-Za-z])"), "°"),
+    (re.compile(r"(?:\\mu(?![A-Za-z])|μ)\s*+(\\(?:text|mathrm)\s*+\{)?\s*+"), r"\1µ"),
+    (re.compile(r"_\s*+(?:\{\s*+\\odot\s*+\}|\\odot)"), "☉"),
+    (re.compile(r"\^\s*+(?:\{\s*+\\circ\s*+\}|\\circ)|\\degrees?(?![A-Za-z])|\\circ(?![A-Za-z])"), "°"),
     (re.compile(r"\\(?:Omega|ohm)(?![A-Za-z])"), "Ω"),
-    (re.compile(r"\\(?:AA|r\s*A)(?![A-Za-z])"), "Å"),
-    (re.compile(r"\\frac\s*\{(.*)\}\s*\{(.*)\}", re.DOTALL), r"\1/\2"),
+    (re.compile(r"\\(?:AA|r\s*+A)(?![A-Za-z])"), "Å"),
+    (re.compile(r"\\frac\s*+\{(.*)\}\s*+\{(.*)\}", re.DOTALL), r"\1/\2"),
     (re.compile(r"\\\$"), "$"),
 )
 

@@ -1,7 +1,8 @@
 """The worker process: reads one comparison a line, answers with its verdict. Never imports torch or the main script.
 
 Line in: JSON [seconds, [gold, ...], answer or null]. Lines out: "ready" once, then for each comparison "gold" when all
-accepted answers have been read, and the verdict: "equal", "different", "unparsable answer" or "unparsable gold".
+accepted answers have been read, and the verdict: "equal", "different", "unparsable answer" or "unparsable gold". After
+"ready" and each verdict stand the seconds of processor time that it took.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable
 
 
@@ -52,15 +54,17 @@ def main(megabytes: int) -> None:
     os.dup2(2, 1)
     _limit_memory(megabytes)
     # Before "ready", so that start-up does not count against the limit: imports, and what the first parse sets up.
-    from ktae_trl.grading import symbolic
+    from ktae_trl.grading import confinement, symbolic
 
     symbolic.equal(r"\frac{x}{2}+1", "1+x/2")
+    confinement.confine()
 
     def say(word: str) -> None:
         verdicts.write(word + "\n")
 
-    say("ready")
+    say(f"ready {time.process_time():.6f}")
     for line in sys.stdin.buffer:
+        begin = time.process_time()
         seconds, golds, answer = json.loads(line)
         # The clock counts our own processor time and ends us without asking Python: no computation can miss it, and a
         # busy machine does not make a right answer wrong.
@@ -70,7 +74,7 @@ def main(megabytes: int) -> None:
         except MemoryError:
             os._exit(1)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        say(verdict)
+        say(f"{verdict} {time.process_time() - begin:.6f}")
 
 
 if __name__ == "__main__":
