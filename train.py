@@ -98,7 +98,10 @@ class HeldOutAccuracy(TrainerCallback):
         file = checkpoint.parent / HELD_OUT_BEFORE
         if not file.exists():
             return None
-        kept = json.loads(file.read_text())
+        try:
+            kept = json.loads(file.read_text())
+        except ValueError:
+            kept = None
         if not isinstance(kept, dict) or kept["problems"] != self.problems():
             self.trainer.accelerator.print(f"{file} is not of these held-out problems and samples: not used")
             return None

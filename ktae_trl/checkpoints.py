@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
+from types import NoneType
 
 from ktae_trl.files import replace_text
 
@@ -19,7 +21,9 @@ STATE = "trainer_state.json"
 REPLACEABLE = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth", "rollouts_*.pt")
 # No part of a checkpoint: a pickle that may hold a token, so that a checkpoint on the Hub comes without it.
 _NO_PART = ("training_args.bin", MANIFEST)
+_REMOVED = ".removed-"
 _THREADS = 8
+logger = logging.getLogger(__name__)
 
 
 class ResumeError(ValueError):
@@ -31,10 +35,7 @@ def begin(checkpoint: Path) -> None:
 
     A link of its name is removed, and what it points to stays as it is.
     """
-    if checkpoint.is_symlink():
-        checkpoint.unlink()
-    elif checkpoint.exists():  # of a run that took another way from an earlier step: nothing of it may stay
-        shutil.rmtree(checkpoint)
+    _remove(checkpoint)  # of a run that took another way from an earlier step: nothing of it may stay
     checkpoint.mkdir(parents=True)
     _write(checkpoint, files=None)
 
@@ -49,14 +50,37 @@ def seal(checkpoint: Path) -> None:
 
 
 def is_sealed(checkpoint: Path) -> bool:
-    return (_read(checkpoint) or {}).get("files") is not None
+    return bool((_read(checkpoint) or {}).get("files"))
 
 
 def remove_unfinished(output_dir: Path) -> None:
     """Remove checkpoints that were begun and never sealed: they hold nothing that a training could use."""
     for checkpoint in _all(output_dir):
-        if (manifest := _read(checkpoint)) is not None and manifest.get("files") is None:
-            shutil.rmtree(checkpoint)
+        manifest = _read(checkpoint)
+        if manifest and manifest["files"] is None:
+            _remove(checkpoint)
+    for rest in Path(output_dir).glob(f"{_REMOVED}*"):  # of a process that was killed
+        shutil.rmtree(rest, ignore_errors=True)
+
+
+def keep_newest(output_dir: Path, limit: int | None, best: str | None = None) -> None:
+    """Remove checkpoints until at most `limit` are left (`save_total_limit`; None keeps all).
+
+    Whole ones stay before damaged ones, and newer before older. The newest is on the disk itself, and not only with the
+    operating system, before any other goes.
+
+    Args:
+        best: a checkpoint that stays, too (`best_model_checkpoint`).
+    """
+    remove_unfinished(output_dir)
+    found = newest_first(output_dir)
+    whole = [checkpoint for checkpoint in found if not problem(checkpoint, hashes=False)]
+    protected = [*whole[:1], *(path for path in whole[1:] if best and path == Path(best))]
+    order = list(dict.fromkeys([*protected, *whole, *found]))
+    if limit and limit > 0 and (surplus := order[max(limit, len(protected)) :]):
+        _flush(order[0])
+        for checkpoint in surplus:
+            _remove(checkpoint)
 
 
 def problem(checkpoint: Path, *, hashes: bool = True, allow_missing: bool = False) -> str:
@@ -73,9 +97,18 @@ def problem(checkpoint: Path, *, hashes: bool = True, allow_missing: bool = Fals
     manifest = _read(checkpoint)
     if manifest is None:
         return _state_problem(checkpoint / STATE)
-    files = manifest.get("files")
+    if not manifest:
+        return f"{MANIFEST} is damaged"
+    files = manifest["files"]
     if files is None:
         return "it was not written to its end"
+    try:
+        return _damage(checkpoint, files, hashes, allow_missing)
+    except OSError as error:
+        return f"{error.filename or 'a file'} cannot be read ({error.strerror or error})"
+
+
+def _damage(checkpoint: Path, files: dict, hashes: bool, allow_missing: bool) -> str:
     lost = [name for name in files if not (checkpoint / name).is_file()]
     if found := [name for name in lost if not (allow_missing and _is_replaceable(name))]:
         return f"{found[0]} is missing{_remedy(found[0], 'add')}"
@@ -149,7 +182,7 @@ def not_whole(checkpoint: Path, why: str, other: str | os.PathLike | None) -> st
 
 def _all(output_dir: Path) -> Iterator[Path]:
     # Not a copy that somebody made, as checkpoint-100-best.
-    return (path for path in Path(output_dir).glob("checkpoint-*") if _step(path) is not None and path.is_dir())
+    return (path for path in sorted(Path(output_dir).glob("checkpoint-*")) if _step(path) is not None and path.is_dir())
 
 
 def _step(checkpoint: Path) -> int | None:
@@ -176,19 +209,43 @@ def _mark(path: Path) -> list:
         return [os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()]
 
 
+def _flush(checkpoint: Path) -> None:
+    for path in checkpoint.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint at once: one that is half removed must not look like a whole one. A link goes as a link."""
+    if checkpoint.is_symlink():
+        checkpoint.unlink()
+    elif checkpoint.exists():
+        away = checkpoint.with_name(f"{_REMOVED}{checkpoint.name}")
+        shutil.rmtree(away, ignore_errors=True)
+        try:
+            checkpoint.rename(away)
+            shutil.rmtree(away)
+        except OSError as error:
+            logger.warning("%s could not be removed: %s", checkpoint, error)
+
+
 def _write(checkpoint: Path, files: dict | None) -> None:
-    replace_text(checkpoint / MANIFEST, json.dumps({"version": 1, "saved": time.time(), "files": files}) + "\n")
+    # Later than all that is there, also where the clock was set back.
+    saved = max(time.time(), *(_saved(other)[0] + 1e-3 for other in _all(checkpoint.parent)))
+    replace_text(checkpoint / MANIFEST, json.dumps({"version": 1, "saved": saved, "files": files}) + "\n")
 
 
 def _read(checkpoint: Path) -> dict | None:
-    """Return the manifest: None if there is none, one without files if it is damaged itself."""
+    """Return the manifest: None if there is none, an empty one if it is damaged or not ours."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        is_ours = manifest["version"] == 1 and manifest["saved"] + 0 and isinstance(manifest["files"], dict | NoneType)
+        return manifest if is_ours else {}
     except FileNotFoundError:
         return None
-    except (ValueError, OSError):
+    except (ValueError, OSError, LookupError, TypeError):
         return {}
-    return manifest if isinstance(manifest, dict) else {}
 
 
 def _state_problem(file: Path) -> str:

@@ -16,39 +16,44 @@ class NotFiniteError(RuntimeError):
 
 
 class Guard:
-    """Decides which optimizer steps are taken.
+    """Decides in a training which optimizer steps are taken.
+
+    Args:
+        says_so: whether this process warns of a step that is skipped.
 
     Attributes:
         skipped: steps that were skipped so far.
     """
 
-    def __init__(self):
+    def __init__(self, says_so: bool = True):
+        self.says_so = says_so
         self.skipped = 0
         self._in_a_row = 0
 
-    def allows(self, step: int, grad_norm: float) -> bool:
-        """Return whether a step can be taken with a gradient of this norm.
+    def allows(self, step: int, grad_norm: float | None) -> bool:
+        """Return whether a step can be taken with a gradient of this norm; None if DeepSpeed was told not to take it.
 
         Raises:
             NotFiniteError: it is the last of `IN_A_ROW` steps that cannot.
         """
-        if math.isfinite(grad_norm):
+        if grad_norm is None or math.isfinite(grad_norm := float(grad_norm)):
             self._in_a_row = 0
             return True
         self.skipped += 1
         self._in_a_row += 1
-        if self._in_a_row == IN_A_ROW:
+        if self._in_a_row >= IN_A_ROW:
             raise NotFiniteError(
                 f"{IN_A_ROW} steps in a row ({step - IN_A_ROW + 1} to {step}) had a loss or a gradient that is not "
-                f"finite (gradient norm {grad_norm}). They were skipped, and the weights are as before. Lower "
-                "learning_rate or max_grad_norm, train in bf16 or float32 instead of fp16, and look at the rewards and "
-                "the log-probabilities of the last steps"
+                f"finite (gradient norm {grad_norm}). They were skipped, and the weights are as before. Look at the "
+                "rewards of the last steps; lower max_grad_norm, or start a new run from the model of a checkpoint "
+                "(--model_name_or_path) with a lower learning_rate, which a resumed run does not take up"
             )
-        logger.warning(
-            "Step %d was skipped: its loss or its gradient is not finite (gradient norm %s). After %d such steps in a "
-            "row training stops.",
-            *(step, grad_norm, IN_A_ROW),
-        )
+        if self.says_so:
+            logger.warning(
+                "Step %d was skipped: its loss or its gradient is not finite (gradient norm %s). After %d such steps "
+                "in a row training stops.",
+                *(step, grad_norm, IN_A_ROW),
+            )
         return False
 
 
@@ -71,7 +76,8 @@ def check_weights(model: nn.Module, what: str) -> bool:
         return True
     # A sum is not finite if one of its terms is not, and takes a twentieth of the time of `isfinite`. It may overflow,
     # so it only says where to look. The device is waited for once.
-    sums = torch.stack([weights.sum(dtype=torch.float32) for _, weights in trained]).tolist()
+    first = trained[0][1].device  # a model may lie on several
+    sums = torch.stack([weights.sum(dtype=torch.float32).to(first) for _, weights in trained]).tolist()
     suspects = [part for part, total in zip(trained, sums, strict=True) if not math.isfinite(total)]
     bad = [name for name, weights in suspects if not weights.isfinite().all()]
     if bad:

@@ -20,7 +20,7 @@ from ktae_trl.guard import NotFiniteError, check_weights
 
 logger = logging.getLogger(__name__)
 # With several processes on a CPU, transformers reads the optimizer's state back to "cpu:0", which torch does not know.
-torch.serialization.register_package(0, lambda _: None, lambda part, name: part if name.startswith("cpu:") else None)
+torch.serialization.register_package(17, lambda _: None, lambda part, name: part if name.startswith("cpu:") else None)
 
 
 class ExactResume:
@@ -31,6 +31,7 @@ class ExactResume:
     """
 
     _data_fingerprint: dict | None = None
+    _saved_last: Path | None = None  # by this training, or what it resumed from
 
     def checkpoint_to_resume(self, asked) -> str | None:
         """Return the whole checkpoint that `resume_from_checkpoint` means. All processes must call it.
@@ -70,21 +71,23 @@ class ExactResume:
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-        self._check_weights(folder)  # before anything that is there goes
+        if folder == self._saved_last:  # as when a scheduler asks for a checkpoint right after one
+            return
+        self._check_weights(folder, together=True)  # before anything that is there goes
         if self.args.should_save:
             checkpoints.begin(folder)
         self.accelerator.wait_for_everyone()
-        with _before_older_ones_go(lambda: self._seal(folder)):
+        with _older_ones_stay():
             super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            checkpoints.seal(folder)
+            checkpoints.keep_newest(folder.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
+        self._saved_last = folder
 
     def _push_from_checkpoint(self, checkpoint_folder):
-        self._seal(Path(checkpoint_folder))
+        if self.args.should_save:  # so that it counts where it goes
+            checkpoints.seal(Path(checkpoint_folder))
         super()._push_from_checkpoint(checkpoint_folder)
-
-    def _seal(self, folder: Path) -> None:
-        if self.args.should_save and not checkpoints.is_sealed(folder):
-            checkpoints.seal(folder)
-            checkpoints.remove_unfinished(folder.parent)
 
     def _get_train_sampler(self, dataset=None):
         self._train_sampler = super()._get_train_sampler(dataset)
@@ -144,7 +147,12 @@ class ExactResume:
             raise ResumeError(
                 f"{checkpoint} holds a model, but not the state of its training ({', '.join(lacks)}): it was saved "
                 "with save_only_model, or with another back-end (DeepSpeed, FSDP), or was not copied whole. Instead of "
-                f"resuming, {_new_run(checkpoint)}. Or let what is missing start anew: --allow_inexact_resume true"
+                f"resuming, {_new_run(checkpoint)}"
+                + (
+                    ""
+                    if self.is_deepspeed_enabled
+                    else ". Or let what is missing start anew: --allow_inexact_resume true"
+                )
             )
 
     def _restore(self, checkpoint: str, max_steps: int) -> None:
@@ -165,11 +173,15 @@ class ExactResume:
             return
         changes = Changes(first.settings, now)
         self._check_changes(checkpoint, changes)
-        if any(one and one.holds_rollouts for one in saved):
+        inside = any(one and one.holds_rollouts for one in saved)
+        incomplete = inside and None in saved and self.args.allow_inexact_resume
+        if incomplete:
+            self._warn(f"{checkpoint} lacks rollouts of a process: all start with a new generation.")
+        elif inside:
             self._check_rollouts(checkpoint, changes, saved, first)
         if notes := list(changes.notes()):
             self._warn("\n  ".join([f"Settings have changed since {checkpoint} was saved:", *notes]))
-        if not changes.among(LAYOUT):
+        if not changes.among(LAYOUT) and not incomplete:
             self._step, self._credit_how = first.step, first.how
             self._buffered_inputs = send_to_device(own and own["rollouts"], self.accelerator.device)
         if self._prompt_stream is not None and first.prompts and not self.args.ignore_data_skip:
@@ -233,13 +245,20 @@ class ExactResume:
         # As plain values, which a checkpoint can hold: no enums, no tuples.
         return json.loads(json.dumps({name: known[name] for name in SETTINGS if name in known}, default=str))
 
-    def _check_weights(self, folder) -> None:
-        """Raise NotFiniteError instead of saving weights that are not finite."""
-        finite = check_weights(self.model, str(folder))
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # each process may hold a part of its own
+    def _check_weights(self, what, together: bool = False) -> None:
+        """Raise NotFiniteError instead of saving weights that are not finite.
+
+        Args:
+            together: all processes ask. They do anyway where each may hold a part of its own.
+        """
+        finite = check_weights(self.model, str(what))
+        if together or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             finite = all(gather_object([finite]))
         if not finite:
-            raise NotFiniteError(f"at step {self.state.global_step} some weights are not finite. Lower learning_rate")
+            raise NotFiniteError(
+                f"at step {self.state.global_step} some weights are not finite. Start a new run from the model of an "
+                "earlier checkpoint (--model_name_or_path) with a lower learning_rate"
+            )
 
     def _warn(self, message: str) -> None:
         if self.accelerator.is_main_process:
@@ -251,15 +270,9 @@ class ExactResume:
 
 
 @contextmanager
-def _before_older_ones_go(act) -> Iterator[None]:
-    """In here, transformers calls `act` between the last file of a checkpoint and the removal of older checkpoints."""
-    theirs = trainer.rotate_checkpoints
-
-    def rotate(**arguments) -> None:
-        act()
-        theirs(**arguments)
-
-    trainer.rotate_checkpoints = rotate
+def _older_ones_stay() -> Iterator[None]:
+    """In here, transformers removes no older checkpoints: the new one is not sealed yet."""
+    theirs, trainer.rotate_checkpoints = trainer.rotate_checkpoints, lambda **_: None
     try:
         yield
     finally:

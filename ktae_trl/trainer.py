@@ -18,6 +18,7 @@ from trl.import_utils import is_vllm_available
 from ktae_trl import model_card
 from ktae_trl.batches import Batches
 from ktae_trl.cards import CARDS, NONE, Card
+from ktae_trl.checkpoints import remove_unfinished
 from ktae_trl.config import KTAEGRPOConfig
 from ktae_trl.console import print_sample
 from ktae_trl.contract import check_trl
@@ -127,7 +128,6 @@ class KTAEGRPOTrainer(ExactResume, Publishing, GRPOTrainer):
         self._chosen_rewards: Tensor | None = None  # set while the parent runs on rollouts that dynamic sampling chose
         self._prompt_stream = self._make_prompt_stream() if args.dynamic_sampling else None
         self._warned_of_filling = False
-        self._guard = Guard()
         self._special_ids = tuple({self._tokenizer.pad_token_id, *self.eos_token_ids})
         self._recorder = Recorder(args, names, self._tokenizer, self._special_ids, self.accelerator)
         self.add_callback(self._recorder)
@@ -137,8 +137,11 @@ class KTAEGRPOTrainer(ExactResume, Publishing, GRPOTrainer):
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         with self._own_folder():
             self.resumed_from = self.checkpoint_to_resume(resume_from_checkpoint)
-            if self.is_world_process_zero():  # of the model that was there before
-                Path(self.args.output_dir, model_card.HELD_OUT).unlink(missing_ok=True)
+            self._saved_last = self.resumed_from and Path(self.resumed_from)
+            self._guard = Guard(says_so=self.is_world_process_zero())
+            if self.is_world_process_zero():
+                remove_unfinished(self.args.output_dir)
+                Path(self.args.output_dir, model_card.HELD_OUT).unlink(missing_ok=True)  # of the model before
             return super().train(self.resumed_from, *args, **kwargs)
 
     @contextmanager
@@ -149,7 +152,7 @@ class KTAEGRPOTrainer(ExactResume, Publishing, GRPOTrainer):
             if self.accelerator.is_main_process:
                 try:
                     stack.enter_context(locked(self.args.output_dir, "a training"))
-                except FolderInUseError as error:
+                except (FolderInUseError, OSError) as error:
                     refused = [str(error)]
             if said := broadcast_object_list(refused)[0]:
                 raise FolderInUseError(said)

@@ -93,10 +93,60 @@ def test_checkpoint_that_was_not_sealed_does_not_count(tmp_path, clock):
     cut = write(tmp_path, 8, sealed=False)
     assert problem(cut) == "it was not written to its end"
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-7")
-    (tmp_path / "checkpoint-7" / "manifest.json").write_text("")  # cut itself
-    assert last_checkpoint(tmp_path) is None
     checkpoints.remove_unfinished(tmp_path)
     assert not cut.exists()
+
+
+@pytest.mark.parametrize("manifest", ["", '{"version": 1', "[]", '{"tool": "backup", "files": null}'])
+def test_checkpoint_whose_manifest_is_damaged_or_not_ours_is_left_alone(tmp_path, manifest):
+    checkpoint = write(tmp_path, 7)
+    (checkpoint / "manifest.json").write_text(manifest)
+    assert problem(checkpoint) == "manifest.json is damaged"
+    assert last_checkpoint(tmp_path) is None
+    checkpoints.remove_unfinished(tmp_path)
+    assert checkpoint.exists()
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_limit_keeps_the_newest_whole_ones_and_the_best(tmp_path, clock):
+    for step in (40, 10, 20, 30):
+        write(tmp_path, step)
+    (tmp_path / "checkpoint-20" / "optimizer.pt").write_bytes(b"cut")
+    write_foreign(tmp_path, 99)
+    theirs = write(tmp_path / "theirs", 5, sealed=False)
+    os.symlink(theirs, tmp_path / "checkpoint-5")
+    (tmp_path / ".removed-checkpoint-1").mkdir()  # a process was killed there
+    checkpoints.keep_newest(tmp_path, None)
+    assert names(tmp_path) == [*(f"checkpoint-{step}" for step in (10, 20, 30, 40, 99)), "theirs"]
+    checkpoints.keep_newest(tmp_path, 3, str(tmp_path / "checkpoint-99"))
+    assert names(tmp_path) == ["checkpoint-10", "checkpoint-30", "checkpoint-99", "theirs"]
+    checkpoints.keep_newest(tmp_path, 1, str(tmp_path / "checkpoint-99"))
+    assert names(tmp_path) == ["checkpoint-30", "checkpoint-99", "theirs"]
+    assert theirs.exists()
+
+
+def test_one_that_cannot_be_removed_or_read_is_told(tmp_path, clock, monkeypatch, caplog):
+    for step in (1, 2):
+        write(tmp_path, step)
+
+    def refused(path, *_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(checkpoints.Path, "rename", refused)
+    checkpoints.keep_newest(tmp_path, 1)
+    assert "checkpoint-1 could not be removed" in caplog.text
+    monkeypatch.setattr(checkpoints, "_mark", refused)
+    assert "cannot be read (Permission denied)" in problem(tmp_path / "checkpoint-2")
+
+
+def test_newest_does_not_go_by_a_clock_that_was_set_back(tmp_path, monkeypatch):
+    for step, now in ((1, 1000.0), (2, 500.0)):
+        monkeypatch.setattr(checkpoints.time, "time", lambda now=now: now)
+        write(tmp_path, step)
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
 @pytest.mark.parametrize("state", [None, "", "{", "[]", "{}"])

@@ -2,8 +2,10 @@ import json
 
 import numpy as np
 import pytest
+from rich.console import Console
 from statsmodels.stats.multitest import multipletests
 
+from ktae_trl.evaluation import summary
 from ktae_trl.evaluation.comparison import (
     MEAN,
     Run,

@@ -9,13 +9,15 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from ktae_trl import files
+from ktae_trl import files, hub
+from ktae_trl.model_files import of_model
 from tests.training import make_trainer
 
 HOLD = """
 import sys
 from pathlib import Path
-from ktae_trl import files
+from ktae_trl import files, hub
+from ktae_trl.model_files import of_model
 from tests.training import make_trainer
 
 with files.locked(Path(sys.argv[1]), "train.py"):
@@ -115,3 +117,16 @@ def test_second_training_is_refused_before_it_touches_anything(tmp_path):
     assert (tmp_path / "held_out_results.json").read_text() == "of the first one"
     trainer.train()  # the other one is dead
     take(tmp_path)  # this one is done
+
+
+def test_folder_stays_locked_while_it_is_uploaded(tmp_path):
+    """The system lets go of a lock when its process closes any descriptor of the file."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with files.locked(tmp_path, "a training"):
+        sent = of_model(tmp_path).sent
+        hub.api()._prepare_upload_folder_additions(tmp_path, path_in_repo="", allow_patterns=sent)
+        refused = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    assert sent == ["config.json", "model.safetensors"]
+    assert "FolderInUseError" in refused.stderr

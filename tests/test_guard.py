@@ -57,6 +57,8 @@ def test_third_step_in_a_row_ends_the_training_with_good_weights(tmp_path):
     assert trainer.state.global_step == 5
     assert checkpoints.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-5")
     assert check_weights(trainer.model, "")
+    with pytest.raises(NotFiniteError, match=r"\(4 to 6\)"):  # so does the next training of this trainer
+        trainer.train()
 
 
 def test_guard_counts_in_a_row():
@@ -65,6 +67,7 @@ def test_guard_counts_in_a_row():
         *(True, False, False, True, False)
     ]
     assert guard.skipped == 3
+    assert guard.allows(9, None)  # DeepSpeed was told to take no norm
 
 
 def test_weights_that_are_not_finite_are_never_saved_and_replace_nothing(tmp_path, caplog):

@@ -9,7 +9,7 @@ import torch
 from datasets import IterableDataset
 from peft import LoraConfig
 
-from ktae_trl import KTAEGRPOConfig, resume, tiny
+from ktae_trl import KTAEGRPOConfig, checkpoints, resume, tiny
 from ktae_trl.changes import HASH, ROWS, SETTINGS, fingerprint
 from ktae_trl.checkpoints import MANIFEST, ResumeError
 from ktae_trl.rewards import boxed_format
@@ -391,3 +391,29 @@ def test_going_on_without_a_part_needs_to_be_asked_for(uninterrupted, tmp_path, 
     assert "start" in said
     assert "anew" in said or "new generation" in said
     assert trainer.state.global_step == 18
+
+
+def test_what_trl_writes_last_is_a_part_and_an_older_checkpoint_stays_until_then(tmp_path, monkeypatch):
+    settings = {**CYCLES, "max_steps": 2, "save_total_limit": 1, "use_adaptive_entropy": True}
+    trainer = make_trainer(tmp_path, train_dataset=prompts(12), **settings)
+    seen, seal = [], checkpoints.seal
+
+    def looked_at(checkpoint):
+        seen.append([path.name for path in sorted(tmp_path.glob("checkpoint-*")) if checkpoints.is_sealed(path)])
+        seal(checkpoint)
+
+    monkeypatch.setattr(checkpoints, "seal", looked_at)
+    trainer.train()
+    assert seen == [[], ["checkpoint-1"]]
+    assert [path.name for path in tmp_path.glob("*checkpoint-*")] == ["checkpoint-2"]
+    manifest = json.loads((tmp_path / "checkpoint-2" / MANIFEST).read_text())
+    assert "entropy_ctrl_state.json" in manifest["files"]
+
+
+def test_checkpoint_of_the_same_step_is_not_written_twice(uninterrupted, tmp_path):
+    """As when a scheduler asks for one right after the last: the time may be over before it is whole again."""
+    folder, _ = uninterrupted
+    trainer, _ = resumed_from(folder / "checkpoint-17", tmp_path)
+    before = (tmp_path / "checkpoint-18" / MANIFEST).stat().st_mtime_ns
+    trainer._save_checkpoint(trainer.model, None)
+    assert (tmp_path / "checkpoint-18" / MANIFEST).stat().st_mtime_ns == before
