@@ -134,7 +134,8 @@ def files_for_the_hub(folder: Path) -> dict[str, bytes]:
         for path in folder.rglob("*")
         if path.is_file() and path.relative_to(folder).parts[0] not in private
     }
-    return {name: data for name, data in kept.items() if name not in ("training_args.bin", "held_out_before.json")}
+    stay = ("training_args.bin", "held_out_before.json", ".lock")
+    return {name: data for name, data in kept.items() if name not in stay}
 
 
 def snapshot(folder: Path) -> dict[str, str]:

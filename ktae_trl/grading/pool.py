@@ -7,7 +7,7 @@ Whose fault is it when a worker ends? Only its own clock (SIGPROF after 2 s of p
 doing: that is a "timeout". Any other end (killed when memory runs out, frozen, crashed) may have come from outside, so
 the answer is graded again, once, alone on a fresh worker; if it ends that one too, its verdict is "worker died".
 
-A worker is frozen if it has an answer to compare but for 2 s neither says a word, nor uses any processor time, nor
+A worker is frozen if it has an answer to compare but for 1.5 s neither says a word, nor uses any processor time, nor
 waits for a processor or a disk (the kernel's word, where there is a /proc). So a busy machine makes nobody look frozen.
 A worker that does not end by itself within 30 s is replaced as well. Time only counts while the main process looks:
 one that was itself held up (a suspended laptop, a debugger) finds its workers as they were.
@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 SECONDS = 2.0  # of a worker's processor time; it ends itself by a signal
 _WALL_SECONDS = 30.0  # if it did not, for whatever reason
-_SILENT_SECONDS = 2.0
+_SILENT_SECONDS = 1.5  # with the start of another worker a frozen one costs 3 s at most
 _LOOK_SECONDS = 0.25
 MEGABYTES = 500
 _START_SECONDS = 120
