@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from ktae_trl.files import LOCK
 from ktae_trl.model_card import CARD, HELD_OUT, PAGE
 
 ARGUMENTS = "training_args.bin"
@@ -158,16 +157,11 @@ def _reason(name: str) -> str:
 
 
 def _entries(folder: Path) -> Iterator[tuple[str, bool]]:
-    """Yield the paths in a folder of all that is no folder, and whether each is a link. Links are not followed.
-
-    The lock is left out: it is of no interest, and who opens it lets go of it.
-    """
+    """Yield the paths in a folder of all that is no folder, and whether each is a link. Links are not followed."""
     for where, folders, names in os.walk(folder):
         links = [name for name in folders if Path(where, name).is_symlink()]
         for name in sorted([*names, *links]):
             path = Path(where, name)
-            if path == folder / LOCK:
-                continue
             yield path.relative_to(folder).as_posix(), path.is_symlink()
 
 

@@ -132,9 +132,7 @@ def test_a_batch_that_takes_too_long_as_a_whole():
         time.sleep(0.12 * len(completions))
         return [1.0] * len(completions)
 
-    with pytest.raises(
-        TimeoutError, match=r"None of its 8 completions takes that long by itself: the first [1-3], one"
-    ):
+    with pytest.raises(TimeoutError, match=r"None of its 8 completions takes that long by itself: the first \d, one"):
         call(mine)
 
     def whole_batches_only(completions, **kwargs):
