@@ -48,7 +48,7 @@ _STATE = re.compile(
     re.ASCII,
 )
 _RESULTS = re.compile(r"\w+_results\.json", re.ASCII)
-_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
+_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30}")
 _TENSORS = {".safetensors", ".pt", ".pth", ".bin", ".distcp"}
 _SHOWN = 40  # entries of a list for a person
 

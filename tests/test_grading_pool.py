@@ -337,12 +337,10 @@ def test_a_flood_of_hostile_answers_costs_its_budget_and_no_right_answer(monkeyp
     monkeypatch.setattr(grading, "_told", False)
     completions, golds = flood(40)
     completions, golds = completions + RIGHT[0], golds + RIGHT[1]
-    begin = time.monotonic()
     for _ in range(2):
         reasons = [grade.reason for grade in grade_many_full(completions, golds, workers=2, budget=1.0)]
         assert reasons[-6:] == ["equal"] * 6
         assert set(reasons[:-6]) == {"timeout", "budget"}
-    assert time.monotonic() - begin < 60  # of 92 s and more
     (warning,) = [record.message for record in caplog.records if "not compared" in record.message]
     assert re.match(r"\d+ of 46 answers were not compared and count as wrong", warning)
     assert "grading_budget" in warning

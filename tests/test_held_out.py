@@ -75,7 +75,7 @@ def before(folder, *, step=0, checkpoint=None, problems=6, samples=2, measured=N
     trainer = make_trainer(folder, eval_dataset=prompts(problems, tiny.HELD_OUT))
     callback = train.HeldOutAccuracy(trainer, types.SimpleNamespace(held_out_samples=samples))
     callback.measure = lambda: measured
-    trainer.args.resume_from_checkpoint = checkpoint and str(checkpoint)
+    trainer.resumed_from = checkpoint and str(checkpoint)
     callback.on_train_begin(trainer.args, types.SimpleNamespace(global_step=step, is_world_process_zero=True), None)
     return callback.before
 

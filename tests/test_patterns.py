@@ -27,7 +27,7 @@ FILES = [*sorted((ROOT / "ktae_trl").rglob("*.py")), ROOT / "train.py", ROOT / "
 CALLS = {"compile", "search", "match", "fullmatch", "sub", "subn", "split", "findall", "finditer"}
 ANCHORED = {"match", "fullmatch"}
 # Patterns that are made from data at run time: the names of metrics, and of a template's variables (escaped).
-MADE = {"rf'(eval_)?({pattern})'", "rf'\\b{re.escape(name)}\\b'"}
+MADE = {ast.unparse(ast.parse(text)) for text in (r"rf'(eval_)?({pattern})'", r"rf'\b{re.escape(name)}\b'")}
 SHORT, LONG = 2_000, 16_000
 LINEAR = LONG / SHORT
 FAST = 0.002  # seconds for a short text: nothing to be seen yet
@@ -224,6 +224,7 @@ def stop(*_):
 
 def seconds(pattern: re.Pattern, anchored: bool, text: str, limit: float) -> float:
     """Processor time that the pattern takes, or the limit."""
+    text = text.encode() if isinstance(pattern.pattern, bytes) else text
     before = signal.signal(signal.SIGPROF, stop)
     begin = time.process_time()
     signal.setitimer(signal.ITIMER_PROF, limit)

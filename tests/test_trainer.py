@@ -171,7 +171,12 @@ def test_the_loss_gets_combined_advantages_and_leaves_the_buffer_alone(replaying
     batch = generate(trainer)
     before = {k: v.clone() for k, v in batch.items()}
     given = {}
-    monkeypatch.setattr(GRPOTrainer, "_compute_loss", lambda self, model, inputs: given.update(inputs))
+
+    def spy(self, model, inputs):
+        given.update(inputs)
+        return torch.zeros(())
+
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", spy)
     trainer._compute_loss(trainer.model, batch)
     torch.testing.assert_close(given["advantages"], combine(batch["advantages"], batch["credit"], how))
     assert batch.keys() == before.keys()
