@@ -2,8 +2,10 @@ import json
 
 import numpy as np
 import pytest
+from rich.console import Console
 from statsmodels.stats.multitest import multipletests
 
+from ktae_trl.evaluation import summary
 from ktae_trl.evaluation.comparison import (
     MEAN,
     Run,
@@ -286,3 +288,21 @@ def test_settings_are_read_back(tmp_path):
     assert loaded.name == "model"
     assert loaded.settings == {"seed": 1}
     assert loaded.benchmarks["b"].right.tolist() == [[True]]
+
+
+def test_a_budget_that_was_used_up_is_told_and_graded_again(tmp_path, monkeypatch, capsys):
+    """Its verdicts are no measurement: the summary says how many, and a comparison grades them again."""
+    monkeypatch.setattr("ktae_trl.grading._LEAST_BUDGET", 0.01)
+    monkeypatch.setattr("ktae_trl.grading._verdicts", {})
+    rows = [row("1", s, rf"\boxed{{{s + 2}+x}}") for s in range(40)]
+    judged = graded(rows, [("x+2",)] * 40, budget=0.01)
+    left = [r for r in judged if r["reason"] == "budget"]
+    assert left
+    assert {r["graded_by"] for r in left} == {None}
+    figures = summarise([results("b", judged)], [1])
+    assert figures["benchmarks"]["b"]["over_budget"] == len(left)
+    summary.show(figures, "model", Console(width=400))
+    assert f"because grading_budget was used up: {len(left)} of b." in capsys.readouterr().out
+    assert not [r for r in graded(rows, [("x+2",)] * 40) if r["reason"] == "budget"]
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(r) + "\n" for r in judged))
+    assert load_run(str(tmp_path)).benchmarks["b"].reasons["budget"] == 0

@@ -7,6 +7,7 @@ import torch
 
 import train
 from ktae_trl import rewards, tiny
+from ktae_trl.grading import Grade
 from tests.training import make_trainer
 
 RIGHT, WRONG, NONE = r"\boxed{4}", r"\boxed{5}", "four"
@@ -34,8 +35,26 @@ def test_math_accuracy_grades_texts_and_conversations_and_logs():
         "grading/unparsable": 1 / 6,
         "grading/timeouts": 1 / 6,
         "grading/worker_deaths": 0,
+        "grading/budget": 0,
     }
     assert rewards.math_accuracy(completions, solution, prompts=None, trainer_state=None) == values
+
+
+def test_the_run_s_grading_budget_reaches_the_grader(tmp_path, monkeypatch):
+    given, metrics = [], {}
+
+    def grade_many_full(completions, answers, answer_format, budget):
+        given.append(budget)
+        return [Grade(False, "x", "budget")] * len(completions)
+
+    monkeypatch.setattr(rewards, "grade_many_full", grade_many_full)
+    for budget in (60.0, 7.0, None):
+        trainer = make_trainer(tmp_path / str(budget), **({} if budget == 60.0 else {"grading_budget": budget}))
+        trainer.reward_funcs[0](completions=[RIGHT], solution=["4"], log_metric=metrics.__setitem__)
+    assert given == [60.0, 7.0, None]
+    assert metrics["grading/budget"] == 1
+    with pytest.raises(ValueError, match="grading_budget must be above 0.*not -1"):
+        make_trainer(tmp_path, grading_budget=-1)
 
 
 def test_messages_without_a_text_or_with_text_in_parts():
