@@ -53,7 +53,7 @@ def test_the_run_s_grading_budget_reaches_the_grader(tmp_path, monkeypatch):
         trainer.reward_funcs[0](completions=[RIGHT], solution=["4"], log_metric=metrics.__setitem__)
     assert given == [60.0, 7.0, None]
     assert metrics["grading/budget"] == 1
-    with pytest.raises(ValueError, match="grading_budget must be above 0.*not -1"):
+    with pytest.raises(ValueError, match=r"grading_budget must be above 0.*not -1"):
         make_trainer(tmp_path, grading_budget=-1)
 
 
