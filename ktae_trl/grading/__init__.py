@@ -176,9 +176,9 @@ def _tell(left: int, answers: int, budget: float | None) -> None:
         _told = True
         logger.warning(
             "%d of %d answers were not compared and count as wrong: others take so long that they used up the budget "
-            "of %g seconds for 1,000 answers. Raise it if such answers can be right: grading_budget in a config, "
+            "of %s seconds for 1,000 answers. Raise it if such answers can be right: grading_budget in a config, "
             "budget of grade_many. This is said once; in training the metric grading/budget counts them",
-            *(left, answers, budget),
+            *(left, answers, f"{budget:g}"),
         )
 
 
