@@ -28,9 +28,10 @@ FILES = [*sorted((ROOT / "ktae_trl").rglob("*.py")), ROOT / "train.py", ROOT / "
 CALLS = {"compile", "search", "match", "fullmatch", "sub", "subn", "split", "findall", "finditer"}
 ANCHORED = {"match", "fullmatch"}
 # Patterns that are made from data at run time: the names of metrics, and of a template's variables (escaped).
-MADE = {"rf'(eval_)?({pattern})'", "rf'\\b{re.escape(name)}\\b'"}
+MADE = {r"f'(eval_)?({pattern})'", r"f'\\b{re.escape(name)}\\b'"}
 SHORT, LONG = 2_000, 16_000
-MOST = 3_000  # texts for a pattern; few have more, and these are drawn
+MOST = 1_500  # texts for a pattern; few have more, and these are drawn
+SLOWEST = 10  # that are looked at again, on the long text
 LINEAR = LONG / SHORT
 FAST = 0.002  # seconds for a short text: nothing to be seen yet
 REPEATS = (op.MAX_REPEAT, op.MIN_REPEAT, op.POSSESSIVE_REPEAT)
@@ -247,13 +248,18 @@ def seconds(pattern: re.Pattern, anchored: bool, text: str, limit: float) -> flo
 
 def superlinear(pattern: re.Pattern, anchored: bool) -> str | None:
     """A text whose growth makes the pattern take more than in proportion, None if there is none."""
+    slow = []
     for short, long in zip(texts(pattern, SHORT), texts(pattern, LONG), strict=True):
-        if seconds(pattern, anchored, short, 1.0) < FAST:
+        took = seconds(pattern, anchored, short, 1.0)
+        if took >= 1.0 and min(seconds(pattern, anchored, short, 1.0) for _ in range(2)) >= 1.0:
+            return short
+        slow = sorted([*slow, (took, short, long)])[-SLOWEST:]
+    for took, short, long in slow:
+        if took < FAST:
             continue
         least = min(seconds(pattern, anchored, short, 1.0) for _ in range(3))
-        if least >= 1.0 or (
-            least >= FAST / 2 and min(seconds(pattern, anchored, long, 5.0) for _ in range(3)) > 3 * LINEAR * least
-        ):
+        most = 3 * LINEAR * max(least, FAST / 2)
+        if min(seconds(pattern, anchored, long, 5.0) for _ in range(3)) > most:
             return short
     return None
 
