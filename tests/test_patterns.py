@@ -29,7 +29,7 @@ CALLS = {"compile", "search", "match", "fullmatch", "sub", "subn", "split", "fin
 ANCHORED = {"match", "fullmatch"}
 # Patterns that are made from data at run time: the names of metrics, and of a template's variables (escaped).
 MADE = {r"f'(eval_)?({pattern})'", r"f'\\b{re.escape(name)}\\b'"}
-SHORT, LONG = 2_000, 16_000
+SHORT, LONG = 4_000, 32_000
 MOST = 1_500  # texts for a pattern; few have more, and these are drawn
 SLOWEST = 10  # that are looked at again, on the long text
 LINEAR = LONG / SHORT
