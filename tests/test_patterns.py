@@ -10,6 +10,7 @@ import functools
 import importlib
 import itertools
 import pkgutil
+import random
 import re
 import signal
 import time
@@ -27,10 +28,11 @@ FILES = [*sorted((ROOT / "ktae_trl").rglob("*.py")), ROOT / "train.py", ROOT / "
 CALLS = {"compile", "search", "match", "fullmatch", "sub", "subn", "split", "findall", "finditer"}
 ANCHORED = {"match", "fullmatch"}
 # Patterns that are made from data at run time: the names of metrics, and of a template's variables (escaped).
-MADE = {ast.unparse(ast.parse(text)) for text in (r"rf'(eval_)?({pattern})'", r"rf'\b{re.escape(name)}\b'")}
-SHORT, LONG = 2_000, 16_000
+MADE = {r"f'(eval_)?({pattern})'", r"f'\\b{re.escape(name)}\\b'"}
+SHORT, LONG = 4_000, 32_000
+MOST = 1_500  # texts for a pattern; few have more, and these are drawn
+SLOWEST = 10  # that are looked at again, on the long text
 LINEAR = LONG / SHORT
-MOST = 300  # texts of a pattern
 FAST = 0.002  # seconds for a short text: nothing to be seen yet
 REPEATS = (op.MAX_REPEAT, op.MIN_REPEAT, op.POSSESSIVE_REPEAT)
 
@@ -208,7 +210,8 @@ def texts(pattern: re.Pattern, length: int) -> Iterator[str]:
     pumps = dict.fromkeys([*characters, *(f" {c}" for c in characters), *(pump for _, pump, _ in ways)])
     pumps |= dict.fromkeys(a + b for (_, a, _), (_, b, _) in itertools.pairwise(ways))
     ends = dict.fromkeys(["", "\x00", *(end for _, _, end in ways[:3])])
-    for start, pump, end in itertools.product(starts, pumps, ends):
+    made = list(itertools.product(starts, pumps, ends))
+    for start, pump, end in random.Random(0).sample(made, min(MOST, len(made))):
         yield start + pump * (length // len(pump)) + end
     for start in [*starts, whole]:  # many beginnings
         if start:
@@ -246,16 +249,18 @@ def seconds(pattern: re.Pattern, anchored: bool, text: str, limit: float) -> flo
 
 def superlinear(pattern: re.Pattern, anchored: bool) -> str | None:
     """A text whose growth makes the pattern take more than in proportion, None if there is none."""
-    # A pattern of many words has very many texts, each much like the next: every so many of them are measured.
-    step = 1 + sum(1 for _ in texts(pattern, 8)) // MOST
-    some = (itertools.islice(texts(pattern, length), 0, None, step) for length in (SHORT, LONG))
-    for short, long in zip(*some, strict=True):
-        if seconds(pattern, anchored, short, 1.0) < FAST:
+    slow = []
+    for short, long in zip(texts(pattern, SHORT), texts(pattern, LONG), strict=True):
+        took = seconds(pattern, anchored, short, 1.0)
+        if took >= 1.0 and min(seconds(pattern, anchored, short, 1.0) for _ in range(2)) >= 1.0:
+            return short
+        slow = sorted([*slow, (took, short, long)])[-SLOWEST:]
+    for took, short, long in slow:
+        if took < FAST:
             continue
         least = min(seconds(pattern, anchored, short, 1.0) for _ in range(3))
-        if least >= 1.0 or (
-            least >= FAST / 2 and min(seconds(pattern, anchored, long, 5.0) for _ in range(3)) > 3 * LINEAR * least
-        ):
+        most = 3 * LINEAR * max(least, FAST / 2)
+        if min(seconds(pattern, anchored, long, 5.0) for _ in range(3)) > most:
             return short
     return None
 

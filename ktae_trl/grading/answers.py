@@ -318,7 +318,7 @@ def _grid(text: str) -> list[list[str]] | None:
     match = _GRID.fullmatch(text)
     if not match or r"\begin" in match[2]:
         return None
-    rows = [row.strip().rstrip(",") for row in re.split(r"\\\\(?:\[[^\]]*\])?", match[2])]
+    rows = [row.strip().rstrip(",") for row in re.split(r"\\\\(?:\[[^\[\]]*+\])?", match[2])]
     return [[_condition(cell) for cell in row.split("&")] for row in rows if row]
 
 

@@ -126,7 +126,7 @@ _HASH = re.compile(r"####[ \t]*([^\n#]+)$")
 _SENTENCE = re.compile(
     r"(?s:.*)(?:^|\n|[.!?:]\s|\b(?:the|final|correct|our)\s)[*_ ]*answer"
     r"(?:\s+(?:to|of|for)\s+(?:the|this)\s+(?:question|problem))?"
-    r"[*_ ]*(?:\bis\b|:|=)(?:\s*+:)?[*_\s]*+"
+    r"[*_ ]*(?:\bis\b|:|=)(?:\s*:)?[*_\s]*+"
     r"(?P<answer>(?:(?!\.\s)[^\n])+?)(?<![*_\s.])[*_\s.]*+(?:I hope it is correct\.?)?$",
     re.IGNORECASE,
 )

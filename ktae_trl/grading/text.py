@@ -53,7 +53,8 @@ _CLEANING = [
     for pattern, replacement in (
         (r"\s+", " "),
         (
-            r"(?:\\left\s*+)?\\\{\s*+\\begin\s*+\{(array|aligned|matrix)\}(?:\s*+\{[lcr ]*\})?(.*?)\\end\s*+\{\1\}"
+            r"(?:\\left\s*+)?\\\{\s*+\\begin\s*+\{(array|aligned|matrix)\}(?:\s*+\{[lcr ]*\})?"
+            r"((?:(?!\\\{\s*+\\begin).)*?)\\end\s*+\{\1\}"
             r"(?:\s*+\\right\s*+\.)?",
             r"\\begin{cases}\2\\end{cases}",
         ),

@@ -139,13 +139,14 @@ _TOKEN = re.compile(
     r"|(?P<word>°\s?[CF](?![A-Za-z])|(?:[^\W\d_]|[☉µ])++|[$€£¥₹°¢]))"
 )
 _WRAPPERS = re.compile(r"\\(?:text|mathrm|rm|operatorname)(?![A-Za-z])|(?<!\^)(?<!\^ )[{}]|\\[,;!]|\.(?!\d)|\(|\)")
+_BALANCED = r"(?:[^{}]|\{(?:[^{}]|\{[^{}]*+\})*+\})*+"  # two levels of braces
 _SYMBOLS_OF_LATEX = (
     (re.compile(r"(?:\\mu(?![A-Za-z])|μ)\s*+(\\(?:text|mathrm)\s*+\{)?\s*+"), r"\1µ"),
     (re.compile(r"_\s*+(?:\{\s*+\\odot\s*+\}|\\odot)"), "☉"),
     (re.compile(r"\^\s*+(?:\{\s*+\\circ\s*+\}|\\circ)|\\degrees?(?![A-Za-z])|\\circ(?![A-Za-z])"), "°"),
     (re.compile(r"\\(?:Omega|ohm)(?![A-Za-z])"), "Ω"),
     (re.compile(r"\\(?:AA|r\s*+A)(?![A-Za-z])"), "Å"),
-    (re.compile(r"\\frac\s*+\{(.*)\}\s*+\{(.*)\}", re.DOTALL), r"\1/\2"),
+    (re.compile(rf"\\frac\s*+\{{({_BALANCED})\}}\s*+\{{({_BALANCED})\}}"), r"\1/\2"),
     (re.compile(r"\\\$"), "$"),
 )
 
