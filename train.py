@@ -186,11 +186,11 @@ def main(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -> None:
                     plan.show(run, args, model, reward_funcs, *loaded)
                 return
             if args.process_index == 0:  # before anything is loaded
-                folder.enter_context(locked(args.output_dir, "train.py"))
                 if warning := check_processes(args, run.num_processes):
                     logging.warning(warning)
                 if args.push_to_hub:
                     create_repo(repo_name(args), private=args.hub_private_repo, token=args.hub_token)
+                folder.enter_context(locked(args.output_dir, "train.py"))  # it makes the folder
             trainer = build_trainer(run, args, model)
         except (ValueError, OSError, ImportError) as error:  # settings, data, a name on the Hub, what is not installed
             sys.exit(f"train.py: {error}")
