@@ -172,11 +172,12 @@ def test_a_reward_function_that_hangs_on_one_process_ends_all(tmp_path):
     assert ("1", f"{error}. There is no checkpoint in {tmp_path / 'out'} yet: start again") in lines
 
 
+# One write a line: print writes the text and the line's end apart, and two processes share the file.
 WAITS = """
-import time
+import os, time
 
 def mine(completions, **kwargs):
-    print("waiting", flush=True)
+    os.write(1, b"[it waits]\\n")
     time.sleep(1000)
 """
 
@@ -189,7 +190,7 @@ def test_nobody_outlives_the_launcher(tmp_path, blow, processes):
     settings = {"reward_funcs": "waiting.mine", "held_out_samples": 0}
     with train(tmp_path, "ddp", settings, path=str(tmp_path), **more) as launched:
         until = time.monotonic() + 100
-        while said(tmp_path).count("waiting\n") < processes:
+        while said(tmp_path).count("[it waits]") < processes:
             assert launched.poll() is None, said(tmp_path)
             assert time.monotonic() < until, said(tmp_path)
             time.sleep(0.05)
