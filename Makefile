@@ -23,11 +23,11 @@ test-slow: $(VENV)/dev.installed
 
 # Kills, a full disk, damaged files: a part of test-slow.
 test-faults: $(VENV)/dev.installed
-	$(BIN)/pytest tests/test_faults.py
+	$(BIN)/pytest tests/files/test_faults.py
 
 # vLLM's CPU build is a package of its own that must not meet vllm; the other packages it brings are CUDA builds.
 test-vllm: $(VLLM_VENV)/installed
-	$(VLLM_VENV)/bin/pytest tests/test_vllm.py tests/test_vllm_training.py
+	$(VLLM_VENV)/bin/pytest tests/vllm/test_vllm.py tests/vllm/test_vllm_training.py
 
 $(VLLM_VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)

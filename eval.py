@@ -26,9 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ktae_trl.arguments import nearest, parse
 from ktae_trl.evaluation import comparison, summary
-from ktae_trl.evaluation.benchmarks import TEMPLATES, Problem, load_problems, parse_benchmarks, prompts, unscorable
-from ktae_trl.evaluation.samples import Store, graded, read_settings
-from ktae_trl.evaluation.sampling import (
+from ktae_trl.evaluation.generate import (
     Completion,
     Request,
     Sampling,
@@ -40,11 +38,13 @@ from ktae_trl.evaluation.sampling import (
     sample_with_vllm,
     stop_token_ids,
 )
-from ktae_trl.files import replace_text
-from ktae_trl.fingerprint import fingerprint, is_old, model_folder
+from ktae_trl.evaluation.samples import Store, graded, read_settings
+from ktae_trl.evaluation.tasks import TEMPLATES, Problem, load_problems, parse_benchmarks, prompts, unscorable
+from ktae_trl.files.fingerprint import fingerprint, is_old, model_folder
+from ktae_trl.files.writing import replace_text
 from ktae_trl.grading import ANSWER_FORMATS, check_budget, check_format, gold_answers
 from ktae_trl.prompts import AUTO, SYSTEM_PROMPT_HELP, instruction
-from ktae_trl.stopping import like_ctrl_c
+from ktae_trl.training.stopping import like_ctrl_c
 
 # What changes no sample: which samples are asked for (written down with them), and the rest (not).
 _ASKED = {"model_name_or_path", "model_revision", "benchmark_folder", "limit", "samples", "answer_format"}

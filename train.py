@@ -17,19 +17,20 @@ from transformers import AutoTokenizer, ProgressCallback, TrainerCallback
 from trl import ModelConfig, get_peft_config, get_quantization_config
 from trl.trainer.utils import get_callable_name
 
-from ktae_trl import KTAEGRPOConfig, KTAEGRPOTrainer, plan
+from ktae_trl import KTAEGRPOConfig, KTAEGRPOTrainer
 from ktae_trl.arguments import make_parser, parse
-from ktae_trl.batches import check_processes
-from ktae_trl.checkpoints import ResumeError, candidates, wants_to_resume
-from ktae_trl.console import MetricsTable
-from ktae_trl.data import DataArguments, load_prompts
-from ktae_trl.evaluation.held_out import Accuracy, held_out_accuracy, measured
-from ktae_trl.files import locked, replace_text
-from ktae_trl.hub import HubError, create_repo, repo_name, upload_command
-from ktae_trl.model_card import PAGE, settings_of
+from ktae_trl.data.problems import DataArguments, load_prompts
+from ktae_trl.files.checkpoints import ResumeError, candidates, wants_to_resume
+from ktae_trl.files.writing import locked, replace_text
+from ktae_trl.hub.card import PAGE, settings_of
+from ktae_trl.hub.upload import HubError, create_repo, repo_name, upload_command
 from ktae_trl.rewards import load_rewards
-from ktae_trl.stopping import Advice, advice_at_the_end, end_with_launcher
-from ktae_trl.verdicts import correctness_index
+from ktae_trl.rollouts.verdicts import correctness_index
+from ktae_trl.training import plan
+from ktae_trl.training.batches import check_processes
+from ktae_trl.training.console import MetricsTable
+from ktae_trl.training.held_out import Accuracy, held_out_accuracy, measured
+from ktae_trl.training.stopping import Advice, advice_at_the_end, end_with_launcher
 
 HELD_OUT_BEFORE = "held_out_before.json"
 

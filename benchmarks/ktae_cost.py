@@ -22,7 +22,7 @@ import torch
 from scipy import stats
 from tqdm import tqdm
 
-from ktae_trl.credit.ktae import key_token_values
+from ktae_trl.credit.ktae.values import key_token_values
 
 
 class Size(NamedTuple):

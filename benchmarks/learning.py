@@ -195,7 +195,7 @@ def train(run: Run, threads: int) -> None:
     from trl import ModelConfig, TrlParser
 
     from ktae_trl import KTAEGRPOConfig
-    from ktae_trl.credit.ktae import key_token_values
+    from ktae_trl.credit.ktae.values import key_token_values
     from train import RunArguments, build_trainer
 
     torch.set_num_threads(threads)

@@ -15,10 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ktae_trl import records
 from ktae_trl.credit.combine import combine
-from ktae_trl.credit.ktae import key_token_values
-from ktae_trl.report import write_report
+from ktae_trl.credit.ktae.values import key_token_values
+from ktae_trl.report import records, write_report
 from ktae_trl.report.rows import group_advantages
 
 VOCABULARY = 50_000

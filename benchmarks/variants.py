@@ -6,9 +6,10 @@
 import torch
 from torch import Tensor
 
-from ktae_trl.credit import METHODS, ktae
-from ktae_trl.credit.association import fisher_p_table, information_gain_table
+from ktae_trl.credit import METHODS
 from ktae_trl.credit.combine import Credit, Rollouts
+from ktae_trl.credit.ktae import values as ktae
+from ktae_trl.credit.ktae.association import fisher_p_table, information_gain_table
 
 
 def scaled(rollouts: Rollouts, args, policy) -> Credit:

@@ -8,10 +8,10 @@ from trl import GRPOConfig
 
 from ktae_trl.arguments import nearest
 from ktae_trl.credit import METHODS, oar
-from ktae_trl.credit.ktae import check_weights
+from ktae_trl.credit.ktae.values import check_weights
 from ktae_trl.grading import ANSWER_FORMATS, BUDGET, check_budget, check_format
-from ktae_trl.sampling import SAMPLERS
-from ktae_trl.verdicts import read_threshold
+from ktae_trl.rollouts.samplers import SAMPLERS
+from ktae_trl.rollouts.verdicts import read_threshold
 
 
 @dataclass

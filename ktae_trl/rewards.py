@@ -14,9 +14,9 @@ import torch
 from trl.rewards import get_soft_overlong_punishment
 from trl.trainer.utils import get_callable_name, is_async_callable
 
-from ktae_trl import reward_calls
 from ktae_trl.arguments import nearest
 from ktae_trl.grading import BUDGET, answered, find_answer, grade_many_full
+from ktae_trl.training import reward_calls
 
 # Names, as the trainer knows them, of functions here and in TRL that shape the reward but do not say what is right.
 SHAPING = {"boxed_format", "soft_overlong_punishment_reward", "think_format_reward", "repetition_penalty_reward"}

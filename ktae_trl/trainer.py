@@ -15,27 +15,28 @@ from torch import Tensor
 from trl import GRPOTrainer
 from trl.import_utils import is_vllm_available
 
-from ktae_trl import model_card
-from ktae_trl.batches import Batches
-from ktae_trl.cards import CARDS, NONE, Card
-from ktae_trl.checkpoints import remove_unfinished
 from ktae_trl.config import KTAEGRPOConfig
-from ktae_trl.console import print_sample
-from ktae_trl.contract import check_trl
 from ktae_trl.credit import METHODS, TOKENIZER_CHECKS
+from ktae_trl.credit.cards import CARDS, NONE, Card
 from ktae_trl.credit.combine import Rollouts, combine
-from ktae_trl.data import free_names
-from ktae_trl.files import FolderInUseError, locked
-from ktae_trl.first_look import FirstLook
-from ktae_trl.guard import Guard, check_rewards, or_nan
-from ktae_trl.policy import Policy
-from ktae_trl.publishing import Publishing
-from ktae_trl.recorder import Recorder
-from ktae_trl.resume import ExactResume
+from ktae_trl.data.problems import free_names
+from ktae_trl.files.checkpoints import remove_unfinished
+from ktae_trl.files.writing import FolderInUseError, locked
+from ktae_trl.hub import card as model_card
+from ktae_trl.hub.saving import Publishing
 from ktae_trl.rewards import SHAPING, bind, checked, opens_think, reads_answers, texts_of
-from ktae_trl.sampling import SAMPLERS, dynamic
-from ktae_trl.trackers import send_sample
-from ktae_trl.verdicts import Verdicts, correctness_index, verdicts
+from ktae_trl.rollouts import dynamic
+from ktae_trl.rollouts.policy import Policy
+from ktae_trl.rollouts.samplers import SAMPLERS
+from ktae_trl.rollouts.verdicts import Verdicts, correctness_index, verdicts
+from ktae_trl.training.batches import Batches
+from ktae_trl.training.console import print_sample
+from ktae_trl.training.first_look import FirstLook
+from ktae_trl.training.guard import Guard, check_rewards, or_nan
+from ktae_trl.training.recorder import Recorder
+from ktae_trl.training.resume import ExactResume
+from ktae_trl.training.trackers import send_sample
+from ktae_trl.trl_seam import check_trl
 
 check_trl(GRPOTrainer)
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class KTAEGRPOTrainer(ExactResume, Publishing, GRPOTrainer):
     A resumed run trains exactly as one that was not interrupted, at any optimizer step and in any epoch, also of a
     stream (stock TRL regenerates in the middle of a generation cycle and replays the first epoch's order). Each
     checkpoint therefore holds, per process, the rollouts that are still to be trained on, and the settings that shape
-    training: a changed one is named, with what is in effect, or refused (`ktae_trl.changes`). Not restored: the state
+    training: a changed one is named, with what is in effect, or refused (`ktae_trl.training.changes`). Not restored: the state
     of a vLLM sampler, and a reference model changed by `sync_ref_model`.
 
     Example:
@@ -61,7 +62,7 @@ class KTAEGRPOTrainer(ExactResume, Publishing, GRPOTrainer):
     ```python
     from datasets import load_dataset
     from ktae_trl import KTAEGRPOConfig, KTAEGRPOTrainer
-    from ktae_trl.data import to_prompts
+    from ktae_trl.data.problems import to_prompts
     from ktae_trl.rewards import math_accuracy
 
     trainer = KTAEGRPOTrainer(
@@ -265,7 +266,7 @@ class KTAEGRPOTrainer(ExactResume, Publishing, GRPOTrainer):
             inputs = {**inputs, "advantages": advantages}  # a new dict: buffered batches are used again
         return or_nan(super()._compute_loss(model, inputs))
 
-    # What is not finite: see `ktae_trl.guard`.
+    # What is not finite: see `ktae_trl.training.guard`.
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)

@@ -7,7 +7,7 @@ import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 
-from ktae_trl import records
+from ktae_trl.report import records
 from tests.reference import ktae_loop
 
 # Each would do harm on a page that took it for markup, or on a screen that obeyed it.

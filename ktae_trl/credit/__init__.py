@@ -1,6 +1,7 @@
 """Credit methods by name: functions from the `Rollouts` of a process, the config and the `Policy` to a `Credit`."""
 
-from ktae_trl.credit import ktae, oar, tree
+from ktae_trl.credit import oar, tree
+from ktae_trl.credit.ktae import values as ktae
 
 METHODS = {
     "ktae": ktae.assign,

@@ -20,7 +20,7 @@ from ktae_trl.credit.combine import Credit, Rollouts
 from ktae_trl.grading import answered, extraction
 
 if TYPE_CHECKING:  # it loads transformers
-    from ktae_trl.policy import Policy
+    from ktae_trl.rollouts.policy import Policy
 
 ANSWERS = ("answer_mean", "last", "answer_joint")
 _PROMPT_END = 16  # tokens, enough for an open `<think>` and the white space behind it

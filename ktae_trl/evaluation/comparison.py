@@ -12,8 +12,8 @@ import numpy as np
 from ktae_trl.evaluation.samples import SETTINGS, graded, grader, read_samples, read_settings
 from ktae_trl.evaluation.statistics import Difference, holm, mean_of, paired_difference, share
 from ktae_trl.evaluation.summary import Results, results
-from ktae_trl.files import replacing
-from ktae_trl.fingerprint import is_old
+from ktae_trl.files.fingerprint import is_old
+from ktae_trl.files.writing import replacing
 
 MEAN = "mean of benchmarks"
 # Colours that colour-blind people can tell apart (Okabe and Ito 2008).

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ktae_trl.credit.ktae import key_token_table
-from ktae_trl.records import Method, Record
+from ktae_trl.credit.ktae.values import key_token_table
+from ktae_trl.report.records import Method, Record
 from ktae_trl.report.tokens import visible
 
 LONGEST_TOKEN = 200  # characters that are shown of one

@@ -20,10 +20,10 @@ from markupsafe import Markup
 from rich.console import Console
 from rich.progress import track
 
-from ktae_trl import records
-from ktae_trl.files import replace_text
-from ktae_trl.records import Method, Record
+from ktae_trl.files.writing import replace_text
+from ktae_trl.report import records
 from ktae_trl.report.groups import describe, number, split
+from ktae_trl.report.records import Method, Record
 from ktae_trl.report.tokens import colour, visible
 
 MAX_GROUPS = 400  # 0.13 MB each, for 16 rollouts of 1,000 tokens

@@ -12,11 +12,11 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ktae_trl.credit.combine import combine as combine_with
-from ktae_trl.credit.ktae import check_weights
+from ktae_trl.credit.ktae.values import check_weights
 from ktae_trl.grading import grade_many
-from ktae_trl.records import Method, Record
 from ktae_trl.report.groups import clip, describe, split, statistics
 from ktae_trl.report.page import collect, progress, write
+from ktae_trl.report.records import Method, Record
 from ktae_trl.report.tokens import colour, one_line, shade, token_strings, visible
 
 COMBINE = ("multiply", "add")

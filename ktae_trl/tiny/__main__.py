@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from ktae_trl import tiny
-from ktae_trl.files import replace_text
+from ktae_trl.files.writing import replace_text
 from ktae_trl.tiny import task
 
 # The warm start, the training of the quickstart and its evaluation never share a problem.
@@ -35,7 +35,7 @@ def main() -> None:
             lines = "".join(json.dumps(item) + "\n" for item in items)
             replace_text(arguments.output / f"{name}.jsonl", lines)
     else:
-        from ktae_trl.model_files import without_links
+        from ktae_trl.files.model_files import without_links
         from ktae_trl.tiny.warm_start import warm_start
 
         with without_links(arguments.output):

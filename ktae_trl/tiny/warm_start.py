@@ -7,7 +7,7 @@ from datasets import Dataset
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from ktae_trl.data import BOXED_SYSTEM_PROMPT
+from ktae_trl.data.problems import BOXED_SYSTEM_PROMPT
 from ktae_trl.tiny import task
 
 _CHAT_TEMPLATE = (

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 from ktae_trl.credit import METHODS
-from tests.test_methods import LORA, METHOD_SETTINGS, by_turns
-from tests.training import difference, make_trainer, prompts, weights
+from tests.credit.test_methods import LORA, METHOD_SETTINGS, by_turns
+from tests.trainers import difference, make_trainer, prompts, weights
 
 
 def main(folder: Path) -> None:

@@ -16,11 +16,11 @@ from accelerate import PartialState
 from peft import LoraConfig
 
 from ktae_trl import tiny
-from ktae_trl.evaluation.held_out import held_out_accuracy
+from ktae_trl.training.held_out import held_out_accuracy
 from tests.distributed import cpu
-from tests.test_dynamic_sampling import third
-from tests.test_guard import poison
-from tests.training import make_trainer, prompts, replay
+from tests.rollouts.test_dynamic_sampling import third
+from tests.trainers import make_trainer, prompts, replay
+from tests.training.test_guard import poison
 
 
 def right_on_the_first(completions, **kwargs):

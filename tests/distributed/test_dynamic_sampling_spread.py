@@ -4,7 +4,7 @@ import pytest
 
 from tests.distributed.launching import launch
 from tests.distributed.test_same_as_one import REPLAYED, SAMPLED, assert_same_as_one
-from tests.training import difference
+from tests.trainers import difference
 
 pytestmark = pytest.mark.slow
 # Of 14 problems five are informative, and a generation has three; so it takes some, and the stream wraps.

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from ktae_trl import tiny
 from tests.distributed.launching import launch
-from tests.training import difference
+from tests.trainers import difference
 
 pytestmark = pytest.mark.slow
 SETTINGS = {"replay": True, "prompts": 8, "max_completion_length": 12, "learning_rate": 0.1, "max_steps": 1}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ktae_trl import records
+from ktae_trl.report import records
 from tests.distributed.launching import launch
 from tests.distributed.test_same_as_one import REPLAYED
 

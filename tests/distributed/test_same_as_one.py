@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from ktae_trl import tiny
 from tests.distributed.launching import MODES, ROOT, accelerate, environment, launch, read, run
 from tests.processes import started
-from tests.training import difference
+from tests.trainers import difference
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ktae_trl import checkpoints, tiny
+from ktae_trl import tiny
+from ktae_trl.files import checkpoints
 from tests.distributed.launching import MODES, ROOT, accelerate, environment
 from tests.processes import children, gone, started
 

@@ -4,7 +4,7 @@ import pytest
 
 from tests.distributed.launching import launch
 from tests.distributed.test_same_as_one import REPLAYED, SAMPLED, assert_same_as_one
-from tests.training import difference
+from tests.trainers import difference
 
 pytestmark = pytest.mark.slow
 TREE = {"credit": "tree", "tree_segment_tokens": 15, "tree_depth": 3, "max_completion_length": 45}

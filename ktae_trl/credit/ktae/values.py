@@ -1,0 +1,326 @@
+"""KTAE: the key-token value of every token from the right and wrong rollouts of its group (arXiv 2505.16826).
+
+Tokens are counted once (`counting`); all that follows is computed per distinct token of each group, for all groups
+together, and spread over the positions at the end.
+
+Where this departs from the official code, which has faults (README, "Departures"): p is exact, p = 1 gives F = 0, the
+weights arrive, and every end-of-sequence id counts as special.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ktae_trl.credit.combine import Credit, Rollouts, combine
+from ktae_trl.credit.ktae.association import fisher_p_table, information_gain_table
+from ktae_trl.credit.ktae.counting import Counts, count
+
+_TF_SATURATION = 2.0  # k1 of the paper's BM25-like term frequency
+_TF_LENGTH = 0.5  # b0
+_TF_EPSILON = 1e-5
+_SATURATED = 0.9  # |K| above this is reported as saturated
+_SILENCED = 1e-3  # so is a token that keeps less than this share of its rollout's advantage
+
+
+class KeyTokenTable(NamedTuple):
+    """Values per position, and the counts behind them per distinct token of each group with right and wrong rollouts.
+
+    U is the number of (group, token) pairs that occur; they come in no particular order. c and d of the 2 x 2 table are
+    `n_right[group] - a` and `n_wrong[group] - b`.
+    """
+
+    values: Tensor  # (P, G, T) float32: K
+    n_right: Tensor  # (P,) int64: right rollouts that vote
+    n_wrong: Tensor  # (P,) int64
+    group: Tensor  # (U,) int32
+    token: Tensor  # (U,) dtype of the ids
+    a: Tensor  # (U,) int32: right rollouts with the token
+    b: Tensor  # (U,) int32: wrong rollouts with the token
+    p: Tensor  # (U,) float32: Fisher's p-value
+    F: Tensor  # (U,) float32: Fisher association
+    IG: Tensor  # (U,) float32: information gain, bits
+    D: Tensor  # (U,) float32: direction
+
+
+def key_token_values(
+    ids: Tensor,
+    mask: Tensor,
+    correct: Tensor,
+    *,
+    fisher_weight: float = 1.0,
+    ig_weight: float = 1.0,
+    tf_weight: float = 1.0,
+    leave_one_out: bool = False,
+    scored: Tensor | None = None,
+    ignore_ids: Iterable[int] = (),
+) -> Tensor:
+    """Return K of every token, (P, G, T) float32: the `values` of `key_token_table`, which explains the arguments."""
+    weights = (fisher_weight, ig_weight, tf_weight)
+    return _value(ids, mask, correct, scored, weights, leave_one_out, ignore_ids, keep=False).values
+
+
+def key_token_table(
+    ids: Tensor,
+    mask: Tensor,
+    correct: Tensor,
+    *,
+    fisher_weight: float = 1.0,
+    ig_weight: float = 1.0,
+    tf_weight: float = 1.0,
+    leave_one_out: bool = False,
+    scored: Tensor | None = None,
+    ignore_ids: Iterable[int] = (),
+) -> KeyTokenTable:
+    """Compute the key-token value K of every token and the statistics behind it.
+
+        F = exp(-2 p), 0 where p = 1                     p: Fisher's exact test on presence x correctness
+        S = (h1 F + h2 IG) / (h1 + h2)                   strength
+        TF_s = (k1 + 1) f_s / (f_s + k1 (1 - b0 + b0 len_s / mean len)),  k1 = 2, b0 = 0.5
+        D = asin sqrt(a / N_T) - asin sqrt(b / N_F) + h3 (TF_T / (TF_F + 1e-5) - TF_F / (TF_T + 1e-5))
+        K = 2 sigmoid(S D) - 1
+
+    Presence (a right, b wrong rollouts) is counted once per rollout; f_s is the share of the token in the tokens of
+    side s, T right or F wrong, and len_s the number of those tokens. Source: arXiv 2505.16826.
+
+    Args:
+        ids: (P, G, T) integer token ids of G rollouts for each of P prompts, below the largest value of their dtype.
+        mask: (P, G, T) bool or 0/1; what is 0 is neither counted nor valued.
+        correct: (P, G) bool or 0/1, whether the rollout's answer is right.
+        fisher_weight, ig_weight: h1 and h2, at least 0 and not both 0.
+        tf_weight: h3, at least 0.
+        leave_one_out: value each rollout's tokens by the other G - 1 rollouts, so that it does not vote for itself.
+        scored: (P, G) bool or 0/1; a rollout that could not be scored neither votes nor gets values.
+        ignore_ids: ids with K = 0 (padding, end of sequence). They count in the length of their side.
+
+    The memory needed beside the input is at most 18 times that of int64 `ids` (22 times with `leave_one_out`), which it
+    comes near only if hardly any token occurs twice.
+
+    Returns:
+        A `KeyTokenTable`; `values` lie in [-1, 1] on the device of `ids`. They are 0 where masked, in a group whose
+        voters are all right or all wrong, for a token that (leaving the rollout out) no voter has, and in a rollout
+        that does not vote because its mask is empty or it is not scored.
+
+    Raises:
+        TypeError: `ids` is not an integer tensor.
+        ValueError: shapes that do not fit, weights that are negative, not finite or both 0.
+    """
+    weights = (fisher_weight, ig_weight, tf_weight)
+    return _value(ids, mask, correct, scored, weights, leave_one_out, ignore_ids, keep=True)
+
+
+_ROUND = 2**22  # positions that a CPU works on at once, so that memory is used again
+
+
+@torch.no_grad()
+def _value(ids, mask, correct, scored, weights, leave_one_out, ignore_ids, *, keep: bool) -> KeyTokenTable:
+    """Return the table; without `keep`, its entries per token are left empty."""
+    _check(ids, mask, correct, scored, *weights)
+    P, G, T = ids.shape
+    mask, correct = mask.bool(), correct.bool()
+    lengths = mask.sum(-1, dtype=torch.int32)
+    votes = lengths > 0 if scored is None else (lengths > 0) & scored.bool()
+    right, wrong = votes & correct, votes & ~correct  # (P, G)
+    n_right, n_wrong = right.sum(1), wrong.sum(1)  # (P,)
+    voting = votes & ((n_right > 0) & (n_wrong > 0))[:, None]
+    splits = set(zip(*torch.stack([n_right, n_wrong]).tolist(), strict=True))  # waits for the device
+    tables = _Tables(splits, leave_one_out, G, *weights[:2], ids.device)
+
+    values = torch.empty(P, G, T, device=ids.device)
+    columns = []
+    step = max(1, _ROUND // max(G * T, 1)) if ids.device.type == "cpu" else max(P, 1)
+    for begin in range(0, max(P, 1), step):
+        some = slice(begin, begin + step)
+        counted = mask[some] & voting[some, :, None]
+        for special in ignore_ids:
+            counted &= ids[some] != special
+        counts = count(ids[some], counted, right[some], pairs=leave_one_out)
+        sides = _Sides(right[some], wrong[some], lengths[some])
+        cell = tables.cell(*sides.sizes(), counts.group, counts.a, counts.b)
+        D = _direction(tables, weights[2], cell, counts.group, sides.tokens(), (counts.count_right, counts.count_wrong))
+        if leave_one_out:
+            K = _leave_one_out(tables, weights[2], sides, counts)
+        else:
+            K = _key_value(tables.strength.index_select(0, cell), D)
+        counts.spread(K, values[some])
+        if keep:
+            columns.append((counts.group + begin, counts.token, counts.a, counts.b, cell, D))
+    if keep:
+        group, token, a, b, cell, D = map(torch.cat, zip(*columns, strict=True))
+    else:
+        group, token, a, b, cell, D = (n_right.new_empty(0) for _ in range(6))
+    p, fisher, gain = (table.index_select(0, cell) for table in (tables.p, tables.fisher, tables.gain))
+    return KeyTokenTable(values, n_right, n_wrong, group, token, a, b, p, fisher, gain, D)
+
+
+class _Sides(NamedTuple):
+    """The two sides of P groups."""
+
+    right: Tensor  # (P, G) bool: votes, and is right
+    wrong: Tensor  # (P, G) bool
+    lengths: Tensor  # (P, G) tokens of each rollout
+
+    def sizes(self) -> tuple[Tensor, Tensor]:
+        """Return the rollouts of each side, (P,)."""
+        return self.right.sum(1), self.wrong.sum(1)
+
+    def tokens(self) -> tuple[Tensor, Tensor]:
+        """Return the tokens of each side, (P,)."""
+        return (self.lengths * self.right).sum(1), (self.lengths * self.wrong).sum(1)
+
+
+def _leave_one_out(tables: "_Tables", tf_weight: float, sides: _Sides, counts: Counts) -> Tensor:
+    """Return K of each pair: the rollout's own presence and tokens leave the counts of its side."""
+    token, rollout, own = counts.pairs
+    own_right = sides.right.view(-1).index_select(0, rollout).int()
+    own_sides = (own_right, 1 - own_right)
+
+    def others(totals: tuple[Tensor, Tensor], times: Tensor | int) -> list[Tensor]:
+        return [n.index_select(0, token) - mine * times for n, mine in zip(totals, own_sides, strict=True)]
+
+    both = (sides.right, sides.wrong)
+    sizes = [n[:, None] - side.int() for n, side in zip(sides.sizes(), both, strict=True)]
+    lengths = [n[:, None] - sides.lengths * side for n, side in zip(sides.tokens(), both, strict=True)]
+    cell = tables.cell(*sizes, rollout, *others((counts.a, counts.b), 1))
+    D = _direction(tables, tf_weight, cell, rollout, lengths, others((counts.count_right, counts.count_wrong), own))
+    return _key_value(tables.strength.index_select(0, cell), D)
+
+
+def _direction(
+    tables: "_Tables",
+    tf_weight: float,
+    cell: Tensor,
+    where: Tensor,
+    lengths: Iterable[Tensor],
+    counts: Iterable[Tensor],
+) -> Tensor:
+    """Return D for these counts of both sides; `where` numbers the entry of `lengths` that belongs to each."""
+    norms = _tf_norms(*(n.reshape(-1) for n in lengths))
+    tf_right, tf_wrong = (
+        (_TF_SATURATION + 1) * n / (n + norm.index_select(0, where)) for n, norm in zip(counts, norms, strict=True)
+    )
+    ratio = tf_right / (tf_wrong + _TF_EPSILON) - tf_wrong / (tf_right + _TF_EPSILON)
+    return tables.presence.index_select(0, cell).add_(ratio, alpha=tf_weight)
+
+
+def _key_value(strength: Tensor, direction: Tensor) -> Tensor:
+    return torch.tanh(strength.mul_(direction).div_(2))  # = 2 sigmoid(S D) - 1
+
+
+def _tf_norms(length_right: Tensor, length_wrong: Tensor) -> tuple[Tensor, Tensor]:
+    """Return per side k1 (1 - b0 + b0 len / mean len) len, so that TF = (k1 + 1) n / (n + norm) for n occurrences.
+
+    At least 1, which changes nothing where there are tokens and keeps TF finite (0) where there are none.
+    """
+    mean = (length_right + length_wrong).clamp(min=1) / 2
+    return tuple(
+        (_TF_SATURATION * (1 - _TF_LENGTH + _TF_LENGTH * length / mean) * length).clamp(min=1)
+        for length in (length_right, length_wrong)
+    )
+
+
+class _Tables:
+    """What depends on the 2 x 2 counts only, for every class split that occurs: cells of flat float32 tables.
+
+    A split with an empty side, which leave-one-out can reach, has 0 in all of its cells, and so have tokens that no
+    voter has (a = b = 0, except p = 1): their strength is 0.
+    """
+
+    def __init__(self, splits: set[tuple[int, int]], leave_one_out: bool, G: int, h1: float, h2: float, device):
+        wanted = {(t, f) for t, f in splits if t and f}
+        if leave_one_out:
+            wanted |= {(t - 1, f) for t, f in wanted if t > 1} | {(t, f - 1) for t, f in wanted if f > 1}
+        self.width = G + 1
+        number = torch.zeros(self.width, self.width, dtype=torch.int32)
+        tables = torch.zeros(5, len(wanted) + 1, self.width, self.width)  # split 0: an empty side
+        for i, (t, f) in enumerate(sorted(wanted), 1):
+            number[t, f] = i
+            p, gain = fisher_p_table(t, f), information_gain_table(t, f)
+            fisher = torch.exp(-2 * p).masked_fill_(p == 1, 0.0)
+            strength = (h1 * fisher + h2 * gain) / (h1 + h2)
+            share = [torch.linspace(0, 1, n + 1, dtype=torch.float64).sqrt().asin() for n in (t, f)]
+            presence = share[0][:, None] - share[1][None, :]
+            for table, values in zip(tables, (p, fisher, gain, strength, presence), strict=True):
+                table[i, : t + 1, : f + 1] = values
+        self.number = number.to(device, non_blocking=True)
+        self.p, self.fisher, self.gain, self.strength, self.presence = tables.flatten(1).to(device, non_blocking=True)
+
+    def cell(self, n_right: Tensor, n_wrong: Tensor, where: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """Return the cell of `(a, b)` in the split that `where` numbers."""
+        first = self.number[n_right, n_wrong].view(-1) * self.width**2
+        return first.index_select(0, where).add_(a, alpha=self.width).add_(b)
+
+
+def assign(rollouts: Rollouts, args, policy) -> Credit:
+    """Give the rollouts their key-token values as `args` (a `KTAEGRPOConfig`) says; the trainer's entrance."""
+    table = key_token_table(
+        rollouts.ids_PGT,
+        rollouts.mask_PGT,
+        rollouts.correct_PG,
+        fisher_weight=args.ktae_fisher_weight,
+        ig_weight=args.ktae_ig_weight,
+        tf_weight=args.ktae_tf_weight,
+        leave_one_out=args.ktae_leave_one_out,
+        scored=rollouts.scored_PG,
+        ignore_ids=rollouts.special_ids,
+    )
+    values = rollouts.own_rows(table.values)
+    return Credit(values, args.ktae_combine, _stats(rollouts, table, values, args.ktae_combine))
+
+
+def _stats(rollouts: Rollouts, table: KeyTokenTable, values: Tensor, how: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the metrics of this process's rollouts as sums; README's table of metrics says what each means."""
+    mask, correct, scored = map(
+        rollouts.own_rows, (rollouts.mask_PGT, rollouts.correct_PG[..., None], rollouts.scored_PG[..., None])
+    )
+    advantages = combine(rollouts.advantages_B, values, how).abs()
+    before = rollouts.advantages_B.abs()[:, None].expand_as(advantages)
+    informative = rollouts.own_rows(
+        ((table.n_right > 0) & (table.n_wrong > 0))[:, None, None].expand_as(rollouts.correct_PG[..., None])
+    )
+    valued = mask & informative  # elsewhere all K are 0
+
+    def mean(x: Tensor, over: Tensor) -> tuple[Tensor, Tensor]:
+        over = over.expand_as(x)
+        return (x * over).sum(), over.sum()
+
+    return {
+        "ktae/value_right": mean(values, valued & scored & correct),
+        "ktae/value_wrong": mean(values, valued & scored & ~correct),
+        "ktae/abs_value": mean(values.abs(), valued),
+        "ktae/saturated": mean((values.abs() > _SATURATED).float(), valued),
+        "ktae/zero_factor": mean((advantages <= _SILENCED * before).float(), mask & (before > 0)),
+        "ktae/advantage_ratio": ((advantages * mask).sum(), (before * mask).sum()),
+        "ktae/informative_groups": mean(informative[:, 0].float(), torch.ones_like(mask[:, 0])),
+    }
+
+
+def check_weights(fisher_weight: float, ig_weight: float, tf_weight: float) -> None:
+    """Raise a ValueError that names the weight which is negative or not finite, or if both of the strength are 0."""
+    weights = {"fisher_weight": fisher_weight, "ig_weight": ig_weight, "tf_weight": tf_weight}
+    for name, weight in weights.items():
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"KTAE's {name} must be a finite number of at least 0, not {weight}")
+    if fisher_weight + ig_weight == 0:
+        raise ValueError("KTAE's fisher_weight and ig_weight are both 0: at least one must be positive")
+
+
+def _check(ids, mask, correct, scored, fisher_weight, ig_weight, tf_weight) -> None:
+    if ids.dim() != 3:
+        raise ValueError(f"ids must have shape (prompts, rollouts, tokens), not {tuple(ids.shape)}")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(f"ids must be integers, not {ids.dtype}")
+    shapes = {"mask": (mask, ids.shape), "correct": (correct, ids.shape[:2])}
+    if scored is not None:
+        shapes["scored"] = (scored, ids.shape[:2])
+    for name, (tensor, shape) in shapes.items():
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{name} must have shape {tuple(shape)} to fit ids of shape {tuple(ids.shape)}, "
+                f"not {tuple(tensor.shape)}"
+            )
+    if ids.numel() >= 2**31:
+        raise ValueError(f"ids has {ids.numel()} tokens, more than fit 31 bits: split the batch by prompts")
+    check_weights(fisher_weight, ig_weight, tf_weight)

@@ -1,0 +1,343 @@
+"""Sampling completions for many prompts, with vLLM or with `transformers`; both hand over each when it is there."""
+
+import asyncio
+import importlib.util
+import json
+import os
+import signal
+import zlib
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import resource_tracker
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from ktae_trl.files.fingerprint import adapter_base
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a completion is drawn."""
+
+    temperature: float  # 0: greedy
+    top_p: float
+    seed: int
+    stop: tuple[str, ...]
+    stop_token_ids: tuple[int, ...]
+
+
+class Request(NamedTuple):
+    benchmark: str
+    id: str
+    sample: int
+    prompt_ids: tuple[int, ...]
+    max_new_tokens: int
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.benchmark, self.id, self.sample
+
+
+class Completion(NamedTuple):
+    text: str
+    tokens: int  # generated, the one that ended it included
+    truncated: bool  # ended by max_new_tokens, or by the model's context
+
+
+Write = Callable[[list[tuple[Request, Completion]]], None]
+
+
+def check_model(name: str) -> None:
+    """Raise FileNotFoundError for a model path that is not there or holds no model."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
+            raise FileNotFoundError(f"{name} holds neither config.json nor adapter_config.json: it is no saved model")
+    elif name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"There is no model {name} (looked in {Path.cwd()})")
+
+
+def default_backend() -> str:
+    """Return `vllm` where it is installed, else `transformers`."""
+    return "vllm" if importlib.util.find_spec("vllm") else "transformers"
+
+
+def stop_token_ids(model: str, tokenizer: PreTrainedTokenizerBase, ends: Sequence[str]) -> tuple[int, ...]:
+    """Return every token that ends a completion: of the tokenizer, of the model's generation settings, and `ends`.
+
+    Raises:
+        ValueError: the tokenizer does not have one of `ends`.
+    """
+    found = {tokenizer.eos_token_id}
+    try:
+        eos = GenerationConfig.from_pretrained(adapter_base(model) or model).eos_token_id
+        found |= set(eos if isinstance(eos, list) else [eos])
+    except OSError:
+        pass  # many models come without
+    vocabulary = tokenizer.get_vocab()
+    for end in ends:
+        if end not in vocabulary:
+            raise ValueError(f"The tokenizer of {model} has no {end}: this prompt is not for it. Set prompt: chat")
+        found.add(vocabulary[end])
+    return tuple(sorted(found - {None}))
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model, or of an adapter's base model if the adapter has none of its own.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        base = adapter_base(model)
+        if base is None:
+            reason = str(error).strip().splitlines()[0]
+            raise FileNotFoundError(f"{model} holds no tokenizer: {reason}") from error
+        return AutoTokenizer.from_pretrained(base)
+
+
+def sample_with_transformers(
+    model: str,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[Request],
+    done: set[tuple[str, str, int]],
+    sampling: Sampling,
+    write: Write,
+    *,
+    batch_size: int,
+    dtype: str,
+) -> None:
+    """Sample in batches of similar prompt length, on the GPU if there is one.
+
+    Each sample has a seed of its own, so that it does not depend on the others of its batch, up to rounding: the last
+    digits of a sum depend on the shape of the batch. In float32 that hardly ever draws another token, in bfloat16 now
+    and then. Ctrl-C ends it after the batch it is at.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
+    # What ours leaves open, `generate` would take from the model's own, such as the top_p of an instruct model.
+    network.generation_config = GenerationConfig()
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    waiting = [request for request in requests if request.key not in done]
+    waiting.sort(key=lambda request: -len(request.prompt_ids))  # the longest first: if one fits, all do
+    with _ctrl_c_waits() as interrupted, torch.no_grad():
+        for begin in range(0, len(waiting), batch_size):
+            batch = waiting[begin : begin + batch_size]
+            inputs = tokenizer.pad({"input_ids": [list(r.prompt_ids) for r in batch]}, return_tensors="pt").to(device)
+            config = GenerationConfig(
+                max_new_tokens=max(request.max_new_tokens for request in batch),
+                eos_token_id=list(sampling.stop_token_ids),
+                pad_token_id=tokenizer.pad_token_id,
+                stop_strings=list(sampling.stop) or None,
+                do_sample=False,  # the tokens that `processors` leave are drawn already
+            )
+            processors = _drawing(batch, sampling, config.max_new_tokens) if sampling.temperature > 0 else []
+            output = network.generate(
+                **inputs,
+                generation_config=config,
+                tokenizer=tokenizer,
+                logits_processor=LogitsProcessorList(processors),
+            )
+            write(
+                [
+                    (request, _completion(ids[: request.max_new_tokens], tokenizer, sampling))
+                    for request, ids in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True)
+                ]
+            )
+            if interrupted:
+                raise KeyboardInterrupt
+
+
+def _drawing(batch: Sequence[Request], sampling: Sampling, length: int) -> list[LogitsProcessor]:
+    """Return what turns logits into draws: the temperature, the nucleus, and random numbers of each sample's own."""
+    sources = [Random(json.dumps([sampling.seed, *request.key])) for request in batch]
+    uniform_BT = torch.tensor([[source.random() for _ in range(length)] for source in sources], dtype=torch.float64)
+    nucleus = [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
+    return [TemperatureLogitsWarper(sampling.temperature), *nucleus, _Draw(uniform_BT)]
+
+
+class _Draw(LogitsProcessor):
+    """Leaves one token of each row: the first whose cumulated probability is above the row's random number."""
+
+    def __init__(self, uniform_BT: torch.Tensor):
+        self.uniform_BT, self.drawn = uniform_BT, 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        uniform_B1 = self.uniform_BT[:, self.drawn, None].to(scores.device)
+        self.drawn += 1
+        # In double precision: in single, the tail of a large vocabulary is lost.
+        cumulated_BV = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
+        if not cumulated_BV[:, -1].isfinite().all():
+            raise ValueError("The model's probabilities are no numbers (NaN). Set dtype to bfloat16 or float32")
+        chosen_B1 = torch.searchsorted(cumulated_BV, uniform_B1 * cumulated_BV[:, -1:], right=True)
+        chosen_B1 = chosen_B1.clamp(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen_B1, 0.0)
+
+
+def _completion(ids: list[int], tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> Completion:
+    """Cut a row of generated tokens (and padding) where it ended: at an end token, or within the first stop string."""
+
+    def decode(count: int) -> str:
+        return tokenizer.decode(ids[:count], skip_special_tokens=True)
+
+    end = next((i + 1 for i, token in enumerate(ids) if token in sampling.stop_token_ids), len(ids))
+    text = decode(end)
+    if stops := [text.index(stop) + len(stop) for stop in sampling.stop if stop in text]:
+        kept = text[: min(stops)]
+        return Completion(kept, bisect_left(range(end), True, key=lambda n: decode(n).startswith(kept)), False)
+    return Completion(text, end, not ids or ids[end - 1] not in sampling.stop_token_ids)
+
+
+@contextmanager
+def _ctrl_c_waits():
+    """Let the first Ctrl-C only leave a mark in the list that is given, the second one interrupt.
+
+    Where it is ignored, as in the background job of a script, it stays so.
+    """
+    marks: list[bool] = []
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        yield marks
+        return
+
+    def first(signum, frame):
+        print("\nStopping after the batch that is being generated (Ctrl-C again: at once)", flush=True)
+        marks.append(True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, first)
+    try:
+        yield marks
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def sample_with_vllm(
+    model: str,
+    requests: Sequence[Request],
+    done: set[tuple[str, str, int]],
+    sampling: Sampling,
+    write: Write,
+    *,
+    dtype: str,
+    options: dict,
+) -> None:
+    """Sample with vLLM's asynchronous engine, which also does tensor and data parallelism.
+
+    Each sample has a seed of its own, so that it does not depend on which others are drawn beside it (up to rounding).
+
+    Args:
+        options: of vLLM's engine, such as `tensor_parallel_size`, `data_parallel_size`, `gpu_memory_utilization`.
+    """
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # its start fills screens
+    from vllm import AsyncEngineArgs, AsyncLLMEngine, SamplingParams, TokensPrompt
+    from vllm.lora.request import LoRARequest
+    from vllm.sampling_params import RequestOutputKind
+
+    base = adapter_base(model)
+    adapter = None
+    if base is not None:
+        options = {"enable_lora": True, "max_lora_rank": _lora_rank(model)} | options
+        adapter = LoRARequest("adapter", 1, model)
+    engine_args = AsyncEngineArgs(model=base or model, dtype=dtype, seed=sampling.seed, **options)
+    waiting = [request for request in requests if request.key not in done]
+
+    async def one(engine, number: int, request: Request) -> None:
+        parameters = SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=request.max_new_tokens,
+            seed=zlib.crc32(json.dumps([sampling.seed, *request.key]).encode()) if sampling.temperature > 0 else None,
+            stop=list(sampling.stop),
+            stop_token_ids=list(sampling.stop_token_ids),
+            include_stop_str_in_output=bool(sampling.stop),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        prompt = TokensPrompt(prompt_token_ids=list(request.prompt_ids))
+        async for result in engine.generate(prompt, parameters, str(number), lora_request=adapter):
+            output = result.outputs[0]
+        completion = Completion(output.text, len(output.token_ids), output.finish_reason == "length")
+        write([(request, completion)])
+
+    async def all_of_them() -> None:
+        # On a terminal, Ctrl-C goes to the engine's processes too. They inherit this mask, and wait for our word. (The
+        # resource tracker undoes the mask when it starts.)
+        resource_tracker.ensure_running()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            engine = AsyncLLMEngine.from_engine_args(engine_args)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        tasks = [asyncio.create_task(one(engine, i, request)) for i, request in enumerate(waiting)]
+        interrupted: list[bool] = []
+
+        def stop() -> None:
+            interrupted.append(True)
+            for task in tasks:
+                task.cancel()
+
+        # Not `loop.add_signal_handler`: its pipe can be full of the engine's messages, and the Ctrl-C is lost.
+        # A signal that is ignored stays so; SIGTERM and SIGHUP are there too where the caller has made them a Ctrl-C.
+        loop = asyncio.get_running_loop()
+        before = {
+            number: signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop))
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            if signal.getsignal(number) not in (signal.SIG_IGN, signal.SIG_DFL)
+        }
+        try:
+            await asyncio.gather(*tasks)
+        except (Exception, asyncio.CancelledError):
+            if interrupted:
+                raise KeyboardInterrupt from None
+            raise
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            engine.shutdown()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    if waiting:
+        asyncio.run(all_of_them())
+
+
+def _lora_rank(folder: str) -> int:
+    """Return the rank to reserve for an adapter, which vLLM wants from a list of its own.
+
+    Raises:
+        ValueError: an adapter that is not LoRA, or of too high a rank.
+    """
+    config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"vLLM takes LoRA adapters only, not {config.get('peft_type')}. Set backend: transformers")
+    rank = max([config["r"], *config.get("rank_pattern", {}).values()])
+    allowed = (8, 16, 32, 64, 128, 256, 320, 512)
+    if rank > allowed[-1]:
+        raise ValueError(f"vLLM takes LoRA ranks up to {allowed[-1]}, not {rank}. Set backend: transformers")
+    return next(r for r in allowed if r >= rank)
+
+
+def context_length(model: str) -> int | None:
+    """Return how many tokens the model takes in all, None if its config does not say."""
+    config = AutoConfig.from_pretrained(adapter_base(model) or model)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -1,0 +1,196 @@
+"""Benchmarks as data: where the problems are, which columns they have, and how a model is asked."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from ktae_trl import prompts as rendering
+from ktae_trl.arguments import nearest
+from ktae_trl.data.problems import column_values, load
+from ktae_trl.grading import gradable
+from ktae_trl.grading.golds import gold_answers
+from ktae_trl.prompts import Conversation, conversation
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One entry of `benchmarks:` in a config; only `name` and `dataset` must be given."""
+
+    name: str
+    dataset: str  # Hub id, or a local .jsonl, .json, .csv or .parquet file
+    config: str | None = None
+    split: str = "test"
+    problem: str = "problem"  # column names; of a nested column as a dotted path
+    answer: str = "answer"  # see `grading.golds.gold_answers`
+    id: str | None = None  # default: the number of the row
+
+
+class Problem(NamedTuple):
+    benchmark: str
+    id: str
+    text: str
+    answers: tuple[str, ...]
+    messages: Conversation | None = None  # if the dataset holds it as chat messages, of which `text` is the last
+
+
+class Template(NamedTuple):
+    """A prompt as text. `{system}` and `{problem}` are filled in; None stands for the model's own chat template."""
+
+    text: str | None
+    ends: tuple[str, ...] = ()  # tokens that end a turn, beside the model's end of sequence
+    stop: tuple[str, ...] = ()  # strings that end a completion
+
+
+TEMPLATES = {
+    "chat": Template(None),
+    # Qwen2.5-Math's, as in the evaluation of KTAE and of Understanding R1-Zero (arXiv 2503.20783).
+    "qwen": Template(
+        "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{problem}<|im_end|>\n<|im_start|>assistant\n",
+        ends=("<|im_end|>",),
+    ),
+    # DeepSeek-R1-Zero's (arXiv 2501.12948, table 1), with the system prompt's demand for a box after the problem.
+    "r1": Template(
+        "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. "
+        "The Assistant first thinks about the reasoning process in the mind and then provides the User with the "
+        "answer. The reasoning process is enclosed within <think> </think> and answer is enclosed within "
+        "<answer> </answer> tags, respectively, i.e., <think> reasoning process here </think> "
+        "<answer> answer here </answer>.\n"
+        "User: {problem}\n{system}\nAssistant: <think>",
+        stop=("</answer>",),
+    ),
+    "none": Template("{problem}"),
+}
+
+
+def parse_benchmarks(entries: Sequence[dict], only: Sequence[str] | None = None) -> list[Benchmark]:
+    """Read the `benchmarks:` of a config, all of them or those named in `only`.
+
+    Raises:
+        ValueError: an entry with an unknown or a missing key, two of one name, or a name in `only` that is not there.
+    """
+    known = [field.name for field in fields(Benchmark)]
+    benchmarks: dict[str, Benchmark] = {}
+    for number, entry in enumerate(entries or [], 1):
+        if not isinstance(entry, dict):
+            raise ValueError(f"benchmarks, entry {number}: expected name, dataset ..., not {entry!r}")
+        for key in entry:
+            if key not in known:
+                raise ValueError(f"benchmarks, entry {number}: unknown key {key!r}{nearest(key, known)}")
+        for key in ("name", "dataset"):
+            if not entry.get(key):
+                raise ValueError(f"benchmarks, entry {number}: {key!r} is missing")
+        name = str(entry["name"])
+        if not re.fullmatch(r"[\w.+-]+", name):
+            raise ValueError(f"benchmarks, entry {number}: {name!r} cannot name a file; use letters, digits and ._+-")
+        if name in benchmarks:
+            raise ValueError(f"benchmarks: two are named {name!r}")
+        benchmarks[name] = Benchmark(**(entry | {"name": name}))
+    if not benchmarks:
+        raise ValueError("The config names no benchmarks. See configs/eval/math.yaml for the form")
+    for name in only or []:
+        if name not in benchmarks:
+            raise ValueError(
+                f"There is no benchmark {name!r}{nearest(name, benchmarks)}. There are: {', '.join(benchmarks)}"
+            )
+    return [benchmark for name, benchmark in benchmarks.items() if not only or name in only]
+
+
+def load_problems(benchmark: Benchmark, folder: str | None = None, limit: int | None = None) -> list[Problem]:
+    """Load a benchmark's problems from where it says, or from `folder/NAME.jsonl` (`id`, `problem`, `answers`).
+
+    Args:
+        limit: only the first so many.
+
+    Raises:
+        FileNotFoundError: the file is not there.
+        ValueError: no problem in it, a column that is missing, two problems of one id, or one without text or answer,
+            or with a value that is neither.
+    """
+    if folder is not None:
+        benchmark = Benchmark(benchmark.name, str(Path(folder) / f"{benchmark.name}.jsonl"), answer="answers", id="id")
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(f"There is no folder {folder} (benchmark_folder, looked in {Path.cwd()})")
+    where = f"benchmark {benchmark.name!r} ({benchmark.dataset})"
+    advice = "Set problem, answer and id in its entry" if folder is None else "A file needs id, problem and answers"
+    rows = load(benchmark.dataset, benchmark.config, benchmark.split)
+    rows = rows.select(range(min(limit or len(rows), len(rows))))
+    try:
+        texts, golds = column_values(rows, benchmark.problem), column_values(rows, benchmark.answer)
+        ids = column_values(rows, benchmark.id) if benchmark.id else range(len(rows))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}. {advice}") from None
+    problems: dict[str, Problem] = {}
+    for number, (text, gold, name) in enumerate(zip(texts, golds, ids, strict=True), 1):
+        if name is None:
+            raise ValueError(f"{where}, row {number}: no id")
+        name = str(name)
+        if text == "" or text is None:
+            raise ValueError(f"{where}, problem {name!r}: no text")
+        try:
+            messages, answers = conversation(text), tuple(gold_answers(gold))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}, problem {name!r} (row {number}): {error}") from None
+        if not answers:
+            raise ValueError(f"{where}, problem {name!r}: no answer")
+        if name in problems:
+            raise ValueError(f"{where}: two problems have the id {name!r}")
+        own = None if isinstance(text, str) else messages
+        problems[name] = Problem(benchmark.name, name, messages[-1]["content"], answers, own)
+    return list(problems.values())
+
+
+def unscorable(problems: Sequence[Problem]) -> list[Problem]:
+    """Return the problems none of whose answers can be parsed; they are left out of all figures."""
+    verdicts = gradable([problem.answers for problem in problems])
+    return [problem for problem, verdict in zip(problems, verdicts, strict=True) if not verdict]
+
+
+def prompts(
+    problems: Sequence[Problem],
+    template: str,
+    system: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    template_kwargs: dict | None = None,
+    *,
+    system_in_user: bool = False,
+) -> tuple[list[str], list[list[int]]]:
+    """Return each problem's prompt as text and as token ids.
+
+    Args:
+        template_kwargs, system_in_user: of `chat` only: see `prompts.texts` and `prompts.conversation`.
+
+    Raises:
+        ValueError: an unknown template, one that cannot say what is asked of it, or `chat` with a tokenizer whose chat
+            template is missing, refuses, or leaves something out.
+    """
+    if template not in TEMPLATES:
+        raise ValueError(
+            f"Unknown prompt {template!r}{nearest(template, TEMPLATES)}. There are: {', '.join(TEMPLATES)}"
+        )
+    pattern = TEMPLATES[template].text
+    if pattern is not None:
+        if template_kwargs or system_in_user:
+            raise ValueError(
+                f"chat_template_kwargs and system_prompt_in_user are for the model's own chat template (prompt: chat), "
+                f"not for prompt: {template}"
+            )
+        if long := [problem for problem in problems if problem.messages and len(problem.messages) > 1]:
+            raise ValueError(
+                f"benchmark {long[0].benchmark!r}, problem {long[0].id!r} has several chat messages, which need "
+                f"prompt: chat, not {template}"
+            )
+        # `replace`, not `format`: problems are full of braces.
+        texts = [pattern.replace("{system}", system or "").replace("{problem}", problem.text) for problem in problems]
+        return texts, tokenizer(texts)["input_ids"]
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"{tokenizer.name_or_path} has no chat template. Set prompt to one of: "
+            f"{', '.join(name for name in TEMPLATES if name != 'chat')}"
+        )
+    asked = [conversation(problem.messages or problem.text, system, in_user=system_in_user) for problem in problems]
+    rendering.check_template(asked, tokenizer, template_kwargs)
+    return rendering.texts(asked, tokenizer, template_kwargs), rendering.token_ids(asked, tokenizer, template_kwargs)

@@ -1,0 +1,167 @@
+"""Records of a training's rollouts, for reports and for pandas: a Parquet file for each step that is recorded.
+
+`OUTPUT_DIR/rollouts/step_000010.parquet` holds whole groups, a row a rollout; `metrics.jsonl` beside it has a line for
+each time that the trainer logged.
+"""
+
+import json
+import logging
+import math
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ktae_trl.files.writing import open_to_append, replace_text, replacing
+
+FOLDER = "rollouts"
+METRICS = "metrics.jsonl"
+SCHEMA_VERSION = 1
+_METADATA = b"ktae_trl"
+_NAME = re.compile(r"step_(\d+)\.parquet", re.ASCII)
+logger = logging.getLogger(__name__)
+
+
+def schema(rewards: list[str]) -> pa.Schema:
+    """Return the columns of a record; the names are the reward functions'."""
+    return pa.schema(
+        {
+            "schema_version": pa.int8(),
+            "step": pa.int32(),  # the first optimizer step that trains on it
+            "group": pa.int32(),  # its prompt's number in the generation
+            "rollout": pa.int32(),  # its number in the group
+            "prompt": pa.string(),  # as the model saw it
+            "completion": pa.string(),
+            "token_ids": pa.list_(pa.int32()),
+            "tokens": pa.list_(pa.string()),
+            # False: not trained on in this row (a tool's output; in a tree, what another row trains).
+            "trained": pa.list_(pa.bool_()),
+            "rewards": pa.struct({name: pa.float32() for name in rewards}),  # null: a function gave none
+            "correct": pa.bool_(),  # null: it could not be judged
+            "advantage": pa.float32(),  # of the rollout: A
+            "credit": pa.list_(pa.float32()),  # null without a credit method
+            "advantages": pa.list_(pa.float32()),  # of each token: A'
+        }
+    )
+
+
+class Method(NamedTuple):
+    """How the credit of a record was made: enough to explain it again."""
+
+    credit: str  # as in the config: ktae, oar_g, ..., none
+    how: str | None  # how it met the advantages: multiply, add, scale, replace
+    # KTAE's: the arguments of key_token_table
+    fisher_weight: float = 1.0
+    ig_weight: float = 1.0
+    tf_weight: float = 1.0
+    leave_one_out: bool = False
+    special_ids: tuple[int, ...] = ()
+    generated_groups: int | None = None  # in the generation, of which some may be recorded only
+
+
+class Record(NamedTuple):
+    """A recorded step: rows as `schema` has them, group after group."""
+
+    method: Method
+    rows: list[dict[str, Any]]
+
+
+def write(path: Path, record: Record) -> None:
+    """Write a record; who reads at the same time sees all of it or nothing."""
+    names = sorted({name for row in record.rows for name in row["rewards"]})
+    columns = schema(names).with_metadata({_METADATA: json.dumps(record.method._asdict()).encode()})
+    rows = [{"schema_version": SCHEMA_VERSION, **row} for row in record.rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as draft:
+        pq.write_table(pa.Table.from_pylist(rows, columns), draft, compression="zstd")
+
+
+def read(path: str | Path) -> Record:
+    """Read a record.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: the file is no record, or one of another schema version.
+    """
+    try:
+        table = pq.read_table(path)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path} is no Parquet file: {error}") from None
+    text = (table.schema.metadata or {}).get(_METADATA)
+    if text is None or "schema_version" not in table.column_names:
+        raise ValueError(f"{path} is not a record of ktae_trl: it lacks its metadata")
+    versions = set(table["schema_version"].to_pylist())
+    if versions - {SCHEMA_VERSION}:
+        raise ValueError(
+            f"{path} has schema version {max(versions)}, this ktae_trl reads {SCHEMA_VERSION}: use the version of "
+            "ktae_trl that wrote it"
+        )
+    try:
+        method = Method(**json.loads(text))
+    except TypeError as error:
+        raise ValueError(f"{path} was made by another version of ktae_trl: {error}") from None
+    method = method._replace(special_ids=tuple(method.special_ids))
+    return Record(method, table.drop_columns("schema_version").to_pylist())
+
+
+def folder_of(folder: str | Path) -> Path:
+    """Return the folder of the records: that of a run has them in `rollouts`."""
+    folder = Path(folder)
+    return folder / FOLDER if (folder / FOLDER).is_dir() else folder
+
+
+def files(folder: str | Path) -> list[Path]:
+    """Return the records of a run, by step. Files of other names, such as copies, are none."""
+    found = folder_of(folder).glob("step_*.parquet")
+    return sorted((path for path in found if _NAME.fullmatch(path.name)), key=step_of)
+
+
+def file_name(step: int) -> str:
+    return f"step_{step:06}.parquet"
+
+
+def step_of(path: Path) -> int:
+    return int(_NAME.fullmatch(path.name)[1])
+
+
+def forget(folder: Path, step: int) -> int:
+    """Remove what was recorded after this step, metrics too; return the number of records removed.
+
+    A link in the place of the metrics becomes a file.
+    """
+    later = [path for path in files(folder) if step_of(path) > step]
+    for path in later:
+        path.unlink()
+    metrics = read_metrics(folder)
+    kept = [entry for entry in metrics if entry["step"] <= step]
+    if len(kept) < len(metrics) or (folder / METRICS).is_symlink():  # lines are appended to a file of the run's own
+        replace_text(folder / METRICS, "".join(json.dumps(entry) + "\n" for entry in kept))
+    return len(later)
+
+
+def append_metrics(folder: Path, entry: dict[str, Any]) -> None:
+    """Add a line to the metrics; what is no number or not finite becomes null."""
+    folder.mkdir(parents=True, exist_ok=True)
+    finite = {k: v if isinstance(v, (int, float)) and math.isfinite(v) else None for k, v in entry.items()}
+    with open_to_append(folder / METRICS) as lines:
+        lines.write(json.dumps(finite) + "\n")
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, float]]:
+    """Return what the trainer logged, an entry a step and one an evaluation; of a number logged twice the last one."""
+    path = folder_of(folder) / METRICS
+    if not path.exists():
+        return []
+    found: dict[tuple[int, bool], dict] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+        except (json.JSONDecodeError, RecursionError):
+            entry = None
+        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+            logger.warning("%s: a line that is no entry is left out (of an interrupted run?): %r", path, line[:80])
+            continue
+        found.setdefault((entry["step"], any(name.startswith("eval_") for name in entry)), {}).update(entry)
+    return [found[key] for key in sorted(found)]

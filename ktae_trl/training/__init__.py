@@ -1,0 +1,1 @@
+"""What a run does around the trainer's steps: it starts, shows itself, stops, and resumes."""

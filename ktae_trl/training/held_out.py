@@ -1,0 +1,145 @@
+"""How often is a model right on held-out problems? Sampling with `transformers`, judged by the run's own reward."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from trl.models import unwrap_model_for_generation
+
+from ktae_trl.prompts import token_ids
+from ktae_trl.rollouts.verdicts import AUTO, verdicts
+
+
+class Accuracy(NamedTuple):
+    """Share of right answers: of the greedy completion, and of several sampled at temperature 1.
+
+    With `correctness_threshold: auto`, which needs a group to compare with, it is the mean reward instead. None where
+    no completion could be judged.
+    """
+
+    greedy: float | None
+    sampled: float | None
+    samples: int  # per problem
+    reward: str = "math_accuracy"  # function that said what is right
+    threshold: float | str = 0.0
+    unscored: int = 0  # completions that could not be judged, and are left out
+
+    @property
+    def what(self) -> str:
+        """Return what was measured, such as `accuracy by math_accuracy`."""
+        return measured(self.reward, self.threshold)
+
+    def __str__(self) -> str:
+        greedy, sampled = (
+            "not scored" if value is None else f"{value:6.3f}" if self.threshold == AUTO else f"{value:6.1%}"
+            for value in (self.greedy, self.sampled)
+        )
+        left_out = f"; {self.unscored} completions without a score are left out" if self.unscored else ""
+        return f"greedy {greedy}   sampled {sampled} (mean of {self.samples} at temperature 1){left_out}"
+
+
+def held_out_accuracy(trainer, dataset: Dataset, *, samples: int, batch_size: int) -> Accuracy:
+    """Measure the trainer's model on `dataset` by the run's own correctness reward and threshold, over all processes.
+
+    The model must be prepared for training (from `on_train_begin` on), so that it is where and in the precision that it
+    is trained. The random state is put back afterwards: measuring does not change the training that follows.
+    Completions without a reward (None or NaN) are left out and counted.
+
+    Args:
+        dataset: with a column `prompt`, and those that the reward function takes.
+        samples: completions per problem at temperature 1.
+        batch_size: completions generated at once by each process.
+    """
+    accelerator, args = trainer.accelerator, trainer.args
+    threshold = args.correctness_threshold
+    rank, world = accelerator.process_index, accelerator.num_processes
+    # All processes must generate equally often (ZeRO-3, FSDP): the last problems are repeated to fill the shares.
+    share = -(-len(dataset) // world)
+    mine = [dataset[min(rank * share + i, len(dataset) - 1)] for i in range(share)]
+    unwrapped = unwrap_model_for_generation(
+        trainer.model_wrapped,
+        accelerator,
+        gather_deepspeed3_params=args.ds3_gather_for_generation,
+        gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
+    )
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+    means, unscored = [], 0
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(rank)
+        generated = []
+        with trainer.compute_loss_context_manager(), unwrapped as model:
+            for greedy, n in ((True, 1), (False, samples)):
+                rows = [row for row in mine for _ in range(n)]
+                completion_ids = generate(
+                    model,
+                    trainer.processing_class,
+                    [row["prompt"] for row in rows],
+                    greedy=greedy,
+                    max_new_tokens=args.max_completion_length,
+                    eos_token_ids=trainer.eos_token_ids,
+                    batch_size=batch_size,
+                    template_kwargs=trainer.chat_template_kwargs,
+                    progress=accelerator.is_main_process,
+                )
+                generated.append((rows, completion_ids))
+        for rows, completion_ids in generated:
+            reward = trainer.judge(rows, completion_ids)[: len(rows) // share * len(dataset)]  # a problem counts once
+            judged = ~reward.isnan()
+            value = reward if threshold == AUTO else verdicts(reward[None], threshold).correct_PG[0]
+            means.append(value[judged].double().mean().item() if judged.any() else None)
+            unscored += int((~judged).sum())
+    return Accuracy(*means, samples, trainer.correctness_reward, threshold, unscored)
+
+
+def measured(reward: str, threshold: float | str) -> str:
+    """Return in words what was measured, such as `accuracy by my_verdict (threshold 0.5)`."""
+    if threshold == AUTO:
+        return f"mean reward by {reward}"
+    return f"accuracy by {reward}" + (f" (threshold {threshold:g})" if threshold else "")
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[dict[str, str]]],
+    *,
+    greedy: bool,
+    max_new_tokens: int,
+    eos_token_ids: Sequence[int],
+    batch_size: int,
+    template_kwargs: dict | None = None,
+    progress: bool = False,
+) -> list[list[int]]:
+    """Complete each conversation, at temperature 1 unless `greedy`; batches of similar length, results in order.
+
+    Returns:
+        The token ids of each completion, with the end-of-sequence id if it ended.
+    """
+    prompt_ids = token_ids(prompts, tokenizer, template_kwargs)
+    order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(eos_token_ids),
+        pad_token_id=tokenizer.pad_token_id,
+        **({"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}),
+    )
+    was_training, own_settings = model.training, model.generation_config
+    # What ours leaves open, `generate` would take from the model's own, such as the top_p of an instruct model.
+    model.generation_config = GenerationConfig()
+    model.eval()
+    completions: list[list[int]] = [[]] * len(prompt_ids)
+    for begin in tqdm(range(0, len(order), batch_size), desc="held-out", disable=not progress, leave=False):
+        rows = order[begin : begin + batch_size]
+        batch = {"input_ids": [prompt_ids[i] for i in rows]}
+        batch = tokenizer.pad(batch, padding_side="left", return_tensors="pt").to(model.device)
+        output = model.generate(**batch, generation_config=config)
+        for i, ids in zip(rows, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
+            end = next((place for place, token in enumerate(ids, 1) if token in eos_token_ids), len(ids))
+            completions[i] = ids[:end]
+    model.train(was_training)
+    model.generation_config = own_settings
+    return completions

@@ -1,0 +1,184 @@
+"""Takes rollouts out of a running training: for records on disk, and for the sample that `log_completions` shows."""
+
+import logging
+import math
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
+from transformers import TrainerCallback
+
+from ktae_trl.credit.combine import combine
+from ktae_trl.hub.card import PAGE
+from ktae_trl.report import records
+from ktae_trl.report.tokens import token_strings
+
+logger = logging.getLogger(__name__)
+
+
+class Recorder(TrainerCallback):
+    """
+    Writes a record of the first generation in every `record_steps` optimizer steps, and each line of metrics.
+
+    The number of files stays within `record_files`: a run that has more steps is recorded less often. A file holds at
+    most `record_groups` groups, those whose right and wrong rollouts are nearest to half and half first. With
+    `log_completions` the first process also keeps the best such group of the newest generation, to be shown.
+    """
+
+    def __init__(self, args, reward_names: list[str], tokenizer, special_ids: tuple[int, ...], accelerator):
+        self.args = args
+        # Functions of one name, such as lambdas, have a column each.
+        self.reward_names = [
+            f"{name} ({reward_names[:i].count(name) + 1})" if name in reward_names[:i] else name
+            for i, name in enumerate(reward_names)
+        ]
+        self.tokenizer, self.special_ids, self.accelerator = tokenizer, special_ids, accelerator
+        self.folder = Path(args.output_dir) / records.FOLDER
+        for folder in (self.folder, self.folder.with_name("completions")):  # the second is TRL's, of `log_completions`
+            if folder.is_symlink():
+                raise ValueError(
+                    f"{folder} is a link to {folder.readlink()}, perhaps of another run: this one would write and "
+                    "remove files there. Remove the link, or choose another output_dir (which may be a link as a whole)"
+                )
+        self._sample: records.Record | None = None
+        self._every = 0  # optimizer steps; 0 until a training begins
+        self._last_step = 0  # of the newest record
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Set how often to record, and take away what a run recorded after the step that this one starts from."""
+        last = [0]
+        if self.accelerator.is_main_process:
+            if removed := self._try(records.forget, self.folder, state.global_step):
+                (self.folder.parent / PAGE).unlink(missing_ok=True)  # it shows them
+                logger.warning(
+                    "%d records of an earlier run, of steps after %d, were removed from %s.",
+                    removed,
+                    state.global_step,
+                    self.folder,
+                )
+            last = [max(map(records.step_of, records.files(self.folder)), default=0)]
+        self._last_step = broadcast_object_list(last)[0]
+        wanted, most = self.args.record_steps, self.args.record_files
+        self._every = max(wanted, math.ceil(state.max_steps / most)) if wanted else 0
+        if self._every > wanted and self.accelerator.is_main_process:
+            logger.warning(
+                "Rollouts are recorded every %d steps, not every %d: record_files allows %d files for %d steps.",
+                self._every,
+                wanted,
+                most,
+                state.max_steps,
+            )
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self._every and state.is_world_process_zero:
+            self._try(records.append_metrics, self.folder, {"step": state.global_step, **(logs or {})})
+
+    def take_sample(self) -> records.Record | None:
+        """Return the group to be shown, once; None if there is no new one, and on other processes than the first."""
+        sample, self._sample = self._sample, None
+        return sample
+
+    def look(self, step: int, batch: dict[str, Tensor], rewards: Tensor, correct_PG: Tensor, scored_PG: Tensor, how):
+        """Look at a generation, whose first optimizer step is `step`. All processes must call it.
+
+        Args:
+            step: counted from 1.
+            batch: TRL's, of this process; with `credit` if there is a method.
+            rewards: (rollouts of all processes, reward functions), NaN where a function gave none.
+            correct_PG, scored_PG: of all processes.
+            how: how credit meets the advantages, None without credit.
+        """
+        due = self._every and (step - 1) // self._every != (self._last_step - 1) // self._every
+        show = self.args.log_completions and how is not None
+        if not due and not show:
+            return
+        n_right_P, n_wrong_P = (correct_PG & scored_PG).sum(1), (~correct_PG & scored_PG).sum(1)
+        balance_P = torch.minimum(n_right_P, n_wrong_P)
+        by_balance = balance_P.argsort(descending=True, stable=True)
+        if due:
+            chosen = by_balance[: self.args.record_groups].sort().values.tolist()
+            self._last_step = step
+        else:
+            chosen = []
+        shown = by_balance[:1].tolist() if show else []
+        wanted = sorted({*chosen, *shown})
+        rows = gather_object(self._rows(wanted, step, batch, rewards, correct_PG, scored_PG, how))
+        if not self.accelerator.is_main_process:
+            return
+        method = self._method(how, len(correct_PG))
+        if shown:
+            self._sample = records.Record(method, [row for row in rows if row["group"] == shown[0]])
+        if chosen:
+            record = records.Record(method, [row for row in rows if row["group"] in set(chosen)])
+            self._try(records.write, self.folder / records.file_name(step), record)
+
+    @staticmethod
+    def _try(write, *arguments):
+        try:
+            return write(*arguments)
+        except OSError as error:  # a full disk must not end a training
+            logger.warning("What was to be recorded is lost: %s", error)
+
+    def _method(self, how: str | None, groups: int) -> records.Method:
+        args = self.args
+        return records.Method(
+            credit=args.credit,
+            how=how,
+            fisher_weight=args.ktae_fisher_weight,
+            ig_weight=args.ktae_ig_weight,
+            tf_weight=args.ktae_tf_weight,
+            leave_one_out=args.ktae_leave_one_out,
+            special_ids=self.special_ids,
+            generated_groups=groups,
+        )
+
+    def _rows(self, groups, step, batch, rewards, correct_PG, scored_PG, how) -> list[dict]:
+        """Return the rows of these groups that this process holds."""
+        B, G = len(batch["completion_ids"]), correct_PG.shape[1]
+        begin = self.accelerator.process_index * B
+        own = [i for group in groups for i in range(group * G - begin, (group + 1) * G - begin) if 0 <= i < B]
+        if not own:
+            return []
+        ids_BT, mask_BT = batch["completion_ids"][own], batch["completion_mask"][own].bool()
+        trained_BT = mask_BT & batch["tool_mask"][own].bool() if "tool_mask" in batch else mask_BT
+        advantages_B = batch["advantages"][own]
+        credit_BT = batch["credit"][own] if how is not None else None
+        token_advantages_BT = (
+            advantages_B[:, None].expand(ids_BT.shape) if how is None else combine(advantages_B, credit_BT, how)
+        )
+        # A rollout that is masked as a whole (mask_truncated_completions) still has tokens: all but the padding.
+        present_BT = torch.where(mask_BT.any(1, keepdim=True), mask_BT, ids_BT != self.tokenizer.pad_token_id)
+        lengths = (present_BT * torch.arange(1, ids_BT.shape[1] + 1, device=ids_BT.device)).amax(1).tolist()
+        ids = [row[:n] for row, n in zip(ids_BT.tolist(), lengths, strict=True)]
+        prompts = [
+            row[mask.bool()].tolist()
+            for row, mask in zip(batch["prompt_ids"][own], batch["prompt_mask"][own], strict=True)
+        ]
+        strings = token_strings({i for row in ids for i in row}, self.tokenizer)
+        rows = []
+        for k, i in enumerate(own):
+            group, rollout = divmod(begin + i, G)
+            values = rewards[begin + i].tolist()
+            n = lengths[k]
+            rows.append(
+                {
+                    "step": step,
+                    "group": group,
+                    "rollout": rollout,
+                    "prompt": self.tokenizer.decode(prompts[k]),
+                    "completion": self.tokenizer.decode(ids[k], skip_special_tokens=True),
+                    "token_ids": ids[k],
+                    "tokens": [strings[t] for t in ids[k]],
+                    "trained": trained_BT[k, :n].tolist(),
+                    "rewards": {
+                        name: None if math.isnan(value) else value
+                        for name, value in zip(self.reward_names, values, strict=True)
+                    },
+                    "correct": bool(correct_PG[group, rollout]) if scored_PG[group, rollout] else None,
+                    "advantage": advantages_B[k].item(),
+                    "credit": None if credit_BT is None else credit_BT[k, :n].tolist(),
+                    "advantages": token_advantages_BT[k, :n].tolist(),
+                }
+            )
+        return rows

@@ -1,0 +1,60 @@
+"""The key tokens of a group, sent where the metrics go: to TensorBoard as a table, to trackio and wandb in colour."""
+
+import logging
+
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+from transformers.trainer_callback import CallbackHandler
+
+from ktae_trl.report import KeyTokens
+from ktae_trl.report.groups import clip, statistics
+from ktae_trl.report.records import Record
+from ktae_trl.report.tokens import label
+
+NAME = "key_tokens"
+_ROWS, _CHARACTERS = 30, 40  # of the table, of a token in it
+logger = logging.getLogger(__name__)
+
+
+def send_sample(record: Record, step: int, handler: CallbackHandler) -> None:
+    """Send a group to the trackers of a trainer. What one of them refuses is a warning; training goes on."""
+    for callback in handler.callbacks:
+        send = next((send for kind, send in _SENDERS.items() if isinstance(callback, kind)), None)
+        if send is None:
+            continue
+        try:
+            send(callback, record, step)
+        except Exception as error:  # whatever a tracker, or its network, raises
+            logger.warning("%s did not take the key tokens of step %d: %s", type(callback).__name__, step, error)
+
+
+def table(record: Record) -> str:
+    """Return the tokens of the greatest |K| of a group as a Markdown table."""
+    found = statistics(record.method, record.rows)
+    text = {i: token for row in record.rows for i, token in zip(row["token_ids"], row["tokens"], strict=True)}
+    lines = ["| token | in right | in wrong | p | K |", "|---|---|---|---|---|"]
+    for i, (a, b, p, *_, K) in sorted(found.tokens.items(), key=lambda item: -abs(item[1][-1]))[:_ROWS]:
+        cell = clip(label(text[i]), _CHARACTERS).replace("|", "¦").replace("`", "'")  # which would end a cell, or code
+        lines.append(f"| `{cell}` | {a} of {found.right} | {b} of {found.wrong} | {p:.3g} | {K:+.2f} |")
+    return "\n".join(lines)
+
+
+def _tensorboard(callback, record, step) -> None:
+    if callback.tb_writer is not None:
+        callback.tb_writer.add_text(NAME, table(record), step)
+
+
+def _wandb(callback, record, step) -> None:
+    import wandb
+
+    if wandb.run is not None:
+        html = wandb.Html(KeyTokens(record)._repr_html_(), inject=False, data_is_not_path=True)
+        wandb.log({NAME: html, "train/global_step": step})
+
+
+def _trackio(callback, record, step) -> None:
+    import trackio
+
+    trackio.log({NAME: trackio.Html(KeyTokens(record)._repr_html_()), "train/global_step": step})
+
+
+_SENDERS = {TensorBoardCallback: _tensorboard, WandbCallback: _wandb, TrackioCallback: _trackio}

@@ -1,0 +1,422 @@
+"""What the pages of `docs/` say is what the code does, and their links lead somewhere."""
+
+import ast
+import contextlib
+import inspect
+import io
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from scipy.stats import fisher_exact
+from trl import GRPOTrainer, ModelConfig
+
+from ktae_trl import KTAEGRPOConfig
+from ktae_trl.credit.combine import combine
+from ktae_trl.credit.ktae.values import key_token_table, key_token_values
+from ktae_trl.rewards import _TROUBLE
+from tests.trainers import make_trainer
+from train import RunArguments
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+TEXT = {path.stem: path.read_text() for path in PAGES}
+README = (ROOT / "README.md").read_text()
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+# Links
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", without_code(path.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text()))
+    assert links
+    for link in links:
+        if link.startswith("https://"):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (page.parent / file).resolve() if file else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_every_page_is_in_the_navigation():
+    config = (ROOT / "mkdocs.yml").read_text()
+    assert set(re.findall(r"(\w+\.md)$", config, re.MULTILINE)) == {path.name for path in PAGES}
+
+
+# The group that is worked by hand
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    found = re.findall(r"(?:^\|.*\n)+", without_code(text), re.MULTILINE)
+    return [
+        [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in table.splitlines()]
+        for table in found
+    ]
+
+
+def agrees(shown: str, value: float) -> bool:
+    """Whether a number is `value`, rounded as it is written."""
+    digits = len(shown.partition(".")[2])
+    return abs(float(shown.replace(",", "")) - value) <= 0.5001 * 10**-digits
+
+
+class Group:
+    """The statistics of a group of right and wrong rollouts, in plain Python and SciPy."""
+
+    def __init__(self, right: list[list[str]], wrong: list[list[str]]):
+        self.right, self.wrong = right, wrong
+        self.length_right, self.length_wrong = (sum(map(len, side)) for side in (right, wrong))
+
+    def counts(self, token: str) -> list[int]:
+        a, b = (sum(token in rollout for rollout in side) for side in (self.right, self.wrong))
+        occurrences = [sum(rollout.count(token) for rollout in side) for side in (self.right, self.wrong)]
+        return [a, b, len(self.right) - a, len(self.wrong) - b, *occurrences]
+
+    def strength(self, token: str) -> list[float]:
+        a, b, c, d, *_ = self.counts(token)
+        p = fisher_exact([[a, b], [c, d]]).pvalue
+        fisher = 0 if math.isclose(p, 1) else math.exp(-2 * p)
+        rollouts = a + b + c + d
+        gain = entropy(a + c, b + d) - (a + b) / rollouts * entropy(a, b) - (c + d) / rollouts * entropy(c, d)
+        return [p, fisher, gain, (fisher + gain) / 2]
+
+    def frequencies(self, token: str) -> list[float]:
+        *_, n_right, n_wrong = self.counts(token)
+        mean = (self.length_right + self.length_wrong) / 2
+        shares = [n_right / self.length_right, n_wrong / self.length_wrong]
+        return shares + [
+            3 * f / (f + 2 * (0.5 + 0.5 * length / mean))
+            for f, length in zip(shares, (self.length_right, self.length_wrong), strict=True)
+        ]
+
+    def value(self, token: str) -> list[float]:
+        a, b, c, d, *_ = self.counts(token)
+        *_, tf_right, tf_wrong = self.frequencies(token)
+        presence = math.asin(math.sqrt(a / (a + c))) - math.asin(math.sqrt(b / (b + d)))
+        ratio = tf_right / (tf_wrong + 1e-5) - tf_wrong / (tf_right + 1e-5)
+        product = self.strength(token)[-1] * (presence + ratio)
+        return [presence, ratio, presence + ratio, product, math.tanh(product / 2)]
+
+
+def entropy(x: int, y: int) -> float:
+    return sum(n / (x + y) * math.log2((x + y) / n) for n in (x, y) if n)
+
+
+@pytest.fixture(scope="module")
+def worked() -> dict[str, list[list[str]]]:
+    """The page's tables by their first two headings."""
+    return {" ".join(table[0][:2]): table[2:] for table in tables(TEXT["how_ktae_works"])}
+
+
+@pytest.fixture(scope="module")
+def rollouts(worked) -> list[tuple[bool, list[str]]]:
+    return [(row[1] == "right", row[2].split()) for row in worked["rollout answer"]]
+
+
+@pytest.fixture(scope="module")
+def group(rollouts) -> Group:
+    return Group([words for right, words in rollouts if right], [words for right, words in rollouts if not right])
+
+
+def as_tensors(rollouts):
+    words = sorted({word for _, rollout in rollouts for word in rollout})
+    ids = torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor([words.index(word) for word in rollout]) for _, rollout in rollouts], True, -1
+    )[None]
+    return words, ids, ids >= 0, torch.tensor([[right for right, _ in rollouts]])
+
+
+def test_the_rollouts_and_their_advantages(worked, rollouts):
+    rewards = torch.tensor([float(right) for right, _ in rollouts])
+    advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+    assert len(rollouts) == 6
+    for row, (_, words), reward, advantage in zip(
+        worked["rollout answer"], rollouts, rewards, advantages.tolist(), strict=True
+    ):
+        assert row[3] == str(len(words))
+        assert float(row[4]) == reward
+        assert agrees(row[5], advantage)
+
+
+@pytest.mark.parametrize(
+    ("table", "statistic"),
+    [("token a", "counts"), ("token p", "strength"), ("token f_T", "frequencies"), ("token shares", "value")],
+)
+def test_the_tables_of_the_worked_group(worked, rollouts, group, table, statistic):
+    rows = worked[table]
+    assert [row[0] for row in rows] == list(dict.fromkeys(word for _, words in rollouts for word in words))
+    for token, *cells in rows:
+        values = getattr(group, statistic)(token)
+        assert len(cells) == len(values)
+        assert all(map(agrees, cells, values)), (token, cells, values)
+
+
+def test_the_hypergeometric_table_of_the_worked_group(worked, group):
+    a, b, c, d, *_ = group.counts("carry")
+    rows = worked["right ones with it wrong ones with it"]
+    for x, y, choices, probability in rows:
+        assert int(x) + int(y) == a + b
+        ways = math.comb(a + c, int(x)) * math.comb(b + d, int(y))
+        assert int(choices) == ways
+        assert agrees(probability, ways / math.comb(a + b + c + d, a + b))
+    assert sum(int(row[2]) for row in rows) == math.comb(6, 4)
+    likely = {(row[0], row[1]): float(row[3]) for row in rows}
+    seen = likely[str(a), str(b)]
+    assert sum(p for p in likely.values() if p <= seen) == pytest.approx(group.strength("carry")[0])
+
+
+def test_the_package_agrees_with_the_worked_group(rollouts, group):
+    words, ids, mask, correct = as_tensors(rollouts)
+    table = key_token_table(ids, mask, correct)
+    assert len(table.token) == len(words)
+    for number, token in enumerate(table.token.tolist()):
+        word = words[token]
+        p, fisher, gain, _ = group.strength(word)
+        *_, D, _, K = group.value(word)
+        assert [table.a[number], table.b[number]] == group.counts(word)[:2]
+        found = [x[number].item() for x in (table.p, table.F, table.IG, table.D)]
+        assert found == pytest.approx([p, fisher, gain, D], rel=1e-5, abs=1e-6)
+        assert table.values[ids == token].tolist() == pytest.approx([K] * int((ids == token).sum()), abs=1e-6)
+
+
+def test_the_advantages_of_the_worked_group(worked, group):
+    for token, side, *cells in worked["token in"]:
+        advantage = torch.tensor([0.5 / (math.sqrt(6 * 0.25 / 5) + 1e-4) * (1 if side == "right" else -1)])
+        assert any(token in words for words in getattr(group, side))
+        K = group.value(token)[-1]
+        values = [combine(advantage, torch.tensor([[K]]), how).item() for how in ("multiply", "add")]
+        assert all(map(agrees, cells, [advantage.item(), K, *values])), (token, side, cells, values)
+
+
+def test_leaving_one_out_in_the_worked_group(worked, rollouts):
+    text = next(table for table in tables(TEXT["how_ktae_works"]) if "422" in table[0])
+    tokens, (words, ids, mask, correct) = text[0][1:], as_tensors(rollouts)
+    values = key_token_values(ids, mask, correct, leave_one_out=True)[0]
+    for i, (row, (right, rollout)) in enumerate(zip(text[2:], rollouts, strict=True)):
+        others = rollouts[:i] + rollouts[i + 1 :]
+        rest = Group(*([w for side, w in others if side is which] for which in (True, False)))
+        for token, cell in zip(tokens, row[1:], strict=True):
+            assert (cell != "") == (token in rollout)
+            if cell:
+                known = any(token in w for _, w in others)
+                K = rest.value(token)[-1] if known else 0.0
+                assert agrees(cell, K), (i, token, cell, K)
+                found = values[i][ids[0, i] == words.index(token)]
+                assert found.tolist() == pytest.approx([K] * len(found), abs=1e-6)
+        assert right == (row[0] in "123")
+
+
+def test_the_numbers_in_the_words_of_the_worked_group(group):
+    """Those of the derivation for `carry`, which stand between the tables."""
+    section = TEXT["how_ktae_works"]
+    section = section[section.index("### 2. Fisher's p") : section.index("### 6.")]
+    a, b, c, d, *_ = group.counts("carry")
+    p, fisher, gain, strength = group.strength("carry")
+    f_right, f_wrong, tf_right, tf_wrong = group.frequencies("carry")
+    presence, ratio, D, product, K = group.value("carry")
+    norms = [2 * (0.5 + 0.5 * length / 12) for length in (group.length_right, group.length_wrong)]
+    for text in (
+        f"exp(-{2 * p:.1f}) = {fisher:.3f}",
+        f"it is\n{entropy(a, b):.3f} bits",
+        f"IG = 1 - 4/6 x {entropy(a, b):.3f} - 2/6 x {entropy(c, d):.0f} = {gain:.3f} bits",
+        f"({fisher:.3f} + {gain:.3f}) / 2 = {strength:.3f}",
+        f"= {3 * f_right:.3f} / ({f_right:.3f} + {norms[0]:.3f}) = {tf_right:.3f}",
+        f"= {3 * f_wrong:.3f} / ({f_wrong:.3f} + {norms[1]:.3f}) = {tf_wrong:.3f}",
+        f"= {math.asin(1):.3f} - {math.asin(math.sqrt(1 / 3)):.3f} = {presence:.3f}",
+        f"{tf_right:.3f} / {tf_wrong:.3f} - {tf_wrong:.3f} / {tf_right:.3f} =\n{ratio:.3f}",
+        f"D = {D:.3f}, S D = {product:.3f}, K = 2 sigmoid({product:.3f}) - 1 = {K:.3f}",
+    ):
+        assert text in section, text
+
+
+def test_the_python_of_the_pages_runs(group):
+    program = next(block for block in blocks(TEXT["how_ktae_works"], "python") if "key_token_table" in block)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(program, {})
+    assert re.search(r"^carry 3 1 0\.4\d* 4\.71\d+$", printed.getvalue(), re.MULTILINE)
+    for text in TEXT.values():
+        for block in blocks(text, "python"):
+            compile(block, "docs", "exec")
+
+
+def test_without_term_frequencies_nothing_saturates():
+    """The bound that two pages name: |K| of a token that all right and no wrong rollouts have, S < 1, D = pi / 2."""
+    bound = math.tanh(math.pi / 4)
+    for page in ("metrics", "hyperparameters"):
+        shown = re.search(r"\|K\| is\s+then at most (0\.\d+)", TEXT[page])[1]
+        assert agrees(shown, bound)
+    half = torch.tensor([[True] * 20 + [False] * 20])
+    values = key_token_values(half.int()[..., None], torch.ones(1, 40, 1), half, tf_weight=0.0)
+    assert values.abs().max().item() == pytest.approx(bound, abs=1e-4)
+
+
+# Figures, settings, metrics
+
+
+def test_measured_figures_are_those_of_the_readme():
+    page = TEXT["hyperparameters"]
+    claims = re.findall(r"\*\*measured\*\*[^*]*?[:;]([^;)*]*)", page[page.index("## The method") :])
+    numbers = [number for claim in claims for number in re.findall(r"\d[\d.]*%?", claim)]
+    assert len(numbers) >= 7
+    for number in numbers:
+        assert re.search(rf"(?<![\d.]){re.escape(number)}(?![\d])", README), number
+
+
+def test_settings_that_are_named_exist():
+    fields = {name for part in (RunArguments, KTAEGRPOConfig, ModelConfig) for name in part.__dataclass_fields__}
+    named = set()
+    for text in TEXT.values():
+        named |= set(re.findall(r"`(\w+): [^`]*`", without_code(text))) | set(re.findall(r"`--(\w+)", text))
+    assert len(named) > 20
+    assert not named - fields
+
+
+def metrics_in_code() -> set[str]:
+    ours = "".join(path.read_text() for path in (ROOT / "ktae_trl").rglob("*.py"))
+    names = set(re.findall(r'"((?:correctness|ktae|dynamic_sampling|oar|tree|grading)/\w*[a-z])"', ours))
+    names |= {f"grading/{name}" for name in _TROUBLE} | {f"{family}/seconds" for family in ("ktae", "oar", "tree")}
+    names |= {"tree/signal_depth_K", "skipped_steps"}
+    return names
+
+
+def metrics_in_trl() -> set[str]:
+    source = inspect.getsource(GRPOTrainer)
+    names = re.findall(r'_metrics\[(?:mode|"train"|"eval")\]\[f?"([^"]+)"\]', source)
+    return {name.replace("{reward_func_name}", "NAME") for name in names}
+
+
+def test_every_metric_has_a_row():
+    rows = re.findall(r"^\| `([^`]+)` \|", TEXT["metrics"], re.MULTILINE)
+    assert len(rows) == len(set(rows))
+    assert len(metrics_in_code()) > 30
+    assert len(metrics_in_trl()) > 30
+    of_transformers = {"loss", "grad_norm", "learning_rate", "epoch"}
+    assert set(rows) == metrics_in_code() | metrics_in_trl() | of_transformers
+
+
+def test_what_a_training_logs_has_a_row(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1, dynamic_sampling=True)
+    trainer.train()
+    rows = set(re.findall(r"^\| `([^`]+)` \|", TEXT["metrics"], re.MULTILINE))
+    logged = {name.replace("/math_accuracy/", "/NAME/") for name in trainer.state.log_history[0]}
+    assert len(logged) > 30
+    assert logged - rows == {"step"}
+
+
+# Errors
+
+
+def templates() -> list[str]:
+    """Every string of the code as a pattern, the longest first: what is put in later stands for anything."""
+    found = set()
+    for path in [*(ROOT / "ktae_trl").rglob("*.py"), ROOT / "train.py", ROOT / "eval.py"]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant | ast.JoinedStr | ast.BinOp):
+                found.add(pattern(node))
+    return sorted((text for text in found if len(words_of(text)) >= 2), key=lambda text: (-len(text), text))
+
+
+def words_of(text: str) -> list[str]:
+    return re.findall(r"[A-Za-z]{2,}", text)
+
+
+def pattern(node: ast.AST) -> str:
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return re.sub(r"%[ds]", "(.*)", re.escape(node.value))
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(pattern, node.values))
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return pattern(node.left) + pattern(node.right)
+    return "(.*)"
+
+
+def is_said(quote: str, patterns: list[str]) -> bool:
+    """Whether a message of the code reads so; a sentence that is put into it must be of the code too."""
+    there = set(words_of(quote))
+    patterns = [text for text in patterns if there.issuperset(words_of(text))]
+    for text in patterns:
+        if match := re.fullmatch(text, quote, re.DOTALL):
+            inserted = " ".join(match.groups())
+            for inner in patterns:
+                inserted = re.sub(inner, lambda found: " ".join(found.groups()), inserted)
+            # No name and no path; "interrupted" and the columns of somebody's data are what is left.
+            if len(re.findall(r"(?<![\w./'-])[a-z]{2,}(?![\w/'-])", inserted)) <= 2:
+                return True
+    return False
+
+
+def test_quoted_errors_are_those_of_the_code():
+    patterns = templates()
+    quotes = blocks(TEXT["faq"], "text")
+    assert len(quotes) > 20
+    for quote in quotes:
+        assert is_said(quote, patterns) or is_said(quote.strip(), patterns), quote
+    assert is_said(quotes[1].strip(), patterns)
+    assert not is_said(quotes[1].strip().replace("whole groups", "full groups"), patterns)
+
+
+# The site
+
+
+def build(source: Path, output: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(output)],
+        cwd=source,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.slow
+def test_the_site_builds_and_asks_no_network(tmp_path):
+    pytest.importorskip("mkdocs")
+    built = build(ROOT, tmp_path)
+    assert built.returncode == 0, built.stderr
+    for path in PAGES:
+        page = (tmp_path / f"{path.stem}.html").read_text()
+        loaded = re.findall(r'<(?:script|img|iframe|source)[^>]*\ssrc="([^"]*)"', page)
+        loaded += re.findall(r'<link[^>]*\shref="([^"]*)"', page)
+        assert loaded
+        assert not [url for url in loaded if re.match(r"(https?:)?//", url)]
+        assert "](../" not in page
+    api = (tmp_path / "api.html").read_text()
+    for name in re.findall(r"^::: (\S+)$", TEXT["api"], re.MULTILINE):
+        assert f'id="{name}"' in api, name
+    assert "*optional*" not in api
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("link", ["nowhere.md", "faq.md#nothing-of-that-name"])
+def test_a_broken_link_fails_the_build(tmp_path, link):
+    pytest.importorskip("mkdocs")
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    shutil.copytree(ROOT / "ktae_trl", tmp_path / "ktae_trl")
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    index = tmp_path / "docs" / "index.md"
+    index.write_text(index.read_text() + f"\n[broken]({link})\n")
+    built = build(tmp_path, tmp_path / "site")
+    assert built.returncode != 0
+    assert link.partition("#")[0] in built.stderr

@@ -1,0 +1,109 @@
+"""What README shows is what the code does."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from benchmarks.published import table
+from ktae_trl.credit.combine import combine
+from ktae_trl.credit.ktae.values import key_token_values
+from ktae_trl.training.plan import ModelSize, memory_table
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+CAREFUL = "1: 9-3=6\n2: 6-1=5\n3: 5-3=2\n4: 2+5=7\nThe answer is \\boxed{7}."
+ROLLOUTS = [
+    *[CAREFUL] * 4,
+    "1: 9-3=6\n2: 6-1=5\n3: 5-3=2\nThe answer is \\boxed{2}.",
+    "1: 9-3=6\n3: 6-3=3\n4: 3+5=8\nThe answer is \\boxed{8}.",
+    r"That is about \boxed{0}.",
+    r"That is about \boxed{11}.",
+]
+
+
+def test_the_group_at_the_top(tokenizer):
+    batch = tokenizer([text + tokenizer.eos_token for text in ROLLOUTS], padding=True, return_tensors="pt")
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    right = torch.tensor([True] * 4 + [False] * 4)
+    values = key_token_values(ids[None], mask[None], right[None], ignore_ids=[tokenizer.eos_token_id])[0]
+    rewards = right.float()
+    advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-4)  # TRL's
+    final = combine(advantages, values, "multiply")
+
+    rows = re.findall(r"^  (\S+) +(\d)(?: of 4)? +(\d)(?: of 4)? +([-+]?\d\.\d\d) +(.*)$", README, re.MULTILINE)
+    assert [row[0] for row in rows] == ["7", "+", ":", "is", "8", "That"]
+    for word, in_right, in_wrong, value, rest in rows:
+        token = tokenizer.convert_tokens_to_ids(word if word != "is" else "Ġis")
+        found = (ids == token) & mask.bool()
+        assert found.any(1)[right].sum() == int(in_right)
+        assert found.any(1)[~right].sum() == int(in_wrong)
+        assert values[found][0].item() == pytest.approx(float(value), abs=0.005)
+        shown = [float(x) for x in re.findall(r"[-+]\d\.\d\d", rest)]
+        sides = [final[found & side[:, None]] for side in (right, ~right)]
+        assert [side[0].item() for side in sides if len(side)] == pytest.approx(shown, abs=0.006)
+
+
+def test_the_published_table_is_what_the_command_prints(shared):
+    results = json.loads((shared / "published_results.json").read_text())
+    assert "\n".join(table(results)) in README
+
+
+def test_every_file_that_is_named_is_there():
+    for path in re.findall(r"\]\(([^)h#][^)]*)\)", README):
+        assert (ROOT / path.partition("#")[0]).exists(), path
+
+
+def test_the_python_of_the_readme_compiles():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        compile(block, "README.md", "exec")
+
+
+def test_the_memory_table_is_what_the_estimators_say():
+    pytest.importorskip("deepspeed", reason="the estimate is DeepSpeed's")
+    rows = re.findall(r"^\| Qwen\S+ \(([\d,]+) parameters, largest layer ([\d,]+)\) \| (.*) \|$", README, re.MULTILINE)
+    assert len(rows) == 2
+    for total, layer, cells in rows:
+        size = ModelSize(int(total.replace(",", "")), int(layer.replace(",", "")), None)
+        shown = [f"{gpu:.3g}" + (f" ({cpu:.3g})" if "off" in name else "") for name, gpu, cpu in memory_table(size, 8)]
+        assert cells.split(" | ") == shown
+
+
+def test_the_table_of_recipes_is_what_they_say():
+    rows = re.findall(r"^\| (\[`.*?) \| .* \| ([\d,]+) x (\d+), (\d) \| (\d) (GPU|CPU)", README, re.MULTILINE)
+    shown = {}
+    for links, prompts, rollouts, steps, devices, device in rows:
+        for name in re.findall(r"\(configs/(\S+)\.yaml\)", links):
+            shown[name] = (
+                int(prompts.replace(",", "")),
+                int(rollouts),
+                int(steps),
+                int(devices) if device == "GPU" else 1,
+            )
+    assert shown.keys() == {path.stem for path in (ROOT / "configs").glob("*.yaml")}
+    for name, batch in shown.items():
+        recipe = yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text())
+        accumulated = recipe.get("gradient_accumulation_steps", 1)
+        per_generation = recipe.get("steps_per_generation", accumulated)
+        processes, rollouts = recipe.get("num_processes", 1), recipe["num_generations"]
+        prompts = recipe["per_device_train_batch_size"] * processes * per_generation // rollouts
+        assert batch == (prompts, rollouts, per_generation // accumulated, processes)
+
+
+def test_every_metric_has_a_row():
+    """Those of the trainer: its tests list them by name."""
+    written = "".join(
+        (ROOT / f"ktae_trl/{name}.py").read_text()
+        for name in ("trainer", "sampling/dynamic", "credit/ktae", "credit/oar", "credit/tree")
+    )
+    section = README[README.index("## Metrics") : README.index("## Cost")]
+    named = set(re.findall(r'"((?:ktae|dynamic_sampling|oar|tree)/\w+)"', written))
+    named |= {"tree/signal_depth_K", "tree/seconds", "oar/seconds"}  # one per depth, and each method has the other
+    assert len(named) > 21
+    for metric in named:
+        assert f"`{metric}`" in section or f"`.../{metric.partition('/')[2]}`" in section, metric

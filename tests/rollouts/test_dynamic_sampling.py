@@ -1,0 +1,392 @@
+"""Dynamic sampling: what is trained on, where the prompts come from, and that a resumed run draws the same ones."""
+
+import itertools
+import logging
+import math
+import shutil
+
+import pytest
+import torch
+from datasets import IterableDataset
+from trl.trainer.utils import RepeatSampler
+
+from ktae_trl.rewards import boxed_format, math_accuracy
+from ktae_trl.rollouts.dynamic import Generation, PromptStream, Selection, sample
+from ktae_trl.rollouts.verdicts import verdicts
+from tests.trainers import difference, logged, make_trainer, prompts, replay, weights
+
+# 8 rollouts of 2 prompts a generation.
+SAMPLING = {"dynamic_sampling": True, "max_completion_length": 12}
+
+
+def alternating(completions, **kwargs):
+    """Right and wrong in turn: every group is informative."""
+    return [float(i % 2) for i in range(len(completions))]
+
+
+def number(prompt) -> int:
+    """Which of the first 64 training problems it is."""
+    return NUMBERS[prompt[-1]["content"]]
+
+
+NUMBERS = {row["prompt"][-1]["content"]: i for i, row in enumerate(prompts(64))}
+
+
+def third(prompts, completions, **kwargs):
+    """Only every third problem has right and wrong answers; the others are all right or all wrong."""
+    numbers = [number(prompt) for prompt in prompts]
+    return [float(i % 2 if n % 3 == 0 else n % 3 == 1) for i, n in enumerate(numbers)]
+
+
+def watch(trainer) -> list[dict]:
+    """Collect each generation batch with the numbers of its prompts."""
+    batches, generate = [], trainer._generate_and_score_completions
+
+    def spy(inputs):
+        batch = generate(inputs)
+        asked = list(trainer._logs["prompt"])[-len(batch["completion_ids"]) :]
+        batches.append({**batch, "numbers": [number(prompt) for prompt in asked]})
+        return batch
+
+    trainer._generate_and_score_completions = spy
+    return batches
+
+
+# The stream
+
+
+def test_the_stream_has_the_order_of_trl_s_sampler_without_gaps():
+    stream = PromptStream(10, seed=3)
+    drawn = stream.take(4) + stream.take(7) + stream.take(19)
+    sampler = RepeatSampler(range(10), mini_repeat_count=1, seed=3)
+    assert drawn == [index for _ in range(3) for index in sampler]
+
+
+def test_no_prompt_comes_again_before_the_others():
+    stream = PromptStream(7, seed=0)
+    drawn = list(itertools.chain.from_iterable(stream.take(n) for n in (3, 3, 3, 5, 7)))
+    for epoch in range(3):
+        assert sorted(drawn[7 * epoch : 7 * epoch + 7]) == list(range(7))
+    assert drawn[:7] != drawn[7:14]
+
+
+def test_an_unshuffled_stream():
+    assert PromptStream(3, seed=0, shuffle=False).take(7) == [0, 1, 2, 0, 1, 2, 0]
+
+
+@pytest.mark.parametrize("position", [0, 3, 9, 10, 25])
+def test_the_stream_goes_on_from_a_position(position):
+    whole, resumed = PromptStream(10, seed=1), PromptStream(10, seed=1)
+    whole.take(position)
+    resumed.take(31)  # somewhere else before
+    resumed.restore(whole.state())
+    assert resumed.take(14) == whole.take(14)
+
+
+# Which groups are chosen
+
+
+def generation(indices, kinds):
+    """A generation on one process with groups of two: R right, W wrong, ? unscorable."""
+    rewards = torch.tensor([[{"R": 1.0, "W": 0.0, "?": math.nan}[v]] for v in "".join(kinds)])
+    correctness = rewards.view(-1, 2)
+    rollouts = [{"completion_ids": [index, row]} for index in indices for row in range(2)]
+    return Generation(list(indices), rollouts, rewards, verdicts(correctness, 0.0))
+
+
+def test_the_first_informative_groups_are_chosen_and_the_surplus_is_dropped():
+    kinds = iter([["RW", "RR", "WW"], ["W?", "WR", "RW"], ["RW", "RW", "RW"]])
+    stream = PromptStream(9, seed=0, shuffle=False)
+    chosen = sample(lambda indices: generation(indices, next(kinds)), stream, 3, 10)
+    assert chosen.indices == [0, 4, 5]
+    assert [rollout["completion_ids"][0] for rollout in chosen.rollouts(0)] == [0, 0, 4, 4, 5, 5]
+    assert chosen.rewards[:, 0].tolist() == [1, 0, 0, 1, 1, 0]
+    metrics = {name.removeprefix("dynamic_sampling/"): value for name, value in chosen.metrics().items()}
+    assert metrics == {
+        "generations": 2,
+        "informative_groups": pytest.approx(3 / 6),
+        "all_right": pytest.approx(1 / 6),
+        "all_wrong": pytest.approx(2 / 6),
+        "accuracy": pytest.approx(5 / 11),
+        "surplus": 0,
+        "filled": 0,
+    }
+    assert stream.position == 6
+
+
+def test_surplus_and_filling_are_counted():
+    kinds = [["RW", "RR", "RW"], ["RW", "RW", "??"]]
+    both = Selection([generation(range(3), kinds[0]), generation(range(3, 6), kinds[1])], [0, 2, 3])
+    assert both.metrics()["dynamic_sampling/surplus"] == 1
+    none = sample(lambda indices: generation(indices, ["RR", "??", "WW"]), PromptStream(9, 0, shuffle=False), 3, 4)
+    assert none.indices == [0, 1, 2]
+    assert none.metrics()["dynamic_sampling/generations"] == 4
+    assert none.metrics()["dynamic_sampling/filled"] == 1
+    assert none.metrics()["dynamic_sampling/surplus"] == 0
+
+
+# In training
+
+
+@pytest.mark.parametrize("credit", ["ktae", "none"])
+def test_every_step_s_groups_are_informative(tmp_path, credit):
+    settings = {"steps_per_generation": 2, "num_iterations": 2, "max_steps": 12, "credit": credit}
+    trainer = make_trainer(tmp_path, train_dataset=prompts(24), reward_funcs=third, **SAMPLING, **settings)
+    batches = watch(trainer)
+    trainer.train()
+    assert len(batches) == 3
+    for batch in batches:
+        assert len(batch["numbers"]) == 32
+        assert all(n % 3 == 0 for n in batch["numbers"])
+        assert all(len(set(batch["numbers"][begin : begin + 8])) == 1 for begin in range(0, 32, 8))
+        assert (batch["advantages"].abs() > 0.5).all()
+        assert ("credit" in batch) == (credit == "ktae")
+        assert batch["num_items_in_batch"] == batch["completion_mask"].sum()
+    assert set(logged(trainer, "dynamic_sampling/filled")) == {0}
+    assert set(logged(trainer, "frac_reward_zero_std")) == {0}
+    # TRL's metrics are those of what is trained on; the accuracy of all that was sampled has its own.
+    assert set(logged(trainer, "reward")) == {0.5}
+    assert all(n > 1 for n in logged(trainer, "dynamic_sampling/generations"))
+    lengths = [batch["completion_mask"].sum(1).float().mean().item() for batch in batches]
+    assert logged(trainer, "completions/mean_length") == pytest.approx(lengths)
+    tokens = itertools.accumulate((b["prompt_mask"].sum() + b["completion_mask"].sum()).item() for b in batches)
+    assert sorted(set(logged(trainer, "num_tokens"))) == list(tokens)
+    drawn = logged(trainer, "dynamic_sampling/prompts")
+    assert drawn == [4 * g for g in itertools.accumulate(logged(trainer, "dynamic_sampling/generations"))]
+
+
+@pytest.mark.parametrize("right", [0.0, 1.0, None])
+def test_a_task_without_informative_groups_goes_on(tmp_path, caplog, right):
+    trainer = make_trainer(
+        tmp_path,
+        train_dataset=prompts(5),
+        reward_funcs=[lambda completions, **kwargs: [right] * len(completions), boxed_format],
+        correctness_reward="<lambda>",
+        dynamic_sampling_max_batches=3,
+        **SAMPLING,
+    )
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert trainer.state.global_step == 3
+    assert logged(trainer, "dynamic_sampling/generations") == [3, 3, 3]
+    assert logged(trainer, "dynamic_sampling/filled") == [1, 1, 1]
+    assert logged(trainer, "dynamic_sampling/all_right") == [1.0 if right else 0.0] * 3
+    assert logged(trainer, "dynamic_sampling/prompts") == [6, 12, 18]  # three times through five prompts
+    said = [record.message for record in caplog.records]
+    assert len([line for line in said if "found 0 informative groups of 2 in 3 generations" in line]) == 1
+    assert len([line for line in said if "all 5 training prompts" in line]) == 3
+
+
+def test_the_batch_is_filled_with_what_there_is(tmp_path):
+    """Two of six prompts are informative, so one generation of four prompts cannot hold four that are."""
+    trainer = make_trainer(
+        tmp_path,
+        train_dataset=prompts(6),
+        reward_funcs=third,
+        steps_per_generation=2,
+        max_steps=2,
+        dynamic_sampling_max_batches=1,
+        **SAMPLING,
+    )
+    batches = watch(trainer)
+    trainer.train()
+    informative = [n % 3 == 0 for n in batches[0]["numbers"]]
+    assert logged(trainer, "dynamic_sampling/filled") == [1 - sum(informative) / 32]
+    assert (batches[0]["advantages"] != 0).tolist() == informative
+
+
+def test_rewards_of_none_do_not_count(tmp_path):
+    """A group with right and unscorable rollouts only is not informative, one with all three kinds is."""
+
+    def sometimes(prompts, completions, **kwargs):
+        kinds = {0: [1.0, None], 1: [0.0, None], 2: [1.0, 0.0, None, None]}
+        return [kinds[number(prompt) % 3][i % len(kinds[number(prompt) % 3])] for i, prompt in enumerate(prompts)]
+
+    trainer = make_trainer(tmp_path, reward_funcs=sometimes, **SAMPLING)
+    batches = watch(trainer)
+    trainer.train()
+    assert all(n % 3 == 2 for batch in batches for n in batch["numbers"])
+    assert all((batch["advantages"] == 0).float().mean() == 0.5 for batch in batches)
+
+
+def test_correctness_decides_not_the_sum_of_rewards(tmp_path):
+    """A length penalty gives every group a spread of rewards; informative are those with right and wrong answers."""
+
+    def penalty(completions, **kwargs):
+        return [-0.1 * (i % 5) for i in range(len(completions))]
+
+    trainer = make_trainer(tmp_path, reward_funcs=[third, penalty], correctness_reward="third", **SAMPLING)
+    batches = watch(trainer)
+    trainer.train()
+    assert all(n % 3 == 0 for batch in batches for n in batch["numbers"])
+
+
+@pytest.mark.parametrize("settings", [{}, {"steps_per_generation": 2, "num_iterations": 2, "max_steps": 20}])
+def test_it_is_plain_training_if_every_group_is_informative(tmp_path, settings):
+    """On 16 prompts, whole batches, over several epochs; bit for bit."""
+    common = {"train_dataset": prompts(8), "reward_funcs": alternating, "max_steps": 10, **settings}
+    plain = make_trainer(tmp_path / "plain", max_completion_length=12, **common)
+    plain.train()
+    dynamic = make_trainer(tmp_path / "dynamic", **SAMPLING, **common)
+    start = weights(dynamic)
+    dynamic.train()
+    assert difference(weights(dynamic), weights(plain)) == 0
+    assert difference(weights(dynamic), start) > 1e-4
+    own = {"step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second", "ktae/seconds"}
+    for ours, theirs in zip(dynamic.state.log_history, plain.state.log_history, strict=True):
+        assert {k: v for k, v in theirs.items() if k not in own} == {
+            k: v for k, v in ours.items() if k not in own and not k.startswith("dynamic_sampling/")
+        }
+
+
+def test_columns_that_reward_functions_log_stay_with_their_rollouts(tmp_path):
+    calls = []
+
+    def third_with_notes(prompts, completions, log_extra, log_metric, **kwargs):
+        calls.append(len(prompts))
+        log_extra("number", [number(prompt) for prompt in prompts])
+        log_metric("third/generated", float(len(prompts)))
+        return third(prompts, completions)
+
+    trainer = make_trainer(tmp_path, reward_funcs=third_with_notes, max_steps=1, **SAMPLING)
+    batches = watch(trainer)
+    trainer.train()
+    assert list(trainer._logs["extra"]["number"]) == batches[0]["numbers"]
+    assert logged(trainer, "third/generated") == [16]
+    assert calls == [16] * int(logged(trainer, "dynamic_sampling/generations")[0])  # nothing is graded twice
+
+
+def test_a_rollout_func_with_masks_and_fields_of_its_own(tmp_path):
+    """Its masks reach the loss, its fields the reward functions."""
+
+    def rollouts(prompts, trainer):
+        output = replay(prompts, trainer)
+        output["env_mask"] = [[1] * (len(ids) - 3) + [0] * 3 for ids in output["completion_ids"]]
+        output["lengths"] = [len(ids) for ids in output["completion_ids"]]
+        return output
+
+    def third_of_length(prompts, completions, completion_ids, lengths, **kwargs):
+        assert lengths == [len(ids) for ids in completion_ids]
+        return third(prompts, completions)
+
+    trainer = make_trainer(tmp_path, reward_funcs=third_of_length, rollout_func=rollouts, max_steps=2, **SAMPLING)
+    batches = watch(trainer)
+    trainer.train()
+    assert trainer.rollout_func is rollouts
+    for batch in batches:
+        lengths = batch["completion_mask"].sum(1)
+        assert (batch["tool_mask"] * batch["completion_mask"]).sum(1).tolist() == (lengths - 3).tolist()
+        assert batch["num_items_in_batch"] == (lengths - 3).sum()
+
+
+def test_evaluation_never_resamples(tmp_path):
+    trainer = make_trainer(tmp_path, reward_funcs=third, eval_dataset=prompts(6), **SAMPLING)
+    batches = watch(trainer)
+    trainer.evaluate()
+    assert sorted({n for batch in batches for n in batch["numbers"]}) == list(range(6))
+    assert trainer._prompt_stream.position == 0
+
+
+# Resume
+
+CYCLES = {
+    **SAMPLING,
+    "reward_funcs": third,
+    "steps_per_generation": 2,
+    "num_iterations": 2,
+    "max_steps": 16,
+    "save_strategy": "steps",
+    "save_steps": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    trainer = make_trainer(folder, train_dataset=prompts(14), **CYCLES)
+    batches = watch(trainer)
+    trainer.train()
+    return folder, trainer, batches
+
+
+@pytest.mark.parametrize("step", [4, 7, 8, 14])  # between generations and inside a cycle, in three epochs of prompts
+def test_a_resumed_run_draws_the_same_prompts(uninterrupted, tmp_path, step):
+    folder, whole, batches = uninterrupted
+    assert logged(whole, "dynamic_sampling/epoch")[-1] > 2
+    shutil.copytree(folder / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    resumed = make_trainer(tmp_path, train_dataset=prompts(14), **CYCLES)
+    drawn = watch(resumed)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    left = batches[-(-step // 4) :]
+    assert [batch["numbers"] for batch in drawn] == [batch["numbers"] for batch in left]
+    assert difference(weights(resumed), weights(whole)) == 0
+    assert logged(resumed, "dynamic_sampling/prompts") == logged(whole, "dynamic_sampling/prompts")
+
+
+# Bad input
+
+
+def test_an_iterable_dataset_is_refused(tmp_path):
+    data = prompts(8)
+    iterable = IterableDataset.from_generator(lambda: iter(data))
+    with pytest.raises(ValueError, match="which a IterableDataset does not have: load the dataset without streaming"):
+        make_trainer(tmp_path, train_dataset=iterable, **SAMPLING)
+
+
+def test_tools_are_refused(tmp_path):
+    images = prompts(8).add_column("image", ["a picture"] * 8)
+    with pytest.raises(ValueError, match="does not go with tools, environments or images"):
+        make_trainer(tmp_path, train_dataset=images, **SAMPLING)
+
+
+def test_images_inside_of_prompts_are_refused(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, **SAMPLING)
+    generate = trainer._generate
+
+    def with_images(asked):
+        *rest, _, tool_images = generate(asked)
+        return *rest, [["an image"]] * len(asked), tool_images
+
+    monkeypatch.setattr(trainer, "_generate", with_images)
+    with pytest.raises(ValueError, match="does not go with images"):
+        trainer.train()
+
+
+def test_a_column_that_is_logged_too_short_is_named(tmp_path):
+    def short(completions, log_extra, **kwargs):
+        log_extra("half", ["x"] * (len(completions) // 2))
+        return alternating(completions)
+
+    with pytest.raises(ValueError, match=r"A reward function logged \d+ values of 'half' for \d+ completions"):
+        make_trainer(tmp_path, reward_funcs=short, **SAMPLING).train()
+
+
+def test_a_reward_function_may_change_its_rows(tmp_path):
+    lengths = []
+
+    def appends(completions, prompts, **kwargs):
+        for prompt in prompts:
+            lengths.append(len(prompt))
+            prompt.append({"role": "user", "content": "more"})
+        return alternating(completions)
+
+    make_trainer(tmp_path, reward_funcs=appends, **SAMPLING, max_steps=1).train()
+    assert set(lengths) == {2}
+
+
+def test_no_generations_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="dynamic_sampling_max_batches must be at least 1, not 0"):
+        make_trainer(tmp_path, dynamic_sampling_max_batches=0, **SAMPLING)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "named", "words"),
+    [
+        ([math_accuracy, third], None, "There are several: math_accuracy, third. Set correctness_reward"),
+        ([boxed_format], None, "'boxed_format' only shapes"),
+        ([boxed_format, math_accuracy], "boxed_format", "'boxed_format' only shapes"),
+    ],
+)
+def test_a_reward_that_says_what_is_right_is_needed(tmp_path, rewards, named, words):
+    with pytest.raises(ValueError, match=rf"dynamic_sampling needs a reward function that says .*{words}"):
+        make_trainer(tmp_path, reward_funcs=rewards, correctness_reward=named, **SAMPLING)

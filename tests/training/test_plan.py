@@ -1,0 +1,282 @@
+"""What a dry run says, against what training then does; and settings that do not go together."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, Qwen2Config
+from trl import ModelConfig
+
+import train
+from ktae_trl import KTAEGRPOConfig, tiny
+from ktae_trl.training import plan
+from ktae_trl.training.batches import Batches, check_processes
+from tests.trainers import SETTINGS, logged, make_trainer, prompts
+
+GIB = 2**30
+
+
+def config(folder, **settings) -> KTAEGRPOConfig:
+    return KTAEGRPOConfig(output_dir=str(folder), **{**SETTINGS, "max_steps": -1, **settings})
+
+
+# Arithmetic
+
+
+def test_the_paper_s_batches_by_hand():
+    batches = Batches(8, per_device=8, accumulated=32, steps_per_generation=256, num_iterations=1, num_generations=16)
+    assert (batches.rollouts, batches.prompts, batches.rollouts_per_step, batches.steps) == (16384, 1024, 2048, 8)
+    assert batches.steps_per_epoch(12000) == 88  # 11 whole generations
+    assert str(batches) == (
+        "8 rollouts x 8 processes x 256 steps_per_generation = 16,384 rollouts a generation (1,024 prompts x 16), "
+        "2,048 an optimizer step"
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_train_epochs": 2},
+        {"num_train_epochs": 2, "steps_per_generation": 2, "num_iterations": 2},
+        {"num_train_epochs": 1, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 4},
+        {"num_train_epochs": 1, "gradient_accumulation_steps": 2, "steps_per_generation": 3},
+    ],
+)
+def test_training_makes_the_steps_that_are_announced(tmp_path, settings):
+    n = 14
+    trainer = make_trainer(
+        tmp_path,
+        train_dataset=prompts(n),
+        max_steps=-1,
+        max_completion_length=4,
+        reward_funcs=lambda completions, **kwargs: [0.0] * len(completions),
+        **settings,
+    )
+    batches = Batches.of(trainer.args, 1)
+    seen = []
+    trainer._generate, generate = lambda p: seen.append(p) or generate(p), trainer._generate
+    trainer.train()
+    assert trainer.state.global_step == settings["num_train_epochs"] * batches.steps_per_epoch(n)
+    assert {len(asked) for asked in seen} == {batches.rollouts}
+    assert {len({str(p) for p in asked}) for asked in seen} == {batches.prompts}
+    assert len(logged(trainer, "loss")) == trainer.state.global_step
+
+
+def test_another_number_of_processes_is_explained(tmp_path):
+    args = config(tmp_path, per_device_train_batch_size=8, gradient_accumulation_steps=4, steps_per_generation=8)
+    assert check_processes(args, None) is None
+    assert check_processes(args, 1) is None
+    warning = check_processes(args, 4)
+    assert "written for 4 processes (num_processes), but 1 were started" in warning
+    assert "8 rollouts x 4 processes x 8 steps_per_generation = 256 rollouts a generation (32 prompts x 8)" in warning
+    assert "8 rollouts x 1 process x 8 steps_per_generation = 64 rollouts a generation (8 prompts x 8)" in warning
+    assert (
+        "add behind train.py: --num_processes 1 --gradient_accumulation_steps 16 --steps_per_generation 32" in warning
+    )
+
+
+def test_the_flags_that_the_warning_gives_keep_the_batches_and_silence_it(tmp_path):
+    words = ["--config", "configs/own_data.yaml", "--use_cpu", "true", "--bf16", "false", "--use_vllm", "false"]
+    words += ["--output_dir", str(tmp_path), "--num_processes", "4"]
+    run, args, _ = train.read_arguments(words)
+    warning = check_processes(args, run.num_processes)
+    flags = re.search(r"add behind train.py: (.*)", warning)[1].split()
+    run, kept, _ = train.read_arguments([*words, *flags])
+    assert check_processes(kept, run.num_processes) is None
+    wanted, found = Batches.of(args, 4), Batches.of(kept, 1)
+    assert (wanted.rollouts, wanted.rollouts_per_step) == (found.rollouts, found.rollouts_per_step)
+
+
+def test_a_generation_batch_that_is_given_stays_what_it_is(tmp_path):
+    args = config(tmp_path, per_device_train_batch_size=4, generation_batch_size=256, gradient_accumulation_steps=2)
+    assert Batches.of(args, 1).rollouts == Batches.of(args, 8).rollouts == 256
+    assert Batches.of(args, 8).steps == 4
+    warning = check_processes(args, 8)
+    assert warning.count("256 rollouts a generation") == 2
+    assert warning.endswith("add behind train.py: --num_processes 1 --gradient_accumulation_steps 16")
+
+
+def test_one_process_on_several_gpus_is_warned_of(tmp_path):
+    args = config(tmp_path)
+    args._n_gpu = 4
+    assert "One process sees 4 GPUs" in check_processes(args, 1)
+    assert "accelerate launch --num_processes 4" in check_processes(args, 1)
+
+
+# Data and memory
+
+
+def test_data_statistics_by_hand(tokenizer):
+    rows = [("1 + 1 =", "2"), ("1 + 1 =", "2"), ("1 + 1 + 1 =", ["3", "3.0"]), ("2 =", r"\frac{")]
+    data = Dataset.from_list(
+        [
+            {"prompt": [{"role": "user", "content": text}], "solution": [a] if isinstance(a, str) else a}
+            for text, a in rows
+        ]
+    )
+    lengths = sorted(
+        len(tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)["input_ids"])
+        for text, _ in rows
+    )
+    measured = plan.data_statistics(data, tokenizer)
+    assert measured.prompts == 4
+    assert (measured.tokens[0], measured.tokens[-1]) == (lengths[0], lengths[-1])
+    assert lengths[1] <= measured.tokens[1] <= lengths[2] <= measured.tokens[2] <= lengths[3]
+    assert (measured.repeated, measured.unscorable) == (1, 1)
+
+
+def test_parameters_are_counted_without_weights():
+    size = plan.model_size(str(tiny.MODEL))
+    model = AutoModelForCausalLM.from_pretrained(tiny.MODEL)
+    assert size.total == model.num_parameters()
+    assert size.largest_layer == max(p.numel() for p in model.parameters())  # no biases in the largest
+
+
+@pytest.mark.parametrize(
+    ("shape", "total"),
+    [
+        # Qwen2.5-Math-1.5B and 7B: the counts that their model cards' weights have.
+        ((1536, 28, 12, 2, 8960, 151936, True), 1_543_714_304),
+        ((3584, 28, 28, 4, 18944, 152064, False), 7_615_616_512),
+    ],
+)
+def test_memory_by_hand(tmp_path, shape, total):
+    pytest.importorskip("deepspeed", reason="the estimate is DeepSpeed's")
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    settings = dict(zip((*names, "vocab_size", "tie_word_embeddings"), shape, strict=True))
+    Qwen2Config(**settings).save_pretrained(tmp_path)
+    size = plan.model_size(str(tmp_path))
+    assert size.total == total
+    assert size.largest_layer == shape[0] * shape[5]
+    table = {name: gpu * GIB for name, gpu, _ in plan.memory_table(size, 8)}
+    # In bytes a parameter: 2 of a bf16 copy, 2 of bf16 gradients, 16 of float32 weights, gradients and Adam's moments.
+    assert table["DDP"] == pytest.approx(20 * total)
+    assert table["ZeRO-2"] == pytest.approx((2 + 18 / 8) * total)
+    assert table["ZeRO-2, optimizer off-loaded"] == pytest.approx(2 * total)
+    assert table["ZeRO-3, FSDP2"] == pytest.approx(18 / 8 * total + 4 * size.largest_layer)
+    assert table["ZeRO-3, all off-loaded"] == pytest.approx(4 * size.largest_layer)
+
+
+# The dry run
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2])  # recipes name their files from there
+
+
+def dry_run(capsys, *words: str) -> str:
+    train.main(*train.read_arguments([*words, "--dry_run", "true"]))
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_a_dry_run_needs_no_gpu_and_trains_nothing(tmp_path, capsys):
+    offline = ["--model_name_or_path", str(tiny.MODEL), "--dataset_name", str(tiny.TRAIN)]
+    offline += ["--eval_dataset_name", str(tiny.HELD_OUT), "--output_dir", str(tmp_path / "out")]
+    said = dry_run(capsys, "--config", "configs/qwen2.5_math_1.5b_dapo_ktae.yaml", *offline)
+    assert "For 8 processes, as the recipe says" in said
+    assert "a generation │ 1,024 │ 16,384 │ 50,331,648 │ 8" in said
+    assert "an optimizer step │ 128 │ 2,048 │ 6,291,456 │ 1" in said
+    assert "an epoch │ 2,048 │ 32,768 │ 100,663,296 │ 16" in said
+    assert "the run │ 102,400 │ 1,638,400 │ 5,033,164,800 │ 800" in said
+    assert "a batch takes up to 10 generations" in said
+    for setting in ("ktae_combine: add", "learning_rate: 1.0e-06", "delta: 10.0", "overlong_buffer: 512", "beta: 0.0"):
+        assert setting in said
+    assert "training │ 2,048 │" in said
+    assert "831,616 parameters" in said
+    assert "vLLM: 40% of the GPU" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_of_an_adapter_and_of_a_reference_model(tmp_path, capsys):
+    offline = ["--config", "configs/quickstart.yaml", "--output_dir", str(tmp_path), "--eval_size", "8"]
+    assert "Frozen weights: 0.0 GiB per GPU" in dry_run(capsys, *offline, "--use_peft", "true")
+    assert "reference model (beta > 0)" in dry_run(capsys, *offline, "--beta", "0.1")
+
+
+@pytest.mark.parametrize(("words", "dry"), [(["--dry_run=true"], True), (["--dry_run", "false"], False), ([], False)])
+def test_only_a_dry_run_goes_to_the_cpu_by_itself(tmp_path, monkeypatch, words, dry):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    words += ["--output_dir", str(tmp_path), "--config", "configs/quickstart.yaml", "--use_cpu", "false"]
+    run, args, _ = train.read_arguments(words)
+    assert run.dry_run == dry
+    assert args.use_cpu == dry
+
+
+def test_a_dry_run_by_the_recipe(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(Path("configs/own_data.yaml").read_text() + "\ndry_run: true\n")
+    run, args, _ = train.read_arguments(["--config", str(recipe)])
+    assert run.dry_run
+    assert args.use_cpu
+
+
+def test_bad_data_and_settings_are_one_line(tmp_path, capsys):
+    offline = ["--config", "configs/quickstart.yaml", "--output_dir", str(tmp_path / "out")]
+    for words, said in (
+        (["--dataset_name", "nowhere.jsonl"], "There is no data file nowhere.jsonl"),
+        (["--dataset_filter", '{"level": [3]}'], r"there is no column 'level'.*For all rows: --dataset_filter null"),
+        (["--model_name_or_path", str(tmp_path / "no_model")], "no_model"),
+    ):
+        with pytest.raises(SystemExit, match=f"^train.py: .*{said}"):
+            dry_run(capsys, *offline, *words)
+    run, args, model = train.read_arguments([*offline, "--correctness_reward", "nothing"])
+    with pytest.raises(SystemExit, match=r"^train.py: .*nothing"):
+        train.main(run, args, model)
+
+
+def test_every_setting_that_is_shown_is_a_setting(tmp_path):
+    run, args, model = train.read_arguments(["--config", "configs/quickstart.yaml", "--output_dir", str(tmp_path)])
+    shown = plan.resolved(run, args, model)
+    assert {"credit", "num_generations", "learning_rate", "dataset_name", "max_steps"} <= shown.keys()
+    assert isinstance(model, ModelConfig)
+    for name, value in shown.items():
+        owners = [part for part in (run, args, model) if hasattr(part, name)]
+        assert any(getattr(getattr(part, name), "value", getattr(part, name)) == value for part in owners), name
+
+
+# Bad input
+
+
+def test_a_generation_of_broken_groups_is_refused_with_the_arithmetic(tmp_path, monkeypatch):
+    words = r"whole groups of 8 rollouts.* 4 .*x 1 \(processes\) x 3 \(steps_per_generation\) = 12 rollouts; with "
+    with pytest.raises(ValueError, match=words + "steps_per_generation=6 they would"):
+        config(tmp_path, per_device_train_batch_size=4, steps_per_generation=3)
+    assert config(tmp_path, per_device_train_batch_size=4, steps_per_generation=6).generation_batch_size == 24
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match=r"1 .*x 3 \(processes\) x 4 \(gradient_accumulation_steps\) = 12 rollouts"):
+        config(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+
+
+def test_fewer_prompts_than_a_generation_takes_are_refused(tmp_path):
+    words = r"has 3 prompts, fewer than one generation takes: 16 rollouts x 1 process x 2 .*\(4 prompts x 8\)"
+    for dynamic in (False, True):
+        with pytest.raises(ValueError, match=words):
+            make_trainer(tmp_path, train_dataset=prompts(3), steps_per_generation=2, dynamic_sampling=dynamic)
+
+
+def test_vllm_that_is_not_installed_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setattr("ktae_trl.trainer.is_vllm_available", lambda: False)
+    with pytest.raises(
+        ImportError, match=r"use_vllm is set, but vLLM is not installed.*pip install 'ktae-trl\[vllm\]'"
+    ):
+        make_trainer(tmp_path, use_vllm=True)
+
+
+def test_resuming_from_what_is_no_checkpoint_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path / "run", max_steps=1)
+    (tmp_path / "model").mkdir()
+    trainer.save_model(tmp_path / "model")  # weights, but no state of a run
+    for folder, why in (("model", "it has no trainer_state.json"), ("nowhere", "there is no such folder")):
+        with pytest.raises(ValueError, match=rf"{folder} is no whole checkpoint: {why}\. There is no whole one"):
+            trainer.train(resume_from_checkpoint=str(tmp_path / folder))
+    with pytest.raises(ValueError, match="run holds no checkpoint to resume from"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_precision_of_the_frozen_weights():
+    assert plan._width("bfloat16", None) == 2
+    assert plan._width("auto", torch.float32) == 4
+    assert plan._width(None, None) == 4
