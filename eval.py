@@ -24,7 +24,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ktae_trl.arguments import nearest, parse
+from ktae_trl.arguments import NotFoundError, UserError, nearest, parse
 from ktae_trl.evaluation import comparison, summary
 from ktae_trl.evaluation.generate import (
     Completion,
@@ -131,27 +131,27 @@ class EvalArguments:
                 try:
                     value = json.loads(value)
                 except json.JSONDecodeError as error:
-                    raise ValueError(f"{name} is not JSON: {error}") from None
+                    raise UserError(f"{name} is not JSON: {error}") from None
             if not isinstance(value or {}, dict):
-                raise ValueError(f"{name} must be an object of names and values, not {value!r}")
+                raise UserError(f"{name} must be an object of names and values, not {value!r}")
             setattr(self, name, value or {})
         for name in ("samples", "batch_size", "max_new_tokens", "limit"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
         for k in self.k:
             if not 1 <= k <= self.samples:
-                raise ValueError(f"k must lie between 1 and samples ({self.samples}), not {k}")
+                raise UserError(f"k must lie between 1 and samples ({self.samples}), not {k}")
         if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
-            raise ValueError(f"temperature {self.temperature} or top_p {self.top_p} is out of range")
+            raise UserError(f"temperature {self.temperature} or top_p {self.top_p} is out of range")
         if self.temperature == 0 and self.samples > 1:
-            raise ValueError("temperature 0 gives the same completion every time: set samples to 1, or a temperature")
+            raise UserError("temperature 0 gives the same completion every time: set samples to 1, or a temperature")
         for name, allowed in (
             ("backend", ("vllm", "transformers")),
             ("dtype", ("auto", "float32", "bfloat16", "float16")),
             ("prompt", TEMPLATES),
         ):
             if (value := getattr(self, name)) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}{nearest(value, allowed)}")
+                raise UserError(f"{name} must be one of {', '.join(allowed)}, not {value!r}{nearest(value, allowed)}")
 
 
 @contextmanager
@@ -251,7 +251,7 @@ def _load(args: EvalArguments, folder: Path) -> dict[str, list[Problem]]:
     for name, members in problems.items():
         hopeless = unscorable(members)
         if len(hopeless) == len(members):
-            raise ValueError(
+            raise UserError(
                 f"benchmark {name!r}: none of its {len(members)} answers can be parsed, "
                 f"such as {hopeless[0].answers[0]!r}"
             )
@@ -273,7 +273,7 @@ def _done(store: Store, texts: dict, asked: set[tuple[str, str, int]]) -> set[tu
         for row in store.read(name):
             key = (name, row["id"], row["sample"])
             if key in asked and row["prompt"] != texts[key[:2]][1]:
-                raise ValueError(
+                raise UserError(
                     f"{store.path(name)} holds samples of problem {row['id']!r} with another prompt than now. Choose "
                     "another output_dir, or move that file away"
                 )
@@ -306,7 +306,7 @@ def _requests(args: EvalArguments, problem: Problem, prompt_ids: list[int], cont
     """Return the requests of one problem, with no more new tokens than the model's context has room for."""
     room = args.max_new_tokens if context is None else min(args.max_new_tokens, context - len(prompt_ids))
     if room < 1:
-        raise ValueError(
+        raise UserError(
             f"The prompt of {problem.benchmark}, problem {problem.id!r}, has {len(prompt_ids)} tokens, the model takes "
             f"{context} in all. Leave that benchmark out (--only), or raise max_model_len in vllm_options"
         )
@@ -448,9 +448,9 @@ def grade(words: list[str]) -> None:
     rows = _read_outputs(options)
     paths = {row["benchmark"]: folder / f"{comparison.safe_name(row['benchmark'])}.jsonl" for row in rows}
     if len(set(paths.values())) < len(paths):
-        raise ValueError(f"Two benchmarks of {options.file} would be written to one file: {', '.join(paths)}")
+        raise UserError(f"Two benchmarks of {options.file} would be written to one file: {', '.join(paths)}")
     if options.file.resolve() in {path.resolve() for path in paths.values()}:
-        raise ValueError(f"{options.file} would be overwritten. Choose another output_dir than {folder}")
+        raise UserError(f"{options.file} would be overwritten. Choose another output_dir than {folder}")
     _check_graded_folder(folder, options.file)
     with console.status(f"Grading {len(rows)} outputs"):
         judged = graded(rows, [row.pop("answers") for row in rows], options.answer_format)
@@ -459,7 +459,7 @@ def grade(words: list[str]) -> None:
         logger.warning("%s is left out: none of its answers can be parsed", name)
         del members[name], paths[name]
     if not members:
-        raise ValueError(f"{options.file}: no answer can be parsed")
+        raise UserError(f"{options.file}: no answer can be parsed")
     found = [summary.results(name, judged) for name, judged in members.items()]
     for result in found:
         samples = result.right.shape[1]
@@ -470,7 +470,7 @@ def grade(words: list[str]) -> None:
             )
         for k in options.k:
             if not 1 <= k <= samples:
-                raise ValueError(
+                raise UserError(
                     f"k must lie between 1 and the samples of a problem ({samples} in {result.name}), not {k}"
                 )
     folder.mkdir(parents=True, exist_ok=True)
@@ -493,13 +493,13 @@ def _check_graded_folder(folder: Path, file: Path) -> None:
             before = None
         if before != str(file):
             whose = f"the results of {before}" if before else f"{there[0].name}, which eval.py grade did not write"
-            raise ValueError(f"{folder} holds {whose}. Choose another --output_dir")
+            raise UserError(f"{folder} holds {whose}. Choose another --output_dir")
 
 
 def _read_outputs(options: argparse.Namespace) -> list[dict]:
     """Read outputs of any origin into rows of our form."""
     if not options.file.is_file():
-        raise FileNotFoundError(f"There is no file {options.file} (looked in {Path.cwd()})")
+        raise NotFoundError(f"There is no file {options.file} (looked in {Path.cwd()})")
     rows: list[dict] = []
     first: dict[tuple[str, str], tuple[int, dict]] = {}  # of each problem: the line where it came first, and its row
     counts: Counter[tuple[str, str]] = Counter()
@@ -509,17 +509,17 @@ def _read_outputs(options: argparse.Namespace) -> list[dict]:
         try:
             row = json.loads(line, parse_float=Decimal)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not JSON: {error}. {_CORRECT}") from None
+            raise UserError(f"{where}: not JSON: {error}. {_CORRECT}") from None
         if not isinstance(row, dict):
-            raise ValueError(f"{where}: an object was expected, not {line.strip()[:80]}")
+            raise UserError(f"{where}: an object was expected, not {line.strip()[:80]}")
 
         def column(wanted: str, default=None, *, row=row, where=where):
             names = wanted.split(",")
             name = next((name for name in names if name in row), None)
             if name is None and default is None:
-                raise ValueError(f"{where}: no column {' or '.join(names)}. There are: {', '.join(row)}")
+                raise UserError(f"{where}: no column {' or '.join(names)}. There are: {', '.join(row)}")
             if name is not None and row[name] is None:
-                raise ValueError(f"{where}: {name} is null")
+                raise UserError(f"{where}: {name} is null")
             return default if name is None else row[name]
 
         answers = column(options.answer_column)
@@ -527,9 +527,9 @@ def _read_outputs(options: argparse.Namespace) -> list[dict]:
         try:
             accepted = gold_answers(answers)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{where}: {error}") from None
+            raise UserError(f"{where}: {error}") from None
         if not accepted:
-            raise ValueError(f"{where}: no answer, only {answers!r}. {_CORRECT}")
+            raise UserError(f"{where}: no answer, only {answers!r}. {_CORRECT}")
         common = {
             "benchmark": str(column(options.benchmark_column, "outputs")),
             "id": str(column(options.id_column, f"line {number}")),
@@ -539,12 +539,12 @@ def _read_outputs(options: argparse.Namespace) -> list[dict]:
         key = (common["benchmark"], common["id"])
         line_before, before = first.setdefault(key, (number, common))
         if set(accepted) != set(before["answers"]):
-            raise ValueError(
+            raise UserError(
                 f"{where}: problem {key[1]!r} of {key[0]} has the answer {' or '.join(accepted)}, and in line "
                 f"{line_before} {' or '.join(before['answers'])}. Two problems need two ids (--id_column)"
             )
         if common["problem"] and before["problem"] and common["problem"] != before["problem"]:
-            raise ValueError(
+            raise UserError(
                 f"{where}: problem {key[1]!r} of {key[0]} has another text than in line {line_before}. Two problems "
                 "need two ids (--id_column)"
             )
@@ -553,9 +553,9 @@ def _read_outputs(options: argparse.Namespace) -> list[dict]:
         one = isinstance(outputs, str)
         outputs = [outputs] if one else outputs
         if not isinstance(outputs, list) or not all(isinstance(output, str) for output in outputs):
-            raise ValueError(f"{where}: an output must be a text or a list of texts, not {str(outputs)[:60]}")
+            raise UserError(f"{where}: an output must be a text or a list of texts, not {str(outputs)[:60]}")
         if not outputs:
-            raise ValueError(
+            raise UserError(
                 f"{where}: problem {key[1]!r} has no outputs. Grade a copy of the file without that line, to "
                 'leave the problem out, or give it an empty output, [""], to count it as wrong'
             )
@@ -568,7 +568,7 @@ def _read_outputs(options: argparse.Namespace) -> list[dict]:
             rows.append(common | {"sample": counts[key], "prompt": prompt, "completion": output} | length)
             counts[key] += 1
     if not rows:
-        raise ValueError(f"{options.file} holds no outputs")
+        raise UserError(f"{options.file} holds no outputs")
     if incomplete:
         logger.warning(
             "%d lines of %s have lists of answers with null or empty ones: left out", incomplete, options.file
@@ -582,14 +582,14 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
         try:
             yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
         except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not UTF-8 ({error}). Save it in that encoding") from None
+            raise UserError(f"{file} is not UTF-8 ({error}). Save it in that encoding") from None
 
 
 def _tokens(value, where: str) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal) or not (value >= 0 and value % 1 == 0):
-        raise ValueError(f"{where}: tokens must be a whole number, not {value!r}")
+        raise UserError(f"{where}: tokens must be a whole number, not {value!r}")
     return int(value)
 
 
@@ -597,7 +597,7 @@ def _truth(value, name: str, where: str) -> bool | None:
     known = {True: True, False: False, "true": True, "false": False, None: None}  # 1 and 0 are equal to the first two
     key = value.lower() if isinstance(value, str) else value
     if isinstance(key, list | dict) or key not in known:
-        raise ValueError(f"{where}: {name} must be true or false, not {value!r}")
+        raise UserError(f"{where}: {name} must be true or false, not {value!r}")
     return known[key]
 
 

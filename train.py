@@ -18,7 +18,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from trl.trainer.utils import get_callable_name
 
 from ktae_trl import KTAEGRPOConfig, KTAEGRPOTrainer
-from ktae_trl.arguments import make_parser, parse
+from ktae_trl.arguments import UserError, make_parser, parse
 from ktae_trl.data.problems import DataArguments, load_prompts
 from ktae_trl.files.checkpoints import ResumeError, candidates, wants_to_resume
 from ktae_trl.files.writing import locked, replace_text
@@ -142,7 +142,7 @@ def load_reward_functions(run: RunArguments, args: KTAEGRPOConfig) -> list[Calla
     args.correctness_reward = dict(zip(asked, names, strict=True)).get(args.correctness_reward, args.correctness_reward)
     correctness_index(names, args.correctness_reward)
     if args.reward_weights is not None and len(args.reward_weights) != len(names):
-        raise ValueError(
+        raise UserError(
             f"reward_weights has {len(args.reward_weights)} weights for {len(names)} reward functions "
             f"({', '.join(names)}): one is needed for each"
         )

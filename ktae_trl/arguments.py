@@ -1,8 +1,20 @@
-"""Command lines and names: a misspelt one is an error that names the nearest valid one."""
+"""What a user writes: command lines and names. A mistake is a `UserError`, which a command ends with as one line."""
 
 import difflib
 from collections.abc import Callable, Iterable, Sequence
 from typing import get_args, get_type_hints
+
+
+class UserError(ValueError):
+    """What a user did wrong: the message names it and the remedy, and a command shows nothing else."""
+
+
+class NotFoundError(UserError, FileNotFoundError):
+    """A file, a folder or a dataset that is not there."""
+
+
+class NotImportedError(UserError, ImportError):
+    """A package that is not installed, or a name that a module does not have."""
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
@@ -29,7 +41,7 @@ def parse(dataclass_types: Sequence[type], program: str, arguments: Sequence[str
     if unknown or from_line:
         fields = [action.dest for action in parser._actions]
         names = [word.removeprefix("--").partition("=")[0] for word in unknown] or from_line
-        raise ValueError(
+        raise UserError(
             "Unknown setting: " + ", ".join(f"{name!r}{nearest(name, fields)}" for name in dict.fromkeys(names))
         )
     return tuple(parsed)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
-from ktae_trl.arguments import nearest
+from ktae_trl.arguments import UserError, nearest
 from ktae_trl.credit import METHODS, oar
 from ktae_trl.credit.ktae.values import check_weights
 from ktae_trl.grading import ANSWER_FORMATS, BUDGET, check_budget, check_format
@@ -202,18 +202,16 @@ class KTAEGRPOConfig(GRPOConfig):
         for name, choices in (("credit", ["none", *METHODS]), ("ktae_combine", ["multiply", "add"])):
             value = getattr(self, name)
             if value not in choices:
-                raise ValueError(
+                raise UserError(
                     f"{name}={value!r} is unknown{nearest(value, choices)}. Choose from: {', '.join(choices)}"
                 )
         if self.dynamic_sampling_max_batches < 1:
-            raise ValueError(
-                f"dynamic_sampling_max_batches must be at least 1, not {self.dynamic_sampling_max_batches}"
-            )
+            raise UserError(f"dynamic_sampling_max_batches must be at least 1, not {self.dynamic_sampling_max_batches}")
         for name, least in (("record_steps", 0), ("record_groups", 1), ("record_files", 1)):
             if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+                raise UserError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if self.reward_timeout is not None and not 0 < self.reward_timeout < math.inf:
-            raise ValueError(
+            raise UserError(
                 f"reward_timeout must be a number of seconds above 0, or None for no limit, not {self.reward_timeout}"
             )
         check_format(self.answer_format)
@@ -245,7 +243,7 @@ class KTAEGRPOConfig(GRPOConfig):
                     f"{self.per_device_train_batch_size} (per_device_train_batch_size) x {processes} (processes) x "
                     f"{steps} ({name}) = {rollouts} rollouts; with {name}={enough} they would"
                 )
-            raise ValueError(
+            raise UserError(
                 f"A generation must hold whole groups of {self.num_generations} rollouts (num_generations), but has "
                 f"{arithmetic}"
             )

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from ktae_trl.arguments import UserError
 from ktae_trl.grading import INSTRUCTIONS
 
 logger = logging.getLogger(__name__)
@@ -50,14 +51,14 @@ def conversation(problem: str | list[dict], system_prompt: str | None = None, *,
     elif isinstance(problem, list | tuple):
         messages = [_message(message, number) for number, message in enumerate(problem, 1)]
         if not messages:
-            raise ValueError("a problem must be a text or a list of chat messages, not an empty list")
+            raise UserError("a problem must be a text or a list of chat messages, not an empty list")
         if messages[-1]["role"] != "user":
-            raise ValueError(
+            raise UserError(
                 f"the last message is the {messages[-1]['role']}'s, but the model is to answer the user's. "
                 "Choose a column with the problem only"
             )
         if late := [number for number, message in enumerate(messages, 1) if message["role"] == "system" and number > 1]:
-            raise ValueError(f"message {late[0]} is a system message, which must be the first")
+            raise UserError(f"message {late[0]} is a system message, which must be the first")
     else:
         shown = "null" if problem is None else f"{type(problem).__name__}: {str(problem)[:80]}"
         raise TypeError(f"a problem must be a text or a list of chat messages, not {shown}")
@@ -66,7 +67,7 @@ def conversation(problem: str | list[dict], system_prompt: str | None = None, *,
     if in_user and messages[0]["role"] == "system":
         system, user, *others = messages
         if user["role"] != "user":
-            raise ValueError("the first message after the system prompt must be the user's (system_prompt_in_user)")
+            raise UserError("the first message after the system prompt must be the user's (system_prompt_in_user)")
         messages = [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}, *others]
     return messages
 
@@ -81,13 +82,13 @@ def _message(message: dict, number: int) -> dict[str, str]:
             raise TypeError(f"message {number} has a part that is no text: {others[0]!r:.80}")
         content = "".join(part["text"] for part in content)
     if role is None and content is None:
-        raise ValueError(f"message {number} has no role and content. There are: {', '.join(map(str, message))}")
+        raise UserError(f"message {number} has no role and content. There are: {', '.join(map(str, message))}")
     if role not in _ROLES:
-        raise ValueError(f"message {number} has the role {role!r}, which is none of {', '.join(_ROLES)}")
+        raise UserError(f"message {number} has the role {role!r}, which is none of {', '.join(_ROLES)}")
     if not isinstance(content, str | None):
         raise TypeError(f"message {number} has no text as its content, but {type(content).__name__}: {content!r:.80}")
     if not content or not content.strip():
-        raise ValueError(f"message {number} ({role}) has no content")
+        raise UserError(f"message {number} ({role}) has no content")
     return {"role": role, "content": content}
 
 
@@ -123,7 +124,7 @@ def _render(prompts, tokenizer, template_kwargs, **how):
     if not prompts:
         return []
     if not tokenizer.chat_template:
-        raise ValueError(
+        raise UserError(
             f"{tokenizer.name_or_path} has no chat template, which makes a prompt of a problem. Take the instruct "
             "version of the model, or put a chat_template.jinja into the model's folder"
         )
@@ -132,7 +133,7 @@ def _render(prompts, tokenizer, template_kwargs, **how):
             list(prompts), add_generation_prompt=True, **how, **(template_kwargs or {})
         )
     except TemplateError as error:
-        raise ValueError(
+        raise UserError(
             f"The chat template of {tokenizer.name_or_path} refuses a conversation: {error}.{_remedy(prompts)}"
         ) from error
 
@@ -152,7 +153,7 @@ def check_template(
             changed = list(prompt)
             changed[number] = {**message, "content": message["content"] + " and so on"}
             if texts([changed], tokenizer, template_kwargs) == [whole]:
-                raise ValueError(
+                raise UserError(
                     f"The chat template of {tokenizer.name_or_path} leaves the {message['role']} message out of the "
                     f"prompt.{_remedy([prompt])}"
                 )

@@ -14,7 +14,7 @@ import torch
 from trl.rewards import get_soft_overlong_punishment
 from trl.trainer.utils import get_callable_name, is_async_callable
 
-from ktae_trl.arguments import nearest
+from ktae_trl.arguments import NotImportedError, UserError, nearest
 from ktae_trl.grading import BUDGET, answered, find_answer, grade_many_full
 from ktae_trl.training import reward_calls
 
@@ -122,7 +122,7 @@ def load_rewards(names: str | Sequence[str], *, max_completion_length: int, over
     """
     names = [names] if isinstance(names, str) else names
     if "soft_overlong" in names and not 0 < overlong_buffer < max_completion_length:
-        raise ValueError(
+        raise UserError(
             f"overlong_buffer must lie between 0 and max_completion_length ({max_completion_length}) for soft_overlong "
             f"to leave some lengths unpunished, not {overlong_buffer}"
         )
@@ -136,7 +136,7 @@ def load_rewards(names: str | Sequence[str], *, max_completion_length: int, over
     for name, function in zip(names, functions, strict=True):
         own = get_callable_name(function)
         if own in called:
-            raise ValueError(
+            raise UserError(
                 f"reward_funcs: {called[own]} and {name} are both called {own!r}, so that their metrics "
                 f"(rewards/{own}/mean) would be mixed. Rename one of the functions, or name it once"
             )
@@ -147,7 +147,7 @@ def load_rewards(names: str | Sequence[str], *, max_completion_length: int, over
 def _imported(path: str, builtin: dict[str, Callable]) -> Callable:
     module_name, _, name = path.rpartition(".")
     if not module_name:
-        raise ValueError(
+        raise UserError(
             f"Unknown reward function {path!r}{nearest(path, builtin)}. "
             f"Choose from {', '.join(builtin)}, or give a dotted path such as my_package.rewards.brevity"
         )
@@ -160,19 +160,21 @@ def _imported(path: str, builtin: dict[str, Callable]) -> Callable:
     except Exception as error:  # whatever the user's module does when it is imported
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing and f"{module_name}.".startswith(f"{missing}."):
-            raise ImportError(f"{problem}there is no module {missing!r} (looked in {here} and sys.path)") from error
+            raise NotImportedError(
+                f"{problem}there is no module {missing!r} (looked in {here} and sys.path)"
+            ) from error
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename[0] != "<"]
         where = f" ({frames[-1].filename}, line {frames[-1].lineno})"
-        raise ImportError(f"{problem}{module_name} fails with {type(error).__name__}: {error}{where}") from error
+        raise NotImportedError(f"{problem}{module_name} fails with {type(error).__name__}: {error}{where}") from error
     if not hasattr(module, name):
-        raise ImportError(
+        raise NotImportedError(
             f"{problem}the module {module_name!r} ({getattr(module, '__file__', None)}) has no "
             f"{name!r}{nearest(name, dir(module))}"
         )
     function = getattr(module, name)
     if not callable(function) or isinstance(function, type):
         kind = "a class: name an object of it" if isinstance(function, type) else f"a {type(function).__name__}"
-        raise ImportError(f"{problem}{path} is no function but {kind}")
+        raise NotImportedError(f"{problem}{path} is no function but {kind}")
     return function
 
 
@@ -211,10 +213,10 @@ def check_values(values, name: str, completions: int) -> list[float | None]:
     """
     wanted = f"must return a list with a number or None for each of the {completions} completions"
     if isinstance(values, str) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0:
-        raise ValueError(f"The reward function {name!r} {wanted}, not {type(values).__name__}: {str(values)[:80]}")
+        raise UserError(f"The reward function {name!r} {wanted}, not {type(values).__name__}: {str(values)[:80]}")
     values = list(values)
     if len(values) != completions:
-        raise ValueError(f"The reward function {name!r} {wanted}, not {len(values)} values")
+        raise UserError(f"The reward function {name!r} {wanted}, not {len(values)} values")
     numbers = []
     for i, value in enumerate(values):
         try:
@@ -225,11 +227,11 @@ def check_values(values, name: str, completions: int) -> list[float | None]:
             numbers.append(math.inf)
         except (TypeError, ValueError, RuntimeError):
             kind = type(value).__name__
-            raise ValueError(
+            raise UserError(
                 f"The reward function {name!r} {wanted}, but value {i} is of type {kind}: {str(value)[:80]}"
             ) from None
         if value is not None and abs(numbers[i]) > torch.finfo(torch.float32).max:
-            raise ValueError(
+            raise UserError(
                 f"The reward function {name!r} must return finite numbers, but value {i} of the {completions} is "
                 f"{numbers[i]:g}: one such reward turns the advantages of its group into NaN. Return None where there "
                 "is no reward"

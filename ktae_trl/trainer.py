@@ -15,6 +15,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 from trl.import_utils import is_vllm_available
 
+from ktae_trl.arguments import NotImportedError, UserError
 from ktae_trl.config import KTAEGRPOConfig
 from ktae_trl.credit import METHODS, TOKENIZER_CHECKS
 from ktae_trl.credit.cards import CARDS, NONE, Card
@@ -54,8 +55,8 @@ class KTAEGRPOTrainer(ExactResume, Publishing, GRPOTrainer):
     A resumed run trains exactly as one that was not interrupted, at any optimizer step and in any epoch, also of a
     stream (stock TRL regenerates in the middle of a generation cycle and replays the first epoch's order). Each
     checkpoint therefore holds, per process, the rollouts that are still to be trained on, and the settings that shape
-    training: a changed one is named, with what is in effect, or refused (`ktae_trl.training.changes`). Not restored: the state
-    of a vLLM sampler, and a reference model changed by `sync_ref_model`.
+    training: a changed one is named, with what is in effect, or refused (`ktae_trl.training.changes`). Not restored:
+    the state of a vLLM sampler, and a reference model changed by `sync_ref_model`.
 
     Example:
 
@@ -90,7 +91,7 @@ class KTAEGRPOTrainer(ExactResume, Publishing, GRPOTrainer):
         grpo = Card(GRPOTrainer._tag_names, GRPOTrainer._name, GRPOTrainer._paper, does)
         self._tag_names, self._name, self._paper, self._does = CARDS.get(args.credit, grpo)
         if args.use_vllm and not is_vllm_available():
-            raise ImportError(
+            raise NotImportedError(
                 "use_vllm is set, but vLLM is not installed. Install it, for GPUs: pip install 'ktae-trl[vllm]'. "
                 "Or set use_vllm to false, to generate with transformers"
             )
@@ -325,7 +326,7 @@ class KTAEGRPOTrainer(ExactResume, Publishing, GRPOTrainer):
     def _check_sampler(self) -> None:
         images = {"image", "images"} & set(getattr(self.train_dataset, "column_names", None) or ())
         if self._sampler and (self.rollout_func or self.tools or self.environment_factories or images):
-            raise ValueError(
+            raise UserError(
                 f"credit={self.args.credit!r} samples its rollouts itself, from text: it does not go with a "
                 "rollout_func, tools, environments or images"
             )
@@ -370,7 +371,7 @@ class KTAEGRPOTrainer(ExactResume, Publishing, GRPOTrainer):
     def _make_prompt_stream(self) -> dynamic.PromptStream:
         data = self.train_dataset
         if not isinstance(data, Dataset):
-            raise ValueError(
+            raise UserError(
                 f"dynamic_sampling draws prompts by their number, which a {type(data).__name__} does not have: "
                 "load the dataset without streaming"
             )
@@ -382,9 +383,9 @@ class KTAEGRPOTrainer(ExactResume, Publishing, GRPOTrainer):
         else:
             problem = None
         if problem:
-            raise ValueError(f"dynamic_sampling needs a reward function that says which rollouts are right. {problem}")
+            raise UserError(f"dynamic_sampling needs a reward function that says which rollouts are right. {problem}")
         if self.tools or self.environment_factories or {"image", "images"} & set(data.column_names):
-            raise ValueError("dynamic_sampling does not go with tools, environments or images")
+            raise UserError("dynamic_sampling does not go with tools, environments or images")
         return dynamic.PromptStream(len(data), self.args.seed, self.shuffle_dataset)
 
     def _sample_informative_groups(self) -> dict[str, Tensor]:
@@ -420,7 +421,7 @@ class KTAEGRPOTrainer(ExactResume, Publishing, GRPOTrainer):
         finally:
             self._metrics["train"], self.state.num_input_tokens_seen = metrics, tokens
         if images is not None:
-            raise ValueError("dynamic_sampling does not go with images, which some prompts hold")
+            raise UserError("dynamic_sampling does not go with images, which some prompts hold")
         for name, values in extra_fields.items():  # of a rollout_func, for the reward functions
             for i, row in enumerate(inputs):
                 if not isinstance(values, list):
@@ -434,7 +435,7 @@ class KTAEGRPOTrainer(ExactResume, Publishing, GRPOTrainer):
         self._pending_extra_logs.clear()
         for name, values in columns.items():
             if len(values) != B:
-                raise ValueError(f"A reward function logged {len(values)} values of {name!r} for {B} completions")
+                raise UserError(f"A reward function logged {len(values)} values of {name!r} for {B} completions")
         return dynamic.Generation(
             indices=indices,
             rollouts=[

@@ -16,6 +16,7 @@ import torch
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
+from ktae_trl.arguments import UserError
 from ktae_trl.credit.combine import Credit, Rollouts
 from ktae_trl.grading import answered, extraction
 
@@ -61,7 +62,7 @@ def assign_perturbation(rollouts: Rollouts, args, policy: Policy) -> Credit:
 def check_offsets(tokenizer) -> None:
     """Raise a ValueError if this is no fast tokenizer."""
     if not tokenizer.is_fast:
-        raise ValueError(
+        raise UserError(
             f"OAR finds the answer by a tokenizer's offsets, which a slow one ({type(tokenizer).__name__}) does not "
             "have. Load the fast one (use_fast=True, or a tokenizer.json), or take another method, such as credit: ktae"
         )
@@ -72,7 +73,7 @@ def check_offsets_and_padding(tokenizer) -> None:
     check_offsets(tokenizer)
     token = tokenizer.added_tokens_decoder.get(tokenizer.pad_token_id)  # `all_special_ids` has it, whatever it is
     if token is None or not token.special:
-        raise ValueError(
+        raise UserError(
             f"oar_p puts the padding token in a token's place, but {tokenizer.pad_token!r} "
             f"(id {tokenizer.pad_token_id}) is an ordinary token of this tokenizer. Set tokenizer.pad_token to a "
             "special one, or take credit: oar_g"
@@ -82,15 +83,15 @@ def check_offsets_and_padding(tokenizer) -> None:
 def check_settings(answer: str, quantile: float, beta: float, noise_std: float, span: int, token_budget: int) -> None:
     """Raise a ValueError that names the setting which is out of range."""
     if answer not in ANSWERS:
-        raise ValueError(f"oar_answer={answer!r} is unknown. Choose from: {', '.join(ANSWERS)}")
+        raise UserError(f"oar_answer={answer!r} is unknown. Choose from: {', '.join(ANSWERS)}")
     if not 0 <= quantile < 1:
-        raise ValueError(f"oar_quantile must be at least 0 and below 1, not {quantile}")
+        raise UserError(f"oar_quantile must be at least 0 and below 1, not {quantile}")
     for name, value in (("oar_beta", beta), ("oar_noise_std", noise_std)):
         if not 0 < value < float("inf"):
-            raise ValueError(f"{name} must be a positive number, not {value}")
+            raise UserError(f"{name} must be a positive number, not {value}")
     for name, value in (("oar_span", span), ("oar_token_budget", token_budget)):
         if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
+            raise UserError(f"{name} must be at least 1, not {value}")
 
 
 def _assign(rollouts: Rollouts, args, policy: Policy, influence_of: Callable) -> Credit:

@@ -13,6 +13,8 @@ from pathlib import Path
 import pyarrow
 from datasets import Dataset, DatasetInfo, Features, Json, load_dataset
 
+from ktae_trl.arguments import NotFoundError, UserError
+
 
 def read(path: Path) -> Dataset:
     """Read a file of one of the `ENDINGS`, `.gz` too.
@@ -25,9 +27,9 @@ def read(path: Path) -> Dataset:
         ValueError: it is empty, malformed (with the number of the line) or not UTF-8.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"There is no data file {path} (looked in {Path.cwd()})")
+        raise NotFoundError(f"There is no data file {path} (looked in {Path.cwd()})")
     if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty")
+        raise UserError(f"{path} is empty")
     return _READERS[ending(path)](path)
 
 
@@ -44,9 +46,9 @@ def _read_jsonl(path: Path) -> Dataset:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
+            raise UserError(f"{path}, line {number}: not JSON: {error}") from None
         if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: an object was expected, not {line.strip()[:80]}")
+            raise UserError(f"{path}, line {number}: an object was expected, not {line.strip()[:80]}")
         rows.append(row)
     return _from_rows(rows, path)
 
@@ -59,10 +61,10 @@ def _read_json(path: Path) -> Dataset:
     try:
         rows = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
+        raise UserError(f"{path}: not JSON: {error}") from None
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise ValueError(f"{path}, row {number}: an object was expected, not {str(row)[:80]}")
+            raise UserError(f"{path}, row {number}: an object was expected, not {str(row)[:80]}")
     return _from_rows(rows, path)
 
 
@@ -74,15 +76,15 @@ def _read_csv(path: Path) -> Dataset:
         rows = []
         for values in filter(None, reader):
             if len(values) != len(names):
-                raise ValueError(
+                raise UserError(
                     f"{path}, line {reader.line_num}: {len(values)} values, but {len(names)} columns: "
                     f"{', '.join(names)}. A value with a comma needs quotation marks around it"
                 )
             rows.append(dict(zip(names, values, strict=True)))
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: not CSV: {error}") from None
+        raise UserError(f"{path}, line {reader.line_num}: not CSV: {error}") from None
     if twice := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"{path}: two columns have the name {', '.join(map(repr, sorted(twice)))}")
+        raise UserError(f"{path}: two columns have the name {', '.join(map(repr, sorted(twice)))}")
     return _from_rows(rows, path)
 
 
@@ -90,7 +92,7 @@ def _read_parquet(path: Path) -> Dataset:
     try:
         return load_dataset("parquet", data_files=str(path), split="train")
     except Exception as error:
-        raise ValueError(f"{path} could not be read as parquet: {error}") from error
+        raise UserError(f"{path} could not be read as parquet: {error}") from error
 
 
 _READERS = {
@@ -113,17 +115,17 @@ def _lines(path: Path) -> Iterator[str]:
             for number, line in enumerate(file, 1):
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(
+            raise UserError(
                 f"{path}, line {number}: byte {error.start + 1} (0x{error.object[error.start]:02x}) is not UTF-8. "
                 f"Convert the file, for example: iconv -f LATIN1 -t UTF-8 {path.name} > utf8-{path.name}"
             ) from None
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} is no whole gzip file: {error}") from None
+            raise UserError(f"{path} is no whole gzip file: {error}") from None
 
 
 def _from_rows(rows: list[dict], path: Path) -> Dataset:
     if not rows:
-        raise ValueError(f"{path} holds no problems")
+        raise UserError(f"{path} holds no problems")
     columns, mixed = {}, {}
     for name in dict.fromkeys(name for row in rows for name in row):
         values = [row.get(name) for row in rows]
@@ -133,7 +135,7 @@ def _from_rows(rows: list[dict], path: Path) -> Dataset:
             columns[name] = pyarrow.array([None if value is None else json.dumps(_exact(value)) for value in values])
             mixed[name] = Json()
         except ValueError as error:
-            raise ValueError(f"{path}, column {name!r}: {error}") from None
+            raise UserError(f"{path}, column {name!r}: {error}") from None
     table = pyarrow.table(columns)
     features = Features({**Features.from_arrow_schema(table.schema), **mixed})
     return Dataset(table.cast(features.arrow_schema), info=DatasetInfo(features=features))

@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.compute
 from datasets import Dataset, DatasetDict, ReadInstruction, concatenate_datasets, load_dataset, load_from_disk
 
-from ktae_trl.arguments import nearest
+from ktae_trl.arguments import NotFoundError, UserError, nearest
 from ktae_trl.data import files as data_files
 from ktae_trl.grading import INSTRUCTIONS, gradable
 from ktae_trl.grading.golds import gold_answers, is_prose
@@ -96,12 +96,10 @@ class DataArguments:
             try:
                 self.dataset_filter = json.loads(self.dataset_filter)
             except json.JSONDecodeError as error:
-                raise ValueError(f"dataset_filter is not JSON: {error}: {self.dataset_filter}") from None
+                raise UserError(f"dataset_filter is not JSON: {error}: {self.dataset_filter}") from None
         chosen = self.dataset_filter
         if chosen is not None and not (isinstance(chosen, dict) and all(isinstance(v, list) for v in chosen.values())):
-            raise ValueError(
-                f"dataset_filter maps columns to lists of values, as in {{level: [3, 4, 5]}}, not {chosen}"
-            )
+            raise UserError(f"dataset_filter maps columns to lists of values, as in {{level: [3, 4, 5]}}, not {chosen}")
         self.system_prompt = self.system_prompt or None
 
 
@@ -131,9 +129,9 @@ def load(name: str, config: str | None = None, split: str = "train") -> Dataset:
         dataset = _part(data_files.read(path), split, name)
     elif path.is_file() or ending in data_files.NOT_READ:
         known = ", ".join(data_files.ENDINGS)
-        raise ValueError(f"{name} has a format that is not read. Known endings: {known}, also with .gz")
+        raise UserError(f"{name} has a format that is not read. Known endings: {known}, also with .gz")
     elif name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(
+        raise NotFoundError(
             f"{name} is neither a data file ({', '.join(data_files.ENDINGS)}) nor a folder (looked in {Path.cwd()})"
         )
     else:
@@ -146,7 +144,7 @@ def load(name: str, config: str | None = None, split: str = "train") -> Dataset:
                 ", ".join(mixed),
             )
     if len(dataset) == 0:
-        raise ValueError(f"{name} holds no problems")
+        raise UserError(f"{name} holds no problems")
     return dataset
 
 
@@ -155,13 +153,13 @@ def _part(saved: Dataset | dict[str, Dataset], split: str, name: str) -> Dataset
     try:
         asked = ReadInstruction.from_spec(split)
     except ValueError:
-        raise ValueError(f"{split!r} is no split of {name}. Write train, train[:100] or train[10%:20%]") from None
+        raise UserError(f"{split!r} is no split of {name}. Write train, train[:100] or train[10%:20%]") from None
     if isinstance(saved, Dataset):
         saved = {split.partition("[")[0]: saved}
     try:
         parts = asked.to_absolute({split_name: len(dataset) for split_name, dataset in saved.items()})
     except ValueError:
-        raise ValueError(f"{name} has no split {split!r}. There are: {', '.join(saved)}") from None
+        raise UserError(f"{name} has no split {split!r}. There are: {', '.join(saved)}") from None
     return concatenate_datasets([saved[part.splitname].select(range(part.from_, part.to)) for part in parts])
 
 
@@ -201,7 +199,7 @@ def to_prompts(
     try:
         problems, golds = column_values(dataset, problem_column), column_values(dataset, answer_column)
     except ValueError as error:
-        raise ValueError(f"{error}. Set problem_column and answer_column") from None
+        raise UserError(f"{error}. Set problem_column and answer_column") from None
     prompts: dict[int, Conversation] = {}
     for row in taken:
         try:
@@ -209,7 +207,7 @@ def to_prompts(
             if not isinstance(problems[row], str) or problems[row].strip():
                 prompts[row] = conversation(problems[row], system_prompt, in_user=system_prompt_in_user)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"row {row + 1} ({problem_column}, {answer_column}): {error}") from None
+            raise UserError(f"row {row + 1} ({problem_column}, {answer_column}): {error}") from None
     kept = _count([row for row in prompts if golds[row]], len(taken), "no problem or answer")
     if gradable_only:
         kept = _gradable_rows(kept, golds)
@@ -230,7 +228,7 @@ def column_values(dataset: Dataset, path: str) -> list:
     """
     name, *fields = [path] if path in dataset.column_names else path.split(".")
     if name not in dataset.column_names:
-        raise ValueError(
+        raise UserError(
             f"The dataset has no column {name!r}{nearest(name, dataset.column_names)}. "
             f"There are: {', '.join(dataset.column_names)}"
         )
@@ -238,7 +236,7 @@ def column_values(dataset: Dataset, path: str) -> list:
     for field_name in fields:
         there = dict.fromkeys(key for value in values if isinstance(value, dict) for key in value)
         if field_name not in there:
-            raise ValueError(
+            raise UserError(
                 f"The column {name!r} has no field {field_name!r}{nearest(field_name, there)} (column {path!r}). "
                 f"There are: {', '.join(there) or 'none'}"
             )
@@ -311,7 +309,7 @@ def matching_rows(dataset: Dataset, values: dict[str, list]) -> list[int]:
     rows = list(range(len(dataset)))
     for column, wanted in values.items():
         if column not in dataset.column_names:
-            raise ValueError(
+            raise UserError(
                 f"dataset_filter: there is no column {column!r}{nearest(column, dataset.column_names)}. "
                 f"There are: {', '.join(dataset.column_names)}. For all rows: --dataset_filter null"
             )
@@ -319,7 +317,7 @@ def matching_rows(dataset: Dataset, values: dict[str, list]) -> list[int]:
         there = list(dict.fromkeys(found[row] for row in rows))
         rows = [row for row in rows if found[row] in wanted]
         if not rows:
-            raise ValueError(f"dataset_filter: no row has {column} in {wanted}. There are: {str(there[:20])[1:-1]}")
+            raise UserError(f"dataset_filter: no row has {column} in {wanted}. There are: {str(there[:20])[1:-1]}")
     return rows
 
 
@@ -383,7 +381,7 @@ def load_prompts(
             check_template(prompts["prompt"][:], tokenizer, template_kwargs)
             return drop_long(prompts, tokenizer, arguments.max_prompt_length, template_kwargs)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+            raise UserError(f"{name}: {error}") from error
 
     name, held_out_name = arguments.dataset_name, arguments.eval_dataset_name
     config, split = arguments.dataset_config, arguments.dataset_split
@@ -411,5 +409,5 @@ def _count(kept: list[int], total: int, reason: str) -> list[int]:
     if len(kept) < total:
         logger.warning("Left out %d of %d rows: %s", total - len(kept), total, reason)
     if not kept:
-        raise ValueError(f"No row is left of {total}: {reason}")
+        raise UserError(f"No row is left of {total}: {reason}")
     return kept

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ktae_trl.arguments import NotFoundError, UserError
 from ktae_trl.evaluation.samples import SETTINGS, graded, grader, read_samples, read_settings
 from ktae_trl.evaluation.statistics import Difference, holm, mean_of, paired_difference, share
 from ktae_trl.evaluation.summary import Results, results
@@ -73,7 +74,7 @@ def load_run(folder: str, name: str | None = None) -> Run:
     files = sorted(path.glob("*.jsonl"))
     if not files:
         below = ", ".join(str(file.parent) for file in sorted(path.glob(f"*/{SETTINGS}")))
-        raise FileNotFoundError(
+        raise NotFoundError(
             f"{folder} holds no results of eval.py (looked in {Path.cwd()})"
             + (f". There are: {below}" if below else "")
         )
@@ -100,10 +101,10 @@ def compare(runs: Sequence[Run], seed: int = 0) -> list[Comparison]:
         ValueError: fewer than two runs, two of one name, or runs on different problems (which are named).
     """
     if len(runs) < 2:
-        raise ValueError("Give two or more folders to compare")
+        raise UserError("Give two or more folders to compare")
     for one, other in combinations(runs, 2):
         if one.name == other.name:
-            raise ValueError(f"Two of the folders are named {one.name!r}: they could not be told apart. Rename one")
+            raise UserError(f"Two of the folders are named {one.name!r}: they could not be told apart. Rename one")
         _check_same_problems(one, other)
     found = []
     for run in runs[1:]:
@@ -139,7 +140,7 @@ def _compare(a: str, b: str, name: str, pairs: list[tuple[Results, Results]], se
 
 def _check_same_problems(one: Run, other: Run) -> None:
     if one.benchmarks.keys() != other.benchmarks.keys():
-        raise ValueError(
+        raise UserError(
             f"{one.name} and {other.name} were measured on different benchmarks: "
             f"{', '.join(one.benchmarks)} and {', '.join(other.benchmarks)}"
         )
@@ -147,16 +148,16 @@ def _check_same_problems(one: Run, other: Run) -> None:
         b = other.benchmarks[name]
         if set(a.ids) != set(b.ids):
             missing = [i for i in a.ids if i not in set(b.ids)] + [i for i in b.ids if i not in set(a.ids)]
-            raise ValueError(
+            raise UserError(
                 f"{one.name} and {other.name} have different problems in {name}: "
                 f"{', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''} are only in one of them"
             )
         aligned = _in_order_of(a, b)
         for i, x, y, mine, theirs in zip(a.ids, a.problems, aligned.problems, a.answers, aligned.answers, strict=True):
             if x and y and x != y:
-                raise ValueError(f"Problem {i!r} of {name} has another text in {one.name} than in {other.name}")
+                raise UserError(f"Problem {i!r} of {name} has another text in {one.name} than in {other.name}")
             if mine != theirs:
-                raise ValueError(
+                raise UserError(
                     f"Problem {i!r} of {name} has other accepted answers in {one.name} than in {other.name}"
                 )
 

@@ -28,6 +28,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from ktae_trl.arguments import NotFoundError, UserError
 from ktae_trl.files.fingerprint import adapter_base
 
 
@@ -68,9 +69,9 @@ def check_model(name: str) -> None:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
-            raise FileNotFoundError(f"{name} holds neither config.json nor adapter_config.json: it is no saved model")
+            raise NotFoundError(f"{name} holds neither config.json nor adapter_config.json: it is no saved model")
     elif name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"There is no model {name} (looked in {Path.cwd()})")
+        raise NotFoundError(f"There is no model {name} (looked in {Path.cwd()})")
 
 
 def default_backend() -> str:
@@ -93,7 +94,7 @@ def stop_token_ids(model: str, tokenizer: PreTrainedTokenizerBase, ends: Sequenc
     vocabulary = tokenizer.get_vocab()
     for end in ends:
         if end not in vocabulary:
-            raise ValueError(f"The tokenizer of {model} has no {end}: this prompt is not for it. Set prompt: chat")
+            raise UserError(f"The tokenizer of {model} has no {end}: this prompt is not for it. Set prompt: chat")
         found.add(vocabulary[end])
     return tuple(sorted(found - {None}))
 
@@ -110,7 +111,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
         base = adapter_base(model)
         if base is None:
             reason = str(error).strip().splitlines()[0]
-            raise FileNotFoundError(f"{model} holds no tokenizer: {reason}") from error
+            raise NotFoundError(f"{model} holds no tokenizer: {reason}") from error
         return AutoTokenizer.from_pretrained(base)
 
 
@@ -188,7 +189,7 @@ class _Draw(LogitsProcessor):
         # In double precision: in single, the tail of a large vocabulary is lost.
         cumulated_BV = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
         if not cumulated_BV[:, -1].isfinite().all():
-            raise ValueError("The model's probabilities are no numbers (NaN). Set dtype to bfloat16 or float32")
+            raise UserError("The model's probabilities are no numbers (NaN). Set dtype to bfloat16 or float32")
         chosen_B1 = torch.searchsorted(cumulated_BV, uniform_B1 * cumulated_BV[:, -1:], right=True)
         chosen_B1 = chosen_B1.clamp(max=scores.shape[1] - 1)
         return torch.full_like(scores, -torch.inf).scatter(1, chosen_B1, 0.0)
@@ -329,11 +330,11 @@ def _lora_rank(folder: str) -> int:
     """
     config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"vLLM takes LoRA adapters only, not {config.get('peft_type')}. Set backend: transformers")
+        raise UserError(f"vLLM takes LoRA adapters only, not {config.get('peft_type')}. Set backend: transformers")
     rank = max([config["r"], *config.get("rank_pattern", {}).values()])
     allowed = (8, 16, 32, 64, 128, 256, 320, 512)
     if rank > allowed[-1]:
-        raise ValueError(f"vLLM takes LoRA ranks up to {allowed[-1]}, not {rank}. Set backend: transformers")
+        raise UserError(f"vLLM takes LoRA ranks up to {allowed[-1]}, not {rank}. Set backend: transformers")
     return next(r for r in allowed if r >= rank)
 
 

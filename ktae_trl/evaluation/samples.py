@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from ktae_trl import grading
+from ktae_trl.arguments import UserError
 from ktae_trl.files.fingerprint import is_old
 from ktae_trl.files.writing import locked, open_to_append, replace_text, replacing
 from ktae_trl.grading import answered, grade_many_full
@@ -45,7 +46,7 @@ class Store:
         with ExitStack() as held:
             held.enter_context(locked(folder, "eval.py"))
             if (folder / _MORE).is_symlink():
-                raise ValueError(
+                raise UserError(
                     f"{folder / _MORE} is a link to {(folder / _MORE).readlink()}, where samples would be written. "
                     "Remove the link, or choose another output_dir"
                 )
@@ -58,12 +59,12 @@ class Store:
     def _check(self, file: Path, before: dict | None, settings: dict, free: set[str]) -> None:
         remedy = "Choose another output_dir, or move that folder away"
         if before is None:
-            raise ValueError(
+            raise UserError(
                 f"{file} is there already, and no {SETTINGS} says how it was made: it may hold outputs of another "
                 f"program. Choose another output_dir. To grade what is in it: python eval.py grade {file}"
             )
         if "fingerprint" in before and is_old(before["fingerprint"]):
-            raise ValueError(
+            raise UserError(
                 f"{self.folder} holds samples of version 0.1, which did not read all of the model's weights: they may "
                 f"be of another model, and are not used. {remedy}"
             )
@@ -74,7 +75,7 @@ class Store:
                     if name == "fingerprint"
                     else ("samples made with other settings")
                 )
-                raise ValueError(
+                raise UserError(
                     f"{self.folder} holds {what}: {name} was {before.get(name)!r}, now it is {settings.get(name)!r}. "
                     f"{remedy}"
                 )
@@ -199,11 +200,11 @@ def read_samples(path: Path) -> list[dict]:
                 missing = [key for key in _NEEDED if key not in row]
                 hash(key := (row["id"], row["sample"]) if not missing else None)
             except (json.JSONDecodeError, TypeError) as error:
-                raise ValueError(f"{path}, line {number} is not a sample ({error}). {go_on}") from None
+                raise UserError(f"{path}, line {number} is not a sample ({error}). {go_on}") from None
             if missing:
-                raise ValueError(f"{path}, line {number} is not a sample (no {', '.join(missing)}). {go_on}")
+                raise UserError(f"{path}, line {number} is not a sample (no {', '.join(missing)}). {go_on}")
             if key in rows:
-                raise ValueError(f"{path}, line {number} is problem {key[0]!r}, sample {key[1]} again. {go_on}")
+                raise UserError(f"{path}, line {number} is problem {key[0]!r}, sample {key[1]} again. {go_on}")
             rows[key] = row
     return list(rows.values())
 
@@ -233,7 +234,7 @@ def read_settings(folder: Path) -> dict | None:
         return settings
     if damage is None:
         return None
-    raise ValueError(
+    raise UserError(
         f"{damage}, and no {SUMMARY} has the settings. The samples in {folder} are all there, but without the settings "
         "none are added to them. If you know the command that made them: run it with another output_dir, stop it when "
         f"it samples, and copy the {SETTINGS} from there. To measure again: choose another output_dir, or move that "
@@ -245,7 +246,7 @@ def _object(file: Path) -> dict:
     """Read a JSON object; what is none is a ValueError."""
     found = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(found, dict):
-        raise ValueError(f"it holds no object, but {str(found)[:40]}")
+        raise UserError(f"it holds no object, but {str(found)[:40]}")
     return found
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
+from ktae_trl.arguments import UserError
 from ktae_trl.grading.answers import settle
 
 Z = stats.norm.ppf(0.975)
@@ -54,7 +55,7 @@ def share(values: Sequence[float], samples: int) -> Estimate:
     """
     x = np.asarray(values, float)
     if not len(x):
-        raise ValueError("There is no problem to average over")
+        raise UserError("There is no problem to average over")
     p = float(x.mean())
     if np.isin(x, (0.0, 1.0)).all():
         return wilson(p, len(x))
@@ -99,7 +100,7 @@ def pass_at_k(right: int, samples: int, k: int) -> float:
         ValueError: k is above n or below 1.
     """
     if not 1 <= k <= samples:
-        raise ValueError(f"pass@{k} needs between 1 and n samples; there are n = {samples}")
+        raise UserError(f"pass@{k} needs between 1 and n samples; there are n = {samples}")
     return 1 - math.comb(samples - right, k) / math.comb(samples, k)
 
 
@@ -111,7 +112,7 @@ def majority_at_k(verdicts: Sequence[bool], extracted: Sequence[str | None], k: 
     has no vote; a tie counts by the share of right answers in it.
     """
     if not 1 <= k <= len(verdicts):
-        raise ValueError(f"maj@{k} needs between 1 and n samples; there are n = {len(verdicts)}")
+        raise UserError(f"maj@{k} needs between 1 and n samples; there are n = {len(verdicts)}")
     blocks = range(0, len(verdicts) - k + 1, k)
     return float(np.mean([_majority(verdicts[i : i + k], extracted[i : i + k]) for i in blocks]))
 

@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ktae_trl.arguments import UserError
 from ktae_trl.evaluation.statistics import Estimate, majority_at_k, mean_of, pass_at_k, share
 
 QUANTILES = (0.05, 0.5, 0.95)
@@ -36,18 +37,18 @@ def results(name: str, rows: Sequence[dict]) -> Results:
         ValueError: problems with different numbers of samples, samples without a verdict, or no scorable problem.
     """
     if any("verdict" not in row for row in rows):
-        raise ValueError(f"{name} is not finished: some samples are not graded yet. Run eval.py again to complete it")
+        raise UserError(f"{name} is not finished: some samples are not graded yet. Run eval.py again to complete it")
     by_problem: dict[str, list[dict]] = {}
     for row in rows:
         by_problem.setdefault(row["id"], []).append(row)
     unscorable = [i for i, samples in by_problem.items() if any(row["verdict"] is None for row in samples)]
     scorable = {i: samples for i, samples in by_problem.items() if i not in set(unscorable)}
     if not scorable:
-        raise ValueError(f"{name}: none of its {len(by_problem)} problems has an answer that can be parsed")
+        raise UserError(f"{name}: none of its {len(by_problem)} problems has an answer that can be parsed")
     counts = {i: len(samples) for i, samples in scorable.items()}
     if len(set(counts.values())) > 1:
         few, many = min(counts, key=counts.get), max(counts, key=counts.get)
-        raise ValueError(
+        raise UserError(
             f"{name}: problem {few!r} has {counts[few]} samples, problem {many!r} has {counts[many]}: "
             "all must have the same number"
         )

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from ktae_trl import prompts as rendering
-from ktae_trl.arguments import nearest
+from ktae_trl.arguments import NotFoundError, UserError, nearest
 from ktae_trl.data.problems import column_values, load
 from ktae_trl.grading import gradable
 from ktae_trl.grading.golds import gold_answers
@@ -76,24 +76,24 @@ def parse_benchmarks(entries: Sequence[dict], only: Sequence[str] | None = None)
     benchmarks: dict[str, Benchmark] = {}
     for number, entry in enumerate(entries or [], 1):
         if not isinstance(entry, dict):
-            raise ValueError(f"benchmarks, entry {number}: expected name, dataset ..., not {entry!r}")
+            raise UserError(f"benchmarks, entry {number}: expected name, dataset ..., not {entry!r}")
         for key in entry:
             if key not in known:
-                raise ValueError(f"benchmarks, entry {number}: unknown key {key!r}{nearest(key, known)}")
+                raise UserError(f"benchmarks, entry {number}: unknown key {key!r}{nearest(key, known)}")
         for key in ("name", "dataset"):
             if not entry.get(key):
-                raise ValueError(f"benchmarks, entry {number}: {key!r} is missing")
+                raise UserError(f"benchmarks, entry {number}: {key!r} is missing")
         name = str(entry["name"])
         if not re.fullmatch(r"[\w.+-]+", name):
-            raise ValueError(f"benchmarks, entry {number}: {name!r} cannot name a file; use letters, digits and ._+-")
+            raise UserError(f"benchmarks, entry {number}: {name!r} cannot name a file; use letters, digits and ._+-")
         if name in benchmarks:
-            raise ValueError(f"benchmarks: two are named {name!r}")
+            raise UserError(f"benchmarks: two are named {name!r}")
         benchmarks[name] = Benchmark(**(entry | {"name": name}))
     if not benchmarks:
-        raise ValueError("The config names no benchmarks. See configs/eval/math.yaml for the form")
+        raise UserError("The config names no benchmarks. See configs/eval/math.yaml for the form")
     for name in only or []:
         if name not in benchmarks:
-            raise ValueError(
+            raise UserError(
                 f"There is no benchmark {name!r}{nearest(name, benchmarks)}. There are: {', '.join(benchmarks)}"
             )
     return [benchmark for name, benchmark in benchmarks.items() if not only or name in only]
@@ -113,7 +113,7 @@ def load_problems(benchmark: Benchmark, folder: str | None = None, limit: int | 
     if folder is not None:
         benchmark = Benchmark(benchmark.name, str(Path(folder) / f"{benchmark.name}.jsonl"), answer="answers", id="id")
         if not Path(folder).is_dir():
-            raise FileNotFoundError(f"There is no folder {folder} (benchmark_folder, looked in {Path.cwd()})")
+            raise NotFoundError(f"There is no folder {folder} (benchmark_folder, looked in {Path.cwd()})")
     where = f"benchmark {benchmark.name!r} ({benchmark.dataset})"
     advice = "Set problem, answer and id in its entry" if folder is None else "A file needs id, problem and answers"
     rows = load(benchmark.dataset, benchmark.config, benchmark.split)
@@ -122,22 +122,22 @@ def load_problems(benchmark: Benchmark, folder: str | None = None, limit: int | 
         texts, golds = column_values(rows, benchmark.problem), column_values(rows, benchmark.answer)
         ids = column_values(rows, benchmark.id) if benchmark.id else range(len(rows))
     except ValueError as error:
-        raise ValueError(f"{where}: {error}. {advice}") from None
+        raise UserError(f"{where}: {error}. {advice}") from None
     problems: dict[str, Problem] = {}
     for number, (text, gold, name) in enumerate(zip(texts, golds, ids, strict=True), 1):
         if name is None:
-            raise ValueError(f"{where}, row {number}: no id")
+            raise UserError(f"{where}, row {number}: no id")
         name = str(name)
         if text == "" or text is None:
-            raise ValueError(f"{where}, problem {name!r}: no text")
+            raise UserError(f"{where}, problem {name!r}: no text")
         try:
             messages, answers = conversation(text), tuple(gold_answers(gold))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{where}, problem {name!r} (row {number}): {error}") from None
+            raise UserError(f"{where}, problem {name!r} (row {number}): {error}") from None
         if not answers:
-            raise ValueError(f"{where}, problem {name!r}: no answer")
+            raise UserError(f"{where}, problem {name!r}: no answer")
         if name in problems:
-            raise ValueError(f"{where}: two problems have the id {name!r}")
+            raise UserError(f"{where}: two problems have the id {name!r}")
         own = None if isinstance(text, str) else messages
         problems[name] = Problem(benchmark.name, name, messages[-1]["content"], answers, own)
     return list(problems.values())
@@ -168,18 +168,16 @@ def prompts(
             template is missing, refuses, or leaves something out.
     """
     if template not in TEMPLATES:
-        raise ValueError(
-            f"Unknown prompt {template!r}{nearest(template, TEMPLATES)}. There are: {', '.join(TEMPLATES)}"
-        )
+        raise UserError(f"Unknown prompt {template!r}{nearest(template, TEMPLATES)}. There are: {', '.join(TEMPLATES)}")
     pattern = TEMPLATES[template].text
     if pattern is not None:
         if template_kwargs or system_in_user:
-            raise ValueError(
+            raise UserError(
                 f"chat_template_kwargs and system_prompt_in_user are for the model's own chat template (prompt: chat), "
                 f"not for prompt: {template}"
             )
         if long := [problem for problem in problems if problem.messages and len(problem.messages) > 1]:
-            raise ValueError(
+            raise UserError(
                 f"benchmark {long[0].benchmark!r}, problem {long[0].id!r} has several chat messages, which need "
                 f"prompt: chat, not {template}"
             )
@@ -187,7 +185,7 @@ def prompts(
         texts = [pattern.replace("{system}", system or "").replace("{problem}", problem.text) for problem in problems]
         return texts, tokenizer(texts)["input_ids"]
     if not tokenizer.chat_template:
-        raise ValueError(
+        raise UserError(
             f"{tokenizer.name_or_path} has no chat template. Set prompt to one of: "
             f"{', '.join(name for name in TEMPLATES if name != 'chat')}"
         )

@@ -13,6 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from types import NoneType
 
+from ktae_trl.arguments import UserError
 from ktae_trl.files.writing import replace_text
 
 MANIFEST = "manifest.json"
@@ -26,7 +27,7 @@ _THREADS = 8
 logger = logging.getLogger(__name__)
 
 
-class ResumeError(ValueError):
+class ResumeError(UserError):
     """Training cannot resume as asked. Raised before the first step, by all processes alike."""
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 from huggingface_hub import constants, snapshot_download
 
+from ktae_trl.arguments import NotFoundError, UserError
 from ktae_trl.files.writing import FolderInUseError, locked, replace_text
 
 ADAPTER = "adapter_config.json"
@@ -65,11 +66,11 @@ def model_folder(model: str | Path, revision: str | None = None, *, download: bo
                 )
             except (OSError, ValueError, httpx.HTTPError) as error:
                 reason = str(error).strip().splitlines()[0]
-                raise FileNotFoundError(f"{model} is no folder here, and not on the Hub: {reason}") from error
+                raise NotFoundError(f"{model} is no folder here, and not on the Hub: {reason}") from error
             if list(folder.glob(weights)):
                 break
     if not any(file.suffix in (".safetensors", ".bin") for file in _files(folder)):
-        raise FileNotFoundError(f"{folder} holds no weights (*.safetensors or *.bin)")
+        raise NotFoundError(f"{folder} holds no weights (*.safetensors or *.bin)")
     return folder
 
 
@@ -156,7 +157,7 @@ def digests(files: Sequence[Path]) -> list[str]:
             read = dict(zip(missing, threads.map(_digest, map(Path, missing)), strict=True))
         for path in missing:
             if _stamp(Path(path)) != stamps[path]:
-                raise ValueError(f"{path} changed while it was read. Wait until it is written, then try again")
+                raise UserError(f"{path} changed while it was read. Wait until it is written, then try again")
         # What was written a moment ago could be written again within the resolution of the file's times.
         kept = {path: [*stamps[path], read[path]] for path in missing if began - max(stamps[path][1:]) > 2e9}
         known |= {path: [*stamps[path], digest] for path, digest in read.items()}

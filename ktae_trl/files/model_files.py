@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from ktae_trl.arguments import UserError
 from ktae_trl.hub.card import CARD, HELD_OUT, PAGE
 
 ARGUMENTS = "training_args.bin"
@@ -53,7 +54,7 @@ _TENSORS = {".safetensors", ".pt", ".pth", ".bin", ".distcp"}
 _SHOWN = 40  # entries of a list for a person
 
 
-class RefusedFileError(ValueError):
+class RefusedFileError(UserError):
     """A file that must not be uploaded; the message says why."""
 
 

@@ -13,13 +13,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO
 
+from ktae_trl.arguments import UserError
+
 LOCK = ".lock"
 _held: dict[Path, list] = {}  # by this process: the open lock file of a folder, and how often it was taken
 _held_lock = threading.Lock()
 logger = logging.getLogger(__name__)
 
 
-class FolderInUseError(ValueError):
+class FolderInUseError(UserError):
     """Another program is writing to the folder; the message names it."""
 
 

@@ -19,6 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from ktae_trl.arguments import UserError
 from ktae_trl.grading.answers import is_number, settle, surely_readable
 from ktae_trl.grading.extraction import (
     ANSWER_FORMATS,
@@ -147,7 +148,7 @@ def grade_many_full(
 ) -> list[Grade]:
     """Grade like `grade_many`, and say what was extracted and why each verdict is what it is."""
     if workers is not None and workers < 1:
-        raise ValueError(f"workers must be at least 1, not {workers}")
+        raise UserError(f"workers must be at least 1, not {workers}")
     check_budget("budget", budget)
     check_format(answer_format)
     tasks = [
@@ -167,7 +168,7 @@ def grade_many_full(
 def check_budget(name: str, budget: float | None) -> None:
     """Raise a ValueError that names the setting if it is no budget."""
     if budget is not None and not budget > 0:
-        raise ValueError(f"{name} must be above 0 (seconds for 1,000 answers), or None for no limit; not {budget}")
+        raise UserError(f"{name} must be above 0 (seconds for 1,000 answers), or None for no limit; not {budget}")
 
 
 def _tell(left: int, answers: int, budget: float | None) -> None:

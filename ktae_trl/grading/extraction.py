@@ -7,7 +7,7 @@ closed has no answer, whatever stands in it. A prompt that ends with an open `<t
 import re
 from typing import NamedTuple
 
-from ktae_trl.arguments import nearest
+from ktae_trl.arguments import UserError, nearest
 
 # A longer text is no answer.
 MAX_LENGTH = 10_000
@@ -79,7 +79,7 @@ def check_format(answer_format: str) -> None:
     if answer_format not in ANSWER_FORMATS:
         choices = ", ".join(ANSWER_FORMATS)
         close = nearest(answer_format, ANSWER_FORMATS)
-        raise ValueError(f"answer_format={answer_format!r} is unknown{close}. Choose from: {choices}")
+        raise UserError(f"answer_format={answer_format!r} is unknown{close}. Choose from: {choices}")
 
 
 def answered(prompt: str, completion: str) -> str:

@@ -19,6 +19,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard
 
 from ktae_trl import __version__
+from ktae_trl.arguments import UserError
 from ktae_trl.files.writing import replacing
 
 CARD = "README.md"
@@ -168,7 +169,7 @@ def _load(path: Path) -> ModelCard:
     try:
         return ModelCard(path.read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"The metadata at the top of {path} cannot be read: {error}") from error
+        raise UserError(f"The metadata at the top of {path} cannot be read: {error}") from error
 
 
 def _save(card: ModelCard, path: Path) -> None:

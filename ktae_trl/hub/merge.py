@@ -18,6 +18,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_wei
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from ktae_trl.arguments import NotFoundError, NotImportedError, UserError
 from ktae_trl.files.checkpoints import last_checkpoint
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -53,9 +54,9 @@ def merge(source: str | Path, output: str | Path, *, base: str | None = None, dt
     """
     source, output = Path(source), Path(output)
     if not source.is_dir():
-        raise FileNotFoundError(f"There is no folder {source}")
+        raise NotFoundError(f"There is no folder {source}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} is there already and not empty: choose another folder")
+        raise UserError(f"{output} is there already and not empty: choose another folder")
     source, kind = _find(source)
     logger.info("%s: %s", source, kind)
     if kind == "adapter":
@@ -89,10 +90,10 @@ def _find(source: Path) -> tuple[Path, str]:
         kind = kind_of(source)
     if kind == "model":
         of = f" Of its checkpoints, name the one to merge, such as {checkpoint}" if checkpoint else ""
-        raise ValueError(f"{source} is a whole model already: from_pretrained and vLLM load it as it is.{of}")
+        raise UserError(f"{source} is a whole model already: from_pretrained and vLLM load it as it is.{of}")
     if kind is None:
         found = ", ".join(sorted(path.name for path in source.iterdir())[:20]) or "nothing"
-        raise ValueError(
+        raise UserError(
             f"{source} is nothing to merge. Expected: adapter_config.json (an adapter), `latest` and global_step*/ (a "
             f"checkpoint of DeepSpeed ZeRO), {FSDP_SHARDS}/ (one of FSDP), or a run's folder with checkpoints. Found: "
             f"{found}"
@@ -107,14 +108,14 @@ def _merged_adapter(source: Path, base: str | None) -> tuple[PreTrainedModel, st
         model = AutoModelForCausalLM.from_pretrained(named, dtype=torch.float32)
     except (OSError, ValueError) as error:
         first = str(error).partition("\n")[0]
-        raise ValueError(
+        raise UserError(
             f"The base model of the adapter, {named}, could not be loaded: {first}. Say where it is with --base"
         ) from error
     try:
         # Rounded once, at the end: a small change of a bfloat16 weight would be lost in each of the two.
         adapted = _adapted(model, source)
     except (RuntimeError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"The adapter in {source} does not fit {named}: {error}. Name its base model by --base"
         ) from None
     whole = adapted.merge_and_unload()
@@ -137,7 +138,7 @@ def _adapted(model: PreTrainedModel, source: Path) -> PeftModel:
             model.config.tie_word_embeddings = False
     adapted = PeftModel.from_pretrained(model, source)
     if missing := set(weights) - set(get_peft_model_state_dict(adapted)):
-        raise ValueError(f"it has no place for {len(missing)} of the adapter's weights, such as {min(missing)}")
+        raise UserError(f"it has no place for {len(missing)} of the adapter's weights, such as {min(missing)}")
     return adapted
 
 
@@ -147,7 +148,7 @@ def _settings_of(source: Path, base: str | None) -> str:
         [base] if base else [str(folder) for folder in (source, source.parent) if (folder / "config.json").exists()]
     )
     if not places:
-        raise ValueError(
+        raise UserError(
             f"{source} holds the shards of the weights only, and neither it nor {source.parent} has the model's "
             "config.json: name the model that the run began with, by --base"
         )
@@ -158,7 +159,7 @@ def _zero_weights(source: Path) -> dict[str, torch.Tensor]:
     try:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
     except ImportError:
-        raise ImportError(
+        raise NotImportedError(
             f"{source} is a checkpoint of DeepSpeed, which is not installed: pip install 'ktae-trl[deepspeed]'"
         ) from None
     return get_fp32_state_dict_from_zero_checkpoint(str(source))
@@ -174,7 +175,7 @@ def _fsdp_weights(source: Path) -> dict[str, torch.Tensor]:
 def _filled(settings: str, weights: dict[str, torch.Tensor], source: Path) -> PreTrainedModel:
     """Return the model of this config with these weights."""
     if any("lora_" in name for name in weights):
-        raise ValueError(
+        raise UserError(
             f"{source} holds an adapter in shards, without its adapter_config.json. The run's folder has the whole "
             "adapter once training has ended; or resume with fsdp_state_dict_type: FULL_STATE_DICT, as "
             "configs/accelerate/fsdp2.yaml has it"
@@ -186,7 +187,7 @@ def _filled(settings: str, weights: dict[str, torch.Tensor], source: Path) -> Pr
     model.tie_weights()
     empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if empty or unknown:
-        raise ValueError(
+        raise UserError(
             f"The weights in {source} are not those of {settings}: it lacks {empty[:3] or 'none'}, and does not know "
             f"{list(unknown)[:3] or 'none'}. Is --base the model that the run began with?"
         )
@@ -200,7 +201,7 @@ def _tokenizer(places: list):
     for place in places:
         if not Path(place).is_dir() or list(Path(place).glob("tokenizer*")):
             return AutoTokenizer.from_pretrained(place)
-    raise ValueError(f"There is no tokenizer in {' or '.join(map(str, places))}: say where it is with --base")
+    raise UserError(f"There is no tokenizer in {' or '.join(map(str, places))}: say where it is with --base")
 
 
 def main(words: list[str]) -> None:

@@ -1,7 +1,7 @@
 """A run's folder on the Hub: the card, the key-token page beside it, and an upload that can be tried again.
 
-python -m ktae_trl.hub.upload FOLDER [--repo_id USER/NAME] [--private true|false] [--results RESULTS ...] [--revision BRANCH]
-    [--include FILE ...]
+python -m ktae_trl.hub.upload FOLDER [--repo_id USER/NAME] [--private true|false]
+    [--results RESULTS ...] [--revision BRANCH] [--include FILE ...]
 
 RESULTS are folders of eval.py, or their summary.json. FILE is a path in FOLDER of what is no part of the model and is
 to be uploaded too. No GPU is needed, and no model is loaded.
@@ -24,6 +24,7 @@ import httpx
 from huggingface_hub import CommitInfo, HfApi, get_session
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
+from ktae_trl.arguments import NotFoundError, UserError
 from ktae_trl.files import model_files
 from ktae_trl.files.fingerprint import is_of, is_old
 from ktae_trl.files.model_files import RefusedFileError
@@ -38,7 +39,7 @@ _waiting_lock = threading.Lock()
 logger = logging.getLogger(__name__)
 
 
-class HubError(OSError):
+class HubError(UserError, OSError):
     """The Hub could not be reached or refused; the message says what to do."""
 
 
@@ -168,7 +169,8 @@ def send(
         raise HubError(failed(folder, name, private, revision, error, include)) from error
     if left_out:
         logger.warning(
-            "Not uploaded from %s, because it is no part of the model: %s. python -m ktae_trl.hub.upload --include adds files",
+            "Not uploaded from %s, because it is no part of the model: %s. "
+            "python -m ktae_trl.hub.upload --include adds files",
             folder,
             model_files.in_words(left_out),
         )
@@ -247,26 +249,26 @@ def read_results(path: Path, folder: Path) -> list:
     """
     file = path / "summary.json" if path.is_dir() else path
     if not file.is_file():
-        raise FileNotFoundError(f"{path} holds no summary.json: is it a folder that eval.py wrote?")
+        raise NotFoundError(f"{path} holds no summary.json: is it a folder that eval.py wrote?")
     try:
         summary = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"{file} is damaged ({error}). The samples beside it are kept: run eval.py again with the same settings, "
             "which grades them and writes it anew"
         ) from None
     known = isinstance(summary, dict) and {"benchmarks", "model", "settings"} <= summary.keys()
     if not known or not isinstance(summary["settings"], dict):
-        raise ValueError(f"{file} does not say which model it is of: only what eval.py sampled can go into a card")
+        raise UserError(f"{file} does not say which model it is of: only what eval.py sampled can go into a card")
     mark = summary["settings"].get("fingerprint")
     again = f"Measure again: python eval.py --config ... --model_name_or_path {folder}"
     if is_old(mark):
-        raise ValueError(
+        raise UserError(
             f"{file} is of version 0.1 of eval.py, which did not read all of a model's weights: whether it is of those "
             f"in {folder} is not known. {again}"
         )
     if not is_of(mark, folder):
-        raise ValueError(
+        raise UserError(
             f"{file} was measured on {summary['model']}, which does not hold the weights that are in {folder} now. "
             f"{again}"
         )
@@ -293,15 +295,15 @@ def publish(
         HubError: the Hub refuses or is not reached; what was added stays on disk.
     """
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise FileNotFoundError(f"{folder} holds no model: neither config.json nor adapter_config.json is there")
+        raise NotFoundError(f"{folder} holds no model: neither config.json nor adapter_config.json is there")
     sent = model_files.of_model(folder, include).sent
     if not any(name.endswith((".safetensors", ".bin")) for name in sent):
-        raise FileNotFoundError(_no_weights(folder))
+        raise NotFoundError(_no_weights(folder))
     found = [result for path in results for result in read_results(path, folder)]
     if not (folder / CARD).exists() or (folder / CARD).is_symlink():
         without = f"{folder} holds no {CARD}, or a link, which is not followed"
         if found:
-            raise FileNotFoundError(f"{without}: there is nothing that the results could go into")
+            raise NotFoundError(f"{without}: there is nothing that the results could go into")
         logger.warning("%s: the model will have no card", without)
     if not (folder / PAGE).exists():
         write_page(folder)

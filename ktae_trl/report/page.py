@@ -20,6 +20,7 @@ from markupsafe import Markup
 from rich.console import Console
 from rich.progress import track
 
+from ktae_trl.arguments import NotFoundError, UserError
 from ktae_trl.files.writing import replace_text
 from ktae_trl.report import records
 from ktae_trl.report.groups import describe, number, split
@@ -83,11 +84,11 @@ def write_report(source: str | Path, output: str | Path, max_groups: int = MAX_G
         ValueError: a file is not a record, or of another schema version; or `max_groups` is below 1.
     """
     if max_groups < 1:
-        raise ValueError(f"max_groups must be at least 1, not {max_groups}")
+        raise UserError(f"max_groups must be at least 1, not {max_groups}")
     source = Path(source)
     paths = [source] if source.is_file() else records.files(source)
     if not paths:
-        raise FileNotFoundError(
+        raise NotFoundError(
             f"{source} holds no records (step_*.parquet, also in its folder {records.FOLDER!r})"
             if source.is_dir()
             else f"There is no {source} (looked in {Path.cwd()})"

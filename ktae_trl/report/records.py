@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ktae_trl.arguments import UserError
 from ktae_trl.files.writing import open_to_append, replace_text, replacing
 
 FOLDER = "rollouts"
@@ -88,20 +89,20 @@ def read(path: str | Path) -> Record:
     try:
         table = pq.read_table(path)
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} is no Parquet file: {error}") from None
+        raise UserError(f"{path} is no Parquet file: {error}") from None
     text = (table.schema.metadata or {}).get(_METADATA)
     if text is None or "schema_version" not in table.column_names:
-        raise ValueError(f"{path} is not a record of ktae_trl: it lacks its metadata")
+        raise UserError(f"{path} is not a record of ktae_trl: it lacks its metadata")
     versions = set(table["schema_version"].to_pylist())
     if versions - {SCHEMA_VERSION}:
-        raise ValueError(
+        raise UserError(
             f"{path} has schema version {max(versions)}, this ktae_trl reads {SCHEMA_VERSION}: use the version of "
             "ktae_trl that wrote it"
         )
     try:
         method = Method(**json.loads(text))
     except TypeError as error:
-        raise ValueError(f"{path} was made by another version of ktae_trl: {error}") from None
+        raise UserError(f"{path} was made by another version of ktae_trl: {error}") from None
     method = method._replace(special_ids=tuple(method.special_ids))
     return Record(method, table.drop_columns("schema_version").to_pylist())
 

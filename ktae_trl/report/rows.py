@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from ktae_trl.arguments import NotFoundError, UserError
 from ktae_trl.credit.combine import combine as combine_with
 from ktae_trl.credit.ktae.values import check_weights
 from ktae_trl.grading import grade_many
@@ -107,11 +108,11 @@ def explain(
             setting is unknown or out of range.
     """
     if combine not in COMBINE:
-        raise ValueError(f"combine must be one of {', '.join(COMBINE)}, not {combine!r}")
+        raise UserError(f"combine must be one of {', '.join(COMBINE)}, not {combine!r}")
     check_weights(fisher_weight, ig_weight, tf_weight)
     rows = list(rows)
     if not rows:
-        raise ValueError("There are no rollouts to explain")
+        raise UserError("There are no rollouts to explain")
     for number, row in enumerate(rows):
         check_row(row, f"row {number}")
 
@@ -166,7 +167,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """
     path = Path(path)
     if not path.exists() or path.is_dir():
-        raise FileNotFoundError(f"There is no file {path} (looked in {Path.cwd()})")
+        raise NotFoundError(f"There is no file {path} (looked in {Path.cwd()})")
     rows = []
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
         try:
@@ -176,41 +177,41 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
                 try:
                     row = json.loads(line)
                 except (json.JSONDecodeError, RecursionError) as error:
-                    raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
+                    raise UserError(f"{path}, line {number}: not JSON: {error}") from None
                 check_row(row, f"{path}, line {number}")
                 rows.append(row)
         except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-            raise ValueError(f"{path} is no file of JSON lines: {error}") from None
+            raise UserError(f"{path} is no file of JSON lines: {error}") from None
     if not rows:
-        raise ValueError(f"{path} holds no rollouts")
+        raise UserError(f"{path} holds no rollouts")
     return rows
 
 
 def check_row(row: Any, where: str) -> None:
     """Raise a ValueError that says where, unless this is a row for `explain`."""
     if not isinstance(row, Mapping):
-        raise ValueError(f"{where}: a row must be an object with prompt, completion and correct, not {row!r:.60}")
+        raise UserError(f"{where}: a row must be an object with prompt, completion and correct, not {row!r:.60}")
     missing = [name for name in ("prompt", "completion") if name not in row]
     if "correct" not in row and "answers" not in row:
         missing.append("correct (or answers)")
     if missing:
-        raise ValueError(f"{where}: lacks {', '.join(missing)}. It has: {', '.join(map(str, row)) or 'nothing'}")
+        raise UserError(f"{where}: lacks {', '.join(missing)}. It has: {', '.join(map(str, row)) or 'nothing'}")
     for name in ("prompt", "completion"):
         value = row[name]
         chat = isinstance(value, list) and all(
             isinstance(message, Mapping) and isinstance(message.get("content"), str) for message in value
         )
         if not isinstance(value, str) and not chat:
-            raise ValueError(f"{where}: {name} must be a text or a list of chat messages, not {value!r:.60}")
+            raise UserError(f"{where}: {name} must be a text or a list of chat messages, not {value!r:.60}")
     if "correct" in row:
         if row["correct"] is not None and row["correct"] not in (0, 1):
-            raise ValueError(f"{where}: correct must be true, false or null, not {row['correct']!r:.60}")
+            raise UserError(f"{where}: correct must be true, false or null, not {row['correct']!r:.60}")
         return
     answers = row["answers"]
     if not isinstance(answers, str) and not (
         isinstance(answers, list) and answers and all(isinstance(answer, str) for answer in answers)
     ):
-        raise ValueError(f"{where}: answers must be a text or a list of texts, not {answers!r:.60}")
+        raise UserError(f"{where}: answers must be a text or a list of texts, not {answers!r:.60}")
 
 
 def group_advantages(verdicts: list[bool | None]) -> list[float]:

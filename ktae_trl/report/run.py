@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ktae_trl.arguments import UserError
 from ktae_trl.report.tokens import visible
 
 _EPILOG = """rollouts of any origin:
@@ -78,7 +79,7 @@ def _load_tokenizer(name: str):
     try:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # of many kinds, by what is wrong with it
-        raise ValueError(f"the tokenizer {name!r} could not be loaded: {error}") from None
+        raise UserError(f"the tokenizer {name!r} could not be loaded: {error}") from None
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Collection
 
+from ktae_trl.arguments import UserError
 from ktae_trl.credit.tree import NORMALIZERS, Shape
 
 Generate = Callable[[list[list[int]], int], tuple[list[list[int]], list[list[float]] | None]]
@@ -68,50 +69,50 @@ def check(args) -> None:
     """
     for name, least in (("tree_branching", 2), ("tree_depth", 1)):
         if getattr(args, name) < least:
-            raise ValueError(f"{name} must be at least {least}, not {getattr(args, name)}")
+            raise UserError(f"{name} must be at least {least}, not {getattr(args, name)}")
     N, D, L = shape = Shape.of(args)
     rollouts, limit = args.num_generations, args.max_completion_length
     if args.tree_normalizer not in NORMALIZERS:
-        raise ValueError(f"tree_normalizer must be one of {', '.join(NORMALIZERS)}, not {args.tree_normalizer!r}")
+        raise UserError(f"tree_normalizer must be one of {', '.join(NORMALIZERS)}, not {args.tree_normalizer!r}")
     if not 0 <= args.tree_min_spread <= 1:
-        raise ValueError(f"tree_min_spread must lie between 0 and 1, not at {args.tree_min_spread}")
+        raise UserError(f"tree_min_spread must lie between 0 and 1, not at {args.tree_min_spread}")
     if rollouts != shape.block(0):
         below = max(1, math.floor(math.log(rollouts, N) + 1e-9))
         nearest = " or ".join(f"{N**d} (tree_depth={d})" for d in (below, below + 1))
-        raise ValueError(
+        raise UserError(
             f"A tree has tree_branching ** tree_depth = {N} ** {D} = {N**D} leaves, which must be the rollouts of a "
             f"prompt, but num_generations={rollouts}. With this branching, the nearest are {nearest}"
         )
     if L < 1 or limit < D * L:
-        raise ValueError(
+        raise UserError(
             f"tree_depth x tree_segment_tokens = {D} x {L} tokens do not fit max_completion_length={limit}: a segment "
             f"must have at least 1 token, and at most {limit // D}"
         )
     rows = args.per_device_train_batch_size * args.steps_per_generation
     if rows % rollouts:
-        raise ValueError(
+        raise UserError(
             f"The trees of a generation must lie whole on a process, but a process has {rows} rows "
             f"({args.per_device_train_batch_size} per_device_train_batch_size x {args.steps_per_generation} "
             f"steps_per_generation), which are no multiple of num_generations={rollouts}"
         )
     if args.loss_type not in _LOSSES:
-        raise ValueError(
+        raise UserError(
             f"Tree sampling needs a loss that counts tokens, {', '.join(_LOSSES)}, not loss_type={args.loss_type!r}: a "
             "row holds the segments that it trains and, as context, those trained in other rows, so means over rows "
             "would weigh segments by chance"
         )
     if args.importance_sampling_level != "token":
-        raise ValueError(
+        raise UserError(
             f"Tree sampling needs importance_sampling_level='token', not {args.importance_sampling_level!r}: a row "
             "trains a part of its tokens, so it has no ratio of its own"
         )
     if args.mask_truncated_completions:
-        raise ValueError(
+        raise UserError(
             "mask_truncated_completions does not go with tree sampling: it would take whole rows from the training, "
             "and with them the segments of other leaves, which may have ended well"
         )
     if args.vllm_structured_outputs_regex is not None or not _PER_SEGMENT.isdisjoint(args.generation_kwargs or {}):
-        raise ValueError(
+        raise UserError(
             "Tree sampling generates segment by segment: vllm_structured_outputs_regex, and in generation_kwargs "
             f"{', '.join(sorted(_PER_SEGMENT))}, would hold for each of them and not for the completion"
         )

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ktae_trl.arguments import nearest
+from ktae_trl.arguments import UserError, nearest
 
 AUTO = "auto"
 
@@ -61,7 +61,7 @@ def read_threshold(value: float | str) -> float | str:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise ValueError(f"correctness_threshold must be a number or {AUTO!r}, not {value!r}")
+        raise UserError(f"correctness_threshold must be a number or {AUTO!r}, not {value!r}")
     return number
 
 
@@ -74,12 +74,12 @@ def correctness_index(names: list[str], wanted: str | None) -> int:
     if wanted is None:
         return 0
     if wanted not in names:
-        raise ValueError(
+        raise UserError(
             f"correctness_reward={wanted!r} is none of the reward functions{nearest(wanted, names)}. "
             f"There are: {', '.join(names)}"
         )
     if names.count(wanted) > 1:
-        raise ValueError(
+        raise UserError(
             f"correctness_reward={wanted!r} is the name of {names.count(wanted)} reward functions. There are: "
             f"{', '.join(names)}. Give each a name of its own (its __name__, as in `def name`)"
         )

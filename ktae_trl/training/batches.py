@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple
 
+from ktae_trl.arguments import UserError
 from ktae_trl.config import KTAEGRPOConfig
 
 
@@ -58,7 +59,7 @@ class Batches(NamedTuple):
     def check_prompts(self, prompts: int) -> None:
         """Raise a ValueError if there are fewer prompts than one generation takes: TRL would train nothing."""
         if prompts < self.prompts:
-            raise ValueError(
+            raise UserError(
                 f"The training set has {prompts:,} prompts, fewer than one generation takes: {self}. "
                 "Use more prompts, or a smaller per_device_train_batch_size or steps_per_generation"
             )

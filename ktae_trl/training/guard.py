@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ktae_trl.arguments import UserError
+
 IN_A_ROW = 3  # skipped steps that end a training: the next ones would be no better
 logger = logging.getLogger(__name__)
 
@@ -103,7 +105,7 @@ def check_rewards(rewards: Tensor, names: Sequence[str]) -> None:
     bad = rewards.isinf().nonzero().tolist()
     if bad:
         row, function = bad[0]
-        raise ValueError(
+        raise UserError(
             f"The reward function {names[function]!r} returned {rewards[row, function].item()} for rollout {row} of "
             f"{len(rewards)}: a reward must be finite, or None where there is none"
         )

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainerState
 from trl import GRPOConfig, ModelConfig
 from trl.trainer.utils import get_callable_name
 
+from ktae_trl.arguments import UserError
 from ktae_trl.config import KTAEGRPOConfig
 from ktae_trl.data.problems import column_values, original_column
 from ktae_trl.grading import gradable, write_answer
@@ -148,7 +149,7 @@ def show(
     console.rule("Memory", align="left")
     _show_memory(console, args, model, processes)
     if failures:
-        raise ValueError(". ".join(failures))
+        raise UserError(". ".join(failures))
 
 
 def show_rewards(

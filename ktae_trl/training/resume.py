@@ -26,8 +26,8 @@ torch.serialization.register_package(17, lambda _: None, lambda part, name: part
 class ExactResume:
     """Checkpoints of a TRL trainer that also hold, per process, the rollouts still to be trained on.
 
-    They hold the settings that shape training, too: `ktae_trl.training.changes` says what becomes of each that has changed. Only
-    a whole one is resumed from (`ktae_trl.files.checkpoints`).
+    They hold the settings that shape training, too: `ktae_trl.training.changes` says what becomes of each that has
+    changed. Only a whole one is resumed from (`ktae_trl.files.checkpoints`).
     """
 
     _data_fingerprint: dict | None = None

@@ -1,4 +1,4 @@
-"""The training that tests/files/test_faults.py kills, starves of disk and resumes: six steps, a checkpoint after each."""
+"""The training that tests/files/test_faults.py kills, starves of disk and resumes: six steps, each saved."""
 
 import os
 import sys
