@@ -1,8 +1,5 @@
 """Key tokens of rollouts of any origin: rows of prompt, completion and verdict, read, graded, tokenised and valued."""
 
-import gzip
-import json
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ktae_trl.arguments import NotFoundError, UserError
+from ktae_trl.arguments import UserError
 from ktae_trl.credit.combine import combine as combine_with
 from ktae_trl.credit.ktae.values import check_weights
+from ktae_trl.files.lines import read_json_lines
 from ktae_trl.grading import grade_many
 from ktae_trl.report.groups import clip, describe, split, statistics
 from ktae_trl.report.page import collect, progress, write
@@ -165,23 +163,10 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         FileNotFoundError: there is none.
         ValueError: a line is not JSON, or is no row for `explain`; the line is named.
     """
-    path = Path(path)
-    if not path.exists() or path.is_dir():
-        raise NotFoundError(f"There is no file {path} (looked in {Path.cwd()})")
     rows = []
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
-        try:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except (json.JSONDecodeError, RecursionError) as error:
-                    raise UserError(f"{path}, line {number}: not JSON: {error}") from None
-                check_row(row, f"{path}, line {number}")
-                rows.append(row)
-        except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-            raise UserError(f"{path} is no file of JSON lines: {error}") from None
+    for number, row in read_json_lines(path):
+        check_row(row, f"{path}, line {number}")
+        rows.append(row)
     if not rows:
         raise UserError(f"{path} holds no rollouts")
     return rows

@@ -489,7 +489,7 @@ def test_chats_are_prompts_and_completions(tokenizer):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("[1]", "line 2: a row must be an object"),
+        ("[1]", "line 2: an object was expected"),
         ('{"prompt": "p", "completion": "c"', "line 2: not JSON"),
         ('{"prompt": "p", "text": "c"}', r"line 2: lacks completion, correct \(or answers\). It has: prompt, text"),
         ('{"prompt": 3, "completion": "c", "correct": true}', "line 2: prompt must be a text or a list"),
@@ -623,7 +623,7 @@ def test_the_command_line(tmp_path, capsys):
         (["explain", "{}/none.jsonl", "--tokenizer", str(tiny.MODEL)], "There is no file {}/none.jsonl"),
         (["explain", "{}/empty.jsonl", "--tokenizer", str(tiny.MODEL)], "{}/empty.jsonl holds no rollouts"),
         (["explain", "{}/bad.parquet", "--tokenizer", str(tiny.MODEL)], "{}/bad.parquet, line 1: not JSON"),
-        (["explain", "{}/binary.jsonl.gz", "--tokenizer", str(tiny.MODEL)], "binary.jsonl.gz is no file of JSON lines"),
+        (["explain", "{}/binary.jsonl.gz", "--tokenizer", str(tiny.MODEL)], "binary.jsonl.gz is no whole gzip file"),
         (["explain", "{}/good.jsonl", "--tokenizer", "{}/none"], "the tokenizer '{}/none' could not be loaded"),
         (["explain", "{}/good.jsonl", "--tokenizer", str(tiny.MODEL), "-o", "{}"], "{}"),
     ],
@@ -678,7 +678,7 @@ def test_a_tree_counts_what_several_rows_share(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (gzip.compress(b'{"prompt": 1}')[:12] + b"garbage" * 9, "is no file of JSON lines"),
+        (gzip.compress(b'{"prompt": 1}')[:12] + b"garbage" * 9, "is no whole gzip file"),
         (b"[" * 100_000, "line 1: not JSON"),
     ],
     ids=["gzip", "deep"],
