@@ -17,7 +17,7 @@ import reasoning_gym
 import torch
 from transformers import Qwen2ForCausalLM, Qwen2Tokenizer, set_seed
 
-from ktae_trl.files.lines import write_json_lines
+from ktae_trl.files.writing import replace_json_lines
 from ktae_trl.tiny.warm_start import build_model, build_tokenizer, save, teach
 
 # Templates whose question has at most 320 characters, whose solution has at most 160, and whose numbers stay small.
@@ -77,7 +77,7 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     for name, items in (("train", train), ("held_out", held_out)):
         rows = [{key: item[key] for key in ("problem", "answer")} for item in items]
-        write_json_lines(arguments.output / f"{name}.jsonl", rows)
+        replace_json_lines(arguments.output / f"{name}.jsonl", rows)
 
     items = problems(20_000, _SEEDS["warm start"], taken)
     careful = [item["solution"] for item in items]

@@ -22,7 +22,7 @@ from ktae_trl.credit.cards import CARDS, NONE, Card
 from ktae_trl.credit.combine import Rollouts, combine
 from ktae_trl.data.problems import free_names
 from ktae_trl.files.checkpoints import remove_unfinished
-from ktae_trl.files.writing import FolderInUseError, locked
+from ktae_trl.files.lock import FolderInUseError, locked
 from ktae_trl.hub import card as model_card
 from ktae_trl.hub.saving import Publishing
 from ktae_trl.rewards import SHAPING, bind, checked, opens_think, reads_answers, texts_of

@@ -16,7 +16,8 @@ import httpx
 from huggingface_hub import constants, snapshot_download
 
 from ktae_trl.arguments import NotFoundError, UserError
-from ktae_trl.files.writing import FolderInUseError, locked, replace_text
+from ktae_trl.files.lock import FolderInUseError, locked
+from ktae_trl.files.writing import replace_json
 
 ADAPTER = "adapter_config.json"
 
@@ -220,6 +221,6 @@ def _write_cache(cache: Path | None, entries: dict[str, list]) -> None:
     try:
         with locked(cache.parent, "ktae_trl.files.fingerprint"):
             known = {path: entry for path, entry in _read_cache(cache).items() if os.path.exists(path)}
-            replace_text(cache, json.dumps(known | entries))
+            replace_json(cache, known | entries)
     except (OSError, FolderInUseError) as error:
         logger.debug("No cache of digests at %s: %s", cache, error)

@@ -4,12 +4,11 @@ import gzip
 import json
 import logging
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ktae_trl.arguments import NotFoundError, UserError
-from ktae_trl.files.writing import replace_text
 
 logger = logging.getLogger(__name__)
 
@@ -59,11 +58,6 @@ def read_json_lines(
             logger.warning("A line is left out (of an interrupted run?): %s", error)
             continue
         yield number, value
-
-
-def write_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write an object a line, atomically."""
-    replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ktae_trl.arguments import UserError
-from ktae_trl.files.lines import read_json_lines, write_json_lines
-from ktae_trl.files.writing import open_to_append, replacing
+from ktae_trl.files.lines import read_json_lines
+from ktae_trl.files.writing import open_to_append, replace_json_lines, replacing
 
 FOLDER = "rollouts"
 METRICS = "metrics.jsonl"
@@ -139,7 +139,7 @@ def forget(folder: Path, step: int) -> int:
     metrics = read_metrics(folder)
     kept = [entry for entry in metrics if entry["step"] <= step]
     if len(kept) < len(metrics) or (folder / METRICS).is_symlink():  # lines are appended to a file of the run's own
-        write_json_lines(folder / METRICS, kept)
+        replace_json_lines(folder / METRICS, kept)
     return len(later)
 
 

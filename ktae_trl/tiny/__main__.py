@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 
 from ktae_trl import tiny
-from ktae_trl.files.lines import write_json_lines
+from ktae_trl.files.writing import replace_json_lines
 from ktae_trl.tiny import task
 
 # The warm start, the training of the quickstart and its evaluation never share a problem.
@@ -31,7 +31,7 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     if arguments.command == "data":
         for name, items in (("train", train), ("held_out", held_out)):
-            write_json_lines(arguments.output / f"{name}.jsonl", items)
+            replace_json_lines(arguments.output / f"{name}.jsonl", items)
     else:
         from ktae_trl.files.model_files import without_links
         from ktae_trl.tiny.warm_start import warm_start

@@ -557,7 +557,7 @@ def test_only_one_process_writes_to_a_folder(script, tmp_path):
         [
             sys.executable,
             "-c",
-            f"from ktae_trl.files.writing import locked\nwith locked({str(tmp_path)!r}, 'eval.py'):\n  input()",
+            f"from ktae_trl.files.lock import locked\nwith locked({str(tmp_path)!r}, 'eval.py'):\n  input()",
         ],
         stdin=subprocess.PIPE,
         cwd=ROOT,

@@ -6,7 +6,8 @@ from decimal import Decimal
 import pytest
 
 from ktae_trl.arguments import NotFoundError, UserError
-from ktae_trl.files.lines import read_json_lines, read_lines, write_json_lines
+from ktae_trl.files.lines import read_json_lines, read_lines
+from ktae_trl.files.writing import replace_json_lines
 
 
 @pytest.fixture(params=["rows.jsonl", "rows.jsonl.gz"])
@@ -61,5 +62,5 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
 
 def test_what_is_written_is_read(tmp_path):
     rows = [{"text": "a\u2028\n\ud800"}, {"b": [0.1, None]}]
-    write_json_lines(tmp_path / "rows.jsonl", rows)
+    replace_json_lines(tmp_path / "rows.jsonl", rows)
     assert [row for _, row in read_json_lines(tmp_path / "rows.jsonl")] == rows
