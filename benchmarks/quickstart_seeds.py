@@ -41,7 +41,8 @@ def main() -> None:
         found = [run(credit, seed) for seed in arguments.seeds]
         mean = {name: statistics.mean(figures[name] for figures in found) for name in (*FIGURES, "train_seconds")}
         for seed, figures in zip([*arguments.seeds, "mean"], [*found, mean], strict=True):
-            rows.append([credit, seed, *(f"{figures[name]:.1%}" for name in FIGURES), f"{figures['train_seconds']:.0f} s"])
+            shares = [f"{figures[name]:.1%}" for name in FIGURES]
+            rows.append([credit, seed, *shares, f"{figures['train_seconds']:.0f} s"])
     print(table(["credit", "seed", *(" ".join(reversed(name.split("_"))) for name in FIGURES), "training"], rows))
 
 

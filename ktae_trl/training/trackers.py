@@ -33,8 +33,13 @@ def table(record: Record) -> str:
     text = {i: token for row in record.rows for i, token in zip(row["token_ids"], row["tokens"], strict=True)}
     most = sorted(found.tokens.items(), key=lambda item: -abs(item[1][-1]))[:_ROWS]
     rows = [
-        (markdown.code(clip(label(text[i]), _CHARACTERS)), f"{a} of {found.right}", f"{b} of {found.wrong}",
-         f"{p:.3g}", f"{K:+.2f}")
+        (
+            markdown.code(clip(label(text[i]), _CHARACTERS)),
+            f"{a} of {found.right}",
+            f"{b} of {found.wrong}",
+            f"{p:.3g}",
+            f"{K:+.2f}",
+        )
         for i, (a, b, p, *_, K) in most
     ]
     return markdown.table(("token", "in right", "in wrong", "p", "K"), rows)
