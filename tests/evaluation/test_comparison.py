@@ -14,11 +14,10 @@ from ktae_trl.evaluation.comparison import (
     labels,
     length_sentence,
     load_run,
-    plot,
-    safe_name,
     sentence,
 )
-from ktae_trl.evaluation.samples import SETTINGS, Store, graded, read_samples
+from ktae_trl.evaluation.plot import plot
+from ktae_trl.evaluation.samples import SETTINGS, Store, graded, read_samples, safe_name
 from ktae_trl.evaluation.summary import results, summarise
 
 
