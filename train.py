@@ -19,7 +19,7 @@ from trl.trainer.utils import get_callable_name
 
 from ktae_trl import KTAEGRPOConfig, KTAEGRPOTrainer
 from ktae_trl.arguments import UserError, make_parser, parse
-from ktae_trl.data.problems import DataArguments, load_prompts
+from ktae_trl.data import DataArguments, load_prompts
 from ktae_trl.files.checkpoints import ResumeError, candidates, wants_to_resume
 from ktae_trl.files.lock import locked
 from ktae_trl.files.writing import replace_json

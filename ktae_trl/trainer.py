@@ -20,7 +20,7 @@ from ktae_trl.config import KTAEGRPOConfig
 from ktae_trl.credit import METHODS, TOKENIZER_CHECKS
 from ktae_trl.credit.cards import CARDS, NONE, Card
 from ktae_trl.credit.combine import Rollouts, combine
-from ktae_trl.data.problems import free_names
+from ktae_trl.data.columns import free_names
 from ktae_trl.files.checkpoints import remove_unfinished
 from ktae_trl.files.lock import FolderInUseError, locked
 from ktae_trl.hub import card as model_card
@@ -63,7 +63,7 @@ class KTAEGRPOTrainer(ExactResume, Publishing, GRPOTrainer):
     ```python
     from datasets import load_dataset
     from ktae_trl import KTAEGRPOConfig, KTAEGRPOTrainer
-    from ktae_trl.data.problems import to_prompts
+    from ktae_trl.data import to_prompts
     from ktae_trl.rewards import math_accuracy
 
     trainer = KTAEGRPOTrainer(

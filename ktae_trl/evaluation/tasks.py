@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ktae_trl import prompts as rendering
 from ktae_trl.arguments import NotFoundError, UserError, nearest
-from ktae_trl.data.problems import column_values, load
+from ktae_trl.data.columns import column_values
+from ktae_trl.data.loading import load
 from ktae_trl.grading import gradable
 from ktae_trl.grading.golds import gold_answers
 from ktae_trl.prompts import Conversation, conversation

@@ -12,8 +12,7 @@ import pytest
 import yaml
 
 import train
-from ktae_trl import tiny
-from ktae_trl.data import problems as data
+from ktae_trl import data, tiny
 
 DATA = Path(__file__).parents[1] / "samples"
 
