@@ -1,6 +1,7 @@
 """What a user writes: command lines and names. A mistake is a `UserError`, which a command ends with as one line."""
 
 import difflib
+import importlib.util
 from collections.abc import Callable, Iterable, Sequence
 from typing import get_args, get_type_hints
 
@@ -15,6 +16,16 @@ class NotFoundError(UserError, FileNotFoundError):
 
 class NotImportedError(UserError, ImportError):
     """A package that is not installed, or a name that a module does not have."""
+
+
+def need(package: str, extra: str) -> None:
+    """Check that a package is installed that only the extra `extra` brings.
+
+    Raises:
+        NotImportedError: it is not; the message has the command that installs it.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise NotImportedError(f"{package} is not installed: pip install 'ktae-trl[{extra}]'")
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

@@ -18,10 +18,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from ktae_trl import tiny
+from ktae_trl.arguments import UserError
 from ktae_trl.credit.ktae.values import key_token_values
 from ktae_trl.report import KeyTokens, explain, records, write_report
-from ktae_trl.report.groups import describe
-from ktae_trl.report.page import collect, curves, render
+from ktae_trl.report.contents import collect
+from ktae_trl.report.curves import curves
+from ktae_trl.report.group_view import describe
+from ktae_trl.report.page import render
 from ktae_trl.report.records import Method, Record
 from ktae_trl.report.rows import group_advantages, read_rows
 from ktae_trl.report.run import main
@@ -266,6 +269,16 @@ def test_the_page_loads_nothing_and_runs_only_its_own_scripts(tmp_path):
     (style,) = re.findall(r"<style>(.*?)</style>", (tmp_path / "page.html").read_text(), re.S)
     assert "url(" not in style
     assert "@import" not in style
+
+
+def test_a_page_without_plotly_lacks_the_curves_only(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    write_run(tmp_path, {1: [random_group(0)], 2: [random_group(1)]})
+    page = Page(write_report(tmp_path, tmp_path / "page.html").read_text())
+    assert page.data("index")["panels"] == []
+    assert len(page.data("index")["groups"]) == 2
+    for said in (page.text, caplog.text):
+        assert said.count("plotly is not installed: pip install 'ktae-trl[report]'") == 1
 
 
 def test_numbers_that_json_does_not_know(tmp_path):
@@ -705,7 +718,7 @@ def test_messages_quote_no_escape_sequences(tmp_path, capsys):
 
 def test_a_folder_is_no_place_for_a_page(tmp_path):
     write_run(tmp_path, {1: [rows_of_group([["x"], ["y"]], [True, False])]})
-    with pytest.raises(IsADirectoryError, match="is a folder: name a file"):
+    with pytest.raises(UserError, match="is a folder: name a file"):
         write_report(tmp_path, tmp_path)
     assert not list(tmp_path.parent.glob("*.part"))
 
