@@ -5,6 +5,9 @@ import importlib.util
 from collections.abc import Callable, Iterable, Sequence
 from typing import get_args, get_type_hints
 
+# Settings of earlier versions, and what to do about them.
+RETIRED = {"record_files": "remove it. A run has at most 100 records, as before"}
+
 
 class UserError(ValueError):
     """What a user did wrong: the message names it and the remedy, and a command shows nothing else."""
@@ -52,6 +55,8 @@ def parse(dataclass_types: Sequence[type], program: str, arguments: Sequence[str
     if unknown or from_line:
         fields = [action.dest for action in parser._actions]
         names = [word.removeprefix("--").partition("=")[0] for word in unknown] or from_line
+        if retired := [name for name in names if name in RETIRED]:
+            raise UserError(f"{retired[0]} is no setting any more: {RETIRED[retired[0]]}")
         raise UserError(
             "Unknown setting: " + ", ".join(f"{name!r}{nearest(name, fields)}" for name in dict.fromkeys(names))
         )
