@@ -20,11 +20,9 @@ from huggingface_hub import EvalResult, ModelCard
 
 from ktae_trl import __version__
 from ktae_trl.arguments import UserError
+from ktae_trl.files.model_files import CARD, HELD_OUT, PAGE
 from ktae_trl.files.writing import replacing
 
-CARD = "README.md"
-PAGE = "key_tokens.html"
-HELD_OUT = "held_out_results.json"
 _BEGIN, _END = "<!-- Results: python -m ktae_trl.hub.upload FOLDER writes them -->", "<!-- End of results -->"
 _PROCEDURE, _VERSIONS = "\n## Training procedure\n", "\n### Framework versions\n"
 # Where the run was and what it was allowed to do: of no use to who reads the card.
