@@ -15,8 +15,10 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from ktae_trl.arguments import UserError
-from ktae_trl.hub.card import CARD, HELD_OUT, PAGE
 
+CARD = "README.md"
+PAGE = "key_tokens.html"
+HELD_OUT = "held_out_results.json"
 ARGUMENTS = "training_args.bin"
 TEMPLATES = "additional_chat_templates"  # of a tokenizer with several: transformers' only sub-folder
 # All that `save_pretrained` of transformers and PEFT writes; of tokenizers the names of each one's VOCAB_FILES_NAMES.

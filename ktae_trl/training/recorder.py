@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ktae_trl.credit.combine import combine
-from ktae_trl.hub.card import PAGE
+from ktae_trl.files.model_files import PAGE
 from ktae_trl.report import records
 from ktae_trl.report.tokens import token_strings
 
