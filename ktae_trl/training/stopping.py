@@ -27,14 +27,15 @@ FROM_OUTSIDE = {
 
 
 class Advice:
-    """What to do when `train.py` stops before its end.
+    """What to do when a training stops before its end.
 
     Attributes:
+        program: what the user called, for messages.
         saved: what to do once the model is saved, in place of resuming; None until then.
     """
 
-    def __init__(self, trainer):
-        self.trainer = trainer
+    def __init__(self, trainer, program: str = "train.py"):
+        self.trainer, self.program = trainer, program
         self.saved: str | None = None
 
     def line(self, reason: str) -> str:
@@ -47,7 +48,7 @@ class Advice:
         else:
             where = f"training stopped after step {state.global_step}"
         who = f" (process {accelerator.process_index})" if accelerator.num_processes > 1 else ""
-        return f"train.py: {where}{who}: {reason}. {self.saved or self._resume()}"
+        return f"{self.program}: {where}{who}: {reason}. {self.saved or self._resume()}"
 
     def _resume(self) -> str:
         folder = self.trainer.args.output_dir
@@ -67,7 +68,7 @@ def reason_of(error: BaseException) -> str:
 
 
 @contextmanager
-def advice_at_the_end(trainer) -> Iterator[Advice]:
+def advice_at_the_end(trainer, program: str = "train.py") -> Iterator[Advice]:
     """Around a run: if it stops before its end, the last line that the process writes says how to resume.
 
     An error passes, and its traceback comes first. Ctrl-C ends the process without one, SIGTERM and SIGHUP at once.
@@ -77,7 +78,7 @@ def advice_at_the_end(trainer) -> Iterator[Advice]:
     (as transformers' `enable_jit_checkpoint` does SIGTERM) or ignores them (a shell SIGINT of a background job, nohup
     SIGHUP).
     """
-    advice, listening = Advice(trainer), ExitStack()
+    advice, listening = Advice(trainer, program), ExitStack()
     reasons: list[str] = []  # one, until it is told
 
     def tell() -> None:
