@@ -113,7 +113,7 @@ def parse(
     except UserError:
         raise
     except (OSError, ValueError) as error:  # of a file that cannot be read; TRL's checks of the settings
-        raise UserError(str(error)) from error
+        raise UserError(" ".join(str(error).split())) from error
     # The file's leftovers come as --key, value, --key, value ...; a value may itself begin with dashes.
     unknown = from_file[::2] + [word for word in from_line if word.startswith("--")]
     if not others and (unknown or from_line):

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ktae_trl.arguments import UserError
 from ktae_trl.files.checkpoints import ResumeError, last_checkpoint
 from ktae_trl.hub.upload import HubError
 from ktae_trl.training.guard import NotFiniteError
@@ -108,6 +109,9 @@ def advice_at_the_end(trainer, program: str = "train.py") -> Iterator[Advice]:
     except NotFiniteError as error:
         if trainer.accelerator.process_index == 0:  # all processes raise it
             reasons.append(str(error))
+        sys.exit(1)
+    except UserError as error:
+        reasons.append(str(error).rstrip("."))
         sys.exit(1)
     except BaseException as error:
         reasons.append(reason_of(error))
