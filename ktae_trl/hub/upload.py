@@ -1,6 +1,6 @@
 """A run's folder on the Hub: the card, the key-token page beside it, and an upload that can be tried again.
 
-python -m ktae_trl.hub.upload FOLDER [--repo_id USER/NAME] [--private true|false]
+ktae push FOLDER [--repo_id USER/NAME] [--private true|false]
     [--results RESULTS ...] [--revision BRANCH] [--include FILE ...]
 
 RESULTS are folders of eval.py, or their summary.json. FILE is a path in FOLDER of what is no part of the model and is
@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 
-from ktae_trl.arguments import NotFoundError, UserError
+from ktae_trl.arguments import NotFoundError, UserError, user_errors
 from ktae_trl.files import model_files
 from ktae_trl.files.model_files import CARD, PAGE, RefusedFileError
 from ktae_trl.files.writing import replacing
@@ -206,7 +206,8 @@ def write_page(folder: Path) -> None:
         with replacing(folder / PAGE) as draft:
             write_report(folder, draft)
     except Exception as error:  # a page is not worth a model
-        logger.warning("The key-token page of %s could not be made: %s: %s", folder, type(error).__name__, error)
+        reason = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        logger.warning("The key-token page of %s could not be made: %s", folder, reason)
 
 
 def publish(
@@ -259,9 +260,7 @@ def _no_weights(folder: Path) -> str:
 
 
 def main(words: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m ktae_trl.hub.upload", description="Upload a run's folder to the Hub."
-    )
+    parser = argparse.ArgumentParser(prog="ktae push", description="Upload a run's folder to the Hub.")
     parser.add_argument("folder", type=Path, help="what train.py or trainer.push_to_hub() left")
     parser.add_argument("--repo_id", help="USER/NAME; default: the folder's name, in your own account")
     parser.add_argument(
@@ -277,7 +276,7 @@ def main(words: list[str]) -> None:
     )
     options = parser.parse_args(words)
     private = None if options.private is None else options.private == "true"
-    try:
+    with user_errors("ktae push"):
         done = publish(
             options.folder,
             options.repo_id,
@@ -286,8 +285,6 @@ def main(words: list[str]) -> None:
             revision=options.revision,
             include=options.include,
         )
-    except UserError as error:
-        sys.exit(f"ktae_trl.hub.upload: {error}")
     print(f"Uploaded {options.folder}: {done.repo_url}")
 
 

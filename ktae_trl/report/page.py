@@ -20,7 +20,7 @@ from markupsafe import Markup
 from rich.console import Console
 from rich.progress import track
 
-from ktae_trl.arguments import NotFoundError, UserError
+from ktae_trl.arguments import NotFoundError, UserError, need
 from ktae_trl.files.writing import replace_text
 from ktae_trl.report import records
 from ktae_trl.report.groups import describe, number, split
@@ -287,6 +287,7 @@ def render(name: str, shown: Shown, panels: Sequence[dict[str, Any]] = ()) -> st
     css, javascript = ((Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     scripts = [script(javascript)]
     if panels:
+        need("plotly", "report")
         from plotly.offline import get_plotlyjs
 
         scripts.insert(0, script(get_plotlyjs()))

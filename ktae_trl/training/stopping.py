@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ktae_trl.arguments import UserError
 from ktae_trl.files.checkpoints import ResumeError, last_checkpoint
 from ktae_trl.hub.upload import HubError
 from ktae_trl.training.guard import NotFiniteError
@@ -29,14 +30,15 @@ FROM_OUTSIDE = {
 
 
 class Advice:
-    """What to do when `train.py` stops before its end.
+    """What to do when a training stops before its end.
 
     Attributes:
+        program: what the user called, for messages.
         saved: what to do once the model is saved, in place of resuming; None until then.
     """
 
-    def __init__(self, trainer):
-        self.trainer = trainer
+    def __init__(self, trainer, program: str = "train.py"):
+        self.trainer, self.program = trainer, program
         self.saved: str | None = None
 
     def line(self, reason: str) -> str:
@@ -49,7 +51,7 @@ class Advice:
         else:
             where = f"training stopped after step {state.global_step}"
         who = f" (process {accelerator.process_index})" if accelerator.num_processes > 1 else ""
-        return f"train.py: {where}{who}: {reason}. {self.saved or self._resume()}"
+        return f"{self.program}: {where}{who}: {reason}. {self.saved or self._resume()}"
 
     def _resume(self) -> str:
         folder = self.trainer.args.output_dir
@@ -69,7 +71,7 @@ def reason_of(error: BaseException) -> str:
 
 
 @contextmanager
-def advice_at_the_end(trainer) -> Iterator[Advice]:
+def advice_at_the_end(trainer, program: str = "train.py") -> Iterator[Advice]:
     """Around a run: if it stops before its end, the last line that the process writes says how to resume.
 
     An error passes, and its traceback comes first. Ctrl-C ends the process without one, SIGTERM and SIGHUP at once.
@@ -79,7 +81,7 @@ def advice_at_the_end(trainer) -> Iterator[Advice]:
     (as transformers' `enable_jit_checkpoint` does SIGTERM) or ignores them (a shell SIGINT of a background job, nohup
     SIGHUP).
     """
-    advice = Advice(trainer)
+    advice = Advice(trainer, program)
     reasons: list[str] = []  # one, until it is told
 
     def tell() -> None:
@@ -107,6 +109,9 @@ def advice_at_the_end(trainer) -> Iterator[Advice]:
     except NotFiniteError as error:
         if trainer.accelerator.process_index == 0:  # all processes raise it
             reasons.append(str(error))
+        sys.exit(1)
+    except UserError as error:
+        reasons.append(str(error).rstrip("."))
         sys.exit(1)
     except BaseException as error:
         reasons.append(reason_of(error))
