@@ -28,7 +28,7 @@ from ktae_trl.report.markdown import escaped
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
 _PACKAGES = {"TRL": "trl", "Transformers": "transformers", "Pytorch": "torch", "Datasets": "datasets"}
 _PACKAGES |= {"Tokenizers": "tokenizers"}
-_BEGIN, _END = "<!-- Results: python -m ktae_trl.hub.upload FOLDER writes them -->", "<!-- End of results -->"
+_BEGIN, _END = "<!-- Results: ktae push FOLDER writes them -->", "<!-- End of results -->"
 # Where the run was and what it was allowed to do: of no use to who reads the card.
 _LEFT_OUT = {
     "output_dir",
@@ -160,7 +160,7 @@ def update(folder: Path, *, repo_id: str | None = None, results: Sequence[EvalRe
             "token: download it and open it in a browser."
         )
     block = "\n\n".join([_BEGIN, *parts, _END])
-    text, count = re.subn(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", lambda _: block, card.text, count=1, flags=re.S)
+    text, count = re.subn(f"<!-- Results: [^>]*-->.*?{_END}", lambda _: block, card.text, count=1, flags=re.DOTALL)
     if parts and not count:
         text = f"{text.rstrip()}\n\n{block}\n"
     if repo_id:

@@ -140,7 +140,7 @@ def push_to_hub(
     """Save model (or adapter), tokenizer, card and key-token page, then upload them. For all processes.
 
     All else in `output_dir` stays there, such as checkpoints, recorded rollouts, logs, and training_args.bin, which
-    holds `hub_token`; a warning lists it. `python -m ktae_trl.hub.upload FOLDER --include FILE` adds files.
+    holds `hub_token`; a warning lists it. `ktae push FOLDER --include FILE` adds files.
 
     Args:
         blocking: False returns a `Future` of the commit at once.

@@ -18,12 +18,7 @@ from functools import cache
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi, get_session
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HTTPError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-)
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from ktae_trl.arguments import NotFoundError, UserError, user_errors
 from ktae_trl.files import model_files
@@ -34,11 +29,9 @@ from ktae_trl.hub import results as measured
 from ktae_trl.report import records
 
 TIMEOUT = 120.0  # seconds without a sign of life; the client's own default is to wait for ever
-logger = logging.getLogger(__name__)
-
-
-# The first three are those of the client and its libraries, HTTPError is httpx's, in huggingface_hub 2 httpx2's.
+# What the client and its libraries raise. HTTPError is that of httpx, with huggingface_hub 2 that of httpx2.
 _FAILURES = (OSError, RuntimeError, ValueError, HTTPError)
+logger = logging.getLogger(__name__)
 
 
 class HubError(UserError, OSError):
@@ -152,8 +145,7 @@ def send(
         ) from error
     if left_out:
         logger.warning(
-            "Not uploaded from %s, because it is no part of the model: %s. "
-            "python -m ktae_trl.hub.upload --include adds files",
+            "Not uploaded from %s, because it is no part of the model: %s. ktae push --include adds files",
             folder,
             model_files.in_words(left_out),
         )
@@ -164,7 +156,7 @@ def upload_command(
     folder: Path, repo_id: str, private: bool | None, revision: str | None, include: Sequence[str] = ()
 ) -> str:
     """Return the command that uploads a run's folder."""
-    words = ["python", "-m", "ktae_trl.hub.upload", str(folder), "--repo_id", repo_id]
+    words = ["ktae", "push", str(folder), "--repo_id", repo_id]
     words += [] if private is None else ["--private", str(private).lower()]
     words += [] if revision is None else ["--revision", revision]
     words += ["--include", *include] if include else []
@@ -254,8 +246,8 @@ def _no_weights(folder: Path) -> str:
             f"save the model (from_pretrained, save_pretrained), or add --include {pickles[0]}"
         )
     return (
-        f"{folder} holds no weights (*.safetensors). Of a checkpoint in shards, make a model first: python -m "
-        f"ktae_trl.hub.merge {folder} -o FOLDER"
+        f"{folder} holds no weights (*.safetensors). Of a checkpoint in shards, make a model first: ktae merge "
+        f"{folder} -o FOLDER"
     )
 
 

@@ -151,7 +151,7 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 
 def retry_command(message: str) -> list[str]:
-    return shlex.split(re.search(r"Try again: python -m ktae_trl\.hub\.upload (.*)$", message)[1])
+    return shlex.split(re.search(r"Try again: ktae push (.*)$", message)[1])
 
 
 # The card
@@ -485,7 +485,7 @@ def test_a_failed_upload_loses_nothing_and_says_how_to_try_again(server, report,
         our_hub.main([str(run), *args])
     message = str(end.value.code)
     assert "\n" not in message
-    assert message.startswith("ktae_trl.hub.upload: The upload to ann/my-sums failed: ")
+    assert message.startswith("ktae push: The upload to ann/my-sums failed: ")
     assert reason in message
     assert f"Nothing is lost: the model is in {run}." in message
     assert retry_command(message) == [str(run), *args]
@@ -696,7 +696,7 @@ REFUSED = {
 
 def test_weights_that_cannot_be_sent_are_said(server, run):
     (run / "model.safetensors").rename(run.parent / "weights")
-    with pytest.raises(SystemExit, match=r"holds no weights .* python -m ktae_trl.hub.merge"):
+    with pytest.raises(SystemExit, match=r"holds no weights .* ktae merge"):
         our_hub.main([str(run)])
     (run / "pytorch_model.bin").write_bytes(b"a pickle")
     with pytest.raises(SystemExit, match=r"pytorch_model\.bin is a pickle, .* add --include pytorch_model\.bin"):
