@@ -107,7 +107,7 @@ def train(credit: str, steps: int, model: str) -> dict:
     from ktae_trl import KTAEGRPOConfig
     from ktae_trl import trainer as hooks
     from ktae_trl.arguments import parse
-    from train import RunArguments, build_trainer
+    from ktae_trl.training.run import RunArguments, build_trainer
 
     on_gpu = torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as folder:

@@ -106,8 +106,8 @@ class KTAEGRPOConfig(GRPOConfig):
             the rollouts still to be trained on, as one of another trainer does: what is missing starts anew.
         record_steps (`int`, *optional*, defaults to `0`):
             Record rollouts, with the value and the advantage of every token, once in so many optimizer steps, in
-            `output_dir/rollouts`, for `python -m ktae_trl.report` and for pandas. 0 records none. A run of more than
-            100 records is recorded less often.
+            `output_dir/rollouts`, for `ktae report` and for pandas. 0 records none. A run of more than 100 records is
+            recorded less often.
         record_groups (`int`, *optional*, defaults to `16`):
             Groups in a record at most; those whose right and wrong rollouts are nearest to half and half come first.
     """

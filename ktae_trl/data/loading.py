@@ -5,7 +5,8 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict, ReadInstruction, concatenate_datasets, load_dataset, load_from_disk
 
-from ktae_trl.arguments import NotFoundError, UserError
+from ktae_trl import tiny
+from ktae_trl.arguments import NotFoundError, UserError, loading
 from ktae_trl.data import files as data_files
 
 logger = logging.getLogger(__name__)
@@ -16,7 +17,7 @@ def load(name: str, config: str | None = None, split: str = "train") -> Dataset:
 
     Args:
         name: Hub id, or the path of a JSON Lines, JSON, CSV or Parquet file (`.gz` too; see `data_files.read`) or of a
-            `save_to_disk` folder.
+            `save_to_disk` folder, or `tiny` for the package's own problems (splits train and test).
         config: of a Hub dataset.
         split: of a Hub dataset or of a saved `DatasetDict`, or a part of it, such as `train[:100]`. A file, or a folder
             with a single dataset, is one split of any name.
@@ -27,8 +28,12 @@ def load(name: str, config: str | None = None, split: str = "train") -> Dataset:
     """
     path = Path(name)
     ending = data_files.ending(path)
-    if path.is_dir():
-        saved = load_from_disk(name)
+    if name == tiny.NAME:
+        splits = {"train": data_files.read(tiny.TRAIN), "test": data_files.read(tiny.HELD_OUT)}
+        dataset = _part(splits, split, name)
+    elif path.is_dir():
+        with loading(f"The folder {name}"):
+            saved = load_from_disk(name)
         dataset = _part(dict(saved) if isinstance(saved, DatasetDict) else saved, split, name)
     elif ending in data_files.ENDINGS:
         dataset = _part(data_files.read(path), split, name)
@@ -40,7 +45,8 @@ def load(name: str, config: str | None = None, split: str = "train") -> Dataset:
             f"{name} is neither a data file ({', '.join(data_files.ENDINGS)}) nor a folder (looked in {Path.cwd()})"
         )
     else:
-        dataset = load_dataset(name, config, split=split)
+        with loading(f"The dataset {name!r}"):
+            dataset = load_dataset(name, config, split=split)
         if mixed := [column for column, feature in dataset.features.items() if "Json(" in str(feature)]:
             logger.warning(
                 "%s: columns that mix types (%s) are read as JSON by `datasets`: a text such as '[1, 2]' becomes a "

@@ -100,6 +100,7 @@ def render(name: str, shown: Shown, panels: Sequence[dict[str, Any]] = ()) -> st
     css, javascript = ((Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     scripts = [script(javascript)]
     if panels:
+        need("plotly", "report")
         from plotly.offline import get_plotlyjs
 
         scripts.insert(0, script(get_plotlyjs()))

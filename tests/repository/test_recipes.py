@@ -12,7 +12,7 @@ from trl import ModelConfig
 from ktae_trl import KTAEGRPOConfig, tiny
 from ktae_trl.arguments import UserError, parse
 from ktae_trl.prompts import instruction
-from train import RunArguments, build_trainer
+from ktae_trl.training.run import RunArguments, build_trainer
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
