@@ -636,7 +636,7 @@ def test_the_command_line(tmp_path, capsys):
         (["explain", "{}/none.jsonl", "--tokenizer", str(tiny.MODEL)], "There is no file {}/none.jsonl"),
         (["explain", "{}/empty.jsonl", "--tokenizer", str(tiny.MODEL)], "{}/empty.jsonl holds no rollouts"),
         (["explain", "{}/bad.parquet", "--tokenizer", str(tiny.MODEL)], "{}/bad.parquet, line 1: not JSON"),
-        (["explain", "{}/binary.jsonl.gz", "--tokenizer", str(tiny.MODEL)], "binary.jsonl.gz is no whole gzip file"),
+        (["explain", "{}/binary.jsonl.gz", "--tokenizer", str(tiny.MODEL)], "binary.jsonl.gz is a damaged gzip file"),
         (["explain", "{}/good.jsonl", "--tokenizer", "{}/none"], "the tokenizer '{}/none' could not be loaded"),
         (["explain", "{}/good.jsonl", "--tokenizer", str(tiny.MODEL), "-o", "{}"], "{}"),
     ],
@@ -691,7 +691,7 @@ def test_a_tree_counts_what_several_rows_share(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (gzip.compress(b'{"prompt": 1}')[:12] + b"garbage" * 9, "is no whole gzip file"),
+        (gzip.compress(b'{"prompt": 1}')[:12] + b"garbage" * 9, "is a damaged gzip file"),
         (b"[" * 100_000, "line 1: not JSON"),
     ],
     ids=["gzip", "deep"],
