@@ -218,7 +218,7 @@ def _flush(checkpoint: Path) -> None:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Remove a checkpoint atomically: one that is half removed does not look like a whole one. A link itself is removed."""
+    """Remove a checkpoint, or a link of its name: half a checkpoint must not look like a whole one."""
     if checkpoint.is_symlink():
         checkpoint.unlink()
     elif checkpoint.exists():

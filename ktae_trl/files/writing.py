@@ -13,8 +13,8 @@ from typing import IO, Any
 def replacing(path: Path) -> Iterator[Path]:
     """Yield the path of a draft to write, and move it to `path` at the end: atomically.
 
-    A link is replaced, and its target stays as it is. After an error the draft is removed and the file is unchanged. The
-    draft keeps the suffix, from which some libraries read the format.
+    A link is replaced, and its target stays as it is. After an error the draft is removed and the file is unchanged.
+    The draft keeps the suffix, from which some libraries read the format.
     """
     draft = path.with_name(f".part-{path.name}")
     draft.unlink(missing_ok=True)  # of a process that was killed
