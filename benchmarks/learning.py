@@ -198,7 +198,7 @@ def train(run: Run, threads: int) -> None:
 
     from ktae_trl import KTAEGRPOConfig
     from ktae_trl.credit.ktae.values import key_token_values
-    from train import RunArguments, build_trainer
+    from ktae_trl.training.run import RunArguments, build_trainer
 
     torch.set_num_threads(threads)
     variants.register()

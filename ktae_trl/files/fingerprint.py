@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 from huggingface_hub import constants, snapshot_download
 
+from ktae_trl import tiny
 from ktae_trl.arguments import NotFoundError, UserError
 from ktae_trl.files.lock import FolderInUseError, locked
 from ktae_trl.files.writing import replace_json
@@ -52,7 +53,7 @@ def model_folder(model: str | Path, revision: str | None = None, *, download: bo
     Raises:
         FileNotFoundError: no such model, neither here nor on the Hub (or in the cache), or one without weights.
     """
-    folder = Path(model).expanduser()
+    folder = Path(tiny.model_path(str(model))).expanduser()
     if not folder.is_dir():
         for weights in ("*.safetensors", "*.bin"):
             try:

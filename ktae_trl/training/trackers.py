@@ -6,7 +6,7 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 from transformers.trainer_callback import CallbackHandler
 
 from ktae_trl.report import KeyTokens, markdown
-from ktae_trl.report.groups import clip, statistics
+from ktae_trl.report.group_view import clip, statistics
 from ktae_trl.report.records import Record
 from ktae_trl.report.tokens import label
 

@@ -21,10 +21,11 @@ from transformers import AutoModelForCausalLM
 from ktae_trl import tiny
 from ktae_trl.arguments import parse
 from ktae_trl.evaluation import generate as sampling
+from ktae_trl.evaluation import measure
 from ktae_trl.evaluation.run import main
 from ktae_trl.evaluation.settings import EvalArguments
 from ktae_trl.grading import ANSWER_FORMATS, INSTRUCTIONS, grade
-from ktae_trl.hub.upload import read_results
+from ktae_trl.hub.results import of_evaluation
 from tests.processes import started
 
 ROOT = Path(__file__).parents[2]
@@ -76,7 +77,7 @@ def test_the_whole_path(evaluated):
 
 
 def test_the_summary_goes_into_a_model_card(evaluated):
-    accuracy, *others = read_results(evaluated, Path("ktae_trl/tiny/model"))
+    accuracy, *others = of_evaluation(evaluated, Path("ktae_trl/tiny/model"))
     rows = samples(evaluated)
     assert accuracy.metric_value == pytest.approx(sum(row["verdict"] for row in rows) / 96, abs=1e-5)
     assert accuracy.metric_name == "accuracy, mean of 4 samples at temperature 1, top_p 1"
@@ -641,7 +642,7 @@ def test_settings_are_there_before_the_first_sample(tmp_path, monkeypatch):
     def killed(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sample_with_transformers", killed)
+    monkeypatch.setattr(measure, "sample_with_transformers", killed)
     with pytest.raises(SystemExit, match="stopped"):
         main([*QUICK, "--output_dir", str(tmp_path)])
     assert json.loads((tmp_path / "settings.json").read_text())["samples"] == 4
@@ -665,7 +666,7 @@ def test_a_damaged_summary_is_written_anew(evaluated, tmp_path, kind):
     folder = Path(shutil.copytree(evaluated, tmp_path / "tiny"))
     damage(folder / "summary.json", kind)
     with pytest.raises(ValueError, match=r"run eval\.py again|does not say which model"):
-        read_results(folder, folder)
+        of_evaluation(folder, folder)
     main([*QUICK, "--output_dir", str(folder)])
     was = json.loads((evaluated / "summary.json").read_text())
     assert json.loads((folder / "summary.json").read_text())["benchmarks"] == was["benchmarks"]

@@ -20,8 +20,8 @@ from ktae_trl import KTAEGRPOConfig
 from ktae_trl.credit.combine import combine
 from ktae_trl.credit.ktae.values import key_token_table, key_token_values
 from ktae_trl.rewards import _TROUBLE
+from ktae_trl.training.run import RunArguments
 from tests.trainers import make_trainer
-from train import RunArguments
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))

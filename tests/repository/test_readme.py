@@ -99,7 +99,7 @@ def test_every_metric_has_a_row():
     """Those of the trainer: its tests list them by name."""
     written = "".join(
         (ROOT / f"ktae_trl/{name}.py").read_text()
-        for name in ("trainer", "sampling/dynamic", "credit/ktae", "credit/oar", "credit/tree")
+        for name in ("trainer", "rollouts/dynamic", "credit/ktae/values", "credit/oar", "credit/tree")
     )
     section = README[README.index("## Metrics") : README.index("## Cost")]
     named = set(re.findall(r'"((?:ktae|dynamic_sampling|oar|tree)/\w+)"', written))
