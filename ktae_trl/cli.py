@@ -94,25 +94,24 @@ def train(words: list[str]) -> None:
 
 def evaluate(words: list[str]) -> None:
     """Measure a model on benchmarks: ktae eval CONFIG [--model_name_or_path MODEL] [--field value ...]"""
-    _evaluation(with_config(words, "eval") or ["--help"])
+    _evaluation(with_config(words, "eval") or ["--help"], "ktae eval")
 
 
 def compare(words: list[str]) -> None:
     """Compare models by the results of ktae eval: ktae compare FOLDER FOLDER [FOLDER ...]"""
-    _evaluation(["compare", *words])
+    _evaluation(["compare", *words], "ktae")
 
 
 def grade(words: list[str]) -> None:
     """Grade outputs of any program: ktae grade FILE"""
-    _evaluation(["grade", *words])
+    _evaluation(["grade", *words], "ktae")
 
 
-def _evaluation(words: list[str]) -> None:
-    for package in ("scipy", "matplotlib"):
-        need(package, "eval")
+def _evaluation(words: list[str], program: str) -> None:
+    need("scipy", "eval")
     from ktae_trl.evaluation.run import main as run
 
-    run(words)
+    run(words, program)
 
 
 def report(words: list[str]) -> None:

@@ -5,6 +5,7 @@ import pytest
 from rich.console import Console
 from statsmodels.stats.multitest import multipletests
 
+from ktae_trl.arguments import NotImportedError
 from ktae_trl.evaluation import summary
 from ktae_trl.evaluation.comparison import (
     MEAN,
@@ -136,13 +137,13 @@ def test_the_order_of_problems_does_not_matter():
 
 
 def test_lengths_without_a_difference_are_seldom_called_different():
-    """Five benchmarks, two models: the claims are corrected together."""
+    """Three benchmarks, two models: the claims are corrected together."""
     wrong = 0
     for seed in range(40):
         draw = np.random.default_rng(seed)
         runs = []
         for name in "abc":
-            base = run(name, 0.5, "12345")
+            base = run(name, 0.5, "123", problems=13)
             for found in base.benchmarks.values():
                 found.tokens[:] = draw.normal(100, 10, found.tokens.shape)
             runs.append(base)
@@ -156,6 +157,13 @@ def test_settings_that_differ_are_told():
         Run("b", {"temperature": 1, "seed": 1}, {}),
     ]
     assert differing_settings(runs) == ["temperature differs: 0 in a, 1 in b"]
+
+
+def test_a_plot_needs_matplotlib(tmp_path, monkeypatch):
+    runs = [run("a", 0.2, ["easy"]), run("b", 0.9, ["easy"])]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(NotImportedError, match=r"matplotlib is not installed: pip install 'ktae-trl\[eval\]'"):
+        plot(runs, tmp_path)
 
 
 def test_plot(tmp_path):
@@ -249,9 +257,10 @@ def test_other_settings_need_another_folder(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("not json", r"line 2 is not a sample .*Move that line to another file and run eval.py with the same settings"),
-        ("17", r"line 2 is not a sample .*Move that line to another file"),
+        ("not json", r"line 2: not JSON: .*Move that line to another file and run eval.py with the same settings"),
+        ("17", r"line 2: an object was expected, not 17\. Move that line to another file"),
         ('{"id": "1"}', "line 2 is not a sample .no sample, problem, prompt, completion, tokens, truncated"),
+        (json.dumps(row(["1"], 0, "x")), r"line 2 is not a sample \(no id\)"),
         (json.dumps(row("1", 0, "again")), "line 2 is problem '1', sample 0 again"),
     ],
 )

@@ -1,6 +1,7 @@
 """`eval.py` as a user runs it, with the offline model on its own task."""
 
 import gzip
+import importlib.util
 import json
 import os
 import shutil
@@ -337,6 +338,43 @@ def test_compare(evaluated, tmp_path, capsys):
     assert (tmp_path / "compared" / "accuracy_and_length.svg").exists()
 
 
+def test_compare_without_matplotlib(evaluated, tmp_path, capsys, monkeypatch):
+    """The sentences and comparison.json are there; one line says what the plot needs."""
+    found = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "matplotlib" else found(name))
+    main(["compare", str(evaluated), str(shutil.copytree(evaluated, tmp_path / "b")), "--output_dir", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "sums: no evidence of a difference: the same on every problem" in said
+    assert "Note: there is no plot: matplotlib is not installed: pip install 'ktae-trl[eval]'" in said.splitlines()
+    assert json.loads((tmp_path / "comparison.json").read_text())["comparisons"]
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_comparing_and_grading_do_not_load_torch():
+    command = (
+        "import sys; from ktae_trl.evaluation import run; print({'torch', 'transformers', 'trl'} & {*sys.modules})"
+    )
+    assert subprocess.check_output([sys.executable, "-c", command], text=True) == "set()\n"
+
+
+def test_a_bug_keeps_its_traceback(evaluated, tmp_path, monkeypatch):
+    """Only a mistake of the user ends in one line."""
+    monkeypatch.setattr("ktae_trl.evaluation.comparison.compare", lambda *_: int("no number"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        main(["compare", str(evaluated), str(evaluated), "--output_dir", str(tmp_path)])
+
+
+def test_damaged_models_are_named(model, tmp_path):
+    words = [*QUICK, "--limit", "1", "--model_name_or_path", str(model), "--output_dir", str(tmp_path / "out")]
+    config = (model / "config.json").read_text()
+    (model / "model.safetensors").write_bytes(b"no weights")
+    assert f"The model {model} (model_name_or_path) could not be loaded: " in complaint(words)
+    (model / "tokenizer.json").write_text("{")
+    assert f"The tokenizer of {model} (model_name_or_path) could not be loaded: " in complaint(words)
+    (model / "config.json").write_text(config.replace("{", "", 1))
+    assert f"{model} (model_name_or_path) could not be loaded: " in complaint(words)
+
+
 def test_grade_outputs_of_others(tmp_path, capsys):
     path = tmp_path / "theirs.jsonl.gz"
     rows = [
@@ -502,7 +540,7 @@ def test_a_byte_order_mark_loses_no_line(tmp_path, opened):
 def test_a_file_in_another_encoding(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes('{"output": "größer", "answer": "2"}\n'.encode("latin-1"))
-    assert "x.jsonl is not UTF-8 (" in complaint(["grade", str(path)])
+    assert "x.jsonl, line 1: byte 15 (0xf6) is not UTF-8" in complaint(["grade", str(path)])
 
 
 def test_answers_of_any_kind(tmp_path, caplog):
