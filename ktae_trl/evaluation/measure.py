@@ -27,16 +27,9 @@ from ktae_trl.evaluation.generate import (
 )
 from ktae_trl.evaluation.samples import Store, read_settings, safe_name
 from ktae_trl.evaluation.settings import EvalArguments
-from ktae_trl.evaluation.tasks import (
-    TEMPLATES,
-    Benchmark,
-    Problem,
-    load_problems,
-    parse_benchmarks,
-    prompts,
-    unscorable,
-)
+from ktae_trl.evaluation.tasks import Benchmark, Problem, load_problems, parse_benchmarks, prompts, unscorable
 from ktae_trl.files.fingerprint import fingerprint, is_old, model_folder
+from ktae_trl.prompts import TEMPLATES
 
 # What changes no sample: which samples are asked for (written down with them), and the rest (not).
 _ASKED = {"model_name_or_path", "model_revision", "benchmark_folder", "limit", "samples", "answer_format"}

@@ -6,9 +6,8 @@ import math
 from dataclasses import dataclass, field
 
 from ktae_trl.arguments import UserError, nearest
-from ktae_trl.evaluation.tasks import TEMPLATES
 from ktae_trl.grading import ANSWER_FORMATS, check_budget, check_format
-from ktae_trl.prompts import AUTO, SYSTEM_PROMPT_HELP, instruction
+from ktae_trl.prompts import AUTO, SYSTEM_PROMPT_HELP, TEMPLATES, instruction
 
 _CHOICES = {
     "backend": ("vllm", "transformers"),

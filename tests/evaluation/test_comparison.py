@@ -137,18 +137,18 @@ def test_the_order_of_problems_does_not_matter():
 
 
 def test_lengths_without_a_difference_are_seldom_called_different():
-    """Three benchmarks, two models: the claims are corrected together."""
+    """Four benchmarks, two models: the claims are corrected together."""
     wrong = 0
-    for seed in range(40):
+    for seed in range(25):
         draw = np.random.default_rng(seed)
         runs = []
         for name in "abc":
-            base = run(name, 0.5, "123", problems=13)
+            base = run(name, 0.5, "1234", problems=8)
             for found in base.benchmarks.values():
                 found.tokens[:] = draw.normal(100, 10, found.tokens.shape)
             runs.append(base)
         wrong += any("no evidence" not in length_sentence(c) for c in compare(runs))
-    assert wrong <= 8  # 2 families at 5%
+    assert wrong <= 5  # 2 families at 5%
 
 
 def test_settings_that_differ_are_told():
