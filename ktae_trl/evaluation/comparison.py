@@ -105,13 +105,11 @@ def compare(runs: Sequence[Run], seed: int = 0) -> list[Comparison]:
         if len(pairs) > 1:
             found.append(_compare(runs[0].name, run.name, MEAN, pairs, seed))
     # The single benchmarks of all models are one family of questions, their means another.
-    for family in (lambda c: c.benchmark != MEAN, lambda c: c.benchmark == MEAN):
-        members = [i for i, comparison in enumerate(found) if family(comparison)]
-        for i, p in zip(members, holm([found[i].accuracy.p for i in members]), strict=True):
-            found[i] = found[i]._replace(corrected_p=p)
-        members = [i for i in members if found[i].tokens]
-        for i, p in zip(members, holm([found[i].tokens.p for i in members]), strict=True):
-            found[i] = found[i]._replace(tokens_corrected_p=p)
+    for of_means in (False, True):
+        for figure, corrected in (("accuracy", "corrected_p"), ("tokens", "tokens_corrected_p")):
+            members = [i for i, c in enumerate(found) if (c.benchmark == MEAN) == of_means and getattr(c, figure)]
+            for i, p in zip(members, holm([getattr(found[i], figure).p for i in members]), strict=True):
+                found[i] = found[i]._replace(**{corrected: p})
     return found
 
 

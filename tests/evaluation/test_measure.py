@@ -1,7 +1,5 @@
 """`eval.py` as a user runs it, with the offline model on its own task."""
 
-import gzip
-import importlib.util
 import json
 import os
 import shutil
@@ -27,34 +25,8 @@ from ktae_trl.evaluation.run import main
 from ktae_trl.evaluation.settings import EvalArguments
 from ktae_trl.grading import ANSWER_FORMATS, INSTRUCTIONS, grade
 from ktae_trl.hub.results import of_evaluation
+from tests.evaluation.running import DAMAGES, QUICK, ROOT, complaint, damage, samples
 from tests.processes import started
-
-ROOT = Path(__file__).parents[2]
-QUICK = ["--config", "configs/eval/quickstart.yaml", "--limit", "24", "--samples", "4", "--batch_size", "16"]
-
-
-@pytest.fixture(autouse=True)
-def in_the_repository(monkeypatch):
-    monkeypatch.chdir(ROOT)
-
-
-def samples(folder, name="sums"):
-    return [json.loads(line) for line in (Path(folder) / f"{name}.jsonl").read_text().splitlines()]
-
-
-def complaint(words) -> str:
-    with pytest.raises(SystemExit) as end:
-        main(words)
-    return str(end.value)
-
-
-@pytest.fixture(scope="module")
-def evaluated(tmp_path_factory):
-    """The results of one whole run."""
-    folder = tmp_path_factory.mktemp("eval") / "tiny"
-    os.chdir(ROOT)
-    main([*QUICK, "--output_dir", str(folder)])
-    return folder
 
 
 def test_the_whole_path(evaluated):
@@ -197,11 +169,6 @@ def test_more_and_fewer_samples_use_those_there_are(evaluated, tmp_path, capsys,
     assert not list((tmp_path / "more").iterdir())
 
 
-@pytest.fixture
-def model(tmp_path):
-    return Path(shutil.copytree(tiny.MODEL, tmp_path / "model"))
-
-
 def test_samples_of_another_model_are_refused(model, tmp_path):
     """In the same folder, with weights that differ in the middle only: a merged LoRA, or layers trained alone."""
     weights = {name: weight.float() for name, weight in load_file(model / "model.safetensors").items()}
@@ -322,48 +289,6 @@ def test_an_adapter_is_evaluated_on_its_base(tmp_path):
     assert samples(tmp_path / "a")[0]["prompt"] == samples(tmp_path / "b")[0]["prompt"]
 
 
-def test_compare(evaluated, tmp_path, capsys):
-    main([*QUICK, "--output_dir", str(tmp_path / "other"), "--seed", "1"])
-    capsys.readouterr()
-    main(["compare", str(evaluated), str(tmp_path / "other"), "--output_dir", str(tmp_path / "compared")])
-    said = capsys.readouterr().out
-    assert "other against tiny" in said
-    assert "sums: no evidence of a difference: " in said
-    assert "no evidence of another length: " in said
-    assert "seed differs: 0 in tiny, 1 in other" in said
-    (entry,) = json.loads((tmp_path / "compared" / "comparison.json").read_text())["comparisons"]
-    a, b = (sum(row["verdict"] for row in samples(folder)) / 96 for folder in (evaluated, tmp_path / "other"))
-    assert entry["accuracy"]["value"] == pytest.approx(b - a)
-    assert (tmp_path / "compared" / "accuracy_and_length.png").exists()
-    assert (tmp_path / "compared" / "accuracy_and_length.svg").exists()
-
-
-def test_compare_without_matplotlib(evaluated, tmp_path, capsys, monkeypatch):
-    """The sentences and comparison.json are there; one line says what the plot needs."""
-    found = importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "matplotlib" else found(name))
-    main(["compare", str(evaluated), str(shutil.copytree(evaluated, tmp_path / "b")), "--output_dir", str(tmp_path)])
-    said = capsys.readouterr().out
-    assert "sums: no evidence of a difference: the same on every problem" in said
-    assert "Note: there is no plot: matplotlib is not installed: pip install 'ktae-trl[eval]'" in said.splitlines()
-    assert json.loads((tmp_path / "comparison.json").read_text())["comparisons"]
-    assert not list(tmp_path.glob("*.png"))
-
-
-def test_comparing_and_grading_do_not_load_torch():
-    command = (
-        "import sys; from ktae_trl.evaluation import run; print({'torch', 'transformers', 'trl'} & {*sys.modules})"
-    )
-    assert subprocess.check_output([sys.executable, "-c", command], text=True) == "set()\n"
-
-
-def test_a_bug_keeps_its_traceback(evaluated, tmp_path, monkeypatch):
-    """Only a mistake of the user ends in one line."""
-    monkeypatch.setattr("ktae_trl.evaluation.comparison.compare", lambda *_: int("no number"))
-    with pytest.raises(ValueError, match="invalid literal"):
-        main(["compare", str(evaluated), str(evaluated), "--output_dir", str(tmp_path)])
-
-
 def test_damaged_models_are_named(model, tmp_path):
     words = [*QUICK, "--limit", "1", "--model_name_or_path", str(model), "--output_dir", str(tmp_path / "out")]
     config = (model / "config.json").read_text()
@@ -373,38 +298,6 @@ def test_damaged_models_are_named(model, tmp_path):
     assert f"The tokenizer of {model} (model_name_or_path) could not be loaded: " in complaint(words)
     (model / "config.json").write_text(config.replace("{", "", 1))
     assert f"{model} (model_name_or_path) could not be loaded: " in complaint(words)
-
-
-def test_grade_outputs_of_others(tmp_path, capsys):
-    path = tmp_path / "theirs.jsonl.gz"
-    rows = [
-        {"task": "easy", "id": 1, "response": r"\boxed{2}", "solution": "2"},
-        {"task": "easy", "id": 1, "response": r"\boxed{3}", "solution": "2"},
-        {"task": "hard", "id": 1, "response": r"\boxed{x+1}", "solution": ["1+x", "y"]},
-        {"task": "hard", "id": 2, "response": r"\boxed{x}", "solution": "???"},
-        {"task": "hard", "id": 1, "response": "none", "solution": ["1+x", "y"]},
-        {"task": "hard", "id": 2, "response": r"\boxed{x}", "solution": "???"},
-    ]
-    with gzip.open(path, "wt") as file:
-        file.write("\n".join(map(json.dumps, rows)) + "\n\n")
-    main(["grade", str(path), "--output_dir", str(tmp_path / "graded"), "--k", "2"])
-    summary = json.loads((tmp_path / "graded" / "summary.json").read_text())
-    assert [summary["benchmarks"][b]["accuracy"][0] for b in ("easy", "hard")] == [0.5, 0.5]
-    assert summary["benchmarks"]["hard"]["unscorable"] == ["2"]
-    assert summary["benchmarks"]["easy"]["pass"]["2"][0] == 1
-    assert summary["benchmarks"]["easy"]["tokens"] is None
-    main(["grade", str(path), "--output_dir", str(tmp_path / "twice")])
-    main(["compare", str(tmp_path / "graded"), str(tmp_path / "twice"), "--output_dir", str(tmp_path / "c")])
-    assert "no evidence of a difference: the same on every problem" in capsys.readouterr().out
-
-
-def test_graded_outputs_give_the_published_accuracy(shared, tmp_path):
-    main(
-        ["grade", str(shared / "graded_outputs" / "qwen2.5_math_7b_grpo_ktae.jsonl.gz"), "--output_dir", str(tmp_path)]
-    )
-    published = json.loads((shared / "published_results.json").read_text())["GRPO+KTAE_7B"]["accuracy"]
-    summary = json.loads((tmp_path / "summary.json").read_text())["benchmarks"]
-    assert {b: f["accuracy"][0] for b, f in summary.items()} == pytest.approx({b: published[b] for b in summary})
 
 
 @pytest.mark.parametrize(
@@ -453,129 +346,6 @@ def test_how_a_model_is_asked_is_a_setting_of_the_samples(tmp_path):
     assert samples(tmp_path / "in_user")[0]["prompt"].startswith("<|im_start|>user\nPlease reason")
 
 
-def test_outputs_that_would_be_lost(tmp_path):
-    path = tmp_path / "outputs.jsonl"
-    rows = [{"output": "\\boxed{1}", "answer": "1", "task": task} for task in ("a/b", "a_b")]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert "Two benchmarks of" in complaint(["grade", str(path), "--output_dir", str(tmp_path / "x")])
-    path.write_text('{"output": "\\\\boxed{1}", "answer": "1", "mine": "precious"}\n')
-    assert "outputs.jsonl would be overwritten" in complaint(["grade", str(path), "--output_dir", str(tmp_path)])
-    assert "precious" in path.read_text()
-
-
-def test_outputs_in_lists(tmp_path):
-    path = tmp_path / "lists.jsonl"
-    path.write_text(json.dumps({"output": [r"\boxed{2}", r"\boxed{\frac{1}{2}}"], "answer": r"\frac12"}) + "\n")
-    main(["grade", str(path), "--output_dir", str(tmp_path / "out")])
-    figures = json.loads((tmp_path / "out" / "summary.json").read_text())["benchmarks"]["outputs"]
-    assert (figures["samples"], figures["accuracy"][0]) == (2, 0.5)
-    path.write_text(json.dumps({"output": [{"role": "assistant", "content": "2"}], "answer": "2"}) + "\n")
-    assert "line 1: an output must be a text or a list of texts" in complaint(["grade", str(path)])
-    path.write_text(json.dumps({"output": None, "answer": "2"}) + "\n")
-    assert "line 1: output is null" in complaint(["grade", str(path)])
-    path.write_text(json.dumps({"output": "2", "answer": "2", "tokens": "x"}) + "\n")
-    assert "line 1: tokens must be a whole number, not 'x'" in complaint(["grade", str(path)])
-
-
-def test_no_problem_vanishes(tmp_path):
-    """A problem without an output is an error: left out in silence, it would make the rest look better."""
-    path = tmp_path / "x.jsonl"
-    rows = [{"id": "a", "output": [r"\boxed{2}"], "answer": "2"}, {"id": "b", "output": [], "answer": "3"}]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    said = complaint(["grade", str(path), "--output_dir", str(tmp_path / "out")])
-    assert "x.jsonl, line 2: problem 'b' has no outputs. Grade a copy of the file without that line, to leave" in said
-    rows[1]["output"] = [""]  # as the message says
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert grade_file(path)["accuracy"][0] == 0.5
-
-
-def grade_file(path, *words) -> dict:
-    folder = path.with_suffix(".graded")
-    main(["grade", str(path), "--output_dir", str(folder), *words])
-    (figures,) = json.loads((folder / "summary.json").read_text())["benchmarks"].values()
-    return figures
-
-
-def test_one_id_for_two_problems(tmp_path):
-    path = tmp_path / "x.jsonl"
-    rows = [{"id": 1, "output": r"\boxed{2}", "answer": "2"}, {"id": 2, "output": "", "answer": "5"}]
-    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0] | {"answer": "3"}]))
-    said = complaint(["grade", str(path)])
-    assert "x.jsonl, line 3: problem '1' of outputs has the answer 3, and in line 1 2." in said
-    assert "Two problems need two ids (--id_column)" in said
-    rows[0]["problem"] = "1 + 1 ="
-    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0] | {"problem": "4 - 2 ="}]))
-    assert "line 3: problem '1' of outputs has another text than in line 1" in complaint(["grade", str(path)])
-    rows[0]["answer"] = 2  # the same answer in another form
-    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0] | {"answer": ["2"]}][::2]))
-    assert grade_file(path)["samples"] == 2
-
-
-def test_whether_an_output_was_cut_off(tmp_path):
-    path = tmp_path / "x.jsonl"
-    values = [True, "true", 1, "True", False, "false", 0, "False"]
-    rows = [{"output": "", "answer": "2", "tokens": i, "truncated": value} for i, value in enumerate(values)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    figures = grade_file(path)
-    assert figures["truncated"] == 0.5
-    assert figures["tokens"]["mean"] == 3.5
-    for value in ("no", 2, [], {}, 0.5):
-        path.write_text(json.dumps({"output": "", "answer": "2", "truncated": value}) + "\n")
-        assert "line 1: truncated must be true or false, not " in complaint(["grade", str(path)])
-    for value in (True, -1, 1.5, "7", [], float("nan"), float("inf")):
-        path.write_text(json.dumps({"output": "", "answer": "2", "tokens": value}) + "\n")
-        assert "line 1: tokens must be a whole number, not " in complaint(["grade", str(path)]), value
-    path.write_text('{"output": "", "answer": "2", "tokens": 12.0, "truncated": null}\n')  # as pandas writes a column
-    assert grade_file(path)["tokens"]["mean"] == 12
-
-
-@pytest.mark.parametrize("opened", [open, gzip.open])
-def test_a_byte_order_mark_loses_no_line(tmp_path, opened):
-    path = tmp_path / ("x.jsonl" if opened is open else "x.jsonl.gz")
-    with opened(path, "wt", encoding="utf-8-sig") as file:
-        file.write("".join(json.dumps({"output": rf"\boxed{{{i}}}", "answer": "0"}) + "\n" for i in range(2)))
-    assert grade_file(path)["accuracy"][0] == 0.5
-
-
-def test_a_file_in_another_encoding(tmp_path):
-    path = tmp_path / "x.jsonl"
-    path.write_bytes('{"output": "größer", "answer": "2"}\n'.encode("latin-1"))
-    assert "x.jsonl, line 1: byte 15 (0xf6) is not UTF-8" in complaint(["grade", str(path)])
-
-
-def test_answers_of_any_kind(tmp_path, caplog):
-    path = tmp_path / "x.jsonl"
-    cases = [(["1", None], "1", True), (["1", None], "None", False), (142.0, "142", True), (3, "3", True)]
-    cases += [(True, "True", True), ("so\n#### 72", "72", True), (12345678901234567891, "12345678901234567891", True)]
-    cases += [(12345678901234567891, "12345678901234567890", False), ("2024-01-05", "2024-01-05", True)]
-    rows = [{"output": rf"\boxed{{{output}}}", "answer": answer} for answer, output, _ in cases]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    grade_file(path)
-    judged = samples(path.with_suffix(".graded"), "outputs")
-    assert [row["verdict"] for row in judged] == [right for *_, right in cases]
-    assert "2 lines of" in caplog.text
-    assert "have lists of answers with null or empty ones: left out" in caplog.text
-    for answer in ([], [None], "", float("nan")):
-        path.write_text(json.dumps({"output": "", "answer": answer}) + "\n")
-        assert "line 1: no answer, only " in complaint(["grade", str(path)]), answer
-    path.write_text(json.dumps({"output": "", "answer": {"a": 1}}) + "\n")
-    assert "line 1: An answer must be " in complaint(["grade", str(path)])
-
-
-def test_graded_outputs_of_another_file_stay(tmp_path):
-    path, folder = tmp_path / "x.jsonl", tmp_path / "out"
-    rows = [{"output": r"\boxed{2}", "answer": "2", "task": task} for task in ("a", "b")]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    main(["grade", str(path), "--output_dir", str(folder)])
-    path.write_text(json.dumps(rows[0]) + "\n")
-    main(["grade", str(path), "--output_dir", str(folder)])
-    assert [file.name for file in folder.glob("*.jsonl")] == ["a.jsonl"]  # b is not in the file any more
-    other = tmp_path / "y.jsonl"
-    shutil.copy(path, other)
-    said = complaint(["grade", str(other), "--output_dir", str(folder)])
-    assert f"{folder} holds the results of {path}. Choose another --output_dir" in said
-
-
 def test_unknown_command():
     assert "unknown command 'comparee' (did you mean 'compare'?)" in complaint(["comparee", "a", "b"])
 
@@ -597,22 +367,6 @@ def test_only_one_process_writes_to_a_folder(tmp_path):
         other.communicate(b"\n")
     assert f"{tmp_path} is in use: eval.py (process {other.pid} on " in said
     assert list(tmp_path.iterdir()) == [tmp_path / ".lock"]
-
-
-DAMAGES = {
-    "empty": b"",
-    "half": b'{"model_name_or_path": "m',
-    "a list": b"[1, 2]",
-    "a number": b"17",
-    "no text": b"\xff\xfe\x00",
-    "missing": None,
-}
-
-
-def damage(file: Path, kind: str) -> None:
-    file.unlink()
-    if DAMAGES[kind] is not None:
-        file.write_bytes(DAMAGES[kind])
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
@@ -687,19 +441,6 @@ def test_settings_are_there_before_the_first_sample(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in DAMAGES if kind != "missing"])
-@pytest.mark.parametrize("name", ["settings.json", "summary.json"])
-def test_what_was_sampled_can_be_compared_whatever_else_is_damaged(evaluated, tmp_path, capsys, name, kind):
-    one, other = (Path(shutil.copytree(evaluated, tmp_path / side)) for side in ("one", "other"))
-    damage(one / name, kind)
-    if name == "settings.json":
-        (one / "summary.json").unlink()
-    main(["compare", str(one), str(other), "--output_dir", str(tmp_path / "compare")])
-    out = capsys.readouterr().out
-    assert "the same on every problem" in out
-    assert ("how one was sampled is not known here" in out) == (name == "settings.json")
-
-
-@pytest.mark.parametrize("kind", [kind for kind in DAMAGES if kind != "missing"])
 def test_a_damaged_summary_is_written_anew(evaluated, tmp_path, kind):
     folder = Path(shutil.copytree(evaluated, tmp_path / "tiny"))
     damage(folder / "summary.json", kind)
@@ -752,27 +493,6 @@ def test_settings_of_the_model_do_not_leak_into_sampling(evaluated, tmp_path):
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps(settings))
     main([*QUICK, "--model_name_or_path", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out")])
     assert samples(tmp_path / "out") == samples(evaluated)
-
-
-def test_bad_files(evaluated, tmp_path):
-    assert "There is no file nothing.jsonl" in complaint(["grade", "nothing.jsonl"])
-    path = tmp_path / "x.jsonl"
-    path.write_text("")
-    assert "holds no outputs" in complaint(["grade", str(path)])
-    path.write_text('{"output": "a", "answer": "1"}\nnot json\n')
-    assert "x.jsonl, line 2: not JSON" in complaint(["grade", str(path)])
-    path.write_text('{"output": "a"}\n')
-    said = complaint(["grade", str(path)])
-    assert "line 1: no column answers or answer or solution. There are: output" in said
-    path.write_text('{"output": "a", "answer": "1"}\n')
-    assert "k must lie between 1 and the samples of a problem (1 in outputs), not 2" in complaint(
-        ["grade", str(path), "--k", "2", "--output_dir", str(tmp_path / "g")]
-    )
-    assert "nowhere holds no results of eval.py" in complaint(["compare", str(evaluated), "nowhere"])
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    (broken / "sums.jsonl").write_text("{}\n")
-    assert "sums.jsonl, line 1 is not a sample" in complaint(["compare", str(evaluated), str(broken)])
 
 
 def test_the_context_bounds_completions(tmp_path, caplog):
