@@ -346,6 +346,14 @@ def test_how_a_model_is_asked_is_a_setting_of_the_samples(tmp_path):
     assert samples(tmp_path / "in_user")[0]["prompt"].startswith("<|im_start|>user\nPlease reason")
 
 
+def test_what_is_not_there(tmp_path):
+    assert "There is no file nothing.yaml" in complaint(["--config", "nothing.yaml", "--model_name_or_path", "x"])
+    config = {"model_name_or_path": str(tiny.MODEL), "benchmarks": [{"name": "a", "dataset": "someone/nothing"}]}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    said = complaint(["--config", str(tmp_path / "config.yaml"), "--output_dir", str(tmp_path / "out")])
+    assert said.startswith("eval.py: The dataset 'someone/nothing' could not be loaded: ")
+
+
 def test_unknown_command():
     assert "unknown command 'comparee' (did you mean 'compare'?)" in complaint(["comparee", "a", "b"])
 
