@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx
 from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import HTTPError  # of httpx, with huggingface_hub 2 of httpx2
 
 from ktae_trl import tiny
 from ktae_trl.arguments import NotFoundError, UserError
@@ -66,7 +66,7 @@ def model_folder(model: str | Path, revision: str | None = None, *, download: bo
                         ignore_patterns=["*/*", "consolidated*", *_STATES],
                     )
                 )
-            except (OSError, ValueError, httpx.HTTPError) as error:
+            except (OSError, ValueError, HTTPError) as error:
                 reason = str(error).strip().splitlines()[0]
                 raise NotFoundError(f"{model} is no folder here, and not on the Hub: {reason}") from error
             if list(folder.glob(weights)):

@@ -26,19 +26,10 @@ from ktae_trl.hub.results import is_hub_id
 from ktae_trl.report.markdown import escaped
 
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
-_PACKAGES = {"TRL": "trl", "Transformers": "transformers", "Pytorch": "torch", "Datasets": "datasets"}
-_PACKAGES |= {"Tokenizers": "tokenizers"}
 _BEGIN, _END = "<!-- Results: ktae push FOLDER writes them -->", "<!-- End of results -->"
 # Where the run was and what it was allowed to do: of no use to who reads the card.
-_LEFT_OUT = {
-    "output_dir",
-    "logging_dir",
-    "run_name",
-    "report_to",
-    "disable_tqdm",
-    "resume_from_checkpoint",
-    "push_to_hub",
-}
+_LEFT_OUT = {"output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm"}
+_LEFT_OUT |= {"resume_from_checkpoint", "push_to_hub"}
 _SECRET_NAME = re.compile(r"(^|_)(token|password|secret|key)$", re.IGNORECASE)
 _SECRET_VALUE = re.compile(r"\bhf_\w{16,}|(?<=://)[^/\s@][^/\s@:]*+:[^/\s@]++(?=@)")
 
@@ -98,42 +89,32 @@ def write(
         settings: the run's, as `settings_of` returns them.
         runs: the training in a tracker, its URL by the tracker's name.
     """
-    model_name = " ".join(model_name.split())
-    base_on_hub, data_on_hub = is_hub_id(base), is_hub_id(data)
     metadata = ModelCardData(
-        base_model=base if base_on_hub else None,
-        base_model_relation="adapter" if adapter and base_on_hub else None,
-        datasets=data if data_on_hub else None,
+        base_model=base if is_hub_id(base) else None,
+        base_model_relation="adapter" if adapter and is_hub_id(base) else None,
+        datasets=data if is_hub_id(data) else None,
         library_name="peft" if adapter else "transformers",
-        model_name=model_name,
+        model_name=" ".join(model_name.split()),
         tags=sorted({"generated_from_trainer", *method.tags, *tags}),
     )
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=1000)
-    card = ModelCard.from_template(
+    card = ModelCard.from_template(  # it gives the template the metadata too
         metadata,
         template_str=_TEMPLATE.read_text(encoding="utf-8"),
-        model_name=escaped(model_name),
-        base=_linked(base, "") if base_on_hub else _local("a local model", base),
-        data=f"the {_linked(data, 'datasets/')} dataset" if data_on_hub else data and _local("local data", data),
-        local=not base_on_hub,
-        place=_quoted(place),
+        method=method,
+        place=place,
+        base=Path(base).name,
+        data=Path(data or "").name,
         results=f"{_BEGIN}\n{_END}",
         runs=runs,
-        method=method,
-        adapter=adapter,
         settings=text,
         fence="`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0)),
-        versions={"ktae-trl": __version__} | {name: version(package) for name, package in _PACKAGES.items()},
+        version=version,
+        ktae_trl_version=__version__,
+        escaped=escaped,
+        quoted=_quoted,
     )
     _save(card, path)
-
-
-def _linked(name: str, kind: str) -> str:
-    return f"[{escaped(name)}](https://huggingface.co/{kind}{name})"
-
-
-def _local(what: str, name: str) -> str:
-    return f"{what} ({escaped(Path(name).name)})" if name else what
 
 
 def update(folder: Path, *, repo_id: str | None = None, results: Sequence[EvalResult] = ()) -> None:

@@ -72,19 +72,8 @@ def _of_summary(summary: dict) -> list[EvalResult]:
             if math.isfinite(low) and math.isfinite(high):
                 arguments["interval_95"] = [round(low, 5), round(high, 5)]
             arguments |= {key: settings[key] for key in ("temperature", "top_p", "max_new_tokens", "seed")}
-            found.append(
-                EvalResult(
-                    task_type="text-generation",
-                    dataset_type=_identifier(source.get("dataset") or name),
-                    dataset_name=name,
-                    dataset_config=source.get("config"),
-                    dataset_split=source.get("split"),
-                    metric_type=kind,
-                    metric_name=metric,
-                    metric_value=round(value, 5),
-                    metric_args=arguments,
-                )
-            )
+            data = (source.get("dataset") or name, name, source.get("config"), source.get("split"))
+            found.append(_result(data, kind, metric, value, arguments))
     return found
 
 
@@ -105,19 +94,26 @@ def held_out(folder: Path, datasets: str | list[str] | None) -> list[EvalResult]
         arguments = {"benchmark": "held-out problems", "problems": figures.get("problems"), "samples": samples}
         before = figures.get(f"before_{kind}")
         arguments["before_training"] = None if before is None else round(before, 5)
-        found.append(
-            EvalResult(
-                task_type="text-generation",
-                dataset_type=_identifier(first),
-                dataset_name="held-out problems",
-                dataset_split="held_out",
-                metric_type="accuracy" if what.startswith("accuracy") else "reward",
-                metric_name=f"{what}, {how}, measured in training",
-                metric_value=round(value, 5),
-                metric_args={name: value for name, value in arguments.items() if value is not None},
-            )
-        )
+        metric = "accuracy" if what.startswith("accuracy") else "reward"
+        data = (first, "held-out problems", None, "held_out")
+        found.append(_result(data, metric, f"{what}, {how}, measured in training", value, arguments))
     return found
+
+
+def _result(data: tuple, kind: str, metric: str, value: float, arguments: dict[str, Any]) -> EvalResult:
+    """Return one figure; `data` are the dataset's id or path, its name, config and split."""
+    identifier, name, config, split = data
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=_identifier(identifier),
+        dataset_name=name,
+        dataset_config=config,
+        dataset_split=split,
+        metric_type=kind,
+        metric_name=metric,
+        metric_value=round(value, 5),
+        metric_args={name: value for name, value in arguments.items() if value is not None},
+    )
 
 
 def merged(results: Sequence[EvalResult]) -> list[EvalResult]:

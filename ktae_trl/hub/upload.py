@@ -266,18 +266,11 @@ def main(words: list[str]) -> None:
     parser.add_argument(
         "--include", nargs="+", default=[], metavar="FILE", help="paths in the folder of other files to upload"
     )
-    options = parser.parse_args(words)
-    private = None if options.private is None else options.private == "true"
+    options = vars(parser.parse_args(words))
+    options["private"] = {"true": True, "false": False}.get(options["private"])
     with user_errors("ktae push"):
-        done = publish(
-            options.folder,
-            options.repo_id,
-            private=private,
-            results=options.results,
-            revision=options.revision,
-            include=options.include,
-        )
-    print(f"Uploaded {options.folder}: {done.repo_url}")
+        done = publish(**options)
+    print(f"Uploaded {options['folder']}: {done.repo_url}")
 
 
 if __name__ == "__main__":

@@ -126,10 +126,15 @@ def advice_at_the_end(trainer, program: str = "train.py") -> Iterator[Advice]:
 
 @contextmanager
 def like_ctrl_c() -> Iterator[None]:
-    """Turn what ends a process from outside into a KeyboardInterrupt, so that what it started is ended too."""
+    """Let what ends a process from outside do what Ctrl-C does at that time, so that what it started is ended too."""
+
+    def as_ctrl_c(number, frame) -> None:
+        handler = signal.getsignal(signal.SIGINT)  # asyncio has one of its own
+        (handler if callable(handler) else signal.default_int_handler)(number, frame)
+
     free = _free_signals()
     for number in free:
-        signal.signal(number, signal.default_int_handler)
+        signal.signal(number, as_ctrl_c)
     try:
         yield
     finally:
