@@ -27,5 +27,15 @@ def shared():
 
 
 @pytest.fixture(scope="session")
+def crews(tmp_path_factory):
+    """Trains on several processes: see tests/distributed/launching.py."""
+    from tests.distributed.launching import Crews
+
+    crews = Crews(tmp_path_factory.mktemp("crews"))
+    yield crews
+    crews.close()
+
+
+@pytest.fixture(scope="session")
 def tokenizer():
     return AutoTokenizer.from_pretrained(tiny.MODEL)
