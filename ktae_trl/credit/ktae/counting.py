@@ -44,7 +44,7 @@ class Counts(NamedTuple):
         """Give each position in `out` the value of its entry, 0 where nothing is counted."""
         values = F.pad(values, (1, 0))
         if values.device.type == "cpu":
-            from ktae_trl.credit import loops
+            from ktae_trl.credit.ktae import loops
 
             arrays = [x.view(-1).numpy() for x in (self.entry, values, out)]
             _on_threads(len(self.entry), lambda part: loops.look_up(arrays[0][part], arrays[1], arrays[2][part]), _PART)
@@ -80,7 +80,7 @@ def _on_threads(length: int, work: Callable[[slice], object], least: int) -> lis
 
 
 def _count_by_loop(ids: Tensor, counted: Tensor, right: Tensor, with_pairs: bool) -> Counts:
-    from ktae_trl.credit import loops
+    from ktae_trl.credit.ktae import loops
 
     P, G, T = ids.shape
     entry = np.empty((P, G, T), np.int32)
