@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from benchmarks.published import gains
+from benchmarks.published import table
 from ktae_trl.credit.combine import combine
 from ktae_trl.credit.ktae.values import key_token_values
 from ktae_trl.training.plan import ModelSize, memory_table
@@ -49,7 +49,7 @@ def test_the_group_at_the_top(tokenizer):
 
 def test_the_published_table_is_what_the_command_prints(shared):
     results = json.loads((shared / "published_results.json").read_text())
-    assert gains(results) in README
+    assert "\n".join(table(results)) in README
 
 
 def test_every_file_that_is_named_is_there():
@@ -93,17 +93,3 @@ def test_the_table_of_recipes_is_what_they_say():
         processes, rollouts = recipe.get("num_processes", 1), recipe["num_generations"]
         prompts = recipe["per_device_train_batch_size"] * processes * per_generation // rollouts
         assert batch == (prompts, rollouts, per_generation // accumulated, processes)
-
-
-def test_every_metric_has_a_row():
-    """Those of the trainer: its tests list them by name."""
-    written = "".join(
-        (ROOT / f"ktae_trl/{name}.py").read_text()
-        for name in ("trainer", "rollouts/dynamic", "credit/ktae/values", "credit/oar", "credit/tree")
-    )
-    section = README[README.index("## Metrics") : README.index("## Cost")]
-    named = set(re.findall(r'"((?:ktae|dynamic_sampling|oar|tree)/\w+)"', written))
-    named |= {"tree/signal_depth_K", "tree/seconds", "oar/seconds"}  # one per depth, and each method has the other
-    assert len(named) > 21
-    for metric in named:
-        assert f"`{metric}`" in section or f"`.../{metric.partition('/')[2]}`" in section, metric

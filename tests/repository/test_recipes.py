@@ -145,17 +145,6 @@ def test_published_recipe_has_the_published_settings(name):
     assert rollouts / recipe["num_generations"] == 1024
     assert step / recipe["num_generations"] == 128
     assert rollouts / step == 8
-    text = (ROOT / f"configs/{name}.yaml").read_text()
-    assert "1,024 prompts x 16 rollouts a generation; 8 optimizer steps of 128 prompts x 16 rollouts" in text
-
-
-@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
-def test_published_settings_have_a_source_or_a_reason(path):
-    ours = ("dataset_split", "eval_", "credit", "vllm_mode", "num_generations_eval", "per_device_eval", "held_out")
-    ours += ("logging_steps", "report_to", "output_dir", "bf16")
-    for line in path.read_text().splitlines():
-        if line and line[0] != "#" and not line.startswith(ours):
-            assert re.search(r"# \S", line), line
 
 
 @pytest.mark.parametrize("run", RUNS)
