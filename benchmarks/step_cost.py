@@ -82,7 +82,7 @@ def large_model(folder: str) -> None:
 def substitute(trainer) -> None:
     """Let each generation take its time, and return solutions of the offline task in its place."""
     from ktae_trl import tiny
-    from ktae_trl.data.problems import load
+    from ktae_trl.data import load
     from ktae_trl.tiny import task
 
     tokenizer, generate = trainer.processing_class, trainer._generate_single_turn

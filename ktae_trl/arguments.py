@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+# Settings of earlier versions, and what to do about them.
+RETIRED = {"record_files": "remove it. A run has at most 100 records, as before"}
 _BUGS = (AssertionError, AttributeError, NameError, TypeError)
 
 
@@ -119,6 +121,8 @@ def parse(
     if not others and (unknown or from_line):
         fields = [action.dest for action in parser._actions]
         names = [word.removeprefix("--").partition("=")[0] for word in unknown] or from_line
+        if retired := [name for name in names if name in RETIRED]:
+            raise UserError(f"{retired[0]} is no setting any more: {RETIRED[retired[0]]}")
         raise UserError(
             "Unknown setting: " + ", ".join(f"{name!r}{nearest(name, fields)}" for name in dict.fromkeys(names))
         )

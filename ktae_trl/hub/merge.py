@@ -102,7 +102,8 @@ def _find(source: Path) -> tuple[Path, str]:
 
 
 def _merged_adapter(source: Path, base: str | None) -> tuple[PreTrainedModel, str]:
-    named = base or PeftConfig.from_pretrained(source).base_model_name_or_path
+    with loading(f"The adapter in {source}"):
+        named = base or PeftConfig.from_pretrained(source).base_model_name_or_path
     with loading(f"The base model of the adapter, {named},", by="--base"):
         config = AutoConfig.from_pretrained(named)
         model = AutoModelForCausalLM.from_pretrained(named, dtype=torch.float32)
@@ -154,11 +155,12 @@ def _zero_weights(source: Path) -> dict[str, torch.Tensor]:
     need("deepspeed", "deepspeed")
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    return get_fp32_state_dict_from_zero_checkpoint(str(source))
+    with loading(f"The checkpoint {source}"):
+        return get_fp32_state_dict_from_zero_checkpoint(str(source))
 
 
 def _fsdp_weights(source: Path) -> dict[str, torch.Tensor]:
-    with tempfile.TemporaryDirectory() as folder:
+    with loading(f"The checkpoint {source}"), tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "weights.pt"
         dcp_to_torch_save(source / FSDP_SHARDS, file)
         return torch.load(file, weights_only=True)["model"]
@@ -172,7 +174,8 @@ def _filled(settings: str, weights: dict[str, torch.Tensor], source: Path) -> Pr
             "adapter once training has ended; or resume with fsdp_state_dict_type: FULL_STATE_DICT, as "
             "configs/accelerate/fsdp2.yaml has it"
         )
-    config = AutoConfig.from_pretrained(settings)
+    with loading(f"The config of {settings}", by="--base"):
+        config = AutoConfig.from_pretrained(settings)
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
     _, unknown = model.load_state_dict(weights, strict=False, assign=True)
@@ -185,14 +188,16 @@ def _filled(settings: str, weights: dict[str, torch.Tensor], source: Path) -> Pr
         )
     model.config.dtype = config.dtype
     if (Path(settings) / "generation_config.json").exists() or not Path(settings).is_dir():
-        model.generation_config = GenerationConfig.from_pretrained(settings)
+        with loading(f"The generation config of {settings}", by="--base"):
+            model.generation_config = GenerationConfig.from_pretrained(settings)
     return model
 
 
 def _tokenizer(places: list):
     for place in places:
         if not Path(place).is_dir() or list(Path(place).glob("tokenizer*")):
-            return AutoTokenizer.from_pretrained(place)
+            with loading(f"The tokenizer of {place}"):
+                return AutoTokenizer.from_pretrained(place)
     raise UserError(f"There is no tokenizer in {' or '.join(map(str, places))}: say where it is with --base")
 
 

@@ -23,7 +23,7 @@ from trl.trainer.utils import get_callable_name
 from ktae_trl import tiny
 from ktae_trl.arguments import UserError, loading
 from ktae_trl.config import KTAEGRPOConfig
-from ktae_trl.data.problems import column_values, original_column
+from ktae_trl.data.columns import column_values, original_column
 from ktae_trl.grading import gradable, write_answer
 from ktae_trl.grading.golds import describe
 from ktae_trl.prompts import texts, token_ids

@@ -22,9 +22,10 @@ from trl.trainer.utils import get_callable_name
 from ktae_trl import KTAEGRPOConfig, KTAEGRPOTrainer, tiny
 from ktae_trl.arguments import UserError, first_line, loading, need, parse, settings_help, user_errors
 from ktae_trl.credit import METHODS
-from ktae_trl.data.problems import DataArguments, load_prompts
+from ktae_trl.data import DataArguments, load_prompts
 from ktae_trl.files.checkpoints import ResumeError, candidates, wants_to_resume
-from ktae_trl.files.writing import locked, replace_text
+from ktae_trl.files.lock import locked
+from ktae_trl.files.writing import replace_json
 from ktae_trl.hub.card import PAGE, settings_of
 from ktae_trl.hub.upload import HubError, create_repo, repo_name, upload_command
 from ktae_trl.rewards import load_rewards
@@ -94,7 +95,7 @@ class HeldOutAccuracy(TrainerCallback):
         if self.before and state.is_world_process_zero:
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
             kept = {"accuracy": self.before, "problems": self.problems()}
-            replace_text(Path(args.output_dir, HELD_OUT_BEFORE), json.dumps(kept))
+            replace_json(Path(args.output_dir, HELD_OUT_BEFORE), kept)
         what = measured(self.trainer.correctness_reward, args.correctness_threshold)
         self.trainer.accelerator.print(f"\nHeld-out {what}, before: {self.before or 'not measured'}\n")
 
