@@ -95,15 +95,10 @@ def test_a_user_without_the_checkout_trains_measures_and_looks(wheel, tmp_path):
     assert "No logs for TensorBoard, which is not installed: pip install 'ktae-trl[trackers]'" in trained.stderr
     run = there.work / "runs" / "quickstart"
     assert (run / "model.safetensors").exists()
-    assert "key-token page of runs/quickstart could not be made: plotly is not installed" in trained.stderr
-    for words, package, extra in (
-        (["report", "runs/quickstart"], "plotly", "report"),
-        (["eval", "quickstart"], "scipy", "eval"),
-    ):
-        refused = there.run("ktae", *words)
-        assert refused.returncode == 1
-        said = f"ktae {words[0]}: {package} is not installed: pip install 'ktae-trl[{extra}]'"
-        assert refused.stderr.splitlines()[-1] == said
+    without_curves = (run / "key_tokens.html").stat().st_size
+    refused = there.run("ktae", "eval", "quickstart")
+    assert refused.returncode == 1
+    assert refused.stderr.splitlines()[-1].endswith(": scipy is not installed: pip install 'ktae-trl[eval]'")
 
     there.install(f"{wheel}[eval,report]")
     measured = there.run(
@@ -114,4 +109,4 @@ def test_a_user_without_the_checkout_trains_measures_and_looks(wheel, tmp_path):
     assert (there.work / "measured" / "summary.json").exists()
     reported = there.run("ktae", "report", "runs/quickstart", "-o", "page.html")
     assert reported.returncode == 0, reported.stderr[-3000:]
-    assert (there.work / "page.html").stat().st_size > 100_000
+    assert (there.work / "page.html").stat().st_size > without_curves + 1_000_000  # Plotly's script
