@@ -12,6 +12,8 @@ from typing import get_args, get_type_hints
 
 # Settings of earlier versions, and what to do about them.
 RETIRED = {"record_files": "remove it. A run has at most 100 records, as before"}
+# Stands for the package's own model (`model_name_or_path`) and problems (`dataset_name`; splits train and test).
+TINY = "tiny"
 _BUGS = (AssertionError, AttributeError, NameError, TypeError)
 
 
@@ -71,6 +73,11 @@ def need(package: str, extra: str) -> None:
     """
     if importlib.util.find_spec(package) is None:
         raise NotImportedError(f"{package} is not installed: pip install 'ktae-trl[{extra}]'")
+
+
+def model_path(name: str) -> str:
+    """Return where a model is: the offline model's folder for `tiny`, else the name itself."""
+    return str(Path(__file__).parent / "tiny" / "model") if name == TINY else name
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
