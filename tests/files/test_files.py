@@ -18,9 +18,6 @@ HOLD = """
 import sys
 from pathlib import Path
 from ktae_trl.files import writing as files
-from ktae_trl.hub import upload as hub
-from ktae_trl.files.model_files import of_model
-from tests.trainers import make_trainer
 
 with files.locked(Path(sys.argv[1]), "train.py"):
     if "fork" in sys.argv and not __import__("os").fork():
