@@ -155,7 +155,7 @@ def test_the_base_model_can_be_said(adapter, tmp_path):
     shutil.copytree(tiny.MODEL, tmp_path / "moved")
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/gone/base"}))
-    with pytest.raises(ValueError, match=r"base model of the adapter, /gone/base, could not be loaded: .* with --base"):
+    with pytest.raises(ValueError, match=r"base model of the adapter, /gone/base, \(--base\) could not be loaded: "):
         merge(adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     words = ["--base", str(tmp_path / "moved"), "--dtype", "float32"]
@@ -174,7 +174,7 @@ def test_what_cannot_be_merged(adapter, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").touch()
     said = complaint(adapter, "-o", tmp_path / "full")
-    assert said == f"ktae_trl.hub.merge: {tmp_path / 'full'} is there already and not empty: choose another folder"
+    assert said == f"ktae merge: {tmp_path / 'full'} is there already and not empty: choose another folder"
     said = complaint(tmp_path / "full", "-o", tmp_path / "x")
     assert "is nothing to merge. Expected: adapter_config.json" in said
     assert said.endswith("Found: mine.txt")

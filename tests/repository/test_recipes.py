@@ -10,9 +10,9 @@ from accelerate.commands.config.config_args import load_config_from_file
 from trl import ModelConfig
 
 from ktae_trl import KTAEGRPOConfig, tiny
-from ktae_trl.arguments import parse
+from ktae_trl.arguments import UserError, parse
 from ktae_trl.prompts import instruction
-from train import RunArguments, build_trainer
+from ktae_trl.training.run import RunArguments, build_trainer
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -232,6 +232,13 @@ def test_an_unknown_key_of_the_file_names_itself_and_the_nearest(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text((ROOT / "configs/quickstart.yaml").read_text() + "\nktae_combin: add\nzzzz: 1\n")
     with pytest.raises(ValueError, match=r"^Unknown setting: 'ktae_combin' \(did you mean 'ktae_combine'\?\), 'zzzz'$"):
+        parse_recipe(recipe, tmp_path)
+
+
+def test_a_retired_setting_says_what_to_do(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text((ROOT / "configs/quickstart.yaml").read_text() + "\nrecord_files: 50\n")
+    with pytest.raises(UserError, match=r"^record_files is no setting any more: remove it\. .*at most 100 records"):
         parse_recipe(recipe, tmp_path)
 
 
