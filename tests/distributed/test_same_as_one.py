@@ -69,7 +69,7 @@ KINDS = {
 TIMES = {"step_time", "ktae/seconds", "oar/seconds", "tree/seconds"}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def trained(crews, tmp_path_factory):
     """A function that trains a kind in a mode, once, and returns the folder and the results of its processes."""
 

@@ -346,7 +346,7 @@ def test_resume_is_exact(tmp_path, dynamic):
     settings = {
         "steps_per_generation": 2,
         "num_iterations": 2,
-        "max_steps": 9,
+        "max_steps": 7,
         "save_strategy": "steps",
         "save_steps": 1,
         "dynamic_sampling": dynamic,
