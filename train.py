@@ -19,6 +19,7 @@ from trl.trainer.utils import get_callable_name
 
 from ktae_trl import KTAEGRPOConfig, KTAEGRPOTrainer
 from ktae_trl.arguments import UserError, make_parser, parse
+from ktae_trl.config import config_class
 from ktae_trl.data.problems import DataArguments, load_prompts
 from ktae_trl.files.checkpoints import ResumeError, candidates, wants_to_resume
 from ktae_trl.files.writing import locked, replace_text
@@ -252,7 +253,7 @@ def read_arguments(words: list[str]) -> tuple[RunArguments, KTAEGRPOConfig, Mode
     if not torch.accelerator.is_available():
         run, *_ = make_parser((RunArguments,)).parse_args_and_config(words, return_remaining_strings=True)
         words = [*words, "--use_cpu", "true"] if run.dry_run else words
-    run, args, model = parse((RunArguments, KTAEGRPOConfig, ModelConfig), "train.py", words)
+    run, args, model = parse((RunArguments, config_class(words), ModelConfig), "train.py", words)
     if wants_to_resume(args.resume_from_checkpoint):  # before anything is loaded
         candidates(args.resume_from_checkpoint, args.output_dir)
     return run, args, model

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from accelerate.utils import is_peft_model
 
+from ktae_trl.credit import find_method
 from ktae_trl.files.model_files import without_links
 from ktae_trl.hub import card as model_card
 from ktae_trl.hub import upload as hub
@@ -29,8 +30,7 @@ class Publishing:
             super().create_model_card(name, data if on_hub else None, tags)
         base = self.model.config._name_or_path
         known = {"credit": self.args.credit, "reward_funcs": self.reward_func_names}
-        family = f"{self.args.credit.partition('_')[0]}_"
-        known |= {name: value for name, value in vars(self.args).items() if name.startswith(family)}
+        known |= find_method(self.args.credit).settings_of(self.args)
         known |= {"num_generations": self.num_generations, "num_processes": self.accelerator.num_processes}
         model_card.complete(
             output / model_card.CARD,

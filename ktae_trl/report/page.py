@@ -11,6 +11,7 @@ import re
 import sys
 import zlib
 from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple, TypeVar
@@ -21,41 +22,23 @@ from rich.console import Console
 from rich.progress import track
 
 from ktae_trl.arguments import NotFoundError, UserError
+from ktae_trl.credit.ktae.method import KTAE, SATURATED
 from ktae_trl.files.writing import replace_text
 from ktae_trl.report import records
-from ktae_trl.report.groups import describe, number, split
+from ktae_trl.report.groups import describe, is_key_token_value, number, split
 from ktae_trl.report.records import Method, Record
 from ktae_trl.report.tokens import colour, visible
 
 MAX_GROUPS = 400  # 0.13 MB each, for 16 rollouts of 1,000 tokens
 LEVELS = 20  # shades on each side of 0
-# What the credit of a record is called, by how it met the advantages.
-_VALUE = {
-    "multiply": {"symbol": "K", "name": "key-token value K"},
-    "add": {"symbol": "K", "name": "key-token value K"},
-    "scale": {"symbol": "w", "name": "weight w"},
-    "replace": {"symbol": "v", "name": "segment advantage v"},
-}
-_FORMULA = {"multiply": "A' = A + |A| K", "add": "A' = A + K", "scale": "A' = A w", "replace": "A' = v"}
-_TITLES = {
-    "ktae": "KTAE (key tokens)",
-    "oar_g": "OAR-G (influence by gradients)",
-    "oar_p": "OAR-P (influence by perturbation)",
-    "tree": "TreeRPO (sampled trees)",
-    "none": "GRPO (one advantage for all tokens)",
-}
-# Panel -> patterns of the metrics it shows. A metric goes into the first panel that wants it.
+_FORMULA = {"multiply": "A' = A + |A| {}", "add": "A' = A + {}", "scale": "A' = A {}", "replace": "A' = {}"}
+# Panel -> the metrics it shows, `*` for any letters. Those of the credit methods come after them.
 _PANELS = {
-    "Reward": r"reward",
-    "Rewards by function": r"rewards/.+/mean",
-    "Completion length (tokens)": r"completions/mean_length",
-    "Entropy": r"entropy",
-    "Mean value K": r"ktae/value_(right|wrong)",
-    "Shares": r"ktae/(saturated|informative_groups)|oar/(answered|reshaped_tokens)|tree/(signal_.+|trained_share)",
-    "Mean |w - 1|": r"oar/mean_change",
-    "Tokens of a tree": r"tree/(generated|row)_tokens",
+    "Reward": ["reward"],
+    "Rewards by function": ["rewards/*/mean"],
+    "Completion length (tokens)": ["completions/mean_length"],
+    "Entropy": ["entropy"],
 }
-_SATURATED = 0.9  # as in the metric ktae/saturated
 _PREVIEW = 160  # characters of a prompt in the list of groups
 T = TypeVar("T")
 
@@ -66,6 +49,7 @@ class Shown(NamedTuple):
     groups: list[dict[str, Any]]  # an entry of the page's list each
     blocks: list[str]  # their data, packed
     methods: list[dict[str, Any]]
+    recorded: list[Method]  # these, as the records have them
     by_step: list[dict[str, float]]  # what the records say of each step, named like the trainer's metrics
     notes: list[str]  # what of the records is not in it
 
@@ -99,7 +83,7 @@ def write_report(source: str | Path, output: str | Path, max_groups: int = MAX_G
     share = max(1, max_groups // len(paths))
     shown = collect((records.read(path) for path in progress(paths, "Reading records")), share)
     metrics = records.read_metrics(folder)
-    panels = curves(metrics or shown.by_step)
+    panels = curves(metrics or shown.by_step, shown.recorded)
     if panels and not metrics:
         shown.notes.append("The curves are means over the groups of this page: there are no metrics of the trainer.")
     return write(output, name, shown, panels)
@@ -117,9 +101,9 @@ def write(output: str | Path, name: str, shown: Shown, panels: Sequence[dict[str
 
 def collect(some: Iterable[Record], most: int | None = None) -> Shown:
     """Describe and pack the groups of these records, one record at a time and at most so many of each."""
-    shown = Shown([], [], [], [], [])
+    shown = Shown([], [], [], [], [], [])
     recorded, known, generated = 0, 0, 0  # groups; those of generations whose size is known; in these generations
-    methods: list[Method] = []
+    methods = shown.recorded
     prompts: list[str] = []
     for record in some:
         settings = record.method._replace(generated_groups=None)
@@ -190,17 +174,16 @@ def _method(method: Method) -> dict[str, Any]:
     """Return a method's names for the page."""
     settings = {}
     if method.how is not None:
-        settings["advantage of a token"] = _FORMULA[method.how]
-    if method.credit == "ktae":
-        weights = (method.fisher_weight, method.ig_weight, method.tf_weight)
-        settings["weights h1 (Fisher), h2 (IG), h3 (TF)"] = ", ".join(f"{weight:g}" for weight in weights)
-        settings["leave one out"] = "yes" if method.leave_one_out else "no"
+        settings["advantage of a token"] = _FORMULA[method.how].format(visible(method.symbol))
+    settings |= {visible(name): visible(str(value)) for name, value in method.settings.items()}
+    key_tokens = is_key_token_value(method)
     return {
-        "credit": method.credit,
-        "title": _TITLES.get(method.credit, visible(method.credit)),
+        "title": visible(method.title or method.credit),
         "how": method.how,
-        "value": _VALUE.get(method.how),
-        "leave_one_out": method.credit == "ktae" and method.leave_one_out,
+        "value": method.how and {"symbol": visible(method.symbol), "name": visible(method.value_name)},
+        "key_tokens": key_tokens,
+        "leave_one_out": key_tokens and KTAE.options(method.settings)["leave_one_out"],
+        "shares_tokens": method.shares_tokens,
         "settings": settings,
     }
 
@@ -216,8 +199,8 @@ def _sums(group: dict[str, Any]) -> dict[str, list[float]]:
         K = [group["tokens"]["K"][token] or 0.0 for token in rollout["cells"]["token"]]
         values = [K[cell] for cell in rollout["at"] if rollout["cells"]["trained"][cell]]
         if rollout["correct"] is not None:
-            found.setdefault(f"ktae/value_{'right' if rollout['correct'] else 'wrong'}", []).extend(values)
-        found.setdefault("ktae/saturated", []).extend(float(abs(v) > _SATURATED) for v in values)
+            found.setdefault(f"{KTAE.family}/value_{'right' if rollout['correct'] else 'wrong'}", []).extend(values)
+        found.setdefault(f"{KTAE.family}/saturated", []).extend(float(abs(v) > SATURATED) for v in values)
     return found
 
 
@@ -226,21 +209,28 @@ def _means(some: list[dict[str, list[float]]], groups: list[dict[str, Any]]) -> 
     for found in some:
         for name, values in found.items():
             pooled.setdefault(name, []).extend(v for v in values if isinstance(v, (int, float)))
-    pooled["ktae/informative_groups"] = [float(group["right"] > 0 and group["wrong"] > 0) for group in groups]
+    pooled[f"{KTAE.family}/informative_groups"] = [float(group["right"] > 0 and group["wrong"] > 0) for group in groups]
     return {name: fmean(values) for name, values in pooled.items() if values}
 
 
-def curves(metrics: list[dict[str, float]]) -> list[dict[str, Any]]:
+def curves(metrics: list[dict[str, float]], methods: Iterable[Method] = ()) -> list[dict[str, Any]]:
     """Return the panels with Plotly's traces of the metrics that are known at two steps or more.
 
     Metrics of the evaluation (`eval_...`) go beside those of the training, dashed.
+
+    Args:
+        methods: those of the records, which have panels of their own.
     """
+    wanted = {title: list(patterns) for title, patterns in _PANELS.items()}
+    for method in methods:
+        for title, patterns in method.panels.items():
+            wanted.setdefault(title, []).extend(patterns)
     panels = []
     names = list(dict.fromkeys(name for entry in metrics for name in entry))
-    for title, pattern in _PANELS.items():
+    for title, patterns in wanted.items():
         traces = []
         for name in names:
-            if not re.fullmatch(rf"(eval_)?({pattern})", name):
+            if not any(fnmatchcase(name.removeprefix("eval_"), pattern) for pattern in patterns):
                 continue
             points = [(entry["step"], number(entry[name])) for entry in metrics if name in entry]
             points = [(step, value) for step, value in points if isinstance(value, (int, float))]
@@ -259,7 +249,7 @@ def curves(metrics: list[dict[str, float]]) -> list[dict[str, Any]]:
                 }
             )
         if traces:
-            panels.append({"title": title, "traces": traces})
+            panels.append({"title": visible(title), "traces": traces})
     return panels
 
 

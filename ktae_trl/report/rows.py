@@ -13,14 +13,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ktae_trl.arguments import NotFoundError, UserError
 from ktae_trl.credit.combine import combine as combine_with
-from ktae_trl.credit.ktae.values import check_weights
+from ktae_trl.credit.ktae.method import COMBINE, KTAE
 from ktae_trl.grading import grade_many
-from ktae_trl.report.groups import clip, describe, split, statistics
+from ktae_trl.report.groups import clip, describe, is_key_token_value, split, statistics
 from ktae_trl.report.page import collect, progress, write
-from ktae_trl.report.records import Method, Record
+from ktae_trl.report.records import Method, Record, method_of
 from ktae_trl.report.tokens import colour, one_line, shade, token_strings, visible
 
-COMBINE = ("multiply", "add")
 # What a notebook shows; the page has all.
 _INLINE = {"groups": 3, "rollouts": 3, "tokens": 400, "key_tokens": 12, "characters": 2000}
 
@@ -60,7 +59,7 @@ class KeyTokens(NamedTuple):
             rest=len(groups) - len(some),
             summary=self.summary(),
             ramp=[colour(i / 10) for i in range(-10, 11)],
-            ends=_ENDS.get(self.record.method.how, ("K: wrong -1", "+1 right")),
+            ends=_ends(self.record.method),
         )
 
 
@@ -109,7 +108,8 @@ def explain(
     """
     if combine not in COMBINE:
         raise UserError(f"combine must be one of {', '.join(COMBINE)}, not {combine!r}")
-    check_weights(fisher_weight, ig_weight, tf_weight)
+    weights = {"fisher_weight": fisher_weight, "ig_weight": ig_weight, "tf_weight": tf_weight}
+    settings = KTAE.settings_from({**weights, "leave_one_out": leave_one_out}, combine)
     rows = list(rows)
     if not rows:
         raise UserError("There are no rollouts to explain")
@@ -124,9 +124,8 @@ def explain(
         groups.setdefault(prompt, []).append(i)
 
     special = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    weights = {"fisher_weight": fisher_weight, "ig_weight": ig_weight, "tf_weight": tf_weight}
     ids = tuple(sorted({i for i in special if i is not None}))
-    method = Method("ktae", combine, **weights, leave_one_out=leave_one_out, special_ids=ids)
+    method = method_of(KTAE, combine, settings, special_ids=ids)
     strings: dict[int, str] = {}
     explained = []
     for number, members in enumerate(progress(groups.values(), "Valuing tokens")):
@@ -257,8 +256,12 @@ def _written(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:+.4f}"
 
 
-# What the ends of the colours mean, by how the credit met the advantages.
-_ENDS = {"scale": ("weight 0", "2 or more"), "replace": ("advantage below 0", "above 0")}
+def _ends(method: Method) -> tuple[str, str]:
+    """Return what the ends of the colours mean."""
+    if method.how is None or is_key_token_value(method):
+        return "K: wrong -1", "+1 right"
+    ends = {"scale": ("weight 0", "2 or more"), "replace": ("advantage below 0", "above 0")}
+    return ends.get(method.how, (f"{visible(method.symbol)}: -1", "+1"))
 
 
 def _inline(method: Method, rows: list[dict[str, Any]]) -> dict[str, Any]:
