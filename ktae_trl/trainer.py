@@ -19,11 +19,11 @@ from ktae_trl.config import KTAEGRPOConfig
 from ktae_trl.credit import find_method
 from ktae_trl.credit.combine import combine
 from ktae_trl.credit.method import Card
-from ktae_trl.data.problems import free_names
+from ktae_trl.data.columns import free_names
 from ktae_trl.files.checkpoints import remove_unfinished
-from ktae_trl.files.writing import FolderInUseError, locked
-from ktae_trl.hub import card as model_card
-from ktae_trl.hub.saving import Publishing
+from ktae_trl.files.lock import FolderInUseError, locked
+from ktae_trl.files.model_files import HELD_OUT
+from ktae_trl.hub import saving
 from ktae_trl.rewards import SHAPING, bind, checked, opens_think, reads_answers, texts_of
 from ktae_trl.rollouts import dynamic
 from ktae_trl.rollouts.credited import TokenCredit
@@ -41,7 +41,7 @@ check_trl(GRPOTrainer)
 logger = logging.getLogger(__name__)
 
 
-class KTAEGRPOTrainer(ExactResume, Publishing, GRPOTrainer):
+class KTAEGRPOTrainer(ExactResume, GRPOTrainer):
     """
     GRPO in which each token of a completion gets its own advantage.
 
@@ -61,7 +61,7 @@ class KTAEGRPOTrainer(ExactResume, Publishing, GRPOTrainer):
     ```python
     from datasets import load_dataset
     from ktae_trl import KTAEGRPOConfig, KTAEGRPOTrainer
-    from ktae_trl.data.problems import to_prompts
+    from ktae_trl.data import to_prompts
     from ktae_trl.rewards import math_accuracy
 
     trainer = KTAEGRPOTrainer(
@@ -134,7 +134,7 @@ class KTAEGRPOTrainer(ExactResume, Publishing, GRPOTrainer):
             self._guard = Guard(says_so=self.is_world_process_zero())
             if self.is_world_process_zero():
                 remove_unfinished(self.args.output_dir)
-                Path(self.args.output_dir, model_card.HELD_OUT).unlink(missing_ok=True)  # of the model before
+                Path(self.args.output_dir, HELD_OUT).unlink(missing_ok=True)  # of the model before
             return super().train(self.resumed_from, *args, **kwargs)
 
     @contextmanager
@@ -355,6 +355,37 @@ class KTAEGRPOTrainer(ExactResume, Publishing, GRPOTrainer):
                 len(chosen.groups),
                 len(chosen.generations),
             )
+
+    # Saving and the Hub: see `ktae_trl.hub.saving`.
+
+    recipe: dict = {}  # a recipe's settings of data and model, for the model card
+    save_whole_model = saving.save_whole_model
+    save_all = saving.save_all
+    upload = saving.upload
+    push_to_hub = saving.push_to_hub
+    init_hf_repo = saving.init_hf_repo
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        if self.is_world_process_zero():
+            card = Card(name=self._name, does=self._does, tags=self._tag_names, paper=self._paper)
+            tags = [tags] if isinstance(tags, str) else tags or []
+            saving.write_card(self, card, model_name, dataset_name, tags)
+
+    def _save(self, output_dir=None, state_dict=None):
+        with saving.own_files(self, output_dir):
+            super()._save(output_dir, state_dict)
+
+    def save_metrics(self, split, metrics, combined=True):
+        with saving.own_files(self):
+            super().save_metrics(split, metrics, combined)
+
+    def save_state(self):
+        with saving.own_files(self):
+            super().save_state()
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        with saving.own_uploads(self):
+            super()._push_from_checkpoint(checkpoint_folder)
 
 
 def _with_free_names(dataset):

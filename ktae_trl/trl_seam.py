@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import transformers.trainer
 import trl
 from packaging.specifiers import SpecifierSet
 from torch import Tensor, nn
@@ -260,3 +261,26 @@ def _problems(owner: type, method: str, parameters: list[str], names: set[str]) 
     return [f"{owner.__name__}.{method} has no parameter {name!r}" for name in parameters if name not in found] + [
         f"{owner.__name__}.{method} no longer uses {name!r}" for name in sorted(names - mentioned)
     ]
+
+
+def model_name(model) -> str:
+    """Return the folder or the name on the Hub that a model was loaded from."""
+    return model.config._name_or_path
+
+
+# The Hub.
+
+
+def wait_for_upload(trainer) -> None:
+    """Wait until an upload of a checkpoint in the background has ended."""
+    trainer._finish_current_push()
+
+
+@contextmanager
+def uploading_by(api: Callable[[], object]) -> Iterator[None]:
+    """In here, transformers uploads checkpoints by the client that `api` returns: it takes no patterns of files."""
+    theirs, transformers.trainer.hf_api = transformers.trainer.hf_api, api
+    try:
+        yield
+    finally:
+        transformers.trainer.hf_api = theirs

@@ -29,7 +29,6 @@ _FOR_NO_ROLLOUT = (
     "credit_in_evaluation",
     "record_steps",
     "record_groups",
-    "record_files",
     "allow_inexact_resume",
     "reward_timeout",
     *_FOR_SAMPLING,

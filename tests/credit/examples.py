@@ -67,7 +67,7 @@ class SecondOpinion(Method):
 
     @dataclass
     class Settings(Settings):
-        second_model: str = field(default="", metadata={"help": "A model with the policy's tokens: folder or Hub name."})
+        second_model: str = field(default="", metadata={"help": "A model with the policy's tokens."})
 
     how = "scale"
 

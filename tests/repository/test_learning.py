@@ -25,7 +25,7 @@ from ktae_trl.credit.combine import combine  # noqa: E402
 from ktae_trl.credit.ktae.method import KTAE  # noqa: E402
 from ktae_trl.credit.ktae.values import key_token_values  # noqa: E402
 from ktae_trl.credit.method import Groups  # noqa: E402
-from train import RunArguments  # noqa: E402
+from ktae_trl.training.run import RunArguments  # noqa: E402
 
 CONFIG = learning.read_config(ROOT / "benchmarks" / "learning.yaml")
 
