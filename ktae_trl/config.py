@@ -9,7 +9,7 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from ktae_trl.arguments import UserError, make_parser
+from ktae_trl.arguments import UserError, parse
 from ktae_trl.credit import METHODS, find_method
 from ktae_trl.grading import ANSWER_FORMATS, BUDGET, check_budget, check_format
 from ktae_trl.rollouts.verdicts import read_threshold
@@ -215,9 +215,8 @@ class _Chosen:
     credit: str = KTAEGRPOConfig.credit
 
 
-def config_class(words: Sequence[str]) -> type[KTAEGRPOConfig]:
+def config_class(words: Sequence[str], program: str) -> type[KTAEGRPOConfig]:
     """Return the config class for a command line, with the fields of the credit method that it names, if only in the
     file after `--config`."""
-    parser = make_parser((_Chosen,), add_help=False)
-    chosen, *_ = parser.parse_args_and_config(list(words), return_remaining_strings=True)
+    (chosen,) = parse((_Chosen,), program, words, others=True)
     return with_settings_of(KTAEGRPOConfig, chosen.credit)

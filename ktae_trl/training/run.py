@@ -265,7 +265,7 @@ def read_arguments(words: Sequence[str], program: str = "train.py") -> tuple[Run
     if not torch.accelerator.is_available():
         (run,) = parse((RunArguments,), program, words, others=True)
         words = [*words, "--use_cpu", "true"] if run.dry_run else words
-    run, args, model = parse((RunArguments, config_class(words), ModelConfig), program, words)
+    run, args, model = parse((RunArguments, config_class(words, program), ModelConfig), program, words)
     if wants_to_resume(args.resume_from_checkpoint):  # before anything is loaded
         candidates(args.resume_from_checkpoint, args.output_dir)
     check_trackers(args)
@@ -284,13 +284,14 @@ def check_trackers(args: KTAEGRPOConfig) -> None:
 
 def show_help(usage: str, words: Sequence[str] = ()) -> None:
     """Print the usage and all settings, in groups, with those of the credit method that the words name."""
-    config = config_class([word for word in words if word not in ("-h", "--help")])
+    config = config_class([word for word in words if word not in ("-h", "--help")], "train")
     own, trl = RunArguments.__annotations__, GRPOConfig.__annotations__
     groups: dict[str, list[dataclasses.Field]] = {
         "run": [setting for setting in dataclasses.fields(RunArguments) if setting.name in own],
         "data": list(dataclasses.fields(DataArguments)),
         "credit": [],
     }
+    others = {"dynamic": "DAPO", "record": "records", "allow": "run"}
     of_methods: dict[type, list[str]] = {}
     for name, method in METHODS.items():
         of_methods.setdefault(method.Settings, []).append(name)
@@ -299,9 +300,7 @@ def show_help(usage: str, words: Sequence[str] = ()) -> None:
     shown = {setting.name for group in groups.values() for setting in group} | set(GRPOConfig.__dataclass_fields__)
     for setting in dataclasses.fields(config):
         if setting.name not in shown:
-            title = {"dynamic": "DAPO", "record": "records", "allow": "run"}.get(
-                setting.name.partition("_")[0], "credit"
-            )
+            title = others.get(setting.name.partition("_")[0], "credit")
             if setting.name not in KTAEGRPOConfig.__dataclass_fields__:
                 title = "credit: your own method"
             groups.setdefault(title, []).append(setting)
