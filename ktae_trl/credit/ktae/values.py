@@ -3,7 +3,7 @@
 Tokens are counted once (`counting`); all that follows is computed per distinct token of each group, for all groups
 together, and spread over the positions at the end.
 
-Where this departs from the official code, which has faults (README, "Departures"): p is exact, p = 1 gives F = 0, the
+Where this departs from the official code, which has faults (docs/methods/ktae.md): p is exact, p = 1 gives F = 0, the
 weights arrive, and every end-of-sequence id counts as special.
 """
 
