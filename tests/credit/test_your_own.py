@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from ktae_trl import KTAEGRPOConfig, tiny
 from ktae_trl.credit import METHODS
+from ktae_trl.rollouts.tools import TrainerTools
 from ktae_trl.training.changes import own_settings
 from ktae_trl.training.run import read_arguments
 from tests.credit import examples
@@ -283,14 +285,12 @@ def test_in_python(here):
 
 
 def test_in_yaml_and_on_the_command_line(here):
-    (here / "run.yaml").write_text(
-        "credit: own_credit.Window\nwindow: 7\nuse_cpu: true\nbf16: false\nreport_to: none\n"
-    )
-    _, args, _ = read_arguments(["--config", "run.yaml", "--output_dir", "x"])
+    recipe = "credit: own_credit.Window\nwindow: 7\noutput_dir: x\nuse_cpu: true\nbf16: false\nreport_to: none\n"
+    (here / "run.yaml").write_text(recipe)
+    words = ["--config", "run.yaml"]
+    _, args, _ = read_arguments(words)
     assert (args.credit, args.window) == ("own_credit.Window", 7)
-    _, args, _ = read_arguments(
-        ["--config", "run.yaml", "--output_dir", "x", "--window", "8", "--window_weight", "null"]
-    )
+    _, args, _ = read_arguments([*words, "--window", "8", "--window_weight", "null"])
     assert (args.window, args.window_weight) == (8, None)
     with pytest.raises(ValueError, match=r"Unknown setting: 'windw' \(did you mean 'window'\?\)"):
         read_arguments([*words, "--windw", "8"])
