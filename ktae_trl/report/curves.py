@@ -61,7 +61,7 @@ def curves(metrics: list[dict[str, float]], methods: Iterable[Method] = ()) -> l
 
 
 def _short(metric: str) -> str:
-    """Return a metric's name without its family: `value_right` of `ktae/value_right`."""
+    """Return a metric's name without its family: `abs_value` of `FAMILY/abs_value`."""
     inner = re.fullmatch(r"rewards/(.+)/mean", metric)
     return (inner[1] if inner else metric.rpartition("/")[2]).replace("_", " ")
 
