@@ -1,9 +1,11 @@
 """Methods of one's own: how they are named and given settings, what `Tools` gives them, and the worked examples."""
 
 import hashlib
+import importlib.util
 import inspect
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
 from ktae_trl import KTAEGRPOConfig, tiny
@@ -20,6 +23,7 @@ from ktae_trl.training.changes import own_settings
 from ktae_trl.training.run import read_arguments
 from tests.credit import examples
 from tests.distributed.launching import environment
+from tests.reporting import Page
 from tests.trainers import difference, logged, make_trainer, prompts, replay, weights
 
 ROOT = Path(__file__).parents[2]
@@ -285,8 +289,8 @@ def test_in_python(here):
 
 
 def test_in_yaml_and_on_the_command_line(here):
-    recipe = "credit: own_credit.Window\nwindow: 7\noutput_dir: x\ndataset_name: x\nuse_cpu: true\nbf16: false\nreport_to: none\n"
-    (here / "run.yaml").write_text(recipe)
+    recipe = {**CPU, "credit": "own_credit.Window", "window": 7, "dataset_name": "x", "report_to": "none"}
+    (here / "run.yaml").write_text(yaml.safe_dump(recipe))
     words = ["--config", "run.yaml"]
     _, args, _ = read_arguments(words)
     assert (args.credit, args.window) == ("own_credit.Window", 7)
@@ -384,3 +388,94 @@ def test_no_other_file_names_a_method():
     # The default; the command, which has the name of a method.
     assert found == {f'{file}: "ktae"' for file in ("config.py", "cli.py", "hub/upload.py")}
     assert quoted.search((package / "credit/tree.py").read_text())  # the check sees names at all
+
+
+# A fourth method of the package
+
+
+EARLY = '''"""Early tokens: trust the beginning of a completion."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from ktae_trl.credit.method import Card, Credit, Groups, Method, Settings
+
+
+class Early(Method):
+    """Weights that fall over the tokens of a rollout."""
+
+    @dataclass
+    class Settings(Settings):
+        early_power: float = field(default=1.0, metadata={"help": "How fast the weights fall."})
+
+    name = "early"
+    how = "scale"
+    title = "Early (the first tokens)"
+    card = Card("Early", "The first tokens of a completion get most of its advantage.", ("early",))
+    value = "weight w"
+    columns = {"early w": ("early/weight", "{:.3f}")}
+    panels = {"Mean early weight": ["early/weight"]}
+
+    def credit(self, groups: Groups) -> Credit:
+        mask_BT = groups.mask_BT
+        place_BT = mask_BT.cumsum(1) / mask_BT.sum(1, keepdim=True).clamp(min=1)
+        weights_BT = torch.where(mask_BT, 2 - 2 * place_BT**self.settings.early_power, 1.0)
+        return Credit(weights_BT, {"early/weight": (weights_BT[mask_BT].sum(), mask_BT.sum())})
+'''
+
+
+def files_of(root: Path) -> dict[str, bytes]:
+    paths = [path for path in root.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    return {str(path.relative_to(root)): path.read_bytes() for path in paths}
+
+
+@pytest.mark.slow
+def test_adding_a_method_touches_its_file_its_line_its_page_and_its_tests(tmp_path):
+    """In a copy of the repository a fourth method is trained from YAML, and seen wherever methods are."""
+    for name in ("ktae_trl", "docs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("train.py", "mkdocs.yml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    before = files_of(tmp_path)
+
+    (tmp_path / "ktae_trl/credit/early.py").write_text(EARLY)
+    methods = tmp_path / "ktae_trl/credit/__init__.py"
+    text = methods.read_text().replace("(KTAE, OARG", "(KTAE, Early, OARG")
+    place = "from ktae_trl.credit.oar"
+    methods.write_text(text.replace(place, f"from ktae_trl.credit.early import Early\n{place}"))
+    (tmp_path / "docs/methods/early.md").write_text("# Early\n\nThe first tokens: [metrics](../metrics.md).\n")
+    (tmp_path / "tests/credit").mkdir(parents=True)
+    (tmp_path / "tests/credit/test_early.py").write_text("")
+    after = files_of(tmp_path)
+    touched = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    own = {"ktae_trl/credit/early.py", "docs/methods/early.md", "tests/credit/test_early.py"}
+    assert touched == {*own, "ktae_trl/credit/__init__.py"}
+
+    recipe = yaml.safe_load((ROOT / "ktae_trl/configs/quickstart.yaml").read_text())
+    recipe |= {"credit": "early", "early_power": 2.0, "max_steps": 4, "output_dir": "run", "record_steps": 2}
+    recipe |= {"logging_steps": 1, "report_to": "none", "held_out_samples": 0, "save_strategy": "no"}
+    (tmp_path / "early.yaml").write_text(yaml.safe_dump(recipe))
+    variables = {**environment(), "PYTHONPATH": str(tmp_path)}
+
+    def done(*words: str) -> str:
+        ran = subprocess.run(words, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=300)
+        assert ran.returncode == 0, ran.stderr[-3000:]
+        return ran.stdout + ran.stderr
+
+    said = done(sys.executable, "train.py", "--config", "early.yaml")
+    assert re.search(r"^step .* early w", said, re.MULTILINE)  # the console
+    assert re.search(r"^4 +.* [01]\.\d{3}", said, re.MULTILINE)
+    card = (tmp_path / "run/README.md").read_text()
+    assert "The first tokens of a completion get most of its advantage." in card
+    assert "- early\n" in card
+    assert "early_power: 2.0" in card
+    page = (tmp_path / "run/key_tokens.html").read_text()
+    assert "Early (the first tokens)" in page
+    assert "early_power" in page
+    assert Page(page).data("index")["panels"][-1]["title"] == "Mean early weight"
+    assert "early\n    The first tokens" in done(sys.executable, "-m", "ktae_trl", "methods")
+    assert "--early_power" in done(sys.executable, "train.py", "--help")
+    if importlib.util.find_spec("mkdocs"):
+        done(sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", "site")
+        assert "methods/early.html" in (tmp_path / "site/index.html").read_text()
