@@ -17,7 +17,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import RepeatSampler, add_fused_lm_head, create_model_from_path
 
-from ktae_trl.arguments import UserError
+from ktae_trl.arguments import UserError, loading
 
 TESTED_TRL = ">=1.16,<1.17"
 
@@ -180,7 +180,8 @@ def frozen_model(trainer, name: str) -> nn.Module:
     how = {"dtype": policy.dtype, "attn_implementation": policy.config._attn_implementation}
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         how["device_map"] = None
-    model = create_model_from_path(name, trust_remote_code=args.trust_remote_code, **how)
+    with loading(f"the frozen model {name!r}"):
+        model = create_model_from_path(name, trust_remote_code=args.trust_remote_code, **how)
     tokens = len(trainer._tokenizer)
     if model.config.get_text_config().vocab_size < tokens:
         raise UserError(

@@ -87,11 +87,15 @@ def method_of(kind, how: str | None, settings: dict[str, Any], **more) -> Method
 
 def _of_schema_1(fields: dict[str, Any]) -> Method:
     """Return the method of a record of version 0.1, which had settings of KTAE, whatever its credit."""
-    from ktae_trl.credit import find_method  # loads torch
+    from ktae_trl.credit import METHODS  # loads torch
     from ktae_trl.credit.ktae.method import KTAE
+    from ktae_trl.credit.method import GRPO
 
     weights = {name: fields.pop(name) for name in KTAE.options({}) if name in fields}
-    kind, how = find_method(fields.pop("credit")), fields.pop("how")
+    credit, how = fields.pop("credit"), fields.pop("how")
+    kind = {**METHODS, GRPO.name: GRPO}.get(credit)
+    if kind is None:
+        return Method(credit, how, **fields)
     settings = KTAE.settings_from(weights, how) if kind is KTAE else {}
     return method_of(kind, how, settings, **fields)
 

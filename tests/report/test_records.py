@@ -313,6 +313,35 @@ def test_what_is_no_record_is_refused(tmp_path):
         records.read(path)
 
 
+def test_a_record_of_version_1_is_read(tmp_path):
+    """Its metadata had KTAE's settings beside the names, whatever the credit was."""
+    path = tmp_path / "step_000001.parquet"
+    records.write(path, records.Record(METHOD, [row()]))
+    table = pq.read_table(path)
+    of_1 = {"fisher_weight": 1.0, "ig_weight": 2.0, "tf_weight": 0.5, "leave_one_out": True}
+    of_1 |= {"special_ids": [0, 2], "generated_groups": 4}
+    version = pa.array([1], pa.int8())
+    for credit, how, title, settings in (
+        (
+            "ktae",
+            "add",
+            "KTAE (key tokens)",
+            {f"ktae_{k}": v for k, v in list(of_1.items())[:4]} | {"ktae_combine": "add"},
+        ),
+        ("tree", "replace", "TreeRPO (sampled trees)", {}),
+        ("none", None, "GRPO (one advantage for all tokens)", {}),
+        ("no_such.module", "scale", "", {}),
+    ):
+        metadata = {b"ktae_trl": json.dumps({"credit": credit, "how": how, **of_1}).encode()}
+        old = table.set_column(0, table.schema.field(0), version).replace_schema_metadata(metadata)
+        pq.write_table(old, path)
+        method, (back,) = records.read(path)
+        assert (method.credit, method.how, method.title, method.settings) == (credit, how, title, settings)
+        assert (method.special_ids, method.generated_groups) == ((0, 2), 4)
+        assert method.shares_tokens == (credit == "tree")
+        assert back == row()
+
+
 def test_files_that_are_no_records_are_passed_over(tmp_path):
     records.write(tmp_path / "step_000001.parquet", records.Record(METHOD, [row()]))
     for name in ("step_000001 (1).parquet", "step_x.parquet", ".step_000002.parquet.part"):
