@@ -11,7 +11,7 @@ from pathlib import Path
 
 from accelerate.utils import is_peft_model
 from huggingface_hub import CommitInfo
-from transformers.utils import is_wandb_available
+from transformers import is_wandb_available
 from trl import GRPOTrainer
 from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url
 
