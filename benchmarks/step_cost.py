@@ -82,7 +82,7 @@ def large_model(folder: str) -> None:
 def substitute(trainer) -> None:
     """Let each generation take its time, and return solutions of the offline task in its place."""
     from ktae_trl import tiny
-    from ktae_trl.data.problems import load
+    from ktae_trl.data import load
     from ktae_trl.tiny import task
 
     tokenizer, generate = trainer.processing_class, trainer._generate_single_turn
@@ -159,12 +159,10 @@ def train(credit: str, steps: int, model: str) -> dict:
         "_generate_single_turn": "generation",
         "_calculate_rewards": "grading",
         "_compute_loss": "forward",
-        "_whole_groups": "credit",
-        "_log_stats": "credit",
-        **({"_assign_credit": "credit"} if credit != "none" else {}),
     }
     for name, phase in watched.items():
         clock.watch(trainer, name, phase)
+    clock.watch(trainer.token_credit, "add_to", "credit")
     clock.watch(trainer._recorder, "look", "credit")
     clock.watch(hooks, "combine", "credit")
     clock.watch(trainer.accelerator, "backward", "backward")

@@ -15,9 +15,9 @@ from pathlib import Path
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HTTPError  # of httpx, with huggingface_hub 2 of httpx2
 
-from ktae_trl import tiny
-from ktae_trl.arguments import NotFoundError, UserError
-from ktae_trl.files.writing import FolderInUseError, locked, replace_text
+from ktae_trl.arguments import NotFoundError, UserError, model_path
+from ktae_trl.files.lock import FolderInUseError, locked
+from ktae_trl.files.writing import replace_json
 
 ADAPTER = "adapter_config.json"
 
@@ -52,7 +52,7 @@ def model_folder(model: str | Path, revision: str | None = None, *, download: bo
     Raises:
         FileNotFoundError: no such model, neither here nor on the Hub (or in the cache), or one without weights.
     """
-    folder = Path(tiny.model_path(str(model))).expanduser()
+    folder = Path(model_path(str(model))).expanduser()
     if not folder.is_dir():
         for weights in ("*.safetensors", "*.bin"):
             try:
@@ -221,6 +221,6 @@ def _write_cache(cache: Path | None, entries: dict[str, list]) -> None:
     try:
         with locked(cache.parent, "ktae_trl.files.fingerprint"):
             known = {path: entry for path, entry in _read_cache(cache).items() if os.path.exists(path)}
-            replace_text(cache, json.dumps(known | entries))
+            replace_json(cache, known | entries)
     except (OSError, FolderInUseError) as error:
         logger.debug("No cache of digests at %s: %s", cache, error)

@@ -1,6 +1,6 @@
-"""Which files of a run's folder make the model: these are uploaded, and links under such names not written through.
+"""Which files of a run's folder belong to the model: only these are uploaded, and never written through links.
 
-All else that lies there stays: other runs, logs and states hold data and secrets, and what is not known is not sent.
+Everything else stays on this machine: other runs, logs and states can hold data and secrets.
 """
 
 import json
@@ -43,7 +43,7 @@ _IMPORT = re.compile(
     r"^\s*(?:from\s+\.(\w+)\s+import|import\s+\.(\w+))", re.MULTILINE
 )  # as transformers looks for them
 _IMAGE = re.compile(r"""(?:\]\(|src=["'])([\w./ -]+\.(?:png|jpe?g|gif|svg|webp))[)"' ]""", re.IGNORECASE)
-# What a checkpoint holds beside its model: transformers', accelerate's, DeepSpeed's, TRL's and our own.
+# What a checkpoint holds in addition to its model: transformers', accelerate's, DeepSpeed's, TRL's and our own.
 _STATE = re.compile(
     r"trainer_state\.json|manifest\.json|latest|zero_to_fp32\.py|(scheduler|scaler)\.pt|optimizer(_\w+)?\.(pt|bin)|"
     r"pytorch_model_fsdp(_\w+)?\.bin|rng_state(_\d+)?\.pth|rollouts_\d+\.pt|global_step\d+/\w+_states\.pt|"

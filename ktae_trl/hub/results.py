@@ -11,9 +11,8 @@ from huggingface_hub import EvalResult
 
 from ktae_trl.arguments import NotFoundError, UserError
 from ktae_trl.files.fingerprint import is_of, is_old
+from ktae_trl.files.model_files import HELD_OUT
 from ktae_trl.report import markdown
-
-HELD_OUT = "held_out_results.json"
 
 
 def of_evaluation(path: Path, folder: Path) -> list[EvalResult]:

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ktae_trl import tiny
-from ktae_trl.data import problems as data
+from ktae_trl import data, tiny
 from ktae_trl.training import run as training
 
 DATA = Path(__file__).parents[1] / "samples"

@@ -18,18 +18,22 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from ktae_trl import tiny
+from ktae_trl.arguments import UserError
+from ktae_trl.credit import find_method
 from ktae_trl.credit.ktae.values import key_token_values
 from ktae_trl.report import KeyTokens, explain, records, write_report
-from ktae_trl.report.groups import describe
-from ktae_trl.report.page import collect, curves, render
-from ktae_trl.report.records import Method, Record
+from ktae_trl.report.contents import collect
+from ktae_trl.report.curves import curves
+from ktae_trl.report.group_view import describe
+from ktae_trl.report.page import render
+from ktae_trl.report.records import Method, Record, method_of
 from ktae_trl.report.rows import group_advantages, read_rows
 from ktae_trl.report.run import main
 from ktae_trl.report.tokens import colour, label, token_strings, visible
 from tests.reference import ktae_loop
 from tests.reporting import HOSTILE, Page, random_group, rows_of_group, write_run
 
-KTAE = Method("ktae", "multiply")
+KTAE = method_of(find_method("ktae"), "multiply", {})
 
 
 def of_token(group: dict, text: str) -> dict:
@@ -68,7 +72,7 @@ def test_statistics_agree_with_scipy_and_the_reference(settings):
     rows[4]["correct"] = None
     rows[5]["trained"] = [False] * len(rows[5]["trained"])
     rows[6]["trained"][:10] = [False] * 10
-    method = KTAE._replace(special_ids=(2,), **settings)
+    method = KTAE._replace(special_ids=(2,), settings={f"ktae_{name}": value for name, value in settings.items()})
     group = describe(method, rows)
 
     own = [[t for t, m in zip(r["token_ids"], r["trained"], strict=True) if m] for r in rows]
@@ -215,7 +219,7 @@ def test_curves_without_metrics_come_from_the_records(tmp_path):
     assert second["ktae/value_right"] == pytest.approx(statistics.fmean(values[0]), abs=1e-6)
     assert first["ktae/value_right"] == second["ktae/value_right"]  # the group that is all right has no values
     assert second["ktae/saturated"] == 1.0
-    titles = [panel["title"] for panel in curves(shown.by_step)]
+    titles = [panel["title"] for panel in curves(shown.by_step, [KTAE])]
     assert titles == ["Rewards by function", "Completion length (tokens)", "Mean value K", "Shares"]
     write_run(tmp_path, {1: [mixed], 2: [mixed]})
     assert "means over the groups of this page" in Page(write_report(tmp_path, tmp_path / "p.html").read_text()).text
@@ -224,7 +228,9 @@ def test_curves_without_metrics_come_from_the_records(tmp_path):
 def test_curves_need_two_points_that_are_numbers():
     assert curves([{"step": 1, "reward": 1.0}]) == []
     assert curves([{"step": 1, "reward": 1.0}, {"step": 2, "reward": float("nan")}]) == []
-    (panel,) = curves([{"step": s, "oar/mean_change": float(s)} for s in (1, 2)])
+    (panel,) = curves(
+        [{"step": s, "oar/mean_change": float(s)} for s in (1, 2)], [method_of(find_method("oar_g"), "scale", {})]
+    )
     assert panel["title"] == "Mean |w - 1|"
 
 
@@ -266,6 +272,16 @@ def test_the_page_loads_nothing_and_runs_only_its_own_scripts(tmp_path):
     (style,) = re.findall(r"<style>(.*?)</style>", (tmp_path / "page.html").read_text(), re.S)
     assert "url(" not in style
     assert "@import" not in style
+
+
+def test_a_page_without_plotly_lacks_the_curves_only(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    write_run(tmp_path, {1: [random_group(0)], 2: [random_group(1)]})
+    page = Page(write_report(tmp_path, tmp_path / "page.html").read_text())
+    assert page.data("index")["panels"] == []
+    assert len(page.data("index")["groups"]) == 2
+    for said in (page.text, caplog.text):
+        assert said.count("plotly is not installed: pip install 'ktae-trl[report]'") == 1
 
 
 def test_numbers_that_json_does_not_know(tmp_path):
@@ -489,7 +505,7 @@ def test_chats_are_prompts_and_completions(tokenizer):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("[1]", "line 2: a row must be an object"),
+        ("[1]", "line 2: an object was expected"),
         ('{"prompt": "p", "completion": "c"', "line 2: not JSON"),
         ('{"prompt": "p", "text": "c"}', r"line 2: lacks completion, correct \(or answers\). It has: prompt, text"),
         ('{"prompt": 3, "completion": "c", "correct": true}', "line 2: prompt must be a text or a list"),
@@ -605,8 +621,11 @@ def test_the_command_line(tmp_path, capsys):
     (method,) = page.data("index")["methods"]
     assert method["settings"] == {
         "advantage of a token": "A' = A + K",
-        "weights h1 (Fisher), h2 (IG), h3 (TF)": "2, 3, 0",
-        "leave one out": "yes",
+        "ktae_combine": "add",
+        "ktae_fisher_weight": "2.0",
+        "ktae_ig_weight": "3.0",
+        "ktae_tf_weight": "0.0",
+        "ktae_leave_one_out": "True",
     }
     assert method["leave_one_out"]
     group = page.data("block-0")
@@ -623,7 +642,7 @@ def test_the_command_line(tmp_path, capsys):
         (["explain", "{}/none.jsonl", "--tokenizer", str(tiny.MODEL)], "There is no file {}/none.jsonl"),
         (["explain", "{}/empty.jsonl", "--tokenizer", str(tiny.MODEL)], "{}/empty.jsonl holds no rollouts"),
         (["explain", "{}/bad.parquet", "--tokenizer", str(tiny.MODEL)], "{}/bad.parquet, line 1: not JSON"),
-        (["explain", "{}/binary.jsonl.gz", "--tokenizer", str(tiny.MODEL)], "binary.jsonl.gz is no file of JSON lines"),
+        (["explain", "{}/binary.jsonl.gz", "--tokenizer", str(tiny.MODEL)], "binary.jsonl.gz is a damaged gzip file"),
         (["explain", "{}/good.jsonl", "--tokenizer", "{}/none"], "the tokenizer '{}/none' could not be loaded"),
         (["explain", "{}/good.jsonl", "--tokenizer", str(tiny.MODEL), "-o", "{}"], "{}"),
     ],
@@ -678,7 +697,7 @@ def test_a_tree_counts_what_several_rows_share(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (gzip.compress(b'{"prompt": 1}')[:12] + b"garbage" * 9, "is no file of JSON lines"),
+        (gzip.compress(b'{"prompt": 1}')[:12] + b"garbage" * 9, "is a damaged gzip file"),
         (b"[" * 100_000, "line 1: not JSON"),
     ],
     ids=["gzip", "deep"],
@@ -705,7 +724,7 @@ def test_messages_quote_no_escape_sequences(tmp_path, capsys):
 
 def test_a_folder_is_no_place_for_a_page(tmp_path):
     write_run(tmp_path, {1: [rows_of_group([["x"], ["y"]], [True, False])]})
-    with pytest.raises(IsADirectoryError, match="is a folder: name a file"):
+    with pytest.raises(UserError, match="is a folder: name a file"):
         write_report(tmp_path, tmp_path)
     assert not list(tmp_path.parent.glob("*.part"))
 

@@ -14,7 +14,7 @@ from trl import ModelConfig
 
 from ktae_trl import KTAEGRPOConfig, cli
 from ktae_trl.credit import METHODS
-from ktae_trl.data.problems import DataArguments
+from ktae_trl.data import DataArguments
 from ktae_trl.training.run import RunArguments
 
 ROOT = Path(__file__).parents[2]

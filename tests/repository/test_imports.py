@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from ktae_trl import _HOMES as HOMES
+
 PACKAGE = Path(__file__).parents[2] / "ktae_trl"
 
 
@@ -29,20 +31,60 @@ def test_imports_stay_light(module, forbidden):
     assert not forbidden & set(loaded)
 
 
-def imported(path: Path) -> set[str]:
-    nodes = list(ast.walk(ast.parse(path.read_text())))
-    return {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module} | {
-        alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names
-    }
+# The rooms, and files with a place of their own. What a module loads as it is imported stands in its own room or above.
+ORDER = [
+    "arguments", "trl_seam", "tiny", "grading", "files", "prompts", "data", "credit", "training.reward_calls",
+    "rewards", "rollouts", "report", "hub", "evaluation", "config", "training", "trainer", "training.run",
+    "tiny.warm_start", "tiny.__main__", "cli", "__main__",
+]  # fmt: skip
 
 
-def test_nothing_imports_the_trainer():
-    files = [path for path in PACKAGE.rglob("*.py") if path.name != "trainer.py"]
-    assert len(files) > 10
-    assert not [path for path in files if "ktae_trl.trainer" in imported(path)]
-    assert "ktae_trl.credit.combine" in imported(PACKAGE / "trainer.py")  # the check sees imports at all
+def module(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+FILES = {module(path): path for path in PACKAGE.rglob("*.py")}
+
+
+def imported(path: Path, lazily: bool = True) -> set[str]:
+    """The modules that a file names in its imports, without `lazily` those outside of functions only."""
+    found, nodes = set(), [ast.parse(path.read_text())]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {HOMES.get(alias.name, f"{node.module}.{alias.name}") for alias in node.names}
+            found |= names & FILES.keys() or {node.module}
+        elif lazily or not isinstance(node, ast.FunctionDef):
+            nodes += ast.iter_child_nodes(node)
+    return found
+
+
+def room(name: str) -> str:
+    _, *parts = name.split(".")
+    whole = ".".join(parts)
+    return whole if whole in ORDER else parts[0]
+
+
+@pytest.mark.parametrize("place", ORDER)
+def test_imports_run_downwards(place):
+    own = {name for name in FILES if name != "ktae_trl" and room(name) == place}
+    assert own
+    for name in own:
+        loaded = {room(other) for other in imported(FILES[name], lazily=False) if other.startswith("ktae_trl.")}
+        assert loaded <= set(ORDER[: ORDER.index(place) + 1]), name
+
+
+def test_every_file_has_its_place():
+    assert {room(name) for name in FILES if name != "ktae_trl"} == set(ORDER)
+
+
+def test_only_the_program_that_trains_imports_the_trainer():
+    trainer = HOMES["KTAEGRPOTrainer"]
+    assert {name for name, path in FILES.items() if trainer in imported(path)} == {"ktae_trl.training.run"}
 
 
 def test_credit_and_grading_do_not_know_trl():
-    for path in [*(PACKAGE / "credit").glob("*.py"), *(PACKAGE / "grading").glob("*.py")]:
-        assert not [name for name in imported(path) if name.split(".")[0] in ("trl", "transformers")]
+    for own in (own for own in FILES if own.startswith(("ktae_trl.credit", "ktae_trl.grading"))):
+        assert not [name for name in imported(FILES[own]) if name.split(".")[0] in ("trl", "transformers")], own
