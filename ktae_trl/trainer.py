@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,9 +16,9 @@ from trl.import_utils import is_vllm_available
 
 from ktae_trl.arguments import NotImportedError, UserError
 from ktae_trl.config import KTAEGRPOConfig
-from ktae_trl.credit import METHODS, TOKENIZER_CHECKS
-from ktae_trl.credit.cards import CARDS, NONE, Card
-from ktae_trl.credit.combine import Rollouts, combine
+from ktae_trl.credit import find_method
+from ktae_trl.credit.combine import combine
+from ktae_trl.credit.method import Card
 from ktae_trl.data.columns import free_names
 from ktae_trl.files.checkpoints import remove_unfinished
 from ktae_trl.files.lock import FolderInUseError, locked
@@ -27,8 +26,7 @@ from ktae_trl.files.model_files import HELD_OUT
 from ktae_trl.hub import saving
 from ktae_trl.rewards import SHAPING, bind, checked, opens_think, reads_answers, texts_of
 from ktae_trl.rollouts import dynamic
-from ktae_trl.rollouts.policy import Policy
-from ktae_trl.rollouts.samplers import SAMPLERS
+from ktae_trl.rollouts.credited import TokenCredit
 from ktae_trl.rollouts.verdicts import Verdicts, correctness_index, verdicts
 from ktae_trl.training.batches import Batches
 from ktae_trl.training.console import print_sample
@@ -76,7 +74,6 @@ class KTAEGRPOTrainer(ExactResume, GRPOTrainer):
     ```
     """
 
-    _tag_names, _name, _paper, _does = CARDS["ktae"]
     resumed_from: str | None = None  # the checkpoint that the last training resumed from
 
     def __init__(self, model, reward_funcs=None, args: KTAEGRPOConfig | None = None, *positional, **kwargs):
@@ -87,9 +84,9 @@ class KTAEGRPOTrainer(ExactResume, GRPOTrainer):
             raise TypeError(
                 f"args must be a KTAEGRPOConfig, which takes the same arguments, not a {type(args).__name__}"
             )
-        does = NONE if args.credit == "none" else ""
-        grpo = Card(GRPOTrainer._tag_names, GRPOTrainer._name, GRPOTrainer._paper, does)
-        self._tag_names, self._name, self._paper, self._does = CARDS.get(args.credit, grpo)
+        card = find_method(args.credit).card or Card(GRPOTrainer._name)
+        self._tag_names, self._name = [*GRPOTrainer._tag_names, *card.tags], card.name
+        self._paper, self._does = card.paper or GRPOTrainer._paper, card.does
         if args.use_vllm and not is_vllm_available():
             raise NotImportedError(
                 "use_vllm is set, but vLLM is not installed. Install it, for GPUs: pip install 'ktae-trl[vllm]'. "
@@ -121,17 +118,11 @@ class KTAEGRPOTrainer(ExactResume, GRPOTrainer):
             function if isinstance(function, torch.nn.Module) else checked(function, name, args.reward_timeout)
             for function, name in zip(self.reward_funcs, names, strict=True)
         ]
-        self._assign_credit = METHODS.get(args.credit)
-        if args.credit in TOKENIZER_CHECKS:
-            TOKENIZER_CHECKS[args.credit](self._tokenizer)
-        self._credit_how: str | None = None
-        self._sampler = SAMPLERS.get(args.credit)
-        self._check_sampler()
+        self.token_credit = TokenCredit(args, self)
         self._chosen_rewards: Tensor | None = None  # set while the parent runs on rollouts that dynamic sampling chose
         self._prompt_stream = self._make_prompt_stream() if args.dynamic_sampling else None
         self._warned_of_filling = False
-        self._special_ids = tuple({self._tokenizer.pad_token_id, *self.eos_token_ids})
-        self._recorder = Recorder(args, names, self._tokenizer, self._special_ids, self.accelerator)
+        self._recorder = Recorder(args, names, self._tokenizer, self.token_credit.special_ids, self.accelerator)
         self.add_callback(self._recorder)
         if args.credit != "none" and args.num_completions_to_print is None:
             self.num_completions_to_print = 0  # `log_completions` shows key tokens instead of all completions
@@ -166,43 +157,8 @@ class KTAEGRPOTrainer(ExactResume, GRPOTrainer):
         return self.reward_func_names[self._correctness_index]
 
     def judge(self, rows: list[dict], completion_ids: list[list[int]]) -> Tensor:
-        """Return the correctness reward of the completions of all processes, NaN where there is none; logs nothing.
-
-        All processes must call it, with as many completions each.
-
-        Args:
-            rows: of a dataset, one per completion: `prompt`, and the columns that the reward function takes.
-            completion_ids: the tokens of each.
-        """
-        prompts, i = [row["prompt"] for row in rows], self._correctness_index
-        completions = self._read(prompts, completion_ids)
-        lists = ("reward_funcs", "reward_processing_classes", "reward_func_names")
-        changed = {name: getattr(self, name)[i : i + 1] for name in lists}
-        changed |= {name: defaultdict(list) for name in ("_pending_extra_logs", "_pending_metrics")}
-        kept = {name: getattr(self, name) for name in changed}
-        vars(self).update(changed)
-        try:
-            return super()._calculate_rewards(rows, prompts, completions, completion_ids)[:, 0]
-        finally:
-            vars(self).update(kept)
-
-    def _read(self, prompts: list, completion_ids: list[list[int]]) -> list:
-        """Return completions as reward functions get them in training, which TRL makes while it generates."""
-        prompt_ids, *_ = self._tokenize_prompts(prompts)
-        rollouts = {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": None}
-        changed = {
-            "rollout_func": lambda prompts, trainer: rollouts,
-            "_metrics": {"train": defaultdict(list), "eval": defaultdict(list)},
-            "tools": [],
-            "use_vllm": False,  # it would load the weights into vLLM
-        }
-        kept, tokens = {name: getattr(self, name) for name in changed}, self.state.num_input_tokens_seen
-        vars(self).update(changed)
-        try:
-            return self._generate(prompts)[3]
-        finally:
-            vars(self).update(kept)
-            self.state.num_input_tokens_seen = tokens
+        """Return the correctness reward of the completions of all processes: see `TrainerTools.rewards`."""
+        return self.token_credit.tools.rewards(rows, completion_ids)
 
     # Credit: look at whole groups after each generation, combine in the loss.
 
@@ -213,7 +169,7 @@ class KTAEGRPOTrainer(ExactResume, GRPOTrainer):
         if rewards is None:
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
             check_rewards(rewards, self.reward_func_names)
-        self._gathered_rewards = rewards
+        self._gathered_rewards, self._graded_rows = rewards, inputs
         return rewards
 
     def _generate_and_score_completions(self, inputs):
@@ -221,20 +177,12 @@ class KTAEGRPOTrainer(ExactResume, GRPOTrainer):
             batch = self._sample_informative_groups()
         else:
             batch = super()._generate_and_score_completions(inputs)
-        judged, stats = self._verdicts(), {}
+        judged = self._verdicts()
         for name, value in judged.metrics().items():
             self._metrics["train" if self.model.training else "eval"][name].append(value)
-        # A group of one, as evaluation may have, has nothing to compare; nor do samples in the place of a sampler's.
-        sampled = self._sampler is None or self.model.training
-        if self._assign_credit is not None and sampled and self._group_size() > 1:
-            started = time.perf_counter()
-            policy = Policy(self.model, self._tokenizer, self.accelerator, images="pixel_values" in batch)
-            credit = self._assign_credit(self._whole_groups(batch, judged), self.args, policy)
-            batch["credit"] = credit.values[:, : batch["completion_ids"].shape[1]]
-            self._credit_how = credit.how
-            stats = self._log_stats(credit.stats, started)
+        stats = self.token_credit.add_to(batch, self._graded_rows, judged)
         if self.model.training:
-            how = self._credit_how if "credit" in batch else None
+            how = self.token_credit.how
             self._recorder.look(self.state.global_step + 1, batch, self._gathered_rewards, *judged, how)
             if self.is_world_process_zero():
                 rewards = self._correctness_rewards()
@@ -263,7 +211,7 @@ class KTAEGRPOTrainer(ExactResume, GRPOTrainer):
 
     def _compute_loss(self, model, inputs):
         if "credit" in inputs:
-            advantages = combine(inputs["advantages"], inputs["credit"], self._credit_how)
+            advantages = combine(inputs["advantages"], inputs["credit"], self.token_credit.how)
             inputs = {**inputs, "advantages": advantages}  # a new dict: buffered batches are used again
         return or_nan(super()._compute_loss(model, inputs))
 
@@ -282,89 +230,9 @@ class KTAEGRPOTrainer(ExactResume, GRPOTrainer):
         self._check_weights(output_dir or self.args.output_dir)
         super().save_model(output_dir, _internal_call)
 
-    def _whole_groups(self, batch: dict[str, Tensor], judged: Verdicts) -> Rollouts:
-        """Return the groups that this process holds rollouts of, complete with those of other processes."""
-        ids = batch["completion_ids"].int()
-        mask = batch["completion_mask"].bool()
-        if "tool_mask" in batch:
-            mask = mask & batch["tool_mask"].bool()
-        B, G = len(ids), self._group_size()
-        begin = self.accelerator.process_index * B
-        first, last = begin // G, -(-(begin + B) // G)  # groups, in the order of all processes
-        if B % G:  # groups straddle processes
-            ids, mask = (self.accelerator.pad_across_processes(x, dim=1) for x in (ids, mask.int()))
-            ids, mask = (self.accelerator.gather(x)[first * G : last * G] for x in (ids, mask))
-        correct_PG, scored_PG = (x[first:last] for x in judged)
-        own = slice(begin - first * G, begin - first * G + B)
-        return Rollouts(
-            ids_PGT=ids.view(-1, G, ids.shape[1]),
-            mask_PGT=mask.view(-1, G, ids.shape[1]).bool(),
-            correct_PG=correct_PG,
-            scored_PG=scored_PG,
-            advantages_B=batch["advantages"],
-            prompt_ids_BL=batch["prompt_ids"],
-            prompt_mask_BL=batch["prompt_mask"],
-            lengths_B=batch["completion_mask"].sum(1),
-            special_ids=self._special_ids,
-            own=own,
-        )
-
-    def _log_stats(self, stats: dict[str, tuple[Tensor, Tensor]], started: float) -> dict[str, tuple[float, float]]:
-        """Log a credit method's metrics; return their numerators and denominators over all processes."""
-        metrics, of_all = self._metrics["train" if self.model.training else "eval"], {}
-        if stats:
-            sums = torch.stack([torch.stack(pair).float() for pair in stats.values()])
-            of_all = dict(zip(stats, map(tuple, self.accelerator.reduce(sums, "sum").tolist()), strict=True))
-            for name, (total, count) in of_all.items():
-                metrics[name].append(total / count if count else float("nan"))  # TRL leaves NaN out of its means
-        # Reading the sums has waited for the device. A family of methods (oar_g, oar_p) shares its metrics' prefix.
-        metrics[f"{self.args.credit.partition('_')[0]}/seconds"].append(time.perf_counter() - started)
-        return of_all
-
-    # A credit method's own sampler, in training: it generates with TRL and hands its rollouts in as TRL's rollout_func.
-
-    def _check_sampler(self) -> None:
-        images = {"image", "images"} & set(getattr(self.train_dataset, "column_names", None) or ())
-        if self._sampler and (self.rollout_func or self.tools or self.environment_factories or images):
-            raise UserError(
-                f"credit={self.args.credit!r} samples its rollouts itself, from text: it does not go with a "
-                "rollout_func, tools, environments or images"
-            )
-
     def _generate(self, prompts):
-        if self._sampler is None or not self.model.training or self.rollout_func is not None:
+        with self.token_credit.sampling():
             return super()._generate(prompts)
-        self.rollout_func = self._sample
-        try:
-            return super()._generate(prompts)
-        finally:
-            self.rollout_func = None
-
-    def _sample(self, prompts, _) -> dict[str, list | None]:
-        prompt_ids, *_ = self._tokenize_prompts(prompts)
-        return self._sampler.sample(prompt_ids, self._continue, self.args, self.eos_token_ids)
-
-    def _continue(
-        self, prompt_ids: list[list[int]], max_tokens: int
-    ) -> tuple[list[list[int]], list[list[float]] | None]:
-        """Sample a continuation of each, of at most `max_tokens`. All processes must call it, if only with none."""
-        own = most = len(prompt_ids)
-        if self.use_vllm and (self.vllm_mode == "server" or self.args.vllm_tensor_parallel_size > 1):
-            # vLLM then takes as many prompts from each process, and the limit from one.
-            most = self.accelerator.gather(torch.tensor([own], device=self.accelerator.device)).max().item()
-        filling = [[self.eos_token_ids[0]]] * (max(most, 1) - own)
-        holder, limit = (
-            (self.vllm_generation, "max_completion_length")
-            if self.use_vllm
-            else (self.generation_config, "max_new_tokens")
-        )
-        whole = getattr(holder, limit)
-        setattr(holder, limit, max_tokens if most else 1)
-        try:
-            completion_ids, logprobs = self._generate_single_turn(prompt_ids + filling, None, {}, num_generations=1)
-        finally:
-            setattr(holder, limit, whole)
-        return completion_ids[:own], None if logprobs is None else logprobs[:own]
 
     # Dynamic sampling: generate and grade until the batch is full, then let the parent run once on what was chosen.
 

@@ -1,16 +1,23 @@
-"""The start-up check that the installed TRL still has what `KTAEGRPOTrainer` builds on."""
+"""What is used of TRL's and transformers' private names, and the check at start that the installed TRL has it."""
 
 import inspect
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import transformers.trainer
 import trl
 from packaging.specifiers import SpecifierSet
+from torch import Tensor, nn
 from transformers import Trainer
+from trl import GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
-from trl.trainer.utils import RepeatSampler
+from trl.models import prepare_deepspeed, prepare_fsdp
+from trl.trainer.utils import RepeatSampler, add_fused_lm_head, create_model_from_path
+
+from ktae_trl.arguments import UserError, loading
 
 TESTED_TRL = ">=1.16,<1.17"
 
@@ -49,6 +56,11 @@ _RELIED_ON: dict[str, tuple[list[str], set[str]]] = {
     "_generate": (
         ["prompts"],
         {"_metrics", "completion_ids", "env_mask", "logprobs", "num_input_tokens_seen", "prompt_ids", "rollout_func"},
+    ),
+    # Credit methods ask for the log-probabilities and entropies of tokens.
+    "_get_per_token_logps_and_entropies": (
+        ["model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy"],
+        {"fused_lm_head", "entropy", "log_probs"},
     ),
     # A sampler generates segments, each from a prompt of its own, with a limit set where these two read it.
     "_tokenize_prompts": (["prompts"], set()),
@@ -94,6 +106,115 @@ _RELIED_ON: dict[str, tuple[list[str], set[str]]] = {
         {"load_from_json", "global_step"},
     ),
 }
+
+
+# The tools of credit methods: see `ktae_trl.rollouts.tools`.
+
+
+def tokenizer_of(trainer) -> Any:
+    """Return the tokenizer, also where the trainer has a processor."""
+    return trainer._tokenizer
+
+
+def token_stats(
+    trainer, model: nn.Module, ids_BL: Tensor, mask_BL: Tensor, *, completion_length: int, rows: int
+) -> tuple[Tensor, Tensor]:
+    """Return the log-probability and the entropy of the last tokens of each row, (B, completion_length) each.
+
+    Args:
+        rows: that a forward pass holds at most.
+    """
+    logps_BT, entropies_BT, _ = trainer._get_per_token_logps_and_entropies(
+        model, ids_BL, mask_BL, completion_length, batch_size=rows, compute_entropy=True
+    )
+    return logps_BT, entropies_BT
+
+
+def continuations(trainer, prefixes: list[list[int]], limit: int) -> tuple[list[list[int]], list[list[float]] | None]:
+    """Sample a continuation of each prefix, of at most `limit` tokens; log-probabilities with vLLM only."""
+    holder, name = trainer.generation_config, "max_new_tokens"
+    if trainer.use_vllm:
+        holder, name = trainer.vllm_generation, "max_completion_length"
+    with changed(holder, **{name: limit}):
+        return trainer._generate_single_turn(prefixes, None, {}, num_generations=1)
+
+
+def prompt_ids_of(trainer, prompts: list) -> list[list[int]]:
+    """Return prompts as the token ids that the trainer generates from."""
+    return trainer._tokenize_prompts(prompts)[0]
+
+
+def rewards(trainer, index: int, rows: list[dict[str, Any]], completion_ids: list[list[int]]) -> Tensor:
+    """Return what one reward function gives to the completions of all processes, (N,); logs nothing.
+
+    All processes must call it, with as many completions each.
+    """
+    prompts = [row["prompt"] for row in rows]
+    completions = _as_reward_functions_read(trainer, prompts, completion_ids)
+    lists = ("reward_funcs", "reward_processing_classes", "reward_func_names")
+    only = {name: getattr(trainer, name)[index : index + 1] for name in lists}
+    with changed(trainer, **only, _pending_extra_logs=defaultdict(list), _pending_metrics=defaultdict(list)):
+        return GRPOTrainer._calculate_rewards(trainer, rows, prompts, completions, completion_ids)[:, 0]
+
+
+def _as_reward_functions_read(trainer, prompts: list, completion_ids: list[list[int]]) -> list:
+    """Return completions as reward functions get them in training, which TRL makes while it generates."""
+    rollouts = {"prompt_ids": prompt_ids_of(trainer, prompts), "completion_ids": completion_ids, "logprobs": None}
+    nowhere = {
+        "rollout_func": lambda prompts, trainer: rollouts,
+        "_metrics": {"train": defaultdict(list), "eval": defaultdict(list)},
+        "tools": [],
+        "use_vllm": False,  # it would load the weights into vLLM
+    }
+    tokens = trainer.state.num_input_tokens_seen
+    try:
+        with changed(trainer, **nowhere):
+            return GRPOTrainer._generate(trainer, prompts)[3]
+    finally:
+        trainer.state.num_input_tokens_seen = tokens
+
+
+def frozen_model(trainer, name: str) -> nn.Module:
+    """Load a second model as TRL loads its reference model, prepared for the device, ZeRO-3 and FSDP2."""
+    policy, args = trainer.model, trainer.args
+    how = {"dtype": policy.dtype, "attn_implementation": policy.config._attn_implementation}
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        how["device_map"] = None
+    with loading(f"the frozen model {name!r}"):
+        model = create_model_from_path(name, trust_remote_code=args.trust_remote_code, **how)
+    tokens = len(trainer._tokenizer)
+    if model.config.get_text_config().vocab_size < tokens:
+        raise UserError(
+            f"The frozen model {name!r} has {model.config.get_text_config().vocab_size} token ids, but the policy's "
+            f"tokenizer has {tokens}: choose a model with the same tokens"
+        )
+    model.requires_grad_(False)
+    add_fused_lm_head(model, temperature=trainer.temperature, outputs=("log_probs", "entropy"))
+    if trainer.is_deepspeed_enabled:
+        model = prepare_deepspeed(model, trainer.accelerator)
+    elif trainer.is_fsdp_enabled:
+        model = prepare_fsdp(model, trainer.accelerator)
+    else:
+        model = trainer.accelerator.prepare_model(model, evaluation_mode=True)
+    return model.eval()
+
+
+def log_metrics(trainer, metrics: dict[str, float]) -> None:
+    """Add to the means that the trainer logs next, those of training or of evaluation."""
+    means = trainer._metrics["train" if trainer.model.training else "eval"]
+    for name, value in metrics.items():
+        means[name].append(value)
+
+
+@contextmanager
+def changed(owner: object, **values: Any) -> Iterator[None]:
+    """In here, attributes of an object have other values."""
+    kept = {name: getattr(owner, name) for name in values}
+    vars(owner).update(values)
+    try:
+        yield
+    finally:
+        vars(owner).update(kept)
 
 
 def check_trl(trainer_class: type, version: str = trl.__version__) -> None:

@@ -15,7 +15,7 @@ from transformers import TrainerState, trainer
 
 from ktae_trl.files import checkpoints
 from ktae_trl.files.checkpoints import ResumeError
-from ktae_trl.training.changes import LAYOUT, ROWS, SETTINGS, Changes, fingerprint
+from ktae_trl.training.changes import LAYOUT, ROWS, SETTINGS, Changes, fingerprint, own_settings
 from ktae_trl.training.guard import NotFiniteError, check_weights
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,6 @@ class ExactResume:
             {
                 "step": self._step,
                 "settings": self._settings(self.state.max_steps),
-                "how": self._credit_how,
                 "rollouts": self._buffered_inputs if self._step % self._cycle() else None,
                 "prompts": self._prompt_stream and self._prompt_stream.state(),
             },
@@ -182,7 +181,7 @@ class ExactResume:
         if notes := list(changes.notes()):
             self._warn("\n  ".join([f"Settings have changed since {checkpoint} was saved:", *notes]))
         if not changes.among(LAYOUT) and not incomplete:
-            self._step, self._credit_how = first.step, first.how
+            self._step = first.step
             self._buffered_inputs = send_to_device(own and own["rollouts"], self.accelerator.device)
         if self._prompt_stream is not None and first.prompts and not self.args.ignore_data_skip:
             self._prompt_stream.restore(first.prompts)
@@ -231,7 +230,7 @@ class ExactResume:
         if self._data_fingerprint is None:
             self._data_fingerprint = fingerprint(self.train_dataset)
         recipe = {"overlong_buffer": self.recipe.get("overlong_buffer", "the default")} if self.recipe else {}
-        known = vars(self.args) | recipe | self._data_fingerprint
+        known = vars(self.args) | recipe | self._data_fingerprint | own_settings(self.args)
         if not self.shuffle_dataset:
             known.pop("seed")  # random numbers come from the checkpoint, so it decides nothing
         known |= {
@@ -283,7 +282,6 @@ class _Saved(NamedTuple):
     """What a process's file in a checkpoint says, without its rollouts."""
 
     step: int
-    how: str | None
     prompts: dict | None
     settings: dict
     holds_rollouts: bool
@@ -296,7 +294,7 @@ class _Saved(NamedTuple):
         rollouts = file["rollouts"]
         lacks = {name: why for name, why in reads.items() if rollouts and name not in rollouts[0]}
         settings = file["settings"] if "settings" in file else _settings_of_0_1(file)
-        return cls(file["step"], file["how"], file["prompts"], settings, rollouts is not None, lacks)
+        return cls(file["step"], file["prompts"], settings, rollouts is not None, lacks)
 
 
 def _settings_of_0_1(file: dict) -> dict:

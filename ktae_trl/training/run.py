@@ -20,7 +20,7 @@ from trl import GRPOConfig, ModelConfig, get_peft_config, get_quantization_confi
 from trl.trainer.utils import get_callable_name
 
 from ktae_trl.arguments import UserError, first_line, loading, model_path, need, parse, settings_help, user_errors
-from ktae_trl.config import KTAEGRPOConfig
+from ktae_trl.config import KTAEGRPOConfig, config_class
 from ktae_trl.credit import METHODS
 from ktae_trl.data import DataArguments, load_prompts
 from ktae_trl.files.checkpoints import ResumeError, candidates, wants_to_resume
@@ -266,7 +266,7 @@ def read_arguments(words: Sequence[str], program: str = "train.py") -> tuple[Run
     if not torch.accelerator.is_available():
         (run,) = parse((RunArguments,), program, words, others=True)
         words = [*words, "--use_cpu", "true"] if run.dry_run else words
-    run, args, model = parse((RunArguments, KTAEGRPOConfig, ModelConfig), program, words)
+    run, args, model = parse((RunArguments, config_class(words, program), ModelConfig), program, words)
     if wants_to_resume(args.resume_from_checkpoint):  # before anything is loaded
         candidates(args.resume_from_checkpoint, args.output_dir)
     check_trackers(args)
@@ -283,20 +283,28 @@ def check_trackers(args: KTAEGRPOConfig) -> None:
             logger.warning("No logs for TensorBoard, which is not installed: pip install 'ktae-trl[trackers]'")
 
 
-def show_help(usage: str) -> None:
-    """Print the usage and all settings, in groups."""
+def show_help(usage: str, words: Sequence[str] = ()) -> None:
+    """Print the usage and all settings, in groups, with those of the credit method that the words name."""
+    config = config_class([word for word in words if word not in ("-h", "--help")], "train")
     own, trl = RunArguments.__annotations__, GRPOConfig.__annotations__
     groups: dict[str, list[dataclasses.Field]] = {
         "run": [setting for setting in dataclasses.fields(RunArguments) if setting.name in own],
         "data": list(dataclasses.fields(DataArguments)),
         "credit": [],
     }
-    for setting in dataclasses.fields(KTAEGRPOConfig):
-        if setting.name not in GRPOConfig.__dataclass_fields__:
-            prefix = setting.name.partition("_")[0]
-            methods = ", ".join(name for name in METHODS if name.startswith(prefix))
-            other = {"dynamic": "DAPO", "record": "records", "allow": "run"}.get(prefix, "credit")
-            groups.setdefault(f"credit: {methods}" if methods else other, []).append(setting)
+    others = {"dynamic": "DAPO", "record": "records", "allow": "run"}
+    of_methods: dict[type, list[str]] = {}
+    for name, method in METHODS.items():
+        of_methods.setdefault(method.Settings, []).append(name)
+    for settings, names in of_methods.items():
+        groups[f"credit: {', '.join(names)}"] = list(dataclasses.fields(settings))
+    shown = {setting.name for group in groups.values() for setting in group} | set(GRPOConfig.__dataclass_fields__)
+    for setting in dataclasses.fields(config):
+        if setting.name not in shown:
+            title = others.get(setting.name.partition("_")[0], "credit")
+            if setting.name not in KTAEGRPOConfig.__dataclass_fields__:
+                title = "credit: your own method"
+            groups.setdefault(title, []).append(setting)
     groups["model"] = list(dataclasses.fields(ModelConfig))
     groups["TRL's GRPO"] = [setting for setting in dataclasses.fields(GRPOConfig) if setting.name in trl]
     groups["transformers' Trainer"] = [setting for setting in dataclasses.fields(GRPOConfig) if setting.name not in trl]
@@ -307,7 +315,7 @@ def main(words: Sequence[str] | None = None, program: str = "train.py") -> None:
     """Train as the command line says, by default that of this process."""
     words = sys.argv[1:] if words is None else words
     if {"-h", "--help"} & set(words):
-        return show_help(f"{program} --config FILE.yaml [--field value ...]")
+        return show_help(f"{program} --config FILE.yaml [--field value ...]", words)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     end_with_launcher()
     with user_errors(program):
