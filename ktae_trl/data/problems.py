@@ -292,6 +292,13 @@ def free_names(dataset: Dataset, taken: set[str] = _RESERVED, silent: Iterable[s
     return dataset.rename_columns(renamed)
 
 
+def with_free_names(dataset):
+    """Return a dataset, or several by name, with `free_names`; a stream, or None, stays as it is."""
+    if isinstance(dataset, dict):
+        return {name: with_free_names(part) for name, part in dataset.items()}
+    return free_names(dataset) if isinstance(dataset, Dataset) else dataset
+
+
 def _has_image(dataset: Dataset, column: str) -> list[bool]:
     """Return for each row whether it has an image or a list of images; none is decoded."""
     values = dataset.with_format("arrow")[column][:]
