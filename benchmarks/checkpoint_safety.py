@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ktae_trl import KTAEGRPOConfig, KTAEGRPOTrainer, tiny
-from ktae_trl.data.problems import load, to_prompts
+from ktae_trl.data import load, to_prompts
 from ktae_trl.files import checkpoints
 from ktae_trl.rewards import math_accuracy
 from ktae_trl.training.guard import Guard, check_weights, or_nan

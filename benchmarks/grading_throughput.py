@@ -8,8 +8,6 @@ against the answers of other problems, drawn at random: no pair comes twice.
 """
 
 import argparse
-import gzip
-import json
 import logging
 import random
 import time
@@ -18,6 +16,7 @@ from pathlib import Path
 from math_verify import LatexExtractionConfig, parse, verify
 
 from ktae_trl import tiny
+from ktae_trl.files.lines import read_json_lines
 from ktae_trl.grading import grade_many
 from ktae_trl.tiny import task
 
@@ -35,11 +34,10 @@ def one_by_one(outputs: list[str], golds: list[str]) -> list[bool]:
 def read(file: Path | None) -> list[dict]:
     """Return outputs with their answers: those of the file, or solutions of the offline task."""
     if file is None:
-        problems = [json.loads(line) for line in tiny.TRAIN.read_text().splitlines()]
+        problems = [row for _, row in read_json_lines(tiny.TRAIN)]
         solutions = task.draw_solutions(problems, seed=0)
         return [{"output": text, "answers": [p["answer"]]} for text, p in zip(solutions, problems, strict=True)]
-    with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+    return [row for _, row in read_json_lines(file)]
 
 
 def pairs(rows: list[dict], count: int, seed: int) -> tuple[list[str], list[str]]:

@@ -8,7 +8,6 @@ mixture): without that, reinforcement learning finds nothing to select in such s
 """
 
 import argparse
-import json
 import random
 import re
 from collections.abc import Collection
@@ -18,6 +17,7 @@ import reasoning_gym
 import torch
 from transformers import Qwen2ForCausalLM, Qwen2Tokenizer, set_seed
 
+from ktae_trl.files.writing import replace_json_lines
 from ktae_trl.tiny.warm_start import build_model, build_tokenizer, save, teach
 
 # Templates whose question has at most 320 characters, whose solution has at most 160, and whose numbers stay small.
@@ -76,8 +76,8 @@ def main() -> None:
     taken |= {item["problem"] for item in train}
     arguments.output.mkdir(parents=True, exist_ok=True)
     for name, items in (("train", train), ("held_out", held_out)):
-        lines = "".join(json.dumps({key: item[key] for key in ("problem", "answer")}) + "\n" for item in items)
-        (arguments.output / f"{name}.jsonl").write_text(lines)
+        rows = [{key: item[key] for key in ("problem", "answer")} for item in items]
+        replace_json_lines(arguments.output / f"{name}.jsonl", rows)
 
     items = problems(20_000, _SEEDS["warm start"], taken)
     careful = [item["solution"] for item in items]

@@ -32,6 +32,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+from ktae_trl.files.writing import replacing  # noqa: E402
+
 CURVE, RUN, LOG = "curve.parquet", "run.yaml", "log.txt"
 SEARCH = "rates"  # the stage that looks for learning rates, named as a tier
 # Column of a curve -> metric of an evaluation, and of a training step (whose mean since the last evaluation is taken).
@@ -196,7 +198,7 @@ def train(run: Run, threads: int) -> None:
 
     from ktae_trl import KTAEGRPOConfig
     from ktae_trl.credit.ktae.values import key_token_values
-    from train import RunArguments, build_trainer
+    from ktae_trl.training.run import RunArguments, build_trainer
 
     torch.set_num_threads(threads)
     variants.register()
@@ -251,9 +253,8 @@ def train(run: Run, threads: int) -> None:
     trainer.train()
     if trainer.is_world_process_zero():
         (run.folder / RUN).write_text(yaml.safe_dump(run.told, sort_keys=False))
-        part = run.folder / f"{CURVE}.part"
-        pd.DataFrame(curve.rows).to_parquet(part)
-        part.rename(run.folder / CURVE)  # whole, or not there
+        with replacing(run.folder / CURVE) as draft:
+            pd.DataFrame(curve.rows).to_parquet(draft)
 
 
 def train_apart(run: Run, launch: str | None, threads: int) -> float:

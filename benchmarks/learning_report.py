@@ -25,6 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from learning import SEARCH, area, on_grid, read_config, search_runs, tier_runs  # noqa: E402
 
 from ktae_trl.evaluation.statistics import Difference, Estimate, holm  # noqa: E402
+from ktae_trl.report.markdown import table  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 BASELINE, FULL = "grpo", "ktae_multiply"
@@ -115,11 +116,6 @@ def show(x: Estimate | Difference, scale: float = 100, digits: int = 1, sign: bo
     return f"{value} ({x.low * scale:{mark}.{digits}f} to {x.high * scale:{mark}.{digits}f})"
 
 
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def compare(runs: pd.DataFrame, task: str, methods: list[str], against: str, column: str) -> dict[str, Difference]:
     """Return how far these methods are above another, paired by seed; p-values are those after Holm."""
     mine = runs[runs.task == task]
@@ -140,7 +136,7 @@ def comparison_table(runs: pd.DataFrame, task: str, methods: list[str], against:
             row.append("" if method == against else show_difference(found[method], p_values))
         rows.append(row)
     head = ["method", "rate", "seeds", "area, %", f"less `{against}`", "final accuracy, %", f"less `{against}`"]
-    return markdown(head, rows)
+    return table(head, rows)
 
 
 def habits_table(runs: pd.DataFrame, task: str, methods: list[str]) -> str:
@@ -153,7 +149,7 @@ def habits_table(runs: pd.DataFrame, task: str, methods: list[str]) -> str:
         differences = [(found[column][method], n) for column, n in digits.items()]
         cells = [f"{show(d, scale=1, digits=n, sign=True)}, p = {d.p:.3f}" for d, n in differences]
         rows.append([f"`{method}`, less `{BASELINE}`", *cells])
-    return markdown(["", "tokens of a completion", "entropy, nats"], rows)
+    return table(["", "tokens of a completion", "entropy, nats"], rows)
 
 
 def show_difference(found: Difference, p_values: bool) -> str:
@@ -177,7 +173,7 @@ def summary_table(runs: pd.DataFrame) -> str:
                 for task in tasks
             ]
             rows.append([f"`{method}`", str(seeds), *cells])
-    return markdown(["method", "seeds", *(f"{task}, points" for task in tasks)], rows)
+    return table(["method", "seeds", *(f"{task}, points" for task in tasks)], rows)
 
 
 def quartiles(values: np.ndarray, digits: int = 0) -> str:
@@ -224,7 +220,7 @@ def behaviour_table(curves: pd.DataFrame, runs: pd.DataFrame, task: str) -> str:
         *("seconds of training", "steps", "length", "entropy", "with an answer", "with a wrong answer"),
         *("saturated", "mean A' / mean A, sizes"),
     ]
-    return markdown(head, rows)
+    return table(head, rows)
 
 
 def rates_table(searched: pd.DataFrame) -> str:
@@ -234,7 +230,7 @@ def rates_table(searched: pd.DataFrame) -> str:
         [task, f"`{method}`", *("" if np.isnan(x) else f"**{x:.1%}**" if x == row.max() else f"{x:.1%}" for x in row)]
         for (task, method), row in means.iterrows()
     ]
-    return markdown(["task", "method", *(f"{rate:g}" for rate in means.columns)], rows)
+    return table(["task", "method", *(f"{rate:g}" for rate in means.columns)], rows)
 
 
 def band(axis: plt.Axes, curves: pd.DataFrame, x: str, y: str, label: str, colour) -> None:

@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 
 from ktae_trl.evaluation.statistics import independent_difference, mean_of, wilson
+from ktae_trl.report.markdown import table
 
 PROBLEMS = {"aime24": 30, "amc23": 83, "math500": 500, "minerva": 272, "olympiadbench": 675}
 PAIRS = [(f"{method}_{size}", f"{method}+KTAE_{size}") for size in ("1.5B", "7B") for method in ("GRPO", "DAPO")]
@@ -22,13 +23,9 @@ def points(estimate) -> str:
     return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
-def table(results: dict) -> list[str]:
-    """Return the lines of the table in README."""
-    benchmarks = " | ".join(f"{name} ({n})" for name, n in PROBLEMS.items())
-    lines = [
-        f"| | average, % | + KTAE | difference, points | {benchmarks} | tokens |",
-        "|---" * (len(PROBLEMS) + 5) + "|",
-    ]
+def gains(results: dict) -> str:
+    """Return the table in README."""
+    rows = []
     for names in PAIRS:
         parts = [[wilson(results[name]["accuracy"][b], n) for b, n in PROBLEMS.items()] for name in names]
         without, with_ktae = (mean_of(part) for part in parts)
@@ -36,14 +33,15 @@ def table(results: dict) -> list[str]:
         cells = [names[0].replace("_", " "), f"{100 * without.value:.1f}", f"{100 * with_ktae.value:.1f}"]
         cells.append(points(independent_difference(without, with_ktae)))
         cells += [points(independent_difference(a, b)) for a, b in zip(*parts, strict=True)]
-        lines.append("| " + " | ".join(cells) + f" | {tokens[0]:.0f} to {tokens[1]:.0f} |")
-    return lines
+        rows.append([*cells, f"{tokens[0]:.0f} to {tokens[1]:.0f}"])
+    benchmarks = [f"{name} ({n})" for name, n in PROBLEMS.items()]
+    return table(["", "average, %", "+ KTAE", "difference, points", *benchmarks, "tokens"], rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
-    print("\n".join(table(json.loads(parser.parse_args().file.read_text()))))
+    print(gains(json.loads(parser.parse_args().file.read_text())))
 
 
 if __name__ == "__main__":

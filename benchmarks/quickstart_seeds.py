@@ -1,4 +1,4 @@
-"""The quickstart with several seeds: held-out accuracy before and after, each run on a line, and the means.
+"""The quickstart with several seeds: held-out accuracy before and after, a run a line, and the means.
 
 python benchmarks/quickstart_seeds.py [--seeds 1 2 3] [--credit ktae none]
 
@@ -11,6 +11,8 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+
+from ktae_trl.report.markdown import table
 
 ROOT = Path(__file__).parents[1]
 FIGURES = ("before_sampled", "after_sampled", "before_greedy", "after_greedy")
@@ -34,15 +36,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--credit", nargs="+", default=["ktae"])
     arguments = parser.parse_args()
-    print(f"| {'credit':8} | {'seed':4} | sampled before | sampled after | greedy before | greedy after | training |")
-    print("|" + "---|" * 7)
+    rows = []
     for credit in arguments.credit:
-        rows = [run(credit, seed) for seed in arguments.seeds]
-        for seed, row in zip([*arguments.seeds, "mean"], [*rows, None], strict=True):
-            figures = [row[f] if row else statistics.mean(r[f] for r in rows) for f in FIGURES]
-            seconds = row["train_seconds"] if row else statistics.mean(r["train_seconds"] for r in rows)
-            cells = [f"{x:.1%}" for x in figures]
-            print(f"| {credit:8} | {seed:4} | " + " | ".join(cells) + f" | {seconds:.0f} s |")
+        found = [run(credit, seed) for seed in arguments.seeds]
+        mean = {name: statistics.mean(figures[name] for figures in found) for name in (*FIGURES, "train_seconds")}
+        for seed, figures in zip([*arguments.seeds, "mean"], [*found, mean], strict=True):
+            shares = [f"{figures[name]:.1%}" for name in FIGURES]
+            rows.append([credit, seed, *shares, f"{figures['train_seconds']:.0f} s"])
+    print(table(["credit", "seed", *(" ".join(reversed(name.split("_"))) for name in FIGURES), "training"], rows))
 
 
 if __name__ == "__main__":

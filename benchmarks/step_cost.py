@@ -82,7 +82,7 @@ def large_model(folder: str) -> None:
 def substitute(trainer) -> None:
     """Let each generation take its time, and return solutions of the offline task in its place."""
     from ktae_trl import tiny
-    from ktae_trl.data.problems import load
+    from ktae_trl.data import load
     from ktae_trl.tiny import task
 
     tokenizer, generate = trainer.processing_class, trainer._generate_single_turn
@@ -107,7 +107,7 @@ def train(credit: str, steps: int, model: str) -> dict:
     from ktae_trl import KTAEGRPOConfig
     from ktae_trl import trainer as hooks
     from ktae_trl.arguments import parse
-    from train import RunArguments, build_trainer
+    from ktae_trl.training.run import RunArguments, build_trainer
 
     on_gpu = torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as folder:

@@ -106,11 +106,10 @@ class KTAEGRPOConfig(GRPOConfig):
             the rollouts still to be trained on, as one of another trainer does: what is missing starts anew.
         record_steps (`int`, *optional*, defaults to `0`):
             Record rollouts, with the value and the advantage of every token, once in so many optimizer steps, in
-            `output_dir/rollouts`, for `python -m ktae_trl.report` and for pandas. 0 records none.
+            `output_dir/rollouts`, for `ktae report` and for pandas. 0 records none. A run of more than 100 records is
+            recorded less often.
         record_groups (`int`, *optional*, defaults to `16`):
             Groups in a record at most; those whose right and wrong rollouts are nearest to half and half come first.
-        record_files (`int`, *optional*, defaults to `100`):
-            Records of a run at most: a run of more steps is recorded less often.
     """
 
     credit: str = field(
@@ -192,7 +191,6 @@ class KTAEGRPOConfig(GRPOConfig):
         default=0, metadata={"help": "Record rollouts once in so many optimizer steps; 0 records none."}
     )
     record_groups: int = field(default=16, metadata={"help": "Groups in a record at most."})
-    record_files: int = field(default=100, metadata={"help": "Records of a run at most."})
 
     def __post_init__(self):
         self._check_generation_batch()
@@ -207,7 +205,7 @@ class KTAEGRPOConfig(GRPOConfig):
                 )
         if self.dynamic_sampling_max_batches < 1:
             raise UserError(f"dynamic_sampling_max_batches must be at least 1, not {self.dynamic_sampling_max_batches}")
-        for name, least in (("record_steps", 0), ("record_groups", 1), ("record_files", 1)):
+        for name, least in (("record_steps", 0), ("record_groups", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if self.reward_timeout is not None and not 0 < self.reward_timeout < math.inf:

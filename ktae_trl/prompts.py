@@ -8,6 +8,7 @@ import inspect
 import logging
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -123,7 +124,7 @@ def token_ids(
 def _render(prompts, tokenizer, template_kwargs, **how):
     if not prompts:
         return []
-    if not tokenizer.chat_template:
+    if not (tokenizer.chat_template or (template_kwargs or {}).get("chat_template")):
         raise UserError(
             f"{tokenizer.name_or_path} has no chat template, which makes a prompt of a problem. Take the instruct "
             "version of the model, or put a chat_template.jinja into the model's folder"
@@ -180,3 +181,39 @@ def _remedy(prompts: Sequence[Conversation]) -> str:
             "Without a system prompt: --system_prompt null"
         )
     return ""
+
+
+# Templates of evaluations, for base models and for comparison with others' figures
+
+
+class Template(NamedTuple):
+    """A prompt as text with `{system}` and `{problem}`; None stands for the model's own chat template."""
+
+    text: str | None
+    ends: tuple[str, ...] = ()  # tokens that end a turn, in addition to the model's end of sequence
+    stop: tuple[str, ...] = ()  # strings that end a completion
+
+    def fill(self, problem: str, system_prompt: str | None) -> str:
+        # `replace`, not `format`: problems are full of braces.
+        return self.text.replace("{system}", system_prompt or "").replace("{problem}", problem)
+
+
+TEMPLATES = {
+    "chat": Template(None),
+    # Qwen2.5-Math's, as in the evaluation of KTAE and of Understanding R1-Zero (arXiv 2503.20783).
+    "qwen": Template(
+        "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{problem}<|im_end|>\n<|im_start|>assistant\n",
+        ends=("<|im_end|>",),
+    ),
+    # DeepSeek-R1-Zero's (arXiv 2501.12948, table 1), with the system prompt's demand for a box after the problem.
+    "r1": Template(
+        "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. "
+        "The Assistant first thinks about the reasoning process in the mind and then provides the User with the "
+        "answer. The reasoning process is enclosed within <think> </think> and answer is enclosed within "
+        "<answer> </answer> tags, respectively, i.e., <think> reasoning process here </think> "
+        "<answer> answer here </answer>.\n"
+        "User: {problem}\n{system}\nAssistant: <think>",
+        stop=("</answer>",),
+    ),
+    "none": Template("{problem}"),
+}

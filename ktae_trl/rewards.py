@@ -15,6 +15,7 @@ import torch
 from trl.rewards import get_soft_overlong_punishment
 from trl.trainer.utils import get_callable_name, is_async_callable
 
+from ktae_trl import prompts as rendering
 from ktae_trl.arguments import NotImportedError, UserError, nearest
 from ktae_trl.grading import BUDGET, answered, find_answer, grade_many_full
 from ktae_trl.training import reward_calls
@@ -126,13 +127,8 @@ def opens_think(tokenizer, chat_template: str | None, chat_template_kwargs: dict
     """
     if not (chat_template or tokenizer.chat_template) or getattr(tokenizer, "response_template", None) is not None:
         return False
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "1 + 1"}],
-        chat_template=chat_template,
-        add_generation_prompt=True,
-        tokenize=False,
-        **chat_template_kwargs,
-    )
+    template_kwargs = {**chat_template_kwargs, "chat_template": chat_template}
+    (prompt,) = rendering.texts([rendering.conversation("1 + 1")], tokenizer, template_kwargs)
     return prompt.rstrip().endswith("<think>")
 
 

@@ -16,9 +16,9 @@ from ktae_trl.config import KTAEGRPOConfig
 from ktae_trl.credit import METHODS, TOKENIZER_CHECKS
 from ktae_trl.credit.cards import CARDS, NONE, Card
 from ktae_trl.credit.combine import Rollouts, combine
-from ktae_trl.data.problems import with_free_names
+from ktae_trl.data.columns import with_free_names
 from ktae_trl.files import checkpoints
-from ktae_trl.hub.saving import Publishing
+from ktae_trl.hub import saving
 from ktae_trl.rewards import for_run, opens_think, reads_answers
 from ktae_trl.rollouts import dynamic
 from ktae_trl.rollouts.policy import Policy
@@ -34,7 +34,7 @@ from ktae_trl.training.resume import Resume
 from ktae_trl.training.trackers import send_sample
 
 
-class KTAEGRPOTrainer(Publishing, GRPOTrainer):
+class KTAEGRPOTrainer(GRPOTrainer):
     """
     GRPO in which each token of a completion gets its own advantage.
 
@@ -54,7 +54,7 @@ class KTAEGRPOTrainer(Publishing, GRPOTrainer):
     ```python
     from datasets import load_dataset
     from ktae_trl import KTAEGRPOConfig, KTAEGRPOTrainer
-    from ktae_trl.data.problems import to_prompts
+    from ktae_trl.data import to_prompts
     from ktae_trl.rewards import math_accuracy
 
     trainer = KTAEGRPOTrainer(
@@ -259,11 +259,6 @@ class KTAEGRPOTrainer(Publishing, GRPOTrainer):
             with self._resume.saving(folder):
                 super()._save_checkpoint(model, trial)
 
-    def _push_from_checkpoint(self, checkpoint_folder):
-        if self.args.should_save:  # so that it counts where it goes
-            checkpoints.seal(Path(checkpoint_folder))
-        super()._push_from_checkpoint(checkpoint_folder)
-
     def _get_train_sampler(self, dataset=None):
         self._resume.sampler = super()._get_train_sampler(dataset)
         return self._resume.sampler
@@ -360,3 +355,36 @@ class KTAEGRPOTrainer(Publishing, GRPOTrainer):
         finally:
             setattr(holder, limit, whole)
         return completion_ids[:own], None if logprobs is None else logprobs[:own]
+
+    # Saving and the Hub: see `ktae_trl.hub.saving`.
+
+    recipe: dict = {}  # a recipe's settings of data and model, for the model card
+    save_whole_model = saving.save_whole_model
+    save_all = saving.save_all
+    upload = saving.upload
+    push_to_hub = saving.push_to_hub
+    init_hf_repo = saving.init_hf_repo
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        if self.is_world_process_zero():
+            card = Card(name=self._name, does=self._does, tags=self._tag_names, paper=self._paper)
+            tags = [tags] if isinstance(tags, str) else tags or []
+            saving.write_card(self, card, model_name, dataset_name, tags)
+
+    def _save(self, output_dir=None, state_dict=None):
+        with saving.own_files(self, output_dir):
+            super()._save(output_dir, state_dict)
+
+    def save_metrics(self, split, metrics, combined=True):
+        with saving.own_files(self):
+            super().save_metrics(split, metrics, combined)
+
+    def save_state(self):
+        with saving.own_files(self):
+            super().save_state()
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        if self.args.should_save:  # so that it counts where it goes
+            checkpoints.seal(Path(checkpoint_folder))
+        with saving.own_uploads(self):
+            super()._push_from_checkpoint(checkpoint_folder)

@@ -171,6 +171,21 @@ def older_checkpoints_stay() -> Iterator[None]:
         yield
 
 
+# The Hub.
+
+
+def wait_for_upload(trainer) -> None:
+    """Wait until an upload of a checkpoint in the background has ended."""
+    trainer._finish_current_push()
+
+
+@contextmanager
+def uploading_by(api: Callable[[], object]) -> Iterator[None]:
+    """In here, transformers uploads checkpoints by the client that `api` returns: it takes no patterns of files."""
+    with changed(transformers.trainer, hf_api=api):
+        yield
+
+
 # Is it all there?
 
 

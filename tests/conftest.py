@@ -1,5 +1,6 @@
 """What several tests share: the offline model, and the folder of reference material if it is there."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,11 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """The digests of files that tests make are not left in the user's home."""
+    """The digests of files that tests make are not left in the user's home. What DeepSpeed compiles in minutes is."""
     with pytest.MonkeyPatch.context() as patch:
+        if "TORCH_EXTENSIONS_DIR" not in os.environ:
+            caches = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+            patch.setenv("TORCH_EXTENSIONS_DIR", str(caches / "torch_extensions"))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
 
@@ -24,6 +28,16 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip(f"the reference material is not at {SHARED}")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def crews(tmp_path_factory):
+    """Trains on several processes: see tests/distributed/launching.py."""
+    from tests.distributed.launching import Crews
+
+    crews = Crews(tmp_path_factory.mktemp("crews"))
+    yield crews
+    crews.close()
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ktae_trl import KTAEGRPOConfig, KTAEGRPOTrainer, tiny
-from ktae_trl.data.problems import to_prompts
+from ktae_trl.data import to_prompts
 from ktae_trl.rewards import math_accuracy
 from ktae_trl.tiny import task
 

@@ -1,5 +1,11 @@
-"""Datasets of problems with known answers, turned into TRL's `prompt` and `solution`."""
+"""Datasets of problems with known answers, turned into TRL's `prompt` and `solution`.
 
-from ktae_trl.data.problems import DataArguments, keep_rows, load, load_prompts, to_prompts
+loading (Hub, file, folder) -> columns -> problems and gold answers of each row, as prompts; a recipe does all of it
+"""
+
+from ktae_trl.data.columns import keep_rows
+from ktae_trl.data.loading import load
+from ktae_trl.data.problems import to_prompts
+from ktae_trl.data.recipe import DataArguments, load_prompts
 
 __all__ = ["DataArguments", "keep_rows", "load", "load_prompts", "to_prompts"]

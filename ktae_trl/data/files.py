@@ -1,12 +1,9 @@
 """Data files, read as they are written: no text becomes a date or a number, and errors name the line."""
 
 import csv
-import gzip
 import json
 import math
 import sys
-import zlib
-from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import pyarrow
 from datasets import Dataset, DatasetInfo, Features, Json, load_dataset
 
 from ktae_trl.arguments import NotFoundError, UserError
+from ktae_trl.files.lines import read_json_lines, read_lines
 
 
 def read(path: Path) -> Dataset:
@@ -39,23 +37,12 @@ def ending(path: Path) -> str:
 
 
 def _read_jsonl(path: Path) -> Dataset:
-    rows = []
-    for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: an object was expected, not {line.strip()[:80]}")
-        rows.append(row)
-    return _from_rows(rows, path)
+    return _from_rows([row for _, row in read_json_lines(path)], path)
 
 
 def _read_json(path: Path) -> Dataset:
     """Read a list of objects, or lines of them, which many files of this ending hold."""
-    text = "".join(_lines(path))
+    text = "".join(line for _, line in read_lines(path))
     if not text.lstrip().startswith("["):
         return _read_jsonl(path)
     try:
@@ -70,7 +57,7 @@ def _read_json(path: Path) -> Dataset:
 
 def _read_csv(path: Path) -> Dataset:
     csv.field_size_limit(sys.maxsize)  # solutions can be long
-    reader = csv.reader(_lines(path), strict=True)
+    reader = csv.reader((line for _, line in read_lines(path)), strict=True)
     try:
         names = next(reader, [])
         rows = []
@@ -105,22 +92,6 @@ _READERS = {
 ENDINGS = tuple(_READERS)
 # Files that are not read, so that one that is not there is not taken for a Hub dataset.
 NOT_READ = {".tsv", ".txt", ".xls", ".xlsx", ".arrow", ".feather", ".pkl", ".pickle", ".xml", ".yaml", ".yml", ".zip"}
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """Return the lines of a text file, without a byte-order mark."""
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        number = 0
-        try:
-            for number, line in enumerate(file, 1):
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{path}, line {number}: byte {error.start + 1} (0x{error.object[error.start]:02x}) is not UTF-8. "
-                f"Convert the file, for example: iconv -f LATIN1 -t UTF-8 {path.name} > utf8-{path.name}"
-            ) from None
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise UserError(f"{path} is no whole gzip file: {error}") from None
 
 
 def _from_rows(rows: list[dict], path: Path) -> Dataset:

@@ -213,14 +213,16 @@ def _completion(ids: list[int], tokenizer: PreTrainedTokenizerBase, sampling: Sa
 def _ctrl_c_waits():
     """Let the first Ctrl-C only leave a mark in the list that is given, the second one interrupt.
 
-    Where it is ignored, as in the background job of a script, it stays so.
+    Where it is ignored, as in the background job of a script, it stays so. What `like_ctrl_c` makes one interrupts.
     """
     marks: list[bool] = []
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         yield marks
         return
 
-    def first(signum, frame):
+    def first(number, frame):
+        if number != signal.SIGINT:
+            raise KeyboardInterrupt
         print("\nStopping after the batch that is being generated (Ctrl-C again: at once)", flush=True)
         marks.append(True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -289,34 +291,13 @@ def sample_with_vllm(
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         tasks = [asyncio.create_task(one(engine, i, request)) for i, request in enumerate(waiting)]
-        interrupted: list[bool] = []
-
-        def stop() -> None:
-            interrupted.append(True)
-            for task in tasks:
-                task.cancel()
-
-        # Not `loop.add_signal_handler`: its pipe can be full of the engine's messages, and the Ctrl-C is lost.
-        # A signal that is ignored stays so; SIGTERM and SIGHUP are there too where the caller has made them a Ctrl-C.
-        loop = asyncio.get_running_loop()
-        before = {
-            number: signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop))
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-            if signal.getsignal(number) not in (signal.SIG_IGN, signal.SIG_DFL)
-        }
         try:
-            await asyncio.gather(*tasks)
-        except (Exception, asyncio.CancelledError):
-            if interrupted:
-                raise KeyboardInterrupt from None
-            raise
+            await asyncio.gather(*tasks)  # which asyncio's own handler of Ctrl-C cancels
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             engine.shutdown()
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     if waiting:
         asyncio.run(all_of_them())

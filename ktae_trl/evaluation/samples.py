@@ -13,7 +13,8 @@ from typing import IO
 from ktae_trl import grading
 from ktae_trl.arguments import UserError
 from ktae_trl.files.fingerprint import is_old
-from ktae_trl.files.writing import locked, open_to_append, replace_text, replacing
+from ktae_trl.files.lock import locked
+from ktae_trl.files.writing import open_to_append, replace_text, replacing
 from ktae_trl.grading import answered, grade_many_full
 
 logger = logging.getLogger(__name__)

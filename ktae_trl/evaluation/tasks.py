@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from ktae_trl import prompts as rendering
 from ktae_trl.arguments import NotFoundError, UserError, nearest
-from ktae_trl.data.problems import column_values, load
+from ktae_trl.data.columns import column_values
+from ktae_trl.data.loading import load
 from ktae_trl.grading import gradable
 from ktae_trl.grading.golds import gold_answers
-from ktae_trl.prompts import Conversation, conversation
+from ktae_trl.prompts import TEMPLATES, Conversation, check_template, conversation, texts, token_ids
 
 
 @dataclass(frozen=True)
@@ -35,35 +35,6 @@ class Problem(NamedTuple):
     text: str
     answers: tuple[str, ...]
     messages: Conversation | None = None  # if the dataset holds it as chat messages, of which `text` is the last
-
-
-class Template(NamedTuple):
-    """A prompt as text. `{system}` and `{problem}` are filled in; None stands for the model's own chat template."""
-
-    text: str | None
-    ends: tuple[str, ...] = ()  # tokens that end a turn, beside the model's end of sequence
-    stop: tuple[str, ...] = ()  # strings that end a completion
-
-
-TEMPLATES = {
-    "chat": Template(None),
-    # Qwen2.5-Math's, as in the evaluation of KTAE and of Understanding R1-Zero (arXiv 2503.20783).
-    "qwen": Template(
-        "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{problem}<|im_end|>\n<|im_start|>assistant\n",
-        ends=("<|im_end|>",),
-    ),
-    # DeepSeek-R1-Zero's (arXiv 2501.12948, table 1), with the system prompt's demand for a box after the problem.
-    "r1": Template(
-        "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. "
-        "The Assistant first thinks about the reasoning process in the mind and then provides the User with the "
-        "answer. The reasoning process is enclosed within <think> </think> and answer is enclosed within "
-        "<answer> </answer> tags, respectively, i.e., <think> reasoning process here </think> "
-        "<answer> answer here </answer>.\n"
-        "User: {problem}\n{system}\nAssistant: <think>",
-        stop=("</answer>",),
-    ),
-    "none": Template("{problem}"),
-}
 
 
 def parse_benchmarks(entries: Sequence[dict], only: Sequence[str] | None = None) -> list[Benchmark]:
@@ -119,12 +90,12 @@ def load_problems(benchmark: Benchmark, folder: str | None = None, limit: int | 
     rows = load(benchmark.dataset, benchmark.config, benchmark.split)
     rows = rows.select(range(min(limit or len(rows), len(rows))))
     try:
-        texts, golds = column_values(rows, benchmark.problem), column_values(rows, benchmark.answer)
+        asked, golds = column_values(rows, benchmark.problem), column_values(rows, benchmark.answer)
         ids = column_values(rows, benchmark.id) if benchmark.id else range(len(rows))
     except ValueError as error:
         raise UserError(f"{where}: {error}. {advice}") from None
     problems: dict[str, Problem] = {}
-    for number, (text, gold, name) in enumerate(zip(texts, golds, ids, strict=True), 1):
+    for number, (text, gold, name) in enumerate(zip(asked, golds, ids, strict=True), 1):
         if name is None:
             raise UserError(f"{where}, row {number}: no id")
         name = str(name)
@@ -169,8 +140,7 @@ def prompts(
     """
     if template not in TEMPLATES:
         raise UserError(f"Unknown prompt {template!r}{nearest(template, TEMPLATES)}. There are: {', '.join(TEMPLATES)}")
-    pattern = TEMPLATES[template].text
-    if pattern is not None:
+    if template != "chat":
         if template_kwargs or system_in_user:
             raise UserError(
                 f"chat_template_kwargs and system_prompt_in_user are for the model's own chat template (prompt: chat), "
@@ -181,14 +151,13 @@ def prompts(
                 f"benchmark {long[0].benchmark!r}, problem {long[0].id!r} has several chat messages, which need "
                 f"prompt: chat, not {template}"
             )
-        # `replace`, not `format`: problems are full of braces.
-        texts = [pattern.replace("{system}", system or "").replace("{problem}", problem.text) for problem in problems]
-        return texts, tokenizer(texts)["input_ids"]
+        rendered = [TEMPLATES[template].fill(problem.text, system) for problem in problems]
+        return rendered, tokenizer(rendered)["input_ids"]
     if not tokenizer.chat_template:
         raise UserError(
             f"{tokenizer.name_or_path} has no chat template. Set prompt to one of: "
             f"{', '.join(name for name in TEMPLATES if name != 'chat')}"
         )
     asked = [conversation(problem.messages or problem.text, system, in_user=system_in_user) for problem in problems]
-    rendering.check_template(asked, tokenizer, template_kwargs)
-    return rendering.texts(asked, tokenizer, template_kwargs), rendering.token_ids(asked, tokenizer, template_kwargs)
+    check_template(asked, tokenizer, template_kwargs)
+    return texts(asked, tokenizer, template_kwargs), token_ids(asked, tokenizer, template_kwargs)

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import NoneType
 
 from ktae_trl.arguments import UserError
-from ktae_trl.files.writing import replace_text
+from ktae_trl.files.writing import replace_json
 
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
@@ -234,7 +234,7 @@ def _remove(checkpoint: Path) -> None:
 def _write(checkpoint: Path, files: dict | None) -> None:
     # Later than all that is there, also where the clock was set back.
     saved = max(time.time(), *(_saved(other)[0] + 1e-3 for other in _all(checkpoint.parent)))
-    replace_text(checkpoint / MANIFEST, json.dumps({"version": 1, "saved": saved, "files": files}) + "\n")
+    replace_json(checkpoint / MANIFEST, {"version": 1, "saved": saved, "files": files})
 
 
 def _read(checkpoint: Path) -> dict | None:

@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx
 from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import HTTPError  # of httpx, with huggingface_hub 2 of httpx2
 
+from ktae_trl import tiny
 from ktae_trl.arguments import NotFoundError, UserError
-from ktae_trl.files.writing import FolderInUseError, locked, replace_text
+from ktae_trl.files.lock import FolderInUseError, locked
+from ktae_trl.files.writing import replace_json
 
 ADAPTER = "adapter_config.json"
 
@@ -51,7 +53,7 @@ def model_folder(model: str | Path, revision: str | None = None, *, download: bo
     Raises:
         FileNotFoundError: no such model, neither here nor on the Hub (or in the cache), or one without weights.
     """
-    folder = Path(model).expanduser()
+    folder = Path(tiny.model_path(str(model))).expanduser()
     if not folder.is_dir():
         for weights in ("*.safetensors", "*.bin"):
             try:
@@ -64,7 +66,7 @@ def model_folder(model: str | Path, revision: str | None = None, *, download: bo
                         ignore_patterns=["*/*", "consolidated*", *_STATES],
                     )
                 )
-            except (OSError, ValueError, httpx.HTTPError) as error:
+            except (OSError, ValueError, HTTPError) as error:
                 reason = str(error).strip().splitlines()[0]
                 raise NotFoundError(f"{model} is no folder here, and not on the Hub: {reason}") from error
             if list(folder.glob(weights)):
@@ -220,6 +222,6 @@ def _write_cache(cache: Path | None, entries: dict[str, list]) -> None:
     try:
         with locked(cache.parent, "ktae_trl.files.fingerprint"):
             known = {path: entry for path, entry in _read_cache(cache).items() if os.path.exists(path)}
-            replace_text(cache, json.dumps(known | entries))
+            replace_json(cache, known | entries)
     except (OSError, FolderInUseError) as error:
         logger.debug("No cache of digests at %s: %s", cache, error)

@@ -15,8 +15,10 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from ktae_trl.arguments import UserError
-from ktae_trl.hub.card import CARD, HELD_OUT, PAGE
 
+CARD = "README.md"
+PAGE = "key_tokens.html"
+HELD_OUT = "held_out_results.json"
 ARGUMENTS = "training_args.bin"
 TEMPLATES = "additional_chat_templates"  # of a tokenizer with several: transformers' only sub-folder
 # All that `save_pretrained` of transformers and PEFT writes; of tokenizers the names of each one's VOCAB_FILES_NAMES.
@@ -41,7 +43,7 @@ _IMPORT = re.compile(
     r"^\s*(?:from\s+\.(\w+)\s+import|import\s+\.(\w+))", re.MULTILINE
 )  # as transformers looks for them
 _IMAGE = re.compile(r"""(?:\]\(|src=["'])([\w./ -]+\.(?:png|jpe?g|gif|svg|webp))[)"' ]""", re.IGNORECASE)
-# What a checkpoint holds beside its model: transformers', accelerate's, DeepSpeed's, TRL's and our own.
+# What a checkpoint holds in addition to its model: transformers', accelerate's, DeepSpeed's, TRL's and our own.
 _STATE = re.compile(
     r"trainer_state\.json|manifest\.json|latest|zero_to_fp32\.py|(scheduler|scaler)\.pt|optimizer(_\w+)?\.(pt|bin)|"
     r"pytorch_model_fsdp(_\w+)?\.bin|rng_state(_\d+)?\.pth|rollouts_\d+\.pt|global_step\d+/\w+_states\.pt|"

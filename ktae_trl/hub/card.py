@@ -1,42 +1,35 @@
-"""The model card of a run: TRL's, completed by what the method does, the run's settings, and what was measured.
+"""The model card of a run: what the method does, the run's settings, and what was measured.
 
-`complete` is for the trainer, which knows the run. `update` needs the folder only: it adds results, the link to the
+`write` is for the trainer, which knows the run. `update` needs the folder only: it adds results, the link to the
 key-token page and the model's name on the Hub, as often as one likes.
 """
 
 import dataclasses
 import enum
-import html
 import json
-import math
 import os
 import re
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ktae_trl import __version__
 from ktae_trl.arguments import UserError
+from ktae_trl.files.model_files import CARD, PAGE
 from ktae_trl.files.writing import replacing
+from ktae_trl.hub import results as measured
+from ktae_trl.hub.results import is_hub_id
+from ktae_trl.report.markdown import escaped
 
-CARD = "README.md"
-PAGE = "key_tokens.html"
-HELD_OUT = "held_out_results.json"
-_BEGIN, _END = "<!-- Results: python -m ktae_trl.hub.upload FOLDER writes them -->", "<!-- End of results -->"
-_PROCEDURE, _VERSIONS = "\n## Training procedure\n", "\n### Framework versions\n"
+_TEMPLATE = Path(__file__).with_name("card.md.jinja")
+_BEGIN, _END = "<!-- Results: ktae push FOLDER writes them -->", "<!-- End of results -->"
 # Where the run was and what it was allowed to do: of no use to who reads the card.
-_LEFT_OUT = {
-    "output_dir",
-    "logging_dir",
-    "run_name",
-    "report_to",
-    "disable_tqdm",
-    "resume_from_checkpoint",
-    "push_to_hub",
-}
+_LEFT_OUT = {"output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm"}
+_LEFT_OUT |= {"resume_from_checkpoint", "push_to_hub"}
 _SECRET_NAME = re.compile(r"(^|_)(token|password|secret|key)$", re.IGNORECASE)
 _SECRET_VALUE = re.compile(r"\bhf_\w{16,}|(?<=://)[^/\s@][^/\s@:]*+:[^/\s@]++(?=@)")
 
@@ -71,56 +64,56 @@ def _plain(value: Any) -> Any:
     return f".../{Path(text).name}" if a_path else text  # whose home it was is nobody's business
 
 
-def complete(
+def write(
     path: Path,
     *,
-    does: str,
-    settings: dict[str, Any],
-    local_base: str | None,
-    local_data: str | None,
+    method: Any,
+    model_name: str,
+    place: str,
+    base: str,
+    data: str | None,
+    tags: Sequence[str],
     adapter: bool,
-    name: str,
+    settings: dict[str, Any],
+    runs: dict[str, str],
 ) -> None:
-    """Complete the card that TRL wrote to `path`.
+    """Write the card of a trained model, without results: see `update`.
 
     Args:
-        does: what the method does, a sentence or "".
-        settings: the run's, as `settings_of` returns them.
-        local_base: name of the base model if it is not on the Hub.
-        local_data: name of the training data if they are known and not on the Hub.
+        method: what the credit method says of itself: `name`, `does` (a sentence or ""), `tags`, and `paper` with
+            `title`, `id` (arXiv) and `citation`.
+        place: what the quick start loads, a Hub id or a folder.
+        base: the base model, by its Hub id or a path; "" if it has no name.
+        data: the training data, by their Hub id or a path, if they are known.
         adapter: whether the weights are those of a PEFT adapter.
-        name: what the quick start loads, a Hub id or a folder.
+        settings: the run's, as `settings_of` returns them.
+        runs: the training in a tracker, its URL by the tracker's name.
     """
-    card = _load(path)
-    card.data.tags = sorted(set(card.data.tags or []))
-    vars(card.data).pop("licence", None)  # TRL's, which says "license"
-    if adapter:
-        card.data.library_name = "peft"
-        card.data.base_model_relation = "adapter" if card.data.base_model else None
-    text = card.text
-    text = re.sub(r"(?m)^(# Model Card for )(.*)$", lambda line: line[1] + escaped(line[2]), text, count=1)
-    if local_base is not None:  # TRL writes None
-        local = "version of a local model" + (f" ({escaped(local_base)})" if local_base else "")
-        text = text.replace("version of [None](https://huggingface.co/None)", local, 1)
-    if local_data is not None:
-        text = text.replace(
-            ".\nIt has been trained", f" on local data ({escaped(local_data)}).\nIt has been trained", 1
-        )
-    more = [does] if does else []
-    if adapter:
-        more.append("The weights are those of a PEFT adapter, which `transformers` loads on top of the base model.")
-    if adapter and local_base is not None:
-        more.append("That model is not on the Hub: `python -m ktae_trl.hub.merge` makes one model of both.")
-    if settings:
-        written = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=1000)
-        fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", written)), default=0))
-        words = "Those of the method, and what else differs from the defaults:"
-        more.append(f"### Settings\n\n{words}\n\n{fence}yaml\n{written}{fence}")
-    text = text.replace(_VERSIONS, f"{_VERSIONS}\n- ktae-trl: {__version__}", 1).replace("\n\n- TRL:", "\n- TRL:", 1)
-    head, procedure, rest = text.partition(_PROCEDURE)
-    before, versions, after = rest.partition(_VERSIONS)
-    rest = "\n\n".join([before.strip(), *more]) + f"\n{versions}{after}"
-    card.text = f"{name_model(head, name)}\n{_BEGIN}\n{_END}\n{procedure}\n{rest}"
+    metadata = ModelCardData(
+        base_model=base if is_hub_id(base) else None,
+        base_model_relation="adapter" if adapter and is_hub_id(base) else None,
+        datasets=data if is_hub_id(data) else None,
+        library_name="peft" if adapter else "transformers",
+        model_name=" ".join(model_name.split()),
+        tags=sorted({"generated_from_trainer", *method.tags, *tags}),
+    )
+    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=1000)
+    card = ModelCard.from_template(  # it gives the template the metadata too
+        metadata,
+        template_str=_TEMPLATE.read_text(encoding="utf-8"),
+        method=method,
+        place=place,
+        base=Path(base).name,
+        data=Path(data or "").name,
+        results=f"{_BEGIN}\n{_END}",
+        runs=runs,
+        settings=text,
+        fence="`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0)),
+        version=version,
+        ktae_trl_version=__version__,
+        escaped=escaped,
+        quoted=_quoted,
+    )
     _save(card, path)
 
 
@@ -131,38 +124,35 @@ def update(folder: Path, *, repo_id: str | None = None, results: Sequence[EvalRe
     (`held_out_results.json`) is added by itself. A folder without a card of its own is left alone.
 
     Raises:
-        ValueError: somebody has edited the card's metadata, and they are no YAML or no model-index any more.
+        UserError: somebody has edited the card's metadata, and they are no YAML or no model-index any more.
     """
     path = folder / CARD
     if not path.exists() or path.is_symlink():  # a card that lies elsewhere is not this model's
         return
     card = _load(path)
     card.data.model_name = card.data.model_name or folder.name
-    known = [*(card.data.eval_results or []), *held_out_results(folder, card.data.datasets), *results]
-    card.data.eval_results = list({_identity(r): r for r in known}.values()) or None
-    parts = [_BEGIN]
-    if card.data.eval_results:
-        parts.append(f"## Results\n\n{_table(card.data.eval_results)}")
+    held_out = measured.held_out(folder, card.data.datasets)
+    found = measured.merged([*(card.data.eval_results or []), *held_out, *results])
+    card.data.eval_results = found or None
+    parts = [f"## Results\n\n{measured.table(found)}"] if found else []
     if (folder / PAGE).exists():
         parts.append(
             f"## Key tokens\n\n[{PAGE}]({PAGE}) shows groups of rollouts from the training, with the value of each "
             "token: download it and open it in a browser."
         )
-    block = "\n\n".join([*parts, _END])
-    text = card.text
-    if _BEGIN in text and _END in text:
-        begin, end = text.index(_BEGIN), text.index(_END) + len(_END)
-        text = text[:begin] + block + text[end:]
-    elif len(parts) > 1:
+    block = "\n\n".join([_BEGIN, *parts, _END])
+    text, count = re.subn(f"<!-- Results: [^>]*-->.*?{_END}", lambda _: block, card.text, count=1, flags=re.DOTALL)
+    if parts and not count:
         text = f"{text.rstrip()}\n\n{block}\n"
-    card.text = name_model(text, repo_id) if repo_id else text
+    if repo_id:
+        quick_start = r'(pipeline\("text-generation", model=)"(?:[^"\\\n]|\\.)*"'
+        text = re.sub(quick_start, lambda found: found[1] + _quoted(repo_id), text, count=1)
+    card.text = text
     _save(card, path)
 
 
-def name_model(text: str, name: str) -> str:
-    """Return the card's text with this model in the quick start: a Hub id or a folder."""
-    quick_start = re.compile(r'(pipeline\("text-generation", model=)"(?:[^"\\\n]|\\.)*"')
-    return quick_start.sub(lambda found: found[1] + json.dumps(name, ensure_ascii=False), text, count=1)
+def _quoted(name: str) -> str:
+    return json.dumps(name, ensure_ascii=False)
 
 
 def _load(path: Path) -> ModelCard:
@@ -176,123 +166,3 @@ def _save(card: ModelCard, path: Path) -> None:
     """Write the card whole: who is interrupted keeps the one before."""
     with replacing(path) as draft:
         card.save(draft)
-
-
-# Results: each is an entry of the metadata's model-index, from which the table is written.
-
-
-def eval_results(summary: dict) -> list[EvalResult]:
-    """Return the figures of a `summary.json` of eval.py: accuracy, pass@k and maj@k of each benchmark."""
-    settings, found = summary["settings"], []
-    samples = settings["samples"]
-    how = "greedy"
-    if settings["temperature"] > 0:
-        each = f"mean of {samples} samples" if samples > 1 else "one sample"
-        how = f"{each} at temperature {settings['temperature']:g}, top_p {settings['top_p']:g}"
-    for name, figures in summary["benchmarks"].items():
-        source = summary.get("datasets", {}).get(name, {})
-        metrics = [("accuracy", f"accuracy, {how}", figures["accuracy"])]
-        for kind in ("pass", "maj"):
-            estimates = [(k, estimate) for k, estimate in figures[kind].items() if k != "1"]  # 1 is the accuracy
-            metrics += [(f"{kind}@k", f"{kind}@{k} of {samples} samples", estimate) for k, estimate in estimates]
-        for kind, metric, (value, low, high) in metrics:
-            arguments = {"benchmark": name, "problems": figures["problems"], "samples": samples}
-            if all(math.isfinite(x) for x in (low, high)):
-                arguments["interval_95"] = [round(low, 5), round(high, 5)]
-            arguments |= {key: settings[key] for key in ("temperature", "top_p", "max_new_tokens", "seed")}
-            found.append(
-                EvalResult(
-                    task_type="text-generation",
-                    dataset_type=_identifier(source.get("dataset") or name),
-                    dataset_name=name,
-                    dataset_config=source.get("config"),
-                    dataset_split=source.get("split"),
-                    metric_type=kind,
-                    metric_name=metric,
-                    metric_value=round(value, 5),
-                    metric_args=arguments,
-                )
-            )
-    return found
-
-
-def held_out_results(folder: Path, datasets: str | list[str] | None) -> list[EvalResult]:
-    """Return what train.py measured on its held-out problems, before and after training."""
-    path = folder / HELD_OUT
-    if not path.exists():
-        return []
-    figures = json.loads(path.read_text(encoding="utf-8"))
-    first = datasets if isinstance(datasets, str) else next(iter(datasets or []), "held-out")
-    what = figures.get("what", "accuracy")  # "accuracy by math_accuracy", or "mean reward by my_reward"
-    found = []
-    for kind in ("greedy", "sampled"):
-        if (value := figures.get(f"after_{kind}")) is None:
-            continue
-        samples = figures["after_samples"] if kind == "sampled" else 1
-        how = "greedy" if kind == "greedy" else f"mean of {samples} samples at temperature 1"
-        arguments = {"benchmark": "held-out problems", "problems": figures.get("problems"), "samples": samples}
-        before = figures.get(f"before_{kind}")
-        arguments["before_training"] = None if before is None else round(before, 5)
-        found.append(
-            EvalResult(
-                task_type="text-generation",
-                dataset_type=_identifier(first),
-                dataset_name="held-out problems",
-                dataset_split="held_out",
-                metric_type="accuracy" if what.startswith("accuracy") else "reward",
-                metric_name=f"{what}, {how}, measured in training",
-                metric_value=round(value, 5),
-                metric_args={name: value for name, value in arguments.items() if value is not None},
-            )
-        )
-    return found
-
-
-def is_hub_id(name: str | None) -> bool:
-    """Return whether a dataset's name is one on the Hub, and no file or folder."""
-    if not name or Path(name).exists() or Path(name).suffix in (".jsonl", ".json", ".parquet", ".csv", ".gz"):
-        return False
-    return re.fullmatch(r"([\w-]+/)?\w[\w.-]*", name, re.ASCII) is not None
-
-
-def _identifier(name: str) -> str:
-    """Return a dataset's name as the Hub takes it: an id stays one; a file's or a benchmark's becomes a plain word."""
-    name = name if is_hub_id(name) else Path(name).stem
-    return re.sub(r"[^\w./-]+", "-", name, flags=re.ASCII).strip("-.") or "local"
-
-
-def _identity(result: EvalResult) -> tuple:
-    benchmark = (result.metric_args or {}).get("benchmark", result.dataset_name)
-    return (*result.unique_identifier, benchmark, result.metric_type, result.metric_name)
-
-
-def _table(results: Sequence[EvalResult]) -> str:
-    lines = ["| benchmark | metric | value | 95% interval | problems | before training |", "|---|---|---|---|---|---|"]
-    for result in results:
-        arguments = result.metric_args or {}
-        interval, before = arguments.get("interval_95"), arguments.get("before_training")
-        shown = _number if result.metric_type == "reward" else _percent
-        cells = [
-            arguments.get("benchmark", result.dataset_name),
-            result.metric_name or result.metric_type,
-            shown(result.metric_value),
-            f"{_percent(interval[0])} to {_percent(interval[1])}" if interval else "",
-            arguments.get("problems", ""),
-            "" if before is None else shown(before),
-        ]
-        lines.append("| " + " | ".join(escaped(str(cell)) for cell in cells) + " |")
-    return "\n".join(lines)
-
-
-def _percent(value: Any) -> str:
-    return f"{value:.1%}" if isinstance(value, (int, float)) else str(value)
-
-
-def _number(value: float) -> str:
-    return f"{value:.3g}"
-
-
-def escaped(text: str) -> str:
-    """Return a line of text that Markdown shows as it is, also in a table."""
-    line = html.escape(" ".join(text.split()), quote=False)
-    return re.sub(r"[\\`*\[\]|]|(?<!\w)_|_(?!\w)", r"\\\g<0>", line)

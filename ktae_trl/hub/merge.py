@@ -1,6 +1,6 @@
 """One model folder, for `from_pretrained` and vLLM, from a LoRA adapter or from the shards of a checkpoint.
 
-python -m ktae_trl.hub.merge SOURCE -o FOLDER [--base MODEL] [--dtype bfloat16]
+ktae merge SOURCE -o FOLDER [--base MODEL] [--dtype bfloat16]
 
 SOURCE is an adapter's folder, a checkpoint of DeepSpeed ZeRO or FSDP, or a run's folder, whose newest checkpoint is
 then taken. All is done on the CPU, in single precision.
@@ -18,7 +18,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_wei
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from ktae_trl.arguments import NotFoundError, NotImportedError, UserError
+from ktae_trl.arguments import NotFoundError, UserError, loading, need, user_errors
 from ktae_trl.files.checkpoints import last_checkpoint
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -102,15 +102,11 @@ def _find(source: Path) -> tuple[Path, str]:
 
 
 def _merged_adapter(source: Path, base: str | None) -> tuple[PreTrainedModel, str]:
-    named = base or PeftConfig.from_pretrained(source).base_model_name_or_path
-    try:
+    with loading(f"The adapter in {source}"):
+        named = base or PeftConfig.from_pretrained(source).base_model_name_or_path
+    with loading(f"The base model of the adapter, {named},", by="--base"):
         config = AutoConfig.from_pretrained(named)
         model = AutoModelForCausalLM.from_pretrained(named, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        first = str(error).partition("\n")[0]
-        raise UserError(
-            f"The base model of the adapter, {named}, could not be loaded: {first}. Say where it is with --base"
-        ) from error
     try:
         # Rounded once, at the end: a small change of a bfloat16 weight would be lost in each of the two.
         adapted = _adapted(model, source)
@@ -156,17 +152,15 @@ def _settings_of(source: Path, base: str | None) -> str:
 
 
 def _zero_weights(source: Path) -> dict[str, torch.Tensor]:
-    try:
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-    except ImportError:
-        raise NotImportedError(
-            f"{source} is a checkpoint of DeepSpeed, which is not installed: pip install 'ktae-trl[deepspeed]'"
-        ) from None
-    return get_fp32_state_dict_from_zero_checkpoint(str(source))
+    need("deepspeed", "deepspeed")
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with loading(f"The checkpoint {source}"):
+        return get_fp32_state_dict_from_zero_checkpoint(str(source))
 
 
 def _fsdp_weights(source: Path) -> dict[str, torch.Tensor]:
-    with tempfile.TemporaryDirectory() as folder:
+    with loading(f"The checkpoint {source}"), tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "weights.pt"
         dcp_to_torch_save(source / FSDP_SHARDS, file)
         return torch.load(file, weights_only=True)["model"]
@@ -180,7 +174,8 @@ def _filled(settings: str, weights: dict[str, torch.Tensor], source: Path) -> Pr
             "adapter once training has ended; or resume with fsdp_state_dict_type: FULL_STATE_DICT, as "
             "configs/accelerate/fsdp2.yaml has it"
         )
-    config = AutoConfig.from_pretrained(settings)
+    with loading(f"The config of {settings}", by="--base"):
+        config = AutoConfig.from_pretrained(settings)
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
     _, unknown = model.load_state_dict(weights, strict=False, assign=True)
@@ -193,20 +188,22 @@ def _filled(settings: str, weights: dict[str, torch.Tensor], source: Path) -> Pr
         )
     model.config.dtype = config.dtype
     if (Path(settings) / "generation_config.json").exists() or not Path(settings).is_dir():
-        model.generation_config = GenerationConfig.from_pretrained(settings)
+        with loading(f"The generation config of {settings}", by="--base"):
+            model.generation_config = GenerationConfig.from_pretrained(settings)
     return model
 
 
 def _tokenizer(places: list):
     for place in places:
         if not Path(place).is_dir() or list(Path(place).glob("tokenizer*")):
-            return AutoTokenizer.from_pretrained(place)
+            with loading(f"The tokenizer of {place}"):
+                return AutoTokenizer.from_pretrained(place)
     raise UserError(f"There is no tokenizer in {' or '.join(map(str, places))}: say where it is with --base")
 
 
 def main(words: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m ktae_trl.hub.merge",
+        prog="ktae merge",
         description="Merge a LoRA adapter, or a checkpoint of DeepSpeed ZeRO or FSDP, into one model folder.",
     )
     parser.add_argument("source", type=Path, help="an adapter's folder, a checkpoint, or a run's folder")
@@ -214,10 +211,8 @@ def main(words: list[str]) -> None:
     parser.add_argument("--base", help="base model, where the source does not say it")
     parser.add_argument("--dtype", choices=DTYPES, help="precision of the weights; default: as the config says")
     options = parser.parse_args(words)
-    try:
+    with user_errors("ktae merge"):
         merge(options.source, options.output, base=options.base, dtype=options.dtype)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"ktae_trl.hub.merge: {error}")
     print(f"Written: {options.output}\nServe it: vllm serve {options.output}")
 
 

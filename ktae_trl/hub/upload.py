@@ -1,6 +1,6 @@
 """A run's folder on the Hub: the card, the key-token page beside it, and an upload that can be tried again.
 
-python -m ktae_trl.hub.upload FOLDER [--repo_id USER/NAME] [--private true|false]
+ktae push FOLDER [--repo_id USER/NAME] [--private true|false]
     [--results RESULTS ...] [--revision BRANCH] [--include FILE ...]
 
 RESULTS are folders of eval.py, or their summary.json. FILE is a path in FOLDER of what is no part of the model and is
@@ -9,33 +9,28 @@ to be uploaded too. No GPU is needed, and no model is loaded.
 
 import argparse
 import glob
-import json
 import logging
 import shlex
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-import httpx
 from huggingface_hub import CommitInfo, HfApi, get_session
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-from ktae_trl.arguments import NotFoundError, UserError
+from ktae_trl.arguments import NotFoundError, UserError, user_errors
 from ktae_trl.files import model_files
-from ktae_trl.files.fingerprint import is_of, is_old
-from ktae_trl.files.model_files import RefusedFileError
+from ktae_trl.files.model_files import CARD, PAGE, RefusedFileError
 from ktae_trl.files.writing import replacing
 from ktae_trl.hub import card as model_card
-from ktae_trl.hub.card import CARD, PAGE
+from ktae_trl.hub import results as measured
 from ktae_trl.report import records
 
-TIMEOUT = 120.0  # seconds without a sign of life; the client itself would wait for ever
-_waiting: list = []  # the client's own time-out, and an entry for each upload that has set ours
-_waiting_lock = threading.Lock()
+TIMEOUT = 120.0  # seconds without a sign of life; the client's own default is to wait for ever
+# What the client and its libraries raise. HTTPError is that of httpx, with huggingface_hub 2 that of httpx2.
+_FAILURES = (OSError, RuntimeError, ValueError, HTTPError)
 logger = logging.getLogger(__name__)
 
 
@@ -55,13 +50,20 @@ class Api(HfApi):
             return self.run_as_future(_or_warn, self.upload_folder, include=include, **kwargs)
         folder = Path(folder_path)
         chosen = model_files.of_checkpoint(folder) if path_in_repo else model_files.of_model(folder, include)
-        with _patience():
-            return super().upload_folder(allow_patterns=[glob.escape(name) for name in chosen.sent], **kwargs)
+        _do_not_wait_for_ever()
+        return super().upload_folder(allow_patterns=[glob.escape(name) for name in chosen.sent], **kwargs)
 
 
 @cache
 def api() -> Api:
     return Api(library_name="ktae_trl")  # one: its background uploads come one after the other
+
+
+def _do_not_wait_for_ever() -> None:
+    """Set a limit for the session that all clients share, unless who made it has set one."""
+    session = get_session()
+    if session.timeout.read is None:
+        session.timeout = TIMEOUT
 
 
 def _or_warn(upload: Callable[..., CommitInfo], *arguments, **kwargs) -> CommitInfo:
@@ -74,36 +76,6 @@ def _or_warn(upload: Callable[..., CommitInfo], *arguments, **kwargs) -> CommitI
             error if isinstance(error, HubError) else reason_of(error),
         )
         raise
-
-
-@contextmanager
-def _patience() -> Iterator[None]:
-    """In here the client, which all threads share, waits no longer than `TIMEOUT`."""
-    session = get_session()
-    with _waiting_lock:
-        if not _waiting:
-            _waiting.append(session.timeout)
-        _waiting.append(session.timeout)
-        session.timeout = httpx.Timeout(TIMEOUT)
-    try:
-        yield
-    finally:
-        with _waiting_lock:
-            _waiting.pop()
-            if len(_waiting) == 1:
-                session.timeout = _waiting.pop()
-
-
-@contextmanager
-def our_uploads() -> Iterator[None]:
-    """In here, transformers uploads by `api`: `Trainer._push_from_checkpoint` takes no patterns of files."""
-    from transformers import trainer  # heavy: the command line can do without
-
-    theirs, trainer.hf_api = trainer.hf_api, api
-    try:
-        yield
-    finally:
-        trainer.hf_api = theirs
 
 
 def repo_name(args) -> str:
@@ -121,11 +93,11 @@ def create_repo(name: str, *, private: bool | None = None, token: str | None = N
     Raises:
         HubError: the Hub refuses or is not reached, or the repository is there and public though `private` is set.
     """
+    _do_not_wait_for_ever()
     try:
-        with _patience():
-            repo_id = api().create_repo(name, token=token, private=private, exist_ok=True).repo_id
-            public = private and api().model_info(repo_id, token=token).private is False
-    except Exception as error:
+        repo_id = api().create_repo(name, token=token, private=private, exist_ok=True).repo_id
+        public = private and api().model_info(repo_id, token=token).private is False
+    except _FAILURES as error:
         raise HubError(f"The repository {name} could not be made on the Hub: {reason_of(error)}") from error
     if public:
         raise HubError(
@@ -165,38 +137,26 @@ def send(
         done = api().upload_folder(
             repo_id=repo_id, folder_path=folder, include=include, commit_message=message, token=token, revision=revision
         )
-    except Exception as error:  # whatever it was, the model is on disk
-        raise HubError(failed(folder, name, private, revision, error, include)) from error
+    except _FAILURES as error:
+        reason = error if isinstance(error, HubError) else reason_of(error)
+        raise HubError(
+            f"The upload to {name} failed: {reason}. Nothing is lost: the model is in {folder}. Try again: "
+            + upload_command(folder, name, private, revision, include)
+        ) from error
     if left_out:
         logger.warning(
-            "Not uploaded from %s, because it is no part of the model: %s. "
-            "python -m ktae_trl.hub.upload --include adds files",
+            "Not uploaded from %s, because it is no part of the model: %s. ktae push --include adds files",
             folder,
             model_files.in_words(left_out),
         )
     return done
 
 
-def failed(
-    folder: Path,
-    repo_id: str,
-    private: bool | None,
-    revision: str | None,
-    error: BaseException,
-    include: Sequence[str] = (),
-) -> str:
-    """Return what to say of a failed upload: what failed, where the model is, the command that tries again."""
-    return (
-        f"The upload to {repo_id} failed: {error if isinstance(error, HubError) else reason_of(error)}. Nothing is "
-        f"lost: the model is in {folder}. Try again: {upload_command(folder, repo_id, private, revision, include)}"
-    )
-
-
 def upload_command(
     folder: Path, repo_id: str, private: bool | None, revision: str | None, include: Sequence[str] = ()
 ) -> str:
     """Return the command that uploads a run's folder."""
-    words = ["python", "-m", "ktae_trl.hub.upload", str(folder), "--repo_id", repo_id]
+    words = ["ktae", "push", str(folder), "--repo_id", repo_id]
     words += [] if private is None else ["--private", str(private).lower()]
     words += [] if revision is None else ["--revision", revision]
     words += ["--include", *include] if include else []
@@ -209,6 +169,7 @@ def reason_of(error: BaseException) -> str:
     while (error := error.__cause__ or error.__context__) is not None and error not in chain:
         chain.append(error)
     for error in chain:
+        kinds = {kind.__name__ for kind in type(error).__mro__}  # whichever library they are of
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
         if status == 401 or isinstance(error, LocalTokenNotFoundError):
             return "it knows no valid token (401). Log in with `hf auth login`, or set HF_TOKEN"
@@ -219,9 +180,9 @@ def reason_of(error: BaseException) -> str:
             return str(error)
         if isinstance(error, OfflineModeIsEnabled):
             return "HF_HUB_OFFLINE is set, so the Hub is not asked"
-        if isinstance(error, httpx.TimeoutException):
-            return f"no answer within {TIMEOUT:g} seconds"
-        if isinstance(error, httpx.TransportError):
+        if "TimeoutException" in kinds:
+            return f"no answer within {get_session().timeout.read:g} seconds"
+        if "TransportError" in kinds:
             return f"the connection broke ({type(error).__name__}: {error})"
     said = [" ".join(str(error).split()).rstrip(".") for error in chain[:2]]
     return f"{type(chain[0]).__name__}: " + "; ".join(text for text in said if text)
@@ -237,42 +198,8 @@ def write_page(folder: Path) -> None:
         with replacing(folder / PAGE) as draft:
             write_report(folder, draft)
     except Exception as error:  # a page is not worth a model
-        logger.warning("The key-token page of %s could not be made: %s: %s", folder, type(error).__name__, error)
-
-
-def read_results(path: Path, folder: Path) -> list:
-    """Return what eval.py measured, if it was the model in `folder`.
-
-    Raises:
-        ValueError: the file is no summary of eval.py, or one of another model.
-        FileNotFoundError: there is none.
-    """
-    file = path / "summary.json" if path.is_dir() else path
-    if not file.is_file():
-        raise NotFoundError(f"{path} holds no summary.json: is it a folder that eval.py wrote?")
-    try:
-        summary = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(
-            f"{file} is damaged ({error}). The samples beside it are kept: run eval.py again with the same settings, "
-            "which grades them and writes it anew"
-        ) from None
-    known = isinstance(summary, dict) and {"benchmarks", "model", "settings"} <= summary.keys()
-    if not known or not isinstance(summary["settings"], dict):
-        raise UserError(f"{file} does not say which model it is of: only what eval.py sampled can go into a card")
-    mark = summary["settings"].get("fingerprint")
-    again = f"Measure again: python eval.py --config ... --model_name_or_path {folder}"
-    if is_old(mark):
-        raise UserError(
-            f"{file} is of version 0.1 of eval.py, which did not read all of a model's weights: whether it is of those "
-            f"in {folder} is not known. {again}"
-        )
-    if not is_of(mark, folder):
-        raise UserError(
-            f"{file} was measured on {summary['model']}, which does not hold the weights that are in {folder} now. "
-            f"{again}"
-        )
-    return model_card.eval_results(summary)
+        reason = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        logger.warning("The key-token page of %s could not be made: %s", folder, reason)
 
 
 def publish(
@@ -290,8 +217,7 @@ def publish(
         include: paths in the folder of files that are no part of the model and are to be uploaded too.
 
     Raises:
-        ValueError, FileNotFoundError: the folder holds no model, the results are not of it, or a file of `include`
-            cannot be sent.
+        UserError: the folder holds no model, the results are not of it, or a file of `include` cannot be sent.
         HubError: the Hub refuses or is not reached; what was added stays on disk.
     """
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
@@ -299,7 +225,7 @@ def publish(
     sent = model_files.of_model(folder, include).sent
     if not any(name.endswith((".safetensors", ".bin")) for name in sent):
         raise NotFoundError(_no_weights(folder))
-    found = [result for path in results for result in read_results(path, folder)]
+    found = [result for path in results for result in measured.of_evaluation(path, folder)]
     if not (folder / CARD).exists() or (folder / CARD).is_symlink():
         without = f"{folder} holds no {CARD}, or a link, which is not followed"
         if found:
@@ -320,15 +246,13 @@ def _no_weights(folder: Path) -> str:
             f"save the model (from_pretrained, save_pretrained), or add --include {pickles[0]}"
         )
     return (
-        f"{folder} holds no weights (*.safetensors). Of a checkpoint in shards, make a model first: python -m "
-        f"ktae_trl.hub.merge {folder} -o FOLDER"
+        f"{folder} holds no weights (*.safetensors). Of a checkpoint in shards, make a model first: ktae merge "
+        f"{folder} -o FOLDER"
     )
 
 
 def main(words: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m ktae_trl.hub.upload", description="Upload a run's folder to the Hub."
-    )
+    parser = argparse.ArgumentParser(prog="ktae push", description="Upload a run's folder to the Hub.")
     parser.add_argument("folder", type=Path, help="what train.py or trainer.push_to_hub() left")
     parser.add_argument("--repo_id", help="USER/NAME; default: the folder's name, in your own account")
     parser.add_argument(
@@ -342,20 +266,11 @@ def main(words: list[str]) -> None:
     parser.add_argument(
         "--include", nargs="+", default=[], metavar="FILE", help="paths in the folder of other files to upload"
     )
-    options = parser.parse_args(words)
-    private = None if options.private is None else options.private == "true"
-    try:
-        done = publish(
-            options.folder,
-            options.repo_id,
-            private=private,
-            results=options.results,
-            revision=options.revision,
-            include=options.include,
-        )
-    except (ValueError, OSError) as error:
-        sys.exit(f"ktae_trl.hub.upload: {error}")
-    print(f"Uploaded {options.folder}: {done.repo_url}")
+    options = vars(parser.parse_args(words))
+    options["private"] = {"true": True, "false": False}.get(options["private"])
+    with user_errors("ktae push"):
+        done = publish(**options)
+    print(f"Uploaded {options['folder']}: {done.repo_url}")
 
 
 if __name__ == "__main__":

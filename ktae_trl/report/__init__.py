@@ -1,7 +1,7 @@
 """Key tokens for a person to read: a page of a run's records, and the same for rollouts of any origin.
 
-    records (Parquet) -> groups (statistics again, what is shown of a group) -> page (Jinja2, one HTML file)
-    rows of any origin -> explain -> a record -> the same
+    records (Parquet) -> group_view (statistics again, what is shown of a group) -> contents, curves -> page (HTML)
+    rows of any origin -> a record -> the same, or a notebook
 
 `tokens` shows token strings safely; a console can use it too. Lazy: importing this loads none of it.
 """
@@ -11,7 +11,7 @@ import importlib
 _HOMES = {
     "write_report": "ktae_trl.report.page",
     "explain": "ktae_trl.report.rows",
-    "KeyTokens": "ktae_trl.report.rows",
+    "KeyTokens": "ktae_trl.report.notebook",
 }
 __all__ = ["KeyTokens", "explain", "write_report"]
 

@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ktae_trl.arguments import UserError
-from ktae_trl.files.writing import open_to_append, replace_text, replacing
+from ktae_trl.files.lines import read_json_lines
+from ktae_trl.files.writing import open_to_append, replace_json_lines, replacing
 
 FOLDER = "rollouts"
 METRICS = "metrics.jsonl"
@@ -138,7 +139,7 @@ def forget(folder: Path, step: int) -> int:
     metrics = read_metrics(folder)
     kept = [entry for entry in metrics if entry["step"] <= step]
     if len(kept) < len(metrics) or (folder / METRICS).is_symlink():  # lines are appended to a file of the run's own
-        replace_text(folder / METRICS, "".join(json.dumps(entry) + "\n" for entry in kept))
+        replace_json_lines(folder / METRICS, kept)
     return len(later)
 
 
@@ -156,13 +157,9 @@ def read_metrics(folder: str | Path) -> list[dict[str, float]]:
     if not path.exists():
         return []
     found: dict[tuple[int, bool], dict] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            entry = json.loads(line)
-        except (json.JSONDecodeError, RecursionError):
-            entry = None
-        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
-            logger.warning("%s: a line that is no entry is left out (of an interrupted run?): %r", path, line[:80])
+    for number, entry in read_json_lines(path, skip_damaged=True):
+        if not isinstance(entry.get("step"), int):
+            logger.warning("%s, line %d is left out: it has no step", path, number)
             continue
         found.setdefault((entry["step"], any(name.startswith("eval_") for name in entry)), {}).update(entry)
     return [found[key] for key in sorted(found)]

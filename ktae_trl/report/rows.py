@@ -1,79 +1,23 @@
 """Key tokens of rollouts of any origin: rows of prompt, completion and verdict, read, graded, tokenised and valued."""
 
-import gzip
-import json
-import zlib
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ktae_trl.arguments import NotFoundError, UserError
+from ktae_trl.arguments import UserError
 from ktae_trl.credit.combine import combine as combine_with
 from ktae_trl.credit.ktae.values import check_weights
+from ktae_trl.files.lines import read_json_lines
 from ktae_trl.grading import grade_many
-from ktae_trl.report.groups import clip, describe, split, statistics
-from ktae_trl.report.page import collect, progress, write
+from ktae_trl.report.group_view import statistics
+from ktae_trl.report.notebook import KeyTokens
+from ktae_trl.report.page import progress
 from ktae_trl.report.records import Method, Record
-from ktae_trl.report.tokens import colour, one_line, shade, token_strings, visible
+from ktae_trl.report.tokens import token_strings
 
 COMBINE = ("multiply", "add")
-# What a notebook shows; the page has all.
-_INLINE = {"groups": 3, "rollouts": 3, "tokens": 400, "key_tokens": 12, "characters": 2000}
-
-
-class KeyTokens(NamedTuple):
-    """Rollouts with their key-token values. A notebook shows some of it, `save` writes the whole page."""
-
-    record: Record
-    name: str = "rollouts"
-
-    def save(self, path: str | Path) -> Path:
-        """Write the page with every group and return where it is."""
-        return write(path, self.name, collect([self.record]))
-
-    def summary(self) -> str:
-        """Say in a line how many groups and rollouts there are, and what can be compared of them."""
-        groups = list(split(self.record))
-        kinds = Counter(map(_kind, groups))
-        parts = [f"{count} {kind}" for kind in _KINDS if (count := kinds[kind])]
-        unscored = sum(row["correct"] is None for row in self.record.rows)
-        text = f"prompts: {len(groups)} ({', '.join(parts)}); rollouts: {len(self.record.rows)}"
-        if unscored:
-            text += f", {unscored} without a verdict, left out of the statistics"
-        return text
-
-    def __repr__(self) -> str:
-        return f"KeyTokens: {self.summary()}"  # a notebook stores it beside the HTML
-
-    def _repr_html_(self) -> str:
-        groups = sorted(split(self.record), key=lambda rows: _KINDS.index(_kind(rows)))
-        some = [_inline(self.record.method, rows) for rows in groups[: _INLINE["groups"]]]
-        environment = Environment(
-            loader=PackageLoader("ktae_trl.report", "."), autoescape=True, undefined=StrictUndefined
-        )
-        return environment.get_template("inline.html.jinja").render(
-            groups=some,
-            rest=len(groups) - len(some),
-            summary=self.summary(),
-            ramp=[colour(i / 10) for i in range(-10, 11)],
-            ends=_ENDS.get(self.record.method.how, ("K: wrong -1", "+1 right")),
-        )
-
-
-_KINDS = ("with right and wrong rollouts", "all right", "all wrong", "with one rollout only", "not judged")
-
-
-def _kind(rows: list[dict[str, Any]]) -> str:
-    verdicts = {row["correct"] for row in rows} - {None}
-    if len(rows) == 1:
-        return "with one rollout only"
-    if len(verdicts) == 2:
-        return "with right and wrong rollouts"
-    return "not judged" if not verdicts else "all right" if True in verdicts else "all wrong"
 
 
 def explain(
@@ -165,23 +109,10 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         FileNotFoundError: there is none.
         ValueError: a line is not JSON, or is no row for `explain`; the line is named.
     """
-    path = Path(path)
-    if not path.exists() or path.is_dir():
-        raise NotFoundError(f"There is no file {path} (looked in {Path.cwd()})")
     rows = []
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
-        try:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except (json.JSONDecodeError, RecursionError) as error:
-                    raise UserError(f"{path}, line {number}: not JSON: {error}") from None
-                check_row(row, f"{path}, line {number}")
-                rows.append(row)
-        except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-            raise UserError(f"{path} is no file of JSON lines: {error}") from None
+    for number, row in read_json_lines(path):
+        check_row(row, f"{path}, line {number}")
+        rows.append(row)
     if not rows:
         raise UserError(f"{path} holds no rollouts")
     return rows
@@ -246,70 +177,3 @@ def _text(value: str | list[Mapping[str, str]], only: str | None = None) -> str:
 
 def _encodable(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _known(value: float | str | None) -> float | None:
-    """Return a number as it is, and None for what is none: no credit, or the name of a NaN."""
-    return None if isinstance(value, str) else value
-
-
-def _written(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:+.4f}"
-
-
-# What the ends of the colours mean, by how the credit met the advantages.
-_ENDS = {"scale": ("weight 0", "2 or more"), "replace": ("advantage below 0", "above 0")}
-
-
-def _inline(method: Method, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return what a notebook shows of a group: some rollouts of each side and the tokens that tell most."""
-    group = describe(method, rows)
-    tokens = group["tokens"]
-
-    def facts(i: int) -> str:
-        if tokens["p"][i] is None:
-            return f"{label_of(i)}: not counted"
-        a, b = tokens["a"][i], tokens["b"][i]
-        numbers = "".join(f"  {name} {tokens[name][i]:.4g}" for name in ("p", "F", "IG", "D", "K"))
-        return f"{label_of(i)}  a {a}  b {b}  c {group['right'] - a}  d {group['wrong'] - b}{numbers}"
-
-    def label_of(i: int) -> str:
-        return one_line(tokens["text"][i])
-
-    def rollout(own: dict[str, Any]) -> dict[str, Any]:
-        cells = own["cells"]
-        shown = [
-            {
-                "text": tokens["text"][cells["token"][cell]],
-                "title": f"{facts(cells['token'][cell])}  A' {_written(cells['advantage'][cell])}",
-                "colour": colour(shade(_known(cells["value"][cell]), method.how, most)),
-            }
-            for cell in own["at"][: _INLINE["tokens"]]
-        ]
-        return {**own, "shown": shown, "rest": len(own["at"]) - len(shown)}
-
-    def side(correct: bool | None) -> tuple[list[dict[str, Any]], int]:
-        all_of_it = [own for own in group["rollouts"] if own["correct"] is correct]
-        return [rollout(own) for own in all_of_it[: _INLINE["rollouts"]]], len(all_of_it)
-
-    values = [_known(value) for own in group["rollouts"] for value in own["cells"]["value"]]
-    most = max((abs(value) for value in values if value is not None), default=0.0)
-    counted = [i for i, p in enumerate(tokens["p"]) if p is not None]
-    counted.sort(key=lambda i: (-tokens["IG"][i], -abs(tokens["K"][i])))
-    return {
-        "prompt": clip(visible(rows[0]["prompt"]), _INLINE["characters"]),
-        "notes": group["notes"],
-        "sides": {"Right": side(True), "Wrong": side(False), "Not judged": side(None)},
-        "right": group["right"],
-        "wrong": group["wrong"],
-        "key_tokens": [
-            {
-                "label": label_of(i),
-                "colour": colour(tokens["K"][i]),
-                **{name: tokens[name][i] for name in "abpK"},
-                "IG": tokens["IG"][i],
-            }
-            for i in counted[: _INLINE["key_tokens"]]
-        ],
-        "counted": len(counted),
-    }

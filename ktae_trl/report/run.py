@@ -1,7 +1,7 @@
 """Key tokens as a page for the browser, from a run's records or from rollouts of any origin.
 
-python -m ktae_trl.report runs/quickstart -o report.html
-python -m ktae_trl.report explain rollouts.jsonl --tokenizer Qwen/Qwen2.5-Math-1.5B -o page.html
+ktae report runs/quickstart -o report.html
+ktae explain rollouts.jsonl --tokenizer Qwen/Qwen2.5-Math-1.5B -o page.html
 """
 
 import argparse
@@ -10,29 +10,25 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ktae_trl.arguments import UserError
+from ktae_trl.arguments import UserError, loading
 from ktae_trl.report.tokens import visible
-
-_EPILOG = """rollouts of any origin:
-  python -m ktae_trl.report explain rollouts.jsonl --tokenizer NAME -o page.html    (explain --help)"""
 
 
 def main(words: list[str]) -> None:
-    """Run the command; what the user can put right ends it with one line."""
+    """Run `ktae report`, or `ktae explain` if that is the first word."""
+    explained = words[:1] == ["explain"]
     try:
-        page = _explain(words[1:]) if words[:1] == ["explain"] else _report(words)
-    except (ValueError, OSError) as error:
-        sys.exit(f"report: {visible(' '.join(str(error).split()))}")  # which may quote a file of whatever origin
+        page = _explain(words[1:]) if explained else _report(words)
+    except UserError as error:  # which may quote a file of whatever origin
+        sys.exit(f"ktae {'explain' if explained else 'report'}: {visible(' '.join(str(error).split()))}")
     size = page.stat().st_size
     Console(soft_wrap=True, highlight=False).print(f"{page}: {size / 1e6:.1f} MB", markup=False)
 
 
 def _report(words: list[str]) -> Path:
     parser = argparse.ArgumentParser(
-        prog="python -m ktae_trl.report",
+        prog="ktae report",
         description="Write a run's recorded rollouts, their key tokens and the run's curves as one page.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=Path, help="a run's folder, its folder of records, or one step_*.parquet")
     parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="default: report.html")
@@ -46,7 +42,7 @@ def _report(words: list[str]) -> Path:
 
 def _explain(words: list[str]) -> Path:
     parser = argparse.ArgumentParser(
-        prog="python -m ktae_trl.report explain",
+        prog="ktae explain",
         description="Write the key tokens of rollouts of any origin as one page. Rows with one prompt are a group.",
     )
     parser.add_argument(
@@ -63,24 +59,15 @@ def _explain(words: list[str]) -> Path:
     parser.add_argument("--leave_one_out", action="store_true", help="value each rollout's tokens by the others")
     options = vars(parser.parse_args(words))
 
+    from transformers import AutoTokenizer
+
     from ktae_trl.report.rows import explain, read_rows
 
     file, output = options.pop("file"), options.pop("output")
     rows = read_rows(file)
-    tokenizer = _load_tokenizer(options.pop("tokenizer"))
+    name = options.pop("tokenizer")
+    with loading(f"The tokenizer {name!r}", by="--tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(name)
     explained = explain(rows, tokenizer, **options)._replace(name=file.name)
     Console(stderr=True, soft_wrap=True, highlight=False).print(explained.summary(), markup=False)
     return explained.save(output)
-
-
-def _load_tokenizer(name: str):
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # of many kinds, by what is wrong with it
-        raise UserError(f"the tokenizer {name!r} could not be loaded: {error}") from None
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -5,11 +5,10 @@ python -m ktae_trl.tiny model    # about 8 minutes on two cores
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from ktae_trl import tiny
-from ktae_trl.files.writing import replace_text
+from ktae_trl.files.writing import replace_json_lines
 from ktae_trl.tiny import task
 
 # The warm start, the training of the quickstart and its evaluation never share a problem.
@@ -32,8 +31,7 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     if arguments.command == "data":
         for name, items in (("train", train), ("held_out", held_out)):
-            lines = "".join(json.dumps(item) + "\n" for item in items)
-            replace_text(arguments.output / f"{name}.jsonl", lines)
+            replace_json_lines(arguments.output / f"{name}.jsonl", items)
     else:
         from ktae_trl.files.model_files import without_links
         from ktae_trl.tiny.warm_start import warm_start

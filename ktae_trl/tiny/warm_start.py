@@ -7,7 +7,8 @@ from datasets import Dataset
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from ktae_trl.data.problems import BOXED_SYSTEM_PROMPT
+from ktae_trl.grading import INSTRUCTIONS
+from ktae_trl.prompts import conversation
 from ktae_trl.tiny import task
 
 _CHAT_TEMPLATE = (
@@ -28,7 +29,7 @@ def build_tokenizer(texts: list[str], phrases: list[str], vocab_size: int = 400)
         new_special_tokens=["<|im_start|>", "<|im_end|>"],
         show_progress=False,
     )
-    tokenizer.add_tokens([BOXED_SYSTEM_PROMPT, *phrases])
+    tokenizer.add_tokens([INSTRUCTIONS["boxed"], *phrases])
     tokenizer.eos_token = "<|im_end|>"
     tokenizer.chat_template = _CHAT_TEMPLATE
     return tokenizer
@@ -84,10 +85,9 @@ def teach(
     seed: int,
 ) -> None:
     """Train the model on a solution of each item, with TRL's SFT."""
-    system = {"role": "system", "content": BOXED_SYSTEM_PROMPT}
     dataset = Dataset.from_dict(
         {
-            "prompt": [[system, {"role": "user", "content": item["problem"]}] for item in items],
+            "prompt": [conversation(item["problem"], INSTRUCTIONS["boxed"]) for item in items],
             "completion": [[{"role": "assistant", "content": text}] for text in solutions],
         }
     )

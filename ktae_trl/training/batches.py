@@ -73,7 +73,7 @@ class Batches(NamedTuple):
         )
 
 
-def check_processes(args: KTAEGRPOConfig, expected: int | None) -> str | None:
+def check_processes(args: KTAEGRPOConfig, expected: int | None, program: str = "train.py") -> str | None:
     """Return a warning, with the arithmetic, if the run is not spread over processes as the recipe is written for."""
     here = args.world_size
     if args.n_gpu > 1:
@@ -97,5 +97,5 @@ def check_processes(args: KTAEGRPOConfig, expected: int | None) -> str | None:
         flags["--steps_per_generation"] = args.steps_per_generation * expected / here
     if all(float(value).is_integer() for value in flags.values()):
         words = " ".join(f"{name} {value:.0f}" for name, value in flags.items())
-        return f"{warning}  To keep the batches, add behind train.py: {words}"
+        return f"{warning}  To keep the batches, add behind {program}: {words}"
     return f"{warning}  To keep the batches, change per_device_train_batch_size as well."

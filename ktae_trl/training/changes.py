@@ -27,7 +27,6 @@ _FOR_NO_ROLLOUT = (
     "oar_token_budget",
     "record_steps",
     "record_groups",
-    "record_files",
     "allow_inexact_resume",
     "reward_timeout",
     *_FOR_SAMPLING,

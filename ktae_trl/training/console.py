@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import ProgressCallback
 
-from ktae_trl.report.groups import LONGEST_TOKEN, clip
+from ktae_trl.report.group_view import LONGEST_TOKEN, clip
 from ktae_trl.report.records import Record
 from ktae_trl.report.tokens import colour, shade, visible
 

@@ -8,8 +8,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from ktae_trl.files.checkpoints import remove_unfinished
-from ktae_trl.files.writing import FolderInUseError, locked
-from ktae_trl.hub.card import HELD_OUT
+from ktae_trl.files.lock import FolderInUseError, locked
+from ktae_trl.files.model_files import HELD_OUT
 
 
 @contextmanager

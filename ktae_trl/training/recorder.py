@@ -10,10 +10,11 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ktae_trl.credit.combine import combine
-from ktae_trl.hub.card import PAGE
+from ktae_trl.files.model_files import PAGE
 from ktae_trl.report import records
 from ktae_trl.report.tokens import token_strings
 
+MOST = 100  # records of a run
 logger = logging.getLogger(__name__)
 
 
@@ -21,7 +22,7 @@ class Recorder(TrainerCallback):
     """
     Writes a record of the first generation in every `record_steps` optimizer steps, and each line of metrics.
 
-    The number of files stays within `record_files`: a run that has more steps is recorded less often. A file holds at
+    There are at most `MOST` records of a run: one that has more steps is recorded less often. A record holds at
     most `record_groups` groups, those whose right and wrong rollouts are nearest to half and half first. With
     `log_completions` the first process also keeps the best such group of the newest generation, to be shown.
     """
@@ -59,14 +60,14 @@ class Recorder(TrainerCallback):
                 )
             last = [max(map(records.step_of, records.files(self.folder)), default=0)]
         self._last_step = broadcast_object_list(last)[0]
-        wanted, most = self.args.record_steps, self.args.record_files
-        self._every = max(wanted, math.ceil(state.max_steps / most)) if wanted else 0
+        wanted = self.args.record_steps
+        self._every = max(wanted, math.ceil(state.max_steps / MOST)) if wanted else 0
         if self._every > wanted and self.accelerator.is_main_process:
             logger.warning(
-                "Rollouts are recorded every %d steps, not every %d: record_files allows %d files for %d steps.",
+                "Rollouts are recorded every %d steps, not every %d: a run has at most %d records, this one %d steps.",
                 self._every,
                 wanted,
-                most,
+                MOST,
                 state.max_steps,
             )
 

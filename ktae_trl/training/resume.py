@@ -298,7 +298,7 @@ def _new_run(checkpoint: str) -> str:
     if any(Path(checkpoint).glob("model*.safetensors")):
         how = f"--model_name_or_path {checkpoint}"
     else:  # an adapter, or the shards of DeepSpeed and FSDP
-        how = f"python -m ktae_trl.hub.merge {checkpoint} -o FOLDER, then --model_name_or_path FOLDER"
+        how = f"ktae merge {checkpoint} -o FOLDER, then --model_name_or_path FOLDER"
     return f"start a new run from the checkpoint's model ({how}, no resume_from_checkpoint)"
 
 

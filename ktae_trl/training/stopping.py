@@ -5,16 +5,19 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import dropwhile
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from ktae_trl.arguments import UserError
 from ktae_trl.files.checkpoints import ResumeError, last_checkpoint
 from ktae_trl.hub.upload import HubError
 from ktae_trl.training.guard import NotFiniteError
@@ -27,14 +30,15 @@ FROM_OUTSIDE = {
 
 
 class Advice:
-    """What to do when `train.py` stops before its end.
+    """What to do when a training stops before its end.
 
     Attributes:
+        program: what the user called, for messages.
         saved: what to do once the model is saved, in place of resuming; None until then.
     """
 
-    def __init__(self, trainer):
-        self.trainer = trainer
+    def __init__(self, trainer, program: str = "train.py"):
+        self.trainer, self.program = trainer, program
         self.saved: str | None = None
 
     def line(self, reason: str) -> str:
@@ -47,7 +51,7 @@ class Advice:
         else:
             where = f"training stopped after step {state.global_step}"
         who = f" (process {accelerator.process_index})" if accelerator.num_processes > 1 else ""
-        return f"train.py: {where}{who}: {reason}. {self.saved or self._resume()}"
+        return f"{self.program}: {where}{who}: {reason}. {self.saved or self._resume()}"
 
     def _resume(self) -> str:
         folder = self.trainer.args.output_dir
@@ -67,7 +71,7 @@ def reason_of(error: BaseException) -> str:
 
 
 @contextmanager
-def advice_at_the_end(trainer) -> Iterator[Advice]:
+def advice_at_the_end(trainer, program: str = "train.py") -> Iterator[Advice]:
     """Around a run: if it stops before its end, the last line that the process writes says how to resume.
 
     An error passes, and its traceback comes first. Ctrl-C ends the process without one, SIGTERM and SIGHUP at once.
@@ -77,25 +81,23 @@ def advice_at_the_end(trainer) -> Iterator[Advice]:
     (as transformers' `enable_jit_checkpoint` does SIGTERM) or ignores them (a shell SIGINT of a background job, nohup
     SIGHUP).
     """
-    advice, listening = Advice(trainer), ExitStack()
+    advice = Advice(trainer, program)
     reasons: list[str] = []  # one, until it is told
 
     def tell() -> None:
         with suppress(IndexError, OSError):  # told already; the terminal is gone
             os.write(2, f"\n{advice.line(reasons.pop())}\n".encode())
 
-    def at_exit() -> None:
-        tell()
-        listening.close()
-
-    def ended(number: int) -> None:
+    def end(number: int) -> None:
         reasons[:] = reasons or [FROM_OUTSIDE[number]]
         tell()
 
-    # The last one registered is called first, so what a training starts, such as a tracker, writes before it.
-    atexit.register(at_exit)
-    if free := _free_signals():
-        listening.enter_context(_on_signals(free, ended))
+    def at_exit() -> None:
+        tell()
+        undo()
+
+    undo = _end_on_signals(end)
+    atexit.register(at_exit)  # the first is called last: what a training starts, such as a tracker, writes before it
     try:
         yield advice
     except (ResumeError, HubError):
@@ -108,6 +110,9 @@ def advice_at_the_end(trainer) -> Iterator[Advice]:
         if trainer.accelerator.process_index == 0:  # all processes raise it
             reasons.append(str(error))
         sys.exit(1)
+    except UserError as error:
+        reasons.append(str(error).rstrip("."))
+        sys.exit(1)
     except BaseException as error:
         reasons.append(reason_of(error))
         raise
@@ -116,15 +121,20 @@ def advice_at_the_end(trainer) -> Iterator[Advice]:
             bar.close()
         if not reasons:
             atexit.unregister(at_exit)
-            listening.close()
+            undo()
 
 
 @contextmanager
 def like_ctrl_c() -> Iterator[None]:
-    """Turn what ends a process from outside into a KeyboardInterrupt, so that what it started is ended too."""
+    """Let what ends a process from outside do what Ctrl-C does at that time, so that what it started is ended too."""
+
+    def as_ctrl_c(number, frame) -> None:
+        handler = signal.getsignal(signal.SIGINT)  # asyncio has one of its own
+        (handler if callable(handler) else signal.default_int_handler)(number, frame)
+
     free = _free_signals()
     for number in free:
-        signal.signal(number, signal.default_int_handler)
+        signal.signal(number, as_ctrl_c)
     try:
         yield
     finally:
@@ -152,60 +162,46 @@ def _free_signals() -> list[int]:
     return [number for number in FROM_OUTSIDE if signal.getsignal(number) is signal.SIG_DFL]
 
 
-@contextmanager
-def _on_signals(numbers: list[int], tell: Callable[[int], None]) -> Iterator[None]:
-    # A launcher sends SIGTERM to the others when a process has died. They may be waiting for it deep inside NCCL, where
-    # no Python handler runs; so a thread answers.
-    receive, send = os.pipe()
-    os.set_blocking(send, False)
+def _end_on_signals(tell: Callable[[int], None]) -> Callable[[], None]:
+    """From now on each signal of `FROM_OUTSIDE` ends the process, after `tell`; return what undoes this.
+
+    A launcher sends SIGTERM to the others when a process has died. They may be waiting for it deep inside NCCL, where
+    no Python handler runs. So a thread answers; the handler in C, which runs anywhere, wakes it by a byte in a socket.
+    """
+    if not (numbers := _free_signals()):
+        return lambda: None
+    receive, send = socket.socketpair()
+    send.setblocking(False)
+
+    def ours(*_) -> None:
+        pass
 
     def listen() -> None:
-        while number := os.read(receive, 1)[0]:  # 0 ends it
-            if number in numbers:
+        while byte := receive.recv(1):
+            if signal.getsignal(byte[0]) is ours:
                 try:
-                    tell(number)
+                    tell(byte[0])
                     for child in multiprocessing.active_children():  # `_exit` does not end them, as an exit does
                         child.terminate()
                 finally:
-                    os._exit(128 + number)
+                    os._exit(128 + byte[0])
 
-    def ignore(*_) -> None:
-        pass
+    def unblock() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 
-    # A forked worker, as of a reward function's pool, has the same pipe: until its signals are its own, it gets none.
-    masks: dict[int, set] = {}
-
-    def ours() -> set[int]:
-        return {number for number in numbers if signal.getsignal(number) is ignore}
-
-    def before_fork() -> None:
-        if ours():
-            masks[threading.get_ident()] = signal.pthread_sigmask(signal.SIG_BLOCK, ours())
-
-    def after_fork() -> None:
-        if (mask := masks.pop(threading.get_ident(), None)) is not None:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-    def after_fork_in_child() -> None:
-        if ours():
-            signal.set_wakeup_fd(-1)
-        for number in ours():
-            signal.signal(number, signal.SIG_DFL)
-        after_fork()
-
-    os.register_at_fork(before=before_fork, after_in_parent=after_fork, after_in_child=after_fork_in_child)
-    listener = threading.Thread(target=listen, daemon=True)
-    listener.start()
-    fd = signal.set_wakeup_fd(send, warn_on_full_buffer=False)
-    for number in numbers:
-        signal.signal(number, ignore)
-    try:
-        yield
-    finally:
+    def undo() -> None:
         for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
-        signal.set_wakeup_fd(fd)
-        os.write(send, b"\0")
-        listener.join()
-        os.close(send)
-        os.close(receive)
+            if signal.getsignal(number) is ours:
+                signal.signal(number, signal.SIG_DFL)
+        signal.set_wakeup_fd(-1)
+        send.close()
+        unblock()
+
+    # A forked worker has all of this, and the socket is the same one: its signals wait until it is undone there.
+    block = partial(signal.pthread_sigmask, signal.SIG_BLOCK, numbers)
+    os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=undo)
+    threading.Thread(target=listen, daemon=True).start()
+    signal.set_wakeup_fd(send.fileno(), warn_on_full_buffer=False)
+    for number in numbers:
+        signal.signal(number, ours)
+    return undo

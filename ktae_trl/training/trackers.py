@@ -5,8 +5,8 @@ import logging
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.trainer_callback import CallbackHandler
 
-from ktae_trl.report import KeyTokens
-from ktae_trl.report.groups import clip, statistics
+from ktae_trl.report import KeyTokens, markdown
+from ktae_trl.report.group_view import clip, statistics
 from ktae_trl.report.records import Record
 from ktae_trl.report.tokens import label
 
@@ -31,11 +31,18 @@ def table(record: Record) -> str:
     """Return the tokens of the greatest |K| of a group as a Markdown table."""
     found = statistics(record.method, record.rows)
     text = {i: token for row in record.rows for i, token in zip(row["token_ids"], row["tokens"], strict=True)}
-    lines = ["| token | in right | in wrong | p | K |", "|---|---|---|---|---|"]
-    for i, (a, b, p, *_, K) in sorted(found.tokens.items(), key=lambda item: -abs(item[1][-1]))[:_ROWS]:
-        cell = clip(label(text[i]), _CHARACTERS).replace("|", "¦").replace("`", "'")  # which would end a cell, or code
-        lines.append(f"| `{cell}` | {a} of {found.right} | {b} of {found.wrong} | {p:.3g} | {K:+.2f} |")
-    return "\n".join(lines)
+    most = sorted(found.tokens.items(), key=lambda item: -abs(item[1][-1]))[:_ROWS]
+    rows = [
+        (
+            markdown.code(clip(label(text[i]), _CHARACTERS)),
+            f"{a} of {found.right}",
+            f"{b} of {found.wrong}",
+            f"{p:.3g}",
+            f"{K:+.2f}",
+        )
+        for i, (a, b, p, *_, K) in most
+    ]
+    return markdown.table(("token", "in right", "in wrong", "p", "K"), rows)
 
 
 def _tensorboard(callback, record, step) -> None:

@@ -7,7 +7,9 @@ from decimal import Decimal
 import pytest
 from datasets import Dataset, DatasetDict
 
-from ktae_trl.data import problems as data
+from ktae_trl import data
+from ktae_trl.data.columns import original_column
+from ktae_trl.data.problems import drop_long
 from ktae_trl.grading import INSTRUCTIONS
 from ktae_trl.grading.golds import gold_answers
 from ktae_trl.rewards import math_accuracy
@@ -115,8 +117,8 @@ def test_worked_solutions_stay_under_another_name(caplog):
         prompts = data.to_prompts(Dataset.from_list(rows), answer_column="solution")
     assert (prompts[0]["solution"], prompts[0]["data_solution"]) == (["5"], rows[0]["solution"])
     assert not caplog.text
-    assert data.original_column(prompts, "solution") == "data_solution"
-    assert data.original_column(prompts, "answer") == "answer"
+    assert original_column(prompts, "solution") == "data_solution"
+    assert original_column(prompts, "answer") == "answer"
 
 
 def test_columns_that_reward_functions_get_otherwise(tmp_path, caplog):
@@ -177,12 +179,12 @@ def test_long_prompts_are_left_out_and_counted(tokenizer, caplog):
     prompts = data.to_prompts(Dataset.from_list(rows))
     length = len(tokenizer.apply_chat_template(prompts[0]["prompt"], add_generation_prompt=True, return_dict=False))
     with caplog.at_level(logging.WARNING):
-        kept = data.drop_long(prompts, tokenizer, length)
+        kept = drop_long(prompts, tokenizer, length)
     assert kept["solution"] == [["2"], ["4"]]
     assert f"Left out 1 of 3 rows: more than {length} tokens (max_prompt_length)" in caplog.text
-    assert len(data.drop_long(prompts, tokenizer, None)) == 3
+    assert len(drop_long(prompts, tokenizer, None)) == 3
     with pytest.raises(ValueError, match=f"No row is left of 3: more than {length - 1} tokens"):
-        data.drop_long(prompts, tokenizer, length - 1)
+        drop_long(prompts, tokenizer, length - 1)
 
 
 def test_load_prompts(write, tokenizer):
@@ -310,7 +312,7 @@ def test_the_configuration_of_held_out_problems(tokenizer, monkeypatch):
         asked.append((name, config, split))
         return Dataset.from_list(ROWS)
 
-    monkeypatch.setattr(data, "load", load)
+    monkeypatch.setattr("ktae_trl.data.recipe.load", load)
     first = {"dataset_name": "openai/gsm8k", "dataset_config": "main"}
     for second in (
         {"eval_dataset_name": "openai/gsm8k"},

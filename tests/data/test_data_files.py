@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ktae_trl.data import problems as data
+from ktae_trl import data
+from ktae_trl.data.columns import column_values
 from ktae_trl.data.files import read
 from ktae_trl.grading.golds import gold_answers
 
@@ -59,8 +60,8 @@ def test_nested_values_of_several_types(file):
         {"extra": None, "level": None},
     ]
     dataset = read(file("".join(json.dumps(row) + "\n" for row in rows)))
-    assert data.column_values(dataset, "extra.answer") == [str(2**70), "x", None]
-    assert data.column_values(dataset, "extra.tags") == [["a", 1], None, None]
+    assert column_values(dataset, "extra.answer") == [str(2**70), "x", None]
+    assert column_values(dataset, "extra.tags") == [["a", 1], None, None]
     assert dataset["level"][:] == [3, "3", None]
     assert dataset["note"][:] == [None, {}, None]
     assert read(file(json.dumps(rows), "mine.json")).to_list() == dataset.to_list()

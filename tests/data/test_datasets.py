@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-import train
-from ktae_trl import tiny
-from ktae_trl.data import problems as data
+from ktae_trl import data, tiny
+from ktae_trl.training import run as training
 
 DATA = Path(__file__).parents[1] / "samples"
 
@@ -86,7 +85,7 @@ def test_what_is_understood(name, tokenizer, caplog):
 @pytest.mark.parametrize("name", DATASETS)
 def test_three_steps(name, tmp_path, capfd):
     quiet = ["--report_to", "none", "--logging_steps", "1", "--save_steps", "3"]
-    train.main(*train.read_arguments(["--config", recipe(name, tmp_path), *quiet]))
+    training.train(*training.read_arguments(["--config", recipe(name, tmp_path), *quiet]))
     assert "Trained to step 3" in capfd.readouterr().out
     log = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
     steps = [entry for entry in log if "rewards/math_accuracy/mean" in entry]
@@ -100,7 +99,7 @@ def test_three_steps(name, tmp_path, capfd):
 
 def test_the_dry_run_shows_what_is_understood(tmp_path, capfd):
     words = ["--config", recipe("gsm8k", tmp_path), "--dry_run", "true", "--report_to", "none"]
-    train.main(*train.read_arguments(words))
+    training.train(*training.read_arguments(words))
     shown = capfd.readouterr().out
     assert "How many books is that?" in shown
     assert "-> gold answer: 14,400   (last line #### of answer)" in shown

@@ -7,12 +7,12 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from ktae_trl import tiny
+from ktae_trl import data, tiny
 from ktae_trl.arguments import parse
-from ktae_trl.data import problems as data
-from ktae_trl.data.problems import DataArguments
+from ktae_trl.data.problems import drop_long
 from ktae_trl.evaluation import tasks as benchmarks
 from ktae_trl.evaluation.tasks import Problem
+from ktae_trl.grading import INSTRUCTIONS
 from ktae_trl.prompts import check_template, conversation, texts, token_ids
 from ktae_trl.training import plan
 from ktae_trl.training.held_out import held_out_accuracy
@@ -54,7 +54,7 @@ def test_everything_asks_the_prompt_that_is_trained_on(tokenizer_with, tmp_path,
     rows = [{"problem": [{"role": "user", "content": "7 - 2 ="}], "answer": 5}, {**rows[1], "answer": 10}]
     file = tmp_path / "problems.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    arguments = DataArguments(str(file), eval_dataset_name=str(file))
+    arguments = data.DataArguments(str(file), eval_dataset_name=str(file))
     train, held_out = data.load_prompts(arguments, tokenizer, kwargs)
     settings = {"chat_template_kwargs": kwargs, "processing_class": tokenizer, "train_dataset": train}
     trainer = make_trainer(tmp_path, per_device_train_batch_size=8, num_generations=8, **settings)
@@ -66,8 +66,8 @@ def test_everything_asks_the_prompt_that_is_trained_on(tokenizer_with, tmp_path,
     assert tokenizer(texts(train["prompt"][:], tokenizer, kwargs))["input_ids"] == trained_on
 
     lengths = sorted(len(ids) for ids in trained_on)  # max_prompt_length and the dry run
-    assert len(data.drop_long(train, tokenizer, lengths[1], kwargs)) == 2
-    assert len(data.drop_long(train, tokenizer, lengths[1] - 1, kwargs)) == 1
+    assert len(drop_long(train, tokenizer, lengths[1], kwargs)) == 2
+    assert len(drop_long(train, tokenizer, lengths[1] - 1, kwargs)) == 1
     assert plan.data_statistics(train, tokenizer, kwargs).tokens[::3] == lengths
 
     seen, generate = [], trainer.model.generate
@@ -81,7 +81,7 @@ def test_everything_asks_the_prompt_that_is_trained_on(tokenizer_with, tmp_path,
     assert sorted(seen) == sorted([*trained_on, *trained_on])  # greedy and sampled
 
     problems = benchmarks.load_problems(benchmarks.Benchmark("mine", str(file)))
-    shown, ids = benchmarks.prompts(problems, "chat", data.BOXED_SYSTEM_PROMPT, tokenizer, kwargs)
+    shown, ids = benchmarks.prompts(problems, "chat", INSTRUCTIONS["boxed"], tokenizer, kwargs)
     assert ids == trained_on
     assert tokenizer(shown)["input_ids"] == trained_on
 
@@ -183,21 +183,21 @@ def test_the_data_of_a_recipe_for_gemma(tokenizer_with, tmp_path):
     file = tmp_path / "problems.jsonl"
     file.write_text('{"problem": "1 + 1?", "answer": "2"}\n')
     with pytest.raises(ValueError, match=r"problems\.jsonl: The chat template of .* refuses .*--system_prompt null"):
-        data.load_prompts(DataArguments(str(file), max_prompt_length=None), tokenizer_with(GEMMA))
-    arguments = DataArguments(str(file), system_prompt_in_user=True)
+        data.load_prompts(data.DataArguments(str(file), max_prompt_length=None), tokenizer_with(GEMMA))
+    arguments = data.DataArguments(str(file), system_prompt_in_user=True)
     (prompt,) = data.load_prompts(arguments, tokenizer_with(GEMMA))[0]["prompt"]
-    assert prompt == [{"role": "user", "content": f"{data.BOXED_SYSTEM_PROMPT}\n\n1 + 1?"}]
+    assert prompt == [{"role": "user", "content": f"{INSTRUCTIONS['boxed']}\n\n1 + 1?"}]
 
 
 def test_null_on_the_command_line_is_none(tmp_path):
     words = ["--dataset_name", "x", "--max_prompt_length", "null", "--dataset_filter", "null", "--system_prompt"]
     for none in ("null", ""):
-        (arguments,) = parse((DataArguments,), "train.py", [*words, none])
+        (arguments,) = parse((data.DataArguments,), "train.py", [*words, none])
         assert (arguments.system_prompt, arguments.max_prompt_length, arguments.dataset_filter) == (None, None, None)
     config = tmp_path / "config.yaml"
     for none in ("null", '""'):
         config.write_text(f"dataset_name: x\nsystem_prompt: {none}\n")
-        assert parse((DataArguments,), "train.py", ["--config", str(config)])[0].system_prompt is None
+        assert parse((data.DataArguments,), "train.py", ["--config", str(config)])[0].system_prompt is None
 
 
 def test_problems_with_their_own_system_prompt_are_counted(caplog):

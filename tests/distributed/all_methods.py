@@ -1,8 +1,7 @@
-"""One process of the test in test_methods_spread.py: all_methods.py FOLDER. Trains with every method, full and LoRA."""
+"""A job of the test in test_methods_spread.py: trains with every method, full and LoRA."""
 
 import json
 import math
-import sys
 from pathlib import Path
 
 from ktae_trl.credit import METHODS
@@ -10,8 +9,8 @@ from tests.credit.test_methods import LORA, METHOD_SETTINGS, by_turns
 from tests.trainers import difference, make_trainer, prompts, weights
 
 
-def main(folder: Path) -> None:
-    done = {}
+def main(folder: str) -> None:
+    folder, done = Path(folder), {}
     for credit in ("none", *METHODS):
         for kind, adapter in (("full", None), ("lora", LORA)):
             trainer = make_trainer(
@@ -34,9 +33,3 @@ def main(folder: Path) -> None:
                 "finite": all(math.isfinite(x) for x in logged),
             }
     (folder / f"process_{trainer.accelerator.process_index}.json").write_text(json.dumps(done))
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

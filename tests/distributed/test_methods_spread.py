@@ -1,22 +1,15 @@
 """Every credit method on two processes, full and LoRA, with groups all right, all wrong, unscorable, and mixed."""
 
 import json
-from pathlib import Path
-
-import pytest
 
 from ktae_trl.credit import METHODS
-from tests.distributed.launching import ROOT, accelerate, environment
-from tests.processes import run
+from tests.distributed.launching import TWO_PROCESSES
 
-pytestmark = pytest.mark.slow
+pytestmark = TWO_PROCESSES
 
 
-def test_three_steps_on_two_processes(tmp_path):
-    script = str(Path(__file__).with_name("all_methods.py"))
-    words = [*accelerate(tmp_path, "ddp"), script, str(tmp_path)]
-    done = run(words, cwd=ROOT, env=environment("ddp"), timeout=500)
-    assert done.returncode == 0, done.stderr[-5000:]
+def test_three_steps_on_two_processes(crews, tmp_path):
+    crews.do("ddp", "tests.distributed.all_methods:main", str(tmp_path))
     first, second = (json.loads((tmp_path / f"process_{rank}.json").read_text()) for rank in (0, 1))
     assert set(first) == {f"{credit} {kind}" for credit in ("none", *METHODS) for kind in ("full", "lora")}
     for name, result in first.items():

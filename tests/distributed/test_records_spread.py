@@ -3,24 +3,19 @@
 import pytest
 
 from ktae_trl.report import records
-from tests.distributed.launching import launch
+from tests.distributed.launching import TWO_PROCESSES
 from tests.distributed.test_same_as_one import REPLAYED
 
-pytestmark = pytest.mark.slow
+pytestmark = TWO_PROCESSES
 
 # 3 groups of 8: the second lies on both processes. One that is resumed has a checkpoint in the middle of a cycle.
 SETTINGS = REPLAYED | {"record_steps": 1, "record_groups": 2, "log_completions": True, "logging_steps": 1}
 
 
-def test_two_processes_record_what_one_does(tmp_path):
-    launch(tmp_path / "one", SETTINGS | {"per_device_train_batch_size": 24}, None)
-    launch(tmp_path / "two", SETTINGS | {"per_device_train_batch_size": 12}, "ddp")
-    launch(
-        tmp_path / "two",
-        SETTINGS | {"per_device_train_batch_size": 12},
-        "ddp",
-        str(tmp_path / "two" / "checkpoint-3"),
-    )
+def test_two_processes_record_what_one_does(crews, tmp_path):
+    crews.train(tmp_path / "one", SETTINGS | {"per_device_train_batch_size": 24}, None)
+    for checkpoint in (None, tmp_path / "two" / "checkpoint-3"):
+        crews.train(tmp_path / "two", SETTINGS | {"per_device_train_batch_size": 12}, "ddp", checkpoint)
     one, two = records.files(tmp_path / "one"), records.files(tmp_path / "two")
     assert [path.name for path in one] == [path.name for path in two] == [records.file_name(s) for s in (1, 3, 5)]
     straddling = 0

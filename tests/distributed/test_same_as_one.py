@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 import socket
 import subprocess
 
@@ -11,11 +12,12 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
 from ktae_trl import tiny
-from tests.distributed.launching import MODES, ROOT, accelerate, environment, launch, read, run
+from tests.distributed import training
+from tests.distributed.launching import MODES, ROOT, TWO_PROCESSES, accelerate, environment, read
 from tests.processes import started
 from tests.trainers import difference
 
-pytestmark = pytest.mark.slow
+pytestmark = TWO_PROCESSES
 
 # 3 groups of 8 a generation, each trained on twice. Replayed rollouts, a forward pass per generation, token-mean loss
 # and SGD, so that the processes' own seeds and shuffles make no difference. With momentum, because torch cannot load
@@ -68,14 +70,14 @@ TIMES = {"step_time", "ktae/seconds", "oar/seconds", "tree/seconds"}
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(crews, tmp_path_factory):
     """A function that trains a kind in a mode, once, and returns the folder and the results of its processes."""
 
     @functools.cache
     def train(mode: str | None = None, processes: int = 2, kind: str = "plain"):
         folder = tmp_path_factory.mktemp("run")
         settings = {**REPLAYED, **KINDS[kind], "per_device_train_batch_size": 24 // processes if mode else 24}
-        return folder, launch(folder, settings, mode, processes=processes)
+        return folder, crews.train(folder, settings, mode, processes=processes)
 
     return train
 
@@ -104,7 +106,7 @@ def assert_same_as_one(
             assert together[name] == pytest.approx(alone[name], abs=max(credit, 1e-5)), name
 
 
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "two_nodes"])
+@pytest.mark.parametrize("mode", MODES)
 def test_groups_spread_over_two_processes(trained, mode):
     kind = "adam" if "offload" in mode else "plain"
     _, (one,) = trained(kind=kind)
@@ -119,11 +121,11 @@ def test_groups_spread_over_two_processes(trained, mode):
 
 
 @pytest.mark.parametrize("mode", ["zero2", "zero3", "fsdp2"])
-def test_resume_inside_a_generation_cycle(trained, tmp_path, mode):
+def test_resume_inside_a_generation_cycle(crews, trained, tmp_path, mode):
     folder, whole = trained(mode)
     # The learning rate of the checkpoint stays in effect, as a warning says.
     settings = {**REPLAYED, "per_device_train_batch_size": 12, "save_strategy": "no", "learning_rate": 0.2}
-    resumed = launch(tmp_path, settings, mode, str(folder / "checkpoint-3"))
+    resumed = crews.train(tmp_path, settings, mode, folder / "checkpoint-3")
     assert len(resumed[0]["credits"]) == 1  # steps 4, 5 and 6 needed one generation
     assert difference(resumed[0]["weights"], whole[0]["weights"]) < 1e-6
 
@@ -178,7 +180,10 @@ def test_two_nodes(trained, tmp_path, mode):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    script = run(tmp_path, {**REPLAYED, "per_device_train_batch_size": 12, "save_strategy": "no"})
+    (tmp_path / "settings.json").write_text(
+        json.dumps({**REPLAYED, "per_device_train_batch_size": 12, "save_strategy": "no"})
+    )
+    script = [training.__file__, str(tmp_path / "settings.json"), str(tmp_path)]
 
     def node(rank: int):
         where = {"num_machines": 2, "machine_rank": rank, "main_process_ip": "127.0.0.1", "main_process_port": port}
@@ -193,11 +198,11 @@ def test_two_nodes(trained, tmp_path, mode):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_sampled_rollouts_resume_exactly(tmp_path, stream):
+def test_sampled_rollouts_resume_exactly(crews, tmp_path, stream):
     settings = {**SAMPLED, "stream": stream}
-    whole = launch(tmp_path / "whole", settings, "ddp")
+    whole = crews.train(tmp_path / "whole", settings, "ddp")
     # 4 forward passes a generation of 4 prompts, 8 steps an epoch: inside a cycle, and one of the second epoch.
     for step in (3, 10):
         checkpoint = tmp_path / "whole" / f"checkpoint-{step}"
-        resumed = launch(tmp_path / f"from-{step}", settings, "ddp", str(checkpoint))
+        resumed = crews.train(tmp_path / f"from-{step}", settings, "ddp", checkpoint)
         assert difference(resumed[0]["weights"], whole[0]["weights"]) == 0

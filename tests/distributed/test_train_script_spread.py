@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from ktae_trl import tiny
 from ktae_trl.files import checkpoints
-from tests.distributed.launching import MODES, ROOT, accelerate, environment
+from tests.distributed.launching import ROOT, SHARDED, TWO_PROCESSES, accelerate, environment
 from tests.processes import children, gone, started
 
-pytestmark = pytest.mark.slow
+pytestmark = TWO_PROCESSES
 SMALL = {
     "max_steps": 2,
     "logging_steps": 1,
@@ -28,11 +28,6 @@ SMALL = {
     "held_out_samples": 1,
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 8,
-}
-# accelerate's own defaults, with which transformers' save_model() saves no model.
-SHARDED = {
-    "zero3": {"deepspeed_config": {**MODES["zero3"][0]["deepspeed_config"], "zero3_save_16bit_model": False}},
-    "fsdp2": {"fsdp_config": {**MODES["fsdp2"][0]["fsdp_config"], "fsdp_state_dict_type": "SHARDED_STATE_DICT"}},
 }
 
 
@@ -61,8 +56,8 @@ def train_to_the_end(*arguments, **more) -> int:
 def test_a_spread_model_is_saved_whole(tmp_path, mode):
     settings = {"gradient_checkpointing": "true", "learning_rate": 1e-3}
     # ZeRO-3 with gradient checkpointing can abort at exit, after all is done.
-    assert train_to_the_end(tmp_path, mode, settings, **SHARDED[mode]) == 0, said(tmp_path)
-    assert f"\nran as 2 {' '.join(MODES[mode][1:])}\n" in said(tmp_path)
+    assert train_to_the_end(tmp_path, mode, settings) == 0, said(tmp_path)
+    assert f"\nran as 2 {' '.join(SHARDED[mode][1:])}\n" in said(tmp_path)
     assert "Saved model" in said(tmp_path)
     results = json.loads((tmp_path / "out" / "held_out_results.json").read_text())
     assert set(results) >= {"before_greedy", "after_greedy"}

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from ktae_trl import tiny
 from ktae_trl.evaluation import generate as sampling
 from ktae_trl.grading import ANSWER_FORMATS, INSTRUCTIONS, grade
-from ktae_trl.hub.upload import read_results
+from ktae_trl.hub.results import of_evaluation
 from tests.processes import started
 
 ROOT = Path(__file__).parents[2]
@@ -83,7 +83,7 @@ def test_the_whole_path(evaluated):
 
 
 def test_the_summary_goes_into_a_model_card(evaluated):
-    accuracy, *others = read_results(evaluated, Path("ktae_trl/tiny/model"))
+    accuracy, *others = of_evaluation(evaluated, Path("ktae_trl/tiny/model"))
     rows = samples(evaluated)
     assert accuracy.metric_value == pytest.approx(sum(row["verdict"] for row in rows) / 96, abs=1e-5)
     assert accuracy.metric_name == "accuracy, mean of 4 samples at temperature 1, top_p 1"
@@ -557,7 +557,7 @@ def test_only_one_process_writes_to_a_folder(script, tmp_path):
         [
             sys.executable,
             "-c",
-            f"from ktae_trl.files.writing import locked\nwith locked({str(tmp_path)!r}, 'eval.py'):\n  input()",
+            f"from ktae_trl.files.lock import locked\nwith locked({str(tmp_path)!r}, 'eval.py'):\n  input()",
         ],
         stdin=subprocess.PIPE,
         cwd=ROOT,
@@ -676,7 +676,7 @@ def test_a_damaged_summary_is_written_anew(script, evaluated, tmp_path, kind):
     folder = Path(shutil.copytree(evaluated, tmp_path / "tiny"))
     damage(folder / "summary.json", kind)
     with pytest.raises(ValueError, match=r"run eval\.py again|does not say which model"):
-        read_results(folder, folder)
+        of_evaluation(folder, folder)
     script.main([*QUICK, "--output_dir", str(folder)])
     was = json.loads((evaluated / "summary.json").read_text())
     assert json.loads((folder / "summary.json").read_text())["benchmarks"] == was["benchmarks"]

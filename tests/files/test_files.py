@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from ktae_trl.files import writing as files
+from ktae_trl.files import lock, writing
 from ktae_trl.files.model_files import of_model
 from ktae_trl.hub import upload as hub
 from tests.trainers import make_trainer
@@ -17,12 +17,12 @@ from tests.trainers import make_trainer
 HOLD = """
 import sys
 from pathlib import Path
-from ktae_trl.files import writing as files
+from ktae_trl.files import lock, writing
 from ktae_trl.hub import upload as hub
 from ktae_trl.files.model_files import of_model
 from tests.trainers import make_trainer
 
-with files.locked(Path(sys.argv[1]), "train.py"):
+with lock.locked(Path(sys.argv[1]), "train.py"):
     if "fork" in sys.argv and not __import__("os").fork():
         __import__("time").sleep(60)
     print("held", flush=True)
@@ -44,12 +44,12 @@ def holder(folder, *words):
 
 
 def take(folder) -> None:
-    with files.locked(folder, "a test"):
+    with lock.locked(folder, "a test"):
         pass
 
 
 def test_second_program_is_told_who_holds_the_folder(tmp_path):
-    with holder(tmp_path) as other, pytest.raises(files.FolderInUseError) as error:
+    with holder(tmp_path) as other, pytest.raises(lock.FolderInUseError) as error:
         take(tmp_path)
     assert f"train.py (process {other.pid} on {socket.gethostname()}, since 20" in str(error.value)
     take(tmp_path)  # the process is dead by now
@@ -65,7 +65,7 @@ def test_lock_of_a_killed_program_is_taken_over(tmp_path, words):
 
 def test_same_process_may_take_it_again_and_keeps_it_until_the_last_one_is_done(tmp_path):
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
-    with files.locked(tmp_path, "outer"):
+    with lock.locked(tmp_path, "outer"):
         take(tmp_path / ".")
         refused = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
         assert "FolderInUseError" in refused.stderr
@@ -75,10 +75,10 @@ def test_same_process_may_take_it_again_and_keeps_it_until_the_last_one_is_done(
 
 def test_file_is_replaced_at_once_or_not_at_all(tmp_path):
     file = tmp_path / "a.json"
-    files.replace_text(file, "old")
+    writing.replace_text(file, "old")
 
     def write_half():
-        with files.replacing(file) as draft:
+        with writing.replacing(file) as draft:
             draft.write_text("half of the n")
             assert file.read_text() == "old"
             assert draft.suffix == ".json"
@@ -87,7 +87,7 @@ def test_file_is_replaced_at_once_or_not_at_all(tmp_path):
     with pytest.raises(ZeroDivisionError):
         write_half()
     assert file.read_text() == "old"
-    files.replace_text(file, "new\r\n")
+    writing.replace_text(file, "new\r\n")
     assert file.read_bytes() == b"new\r\n"
     assert list(tmp_path.iterdir()) == [file]
 
@@ -95,12 +95,12 @@ def test_file_is_replaced_at_once_or_not_at_all(tmp_path):
 def test_nothing_is_written_through_a_link(tmp_path):
     theirs = tmp_path / "theirs"
     theirs.write_text("theirs")
-    for name in ("a", ".part-b", "c", files.LOCK):
+    for name in ("a", ".part-b", "c", lock.LOCK):
         (tmp_path / name).symlink_to(theirs)
-    files.replace_text(tmp_path / "a", "ours")
-    files.replace_text(tmp_path / "b", "ours")
+    writing.replace_text(tmp_path / "a", "ours")
+    writing.replace_text(tmp_path / "b", "ours")
     with pytest.raises(OSError, match=r"c is a link to .*theirs"):
-        files.open_to_append(tmp_path / "c")
+        writing.open_to_append(tmp_path / "c")
     with pytest.raises(OSError, match="lock"):
         take(tmp_path)
     assert theirs.read_text() == "theirs"
@@ -113,7 +113,7 @@ def test_second_training_is_refused_before_it_touches_anything(tmp_path):
     (tmp_path / "held_out_results.json").write_text("of the first one")
     with (
         holder(tmp_path) as other,
-        pytest.raises(files.FolderInUseError, match=rf"process {other.pid} on .* output_dir"),
+        pytest.raises(lock.FolderInUseError, match=rf"process {other.pid} on .* output_dir"),
     ):
         trainer.train()
     assert (tmp_path / "held_out_results.json").read_text() == "of the first one"
@@ -126,7 +126,7 @@ def test_folder_stays_locked_while_it_is_uploaded(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
-    with files.locked(tmp_path, "a training"):
+    with lock.locked(tmp_path, "a training"):
         sent = of_model(tmp_path).sent
         hub.api()._prepare_upload_folder_additions(tmp_path, path_in_repo="", allow_patterns=sent)
         refused = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)

@@ -432,10 +432,12 @@ def golds(shared) -> list[str]:
     return [a for file in files for line in file.read_text().splitlines() for a in json.loads(line)["answers"]]
 
 
-def test_every_gold_answer_of_the_benchmarks(shared):
+@pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.slow)])
+def test_gold_answers_of_the_benchmarks(shared, every):
     """Each equals itself as written and rewritten, but for a slip in the data that cannot be parsed."""
     accepted = golds(shared)
     assert len(accepted) == 1639
+    accepted = [gold for i, gold in enumerate(accepted) if i % every == 0 or gold == "$t(0,4]$"]
     readable = gradable(accepted)
     assert [gold for gold, known in zip(accepted, readable, strict=True) if not known] == ["$t(0,4]$"]
     assert grade_many([rf"\boxed{{{gold}}}" for gold in accepted], accepted) == [known or None for known in readable]
@@ -449,16 +451,16 @@ def test_every_gold_answer_of_the_benchmarks(shared):
 
 
 def test_no_gold_answer_equals_itself_with_another_digit(shared):
+    """One in eight; `test_mutated_golds_do_not_pass` changes more, and in more ways."""
     draw = random.Random(0)
     pairs = []
-    for gold in golds(shared):
-        digits = [m.start() for m in re.finditer(r"(?<![_^{])\d", gold)]
-        for i in draw.sample(digits, min(2, len(digits))):
+    for gold in golds(shared)[::8]:
+        if digits := [m.start() for m in re.finditer(r"(?<![_^{])\d", gold)]:
+            i = draw.choice(digits)
             pairs.append((gold, gold[:i] + str((int(gold[i]) + draw.randint(1, 9)) % 10) + gold[i + 1 :]))
-    assert len(pairs) > 2000
+    assert len(pairs) > 150
     verdicts = grade_many([rf"\boxed{{{answer}}}" for _, answer in pairs], [gold for gold, _ in pairs])
-    equal = [pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict]
-    assert not equal
+    assert not [pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict]
 
 
 HOSTILE = {

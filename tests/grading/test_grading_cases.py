@@ -1,6 +1,6 @@
 """Kinds of answers that graders get wrong: public bug reports, siblings of each kind in both directions, and mutants.
 
-`data/grading_siblings.jsonl` has gold, answer and expected verdict; about ten siblings of each kind, those that must
+`samples/grading_siblings.jsonl` has gold, answer and expected verdict; about ten siblings of each kind, those that must
 pass and those that must not. Pairs that could be argued either way are in `ARGUED`, with the argument.
 """
 
@@ -22,17 +22,11 @@ def rows(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-SIBLINGS = rows(DATA / "grading_siblings.jsonl")
-
-
-@pytest.fixture(scope="module")
-def sibling_verdicts():
-    return grade_many([rf"\boxed{{{row['answer']}}}" for row in SIBLINGS], [row["gold"] for row in SIBLINGS])
-
-
-@pytest.mark.parametrize("i", range(len(SIBLINGS)), ids=lambda i: f"{SIBLINGS[i]['gold']}|{SIBLINGS[i]['answer']}")
-def test_siblings(i, sibling_verdicts):
-    assert sibling_verdicts[i] is SIBLINGS[i]["expected"]
+def test_siblings():
+    siblings = rows(DATA / "grading_siblings.jsonl")
+    verdicts = grade_many([rf"\boxed{{{row['answer']}}}" for row in siblings], [row["gold"] for row in siblings])
+    assert len(siblings) > 1000
+    assert not [row for row, verdict in zip(siblings, verdicts, strict=True) if verdict is not row["expected"]]
 
 
 # answer, gold, verdict, why
@@ -189,24 +183,12 @@ def draw_mutants(golds: list[str], count: int) -> dict[tuple[str, str], str]:
     return dict(list(found.items())[:count])
 
 
-# Mutants that pass, and why each is right or cannot be told: (gold, mutant) -> why.
-EQUAL_MUTANTS: dict[tuple[str, str], str] = {}
-
-
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
 def test_mutated_golds_do_not_pass(shared):
-    """20,000 wrong answers a small step from a right one. Those that pass are all looked at (`EQUAL_MUTANTS`)."""
+    """5,000 wrong answers a small step from a right one; 20,000 were tried when the grader was written."""
     files = sorted((shared / "eval_suite").glob("*.jsonl"))
     golds = [answer for file in files for row in rows(file) for answer in row["answers"]]
-    pairs = draw_mutants(golds, 20_000)
+    pairs = draw_mutants(golds, 5_000)
     results = grade_many_full([rf"\boxed{{{mutant}}}" for _, mutant in pairs], [gold for gold, _ in pairs])
-    passed = {pair: kind for (pair, kind), result in zip(pairs.items(), results, strict=True) if result.verdict}
-    slow = sum(result.reason in ("timeout", "worker died") for result in results)
-    wrong = {pair: kind for pair, kind in passed.items() if pair not in EQUAL_MUTANTS}
-    print(
-        f"{len(pairs)} mutants ({dict(Counter(pairs.values()))}): {len(passed)} pass, {len(wrong)} wrongly, {slow} slow"
-    )
-    assert len(pairs) == 20_000
-    assert wrong == {}
-    assert slow < 20
+    assert not {pair: kind for (pair, kind), result in zip(pairs.items(), results, strict=True) if result.verdict}
+    assert sum(result.reason in ("timeout", "worker died") for result in results) < 5

@@ -31,6 +31,7 @@ from ktae_trl.files import model_files
 from ktae_trl.files.fingerprint import fingerprint
 from ktae_trl.hub import card as model_card
 from ktae_trl.hub import upload as our_hub
+from ktae_trl.hub.results import is_hub_id, of_evaluation
 from ktae_trl.hub.upload import HubError
 from tests import hostile, processes
 from tests.distributed import launching
@@ -91,7 +92,7 @@ def one_run(tmp_path_factory):
     trainer.train()
     trainer.save_whole_model()
     figures = {"after_greedy": 0.5, "after_sampled": 0.25, "after_samples": 4, "before_greedy": 0.125}
-    (folder / model_card.HELD_OUT).write_text(json.dumps({**figures, "before_sampled": 0.1, "problems": 32}))
+    (folder / model_files.HELD_OUT).write_text(json.dumps({**figures, "before_sampled": 0.1, "problems": 32}))
     trainer.create_model_card()
     record(folder)
     assert list(folder.glob("checkpoint-1/*"))
@@ -145,12 +146,12 @@ def snapshot(folder: Path) -> dict[str, str]:
     return {
         str(path): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in folder.rglob("*")
-        if path.is_file() and path.name not in (model_card.CARD, model_card.PAGE)
+        if path.is_file() and path.name not in (model_files.CARD, model_files.PAGE)
     }
 
 
 def retry_command(message: str) -> list[str]:
-    return shlex.split(re.search(r"Try again: python -m ktae_trl\.hub (.*)$", message)[1])
+    return shlex.split(re.search(r"Try again: ktae push (.*)$", message)[1])
 
 
 # The card
@@ -250,14 +251,14 @@ def test_names_do_not_break_the_card(tmp_path, name):
 def test_what_is_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "own").mkdir(parents=True)
-    assert model_card.is_hub_id("gsm8k")
-    assert model_card.is_hub_id("nlile/hendrycks-MATH-benchmark")
+    assert is_hub_id("gsm8k")
+    assert is_hub_id("nlile/hendrycks-MATH-benchmark")
     for name in (None, "", "data/own", "data/own.jsonl", "/data/own", "a/b/c", "../own", "a b"):
-        assert not model_card.is_hub_id(name), name
+        assert not is_hub_id(name), name
 
 
 def test_results_become_metadata_and_a_table(run, tmp_path):
-    found = our_hub.read_results(measured(tmp_path / "eval", run), run)
+    found = of_evaluation(measured(tmp_path / "eval", run), run)
     model_card.update(run, results=found)
     model_card.update(run, results=found)  # a second time changes nothing
     text = (run / "README.md").read_text()
@@ -293,7 +294,7 @@ def test_results_become_metadata_and_a_table(run, tmp_path):
 
 def test_results_of_an_earlier_run_are_not_those_of_one_that_still_trains(tmp_path):
     trainer = make_trainer(tmp_path)
-    (tmp_path / model_card.HELD_OUT).write_text(
+    (tmp_path / model_files.HELD_OUT).write_text(
         json.dumps({"after_greedy": 0.5, "after_sampled": 0.5, "after_samples": 1})
     )
     trainer.is_in_train = True  # as when a checkpoint is saved
@@ -307,36 +308,36 @@ def test_results_of_an_earlier_run_are_not_those_of_one_that_still_trains(tmp_pa
 def test_greedy_results_say_so(run, tmp_path):
     settings = {"temperature": 0.0, "top_p": 1.0, "samples": 1, "max_new_tokens": 30, "seed": 0}
     folder = measured(tmp_path / "eval", run, settings={**settings, "fingerprint": fingerprint(str(run))})
-    assert our_hub.read_results(folder, run)[0].metric_name == "accuracy, greedy"
+    assert of_evaluation(folder, run)[0].metric_name == "accuracy, greedy"
 
 
 def test_results_of_another_model_are_refused(run, tmp_path):
     with pytest.raises(ValueError, match="does not hold the weights that are in"):
-        our_hub.read_results(measured(tmp_path / "a", tiny.MODEL), run)
+        of_evaluation(measured(tmp_path / "a", tiny.MODEL), run)
     mine, other = measured(tmp_path / "d", run), measured(tmp_path / "b", run, file="graded.jsonl")
-    assert our_hub.read_results(mine, run)
+    assert of_evaluation(mine, run)
     summary = json.loads((other / "summary.json").read_text())
     (other / "summary.json").write_text(json.dumps({"benchmarks": summary["benchmarks"], "file": "graded.jsonl"}))
     with pytest.raises(ValueError, match="does not say which model it is of"):
-        our_hub.read_results(other, run)
+        of_evaluation(other, run)
     with pytest.raises(FileNotFoundError, match=r"holds no summary\.json"):
-        our_hub.read_results(tmp_path, run)
+        of_evaluation(tmp_path, run)
     for old in (None, "0123456789abcdef"):  # None: of a Hub id, under which there may be another model by now
         before = measured(tmp_path / "c", run, settings={**summary["settings"], "fingerprint": old})
         with pytest.raises(ValueError, match=r"is of version 0.1 of eval.py, .* Measure again: python eval.py"):
-            our_hub.read_results(before, run)
+            of_evaluation(before, run)
     change_middle_layer(run)
     with pytest.raises(ValueError, match="does not hold the weights that are in"):
-        our_hub.read_results(mine, run)
+        of_evaluation(mine, run)
 
 
 def test_results_of_the_same_weights_saved_again_are_accepted(run, tmp_path):
     # A checkpoint of these very weights is this model.
-    assert our_hub.read_results(measured(tmp_path / "d", run / "checkpoint-1"), run)
+    assert of_evaluation(measured(tmp_path / "d", run / "checkpoint-1"), run)
     (run / "training_args.bin").write_bytes(b"of another run")
     AutoModelForCausalLM.from_pretrained(run).save_pretrained(run)
     AutoTokenizer.from_pretrained(run).save_pretrained(run)
-    assert our_hub.read_results(tmp_path / "d", run)
+    assert of_evaluation(tmp_path / "d", run)
 
 
 # Uploads
@@ -426,7 +427,7 @@ def test_uploads_during_training(server, report, tmp_path):
 
 
 def test_a_card_has_no_results_of_an_earlier_run(tmp_path):
-    (tmp_path / model_card.HELD_OUT).write_text('{"after_greedy": 0.99, "after_sampled": 0.98, "after_samples": 4}')
+    (tmp_path / model_files.HELD_OUT).write_text('{"after_greedy": 0.99, "after_sampled": 0.98, "after_samples": 4}')
     trainer = make_trainer(tmp_path)
     trainer.save_all(push=False)
     assert "99.0%" in (tmp_path / "README.md").read_text()
@@ -484,7 +485,7 @@ def test_a_failed_upload_loses_nothing_and_says_how_to_try_again(server, report,
         our_hub.main([str(run), *args])
     message = str(end.value.code)
     assert "\n" not in message
-    assert message.startswith("ktae_trl.hub.upload: The upload to ann/my-sums failed: ")
+    assert message.startswith("ktae push: The upload to ann/my-sums failed: ")
     assert reason in message
     assert f"Nothing is lost: the model is in {run}." in message
     assert retry_command(message) == [str(run), *args]
@@ -494,6 +495,7 @@ def test_a_failed_upload_loses_nothing_and_says_how_to_try_again(server, report,
 
     server.faults.clear()
     monkeypatch.setattr(our_hub, "TIMEOUT", 30)
+    close_session()  # which had the other limit
     our_hub.main(retry_command(message))
     assert f"Uploaded {run}: {server.url}/ann/my-sums" in capsys.readouterr().out
     assert server.repos["ann/my-sums"]["private"]
@@ -694,7 +696,7 @@ REFUSED = {
 
 def test_weights_that_cannot_be_sent_are_said(server, run):
     (run / "model.safetensors").rename(run.parent / "weights")
-    with pytest.raises(SystemExit, match=r"holds no weights .* python -m ktae_trl.hub.merge"):
+    with pytest.raises(SystemExit, match=r"holds no weights .* ktae merge"):
         our_hub.main([str(run)])
     (run / "pytorch_model.bin").write_bytes(b"a pickle")
     with pytest.raises(SystemExit, match=r"pytorch_model\.bin is a pickle, .* add --include pytorch_model\.bin"):

@@ -18,10 +18,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from ktae_trl import tiny
+from ktae_trl.arguments import UserError
 from ktae_trl.credit.ktae.values import key_token_values
 from ktae_trl.report import KeyTokens, explain, records, write_report
-from ktae_trl.report.groups import describe
-from ktae_trl.report.page import collect, curves, render
+from ktae_trl.report.contents import collect
+from ktae_trl.report.curves import curves
+from ktae_trl.report.group_view import describe
+from ktae_trl.report.page import render
 from ktae_trl.report.records import Method, Record
 from ktae_trl.report.rows import group_advantages, read_rows
 from ktae_trl.report.run import main
@@ -268,6 +271,16 @@ def test_the_page_loads_nothing_and_runs_only_its_own_scripts(tmp_path):
     assert "@import" not in style
 
 
+def test_a_page_without_plotly_lacks_the_curves_only(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    write_run(tmp_path, {1: [random_group(0)], 2: [random_group(1)]})
+    page = Page(write_report(tmp_path, tmp_path / "page.html").read_text())
+    assert page.data("index")["panels"] == []
+    assert len(page.data("index")["groups"]) == 2
+    for said in (page.text, caplog.text):
+        assert said.count("plotly is not installed: pip install 'ktae-trl[report]'") == 1
+
+
 def test_numbers_that_json_does_not_know(tmp_path):
     rows = rows_of_group([["x", "y"], ["y", "z"]], [True, False], credit=[[math.nan, math.inf], [-math.inf, 0.5]])
     write_run(tmp_path, {1: [rows]})
@@ -489,7 +502,7 @@ def test_chats_are_prompts_and_completions(tokenizer):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("[1]", "line 2: a row must be an object"),
+        ("[1]", "line 2: an object was expected"),
         ('{"prompt": "p", "completion": "c"', "line 2: not JSON"),
         ('{"prompt": "p", "text": "c"}', r"line 2: lacks completion, correct \(or answers\). It has: prompt, text"),
         ('{"prompt": 3, "completion": "c", "correct": true}', "line 2: prompt must be a text or a list"),
@@ -623,7 +636,7 @@ def test_the_command_line(tmp_path, capsys):
         (["explain", "{}/none.jsonl", "--tokenizer", str(tiny.MODEL)], "There is no file {}/none.jsonl"),
         (["explain", "{}/empty.jsonl", "--tokenizer", str(tiny.MODEL)], "{}/empty.jsonl holds no rollouts"),
         (["explain", "{}/bad.parquet", "--tokenizer", str(tiny.MODEL)], "{}/bad.parquet, line 1: not JSON"),
-        (["explain", "{}/binary.jsonl.gz", "--tokenizer", str(tiny.MODEL)], "binary.jsonl.gz is no file of JSON lines"),
+        (["explain", "{}/binary.jsonl.gz", "--tokenizer", str(tiny.MODEL)], "binary.jsonl.gz is no whole gzip file"),
         (["explain", "{}/good.jsonl", "--tokenizer", "{}/none"], "the tokenizer '{}/none' could not be loaded"),
         (["explain", "{}/good.jsonl", "--tokenizer", str(tiny.MODEL), "-o", "{}"], "{}"),
     ],
@@ -678,7 +691,7 @@ def test_a_tree_counts_what_several_rows_share(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (gzip.compress(b'{"prompt": 1}')[:12] + b"garbage" * 9, "is no file of JSON lines"),
+        (gzip.compress(b'{"prompt": 1}')[:12] + b"garbage" * 9, "is no whole gzip file"),
         (b"[" * 100_000, "line 1: not JSON"),
     ],
     ids=["gzip", "deep"],
@@ -705,7 +718,7 @@ def test_messages_quote_no_escape_sequences(tmp_path, capsys):
 
 def test_a_folder_is_no_place_for_a_page(tmp_path):
     write_run(tmp_path, {1: [rows_of_group([["x"], ["y"]], [True, False])]})
-    with pytest.raises(IsADirectoryError, match="is a folder: name a file"):
+    with pytest.raises(UserError, match="is a folder: name a file"):
         write_report(tmp_path, tmp_path)
     assert not list(tmp_path.parent.glob("*.part"))
 

@@ -1,8 +1,6 @@
 """What the pages of `docs/` say is what the code does, and their links lead somewhere."""
 
-import ast
 import contextlib
-import inspect
 import io
 import math
 import re
@@ -14,14 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from scipy.stats import fisher_exact
-from trl import GRPOTrainer, ModelConfig
 
-from ktae_trl import KTAEGRPOConfig
 from ktae_trl.credit.combine import combine
 from ktae_trl.credit.ktae.values import key_token_table, key_token_values
-from ktae_trl.rewards import _TROUBLE
 from tests.trainers import make_trainer
-from train import RunArguments
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -272,48 +266,7 @@ def test_without_term_frequencies_nothing_saturates():
     assert values.abs().max().item() == pytest.approx(bound, abs=1e-4)
 
 
-# Figures, settings, metrics
-
-
-def test_measured_figures_are_those_of_the_readme():
-    page = TEXT["hyperparameters"]
-    claims = re.findall(r"\*\*measured\*\*[^*]*?[:;]([^;)*]*)", page[page.index("## The method") :])
-    numbers = [number for claim in claims for number in re.findall(r"\d[\d.]*%?", claim)]
-    assert len(numbers) >= 7
-    for number in numbers:
-        assert re.search(rf"(?<![\d.]){re.escape(number)}(?![\d])", README), number
-
-
-def test_settings_that_are_named_exist():
-    fields = {name for part in (RunArguments, KTAEGRPOConfig, ModelConfig) for name in part.__dataclass_fields__}
-    named = set()
-    for text in TEXT.values():
-        named |= set(re.findall(r"`(\w+): [^`]*`", without_code(text))) | set(re.findall(r"`--(\w+)", text))
-    assert len(named) > 20
-    assert not named - fields
-
-
-def metrics_in_code() -> set[str]:
-    ours = "".join(path.read_text() for path in (ROOT / "ktae_trl").rglob("*.py"))
-    names = set(re.findall(r'"((?:correctness|ktae|dynamic_sampling|oar|tree|grading)/\w*[a-z])"', ours))
-    names |= {f"grading/{name}" for name in _TROUBLE} | {f"{family}/seconds" for family in ("ktae", "oar", "tree")}
-    names |= {"tree/signal_depth_K", "skipped_steps"}
-    return names
-
-
-def metrics_in_trl() -> set[str]:
-    source = inspect.getsource(GRPOTrainer)
-    names = re.findall(r'_metrics\[(?:mode|"train"|"eval")\]\[f?"([^"]+)"\]', source)
-    return {name.replace("{reward_func_name}", "NAME") for name in names}
-
-
-def test_every_metric_has_a_row():
-    rows = re.findall(r"^\| `([^`]+)` \|", TEXT["metrics"], re.MULTILINE)
-    assert len(rows) == len(set(rows))
-    assert len(metrics_in_code()) > 30
-    assert len(metrics_in_trl()) > 30
-    of_transformers = {"loss", "grad_norm", "learning_rate", "epoch"}
-    assert set(rows) == metrics_in_code() | metrics_in_trl() | of_transformers
+# Metrics
 
 
 def test_what_a_training_logs_has_a_row(tmp_path):
@@ -323,58 +276,6 @@ def test_what_a_training_logs_has_a_row(tmp_path):
     logged = {name.replace("/math_accuracy/", "/NAME/") for name in trainer.state.log_history[0]}
     assert len(logged) > 30
     assert logged - rows == {"step"}
-
-
-# Errors
-
-
-def templates() -> list[str]:
-    """Every string of the code as a pattern, the longest first: what is put in later stands for anything."""
-    found = set()
-    for path in [*(ROOT / "ktae_trl").rglob("*.py"), ROOT / "train.py", ROOT / "eval.py"]:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Constant | ast.JoinedStr | ast.BinOp):
-                found.add(pattern(node))
-    return sorted((text for text in found if len(words_of(text)) >= 2), key=lambda text: (-len(text), text))
-
-
-def words_of(text: str) -> list[str]:
-    return re.findall(r"[A-Za-z]{2,}", text)
-
-
-def pattern(node: ast.AST) -> str:
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return re.sub(r"%[ds]", "(.*)", re.escape(node.value))
-    if isinstance(node, ast.JoinedStr):
-        return "".join(map(pattern, node.values))
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return pattern(node.left) + pattern(node.right)
-    return "(.*)"
-
-
-def is_said(quote: str, patterns: list[str]) -> bool:
-    """Whether a message of the code reads so; a sentence that is put into it must be of the code too."""
-    there = set(words_of(quote))
-    patterns = [text for text in patterns if there.issuperset(words_of(text))]
-    for text in patterns:
-        if match := re.fullmatch(text, quote, re.DOTALL):
-            inserted = " ".join(match.groups())
-            for inner in patterns:
-                inserted = re.sub(inner, lambda found: " ".join(found.groups()), inserted)
-            # No name and no path; "interrupted" and the columns of somebody's data are what is left.
-            if len(re.findall(r"(?<![\w./'-])[a-z]{2,}(?![\w/'-])", inserted)) <= 2:
-                return True
-    return False
-
-
-def test_quoted_errors_are_those_of_the_code():
-    patterns = templates()
-    quotes = blocks(TEXT["faq"], "text")
-    assert len(quotes) > 20
-    for quote in quotes:
-        assert is_said(quote, patterns) or is_said(quote.strip(), patterns), quote
-    assert is_said(quotes[1].strip(), patterns)
-    assert not is_said(quotes[1].strip().replace("whole groups", "full groups"), patterns)
 
 
 # The site

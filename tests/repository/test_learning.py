@@ -23,7 +23,7 @@ from ktae_trl.config import KTAEGRPOConfig  # noqa: E402
 from ktae_trl.credit import METHODS  # noqa: E402
 from ktae_trl.credit.combine import Rollouts, combine  # noqa: E402
 from ktae_trl.credit.ktae.values import key_token_values  # noqa: E402
-from train import RunArguments  # noqa: E402
+from ktae_trl.training.run import RunArguments  # noqa: E402
 
 CONFIG = learning.read_config(ROOT / "benchmarks" / "learning.yaml")
 

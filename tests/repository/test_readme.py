@@ -93,17 +93,3 @@ def test_the_table_of_recipes_is_what_they_say():
         processes, rollouts = recipe.get("num_processes", 1), recipe["num_generations"]
         prompts = recipe["per_device_train_batch_size"] * processes * per_generation // rollouts
         assert batch == (prompts, rollouts, per_generation // accumulated, processes)
-
-
-def test_every_metric_has_a_row():
-    """Those of the trainer: its tests list them by name."""
-    written = "".join(
-        (ROOT / f"ktae_trl/{name}.py").read_text()
-        for name in ("trainer", "sampling/dynamic", "credit/ktae", "credit/oar", "credit/tree")
-    )
-    section = README[README.index("## Metrics") : README.index("## Cost")]
-    named = set(re.findall(r'"((?:ktae|dynamic_sampling|oar|tree)/\w+)"', written))
-    named |= {"tree/signal_depth_K", "tree/seconds", "oar/seconds"}  # one per depth, and each method has the other
-    assert len(named) > 21
-    for metric in named:
-        assert f"`{metric}`" in section or f"`.../{metric.partition('/')[2]}`" in section, metric

@@ -9,9 +9,9 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, Qwen2Config
 from trl import ModelConfig
 
-import train
 from ktae_trl import KTAEGRPOConfig, tiny
 from ktae_trl.training import plan
+from ktae_trl.training import run as training
 from ktae_trl.training.batches import Batches, check_processes
 from tests.trainers import SETTINGS, logged, make_trainer, prompts
 
@@ -80,10 +80,10 @@ def test_another_number_of_processes_is_explained(tmp_path):
 def test_the_flags_that_the_warning_gives_keep_the_batches_and_silence_it(tmp_path):
     words = ["--config", "configs/own_data.yaml", "--use_cpu", "true", "--bf16", "false", "--use_vllm", "false"]
     words += ["--output_dir", str(tmp_path), "--num_processes", "4"]
-    run, args, _ = train.read_arguments(words)
+    run, args, _ = training.read_arguments(words)
     warning = check_processes(args, run.num_processes)
     flags = re.search(r"add behind train.py: (.*)", warning)[1].split()
-    run, kept, _ = train.read_arguments([*words, *flags])
+    run, kept, _ = training.read_arguments([*words, *flags])
     assert check_processes(kept, run.num_processes) is None
     wanted, found = Batches.of(args, 4), Batches.of(kept, 1)
     assert (wanted.rollouts, wanted.rollouts_per_step) == (found.rollouts, found.rollouts_per_step)
@@ -168,7 +168,7 @@ def at_the_root(monkeypatch):
 
 
 def dry_run(capsys, *words: str) -> str:
-    train.main(*train.read_arguments([*words, "--dry_run", "true"]))
+    training.train(*training.read_arguments([*words, "--dry_run", "true"]))
     return " ".join(capsys.readouterr().out.split())
 
 
@@ -200,7 +200,7 @@ def test_a_dry_run_of_an_adapter_and_of_a_reference_model(tmp_path, capsys):
 def test_only_a_dry_run_goes_to_the_cpu_by_itself(tmp_path, monkeypatch, words, dry):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     words += ["--output_dir", str(tmp_path), "--config", "configs/quickstart.yaml", "--use_cpu", "false"]
-    run, args, _ = train.read_arguments(words)
+    run, args, _ = training.read_arguments(words)
     assert run.dry_run == dry
     assert args.use_cpu == dry
 
@@ -208,7 +208,7 @@ def test_only_a_dry_run_goes_to_the_cpu_by_itself(tmp_path, monkeypatch, words, 
 def test_a_dry_run_by_the_recipe(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(Path("configs/own_data.yaml").read_text() + "\ndry_run: true\n")
-    run, args, _ = train.read_arguments(["--config", str(recipe)])
+    run, args, _ = training.read_arguments(["--config", str(recipe)])
     assert run.dry_run
     assert args.use_cpu
 
@@ -222,13 +222,13 @@ def test_bad_data_and_settings_are_one_line(tmp_path, capsys):
     ):
         with pytest.raises(SystemExit, match=f"^train.py: .*{said}"):
             dry_run(capsys, *offline, *words)
-    run, args, model = train.read_arguments([*offline, "--correctness_reward", "nothing"])
+    run, args, model = training.read_arguments([*offline, "--correctness_reward", "nothing"])
     with pytest.raises(SystemExit, match=r"^train.py: .*nothing"):
-        train.main(run, args, model)
+        training.train(run, args, model)
 
 
 def test_every_setting_that_is_shown_is_a_setting(tmp_path):
-    run, args, model = train.read_arguments(["--config", "configs/quickstart.yaml", "--output_dir", str(tmp_path)])
+    run, args, model = training.read_arguments(["--config", "configs/quickstart.yaml", "--output_dir", str(tmp_path)])
     shown = plan.resolved(run, args, model)
     assert {"credit", "num_generations", "learning_rate", "dataset_name", "max_steps"} <= shown.keys()
     assert isinstance(model, ModelConfig)

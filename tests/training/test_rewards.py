@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import train
 from ktae_trl import rewards, tiny
 from ktae_trl.grading import Grade
+from ktae_trl.training import run as training
 from tests.trainers import make_trainer
 
 RIGHT, WRONG, NONE = r"\boxed{4}", r"\boxed{5}", "four"
@@ -223,7 +223,7 @@ def own_data(tmp_path, monkeypatch):
 
 def test_own_data_with_an_own_verdict(own_data, tmp_path, capfd):
     """The function that configs/own_data.yaml documents, from the folder of the user, in training and held-out."""
-    train.main(*train.read_arguments(own_data))
+    training.train(*training.read_arguments(own_data))
     said = capfd.readouterr().out
     assert "Held-out accuracy by my_verdict (4 problems)" in said
     results = json.loads((tmp_path / "out" / "held_out_results.json").read_text())
@@ -234,18 +234,18 @@ def test_own_data_with_an_own_verdict(own_data, tmp_path, capfd):
 
 def test_a_mean_reward_is_no_percentage(own_data, tmp_path):
     Path("my_rewards.py").write_text("def my_verdict(completions, **kwargs):\n    return [2.5] * len(completions)\n")
-    train.main(*train.read_arguments([*own_data, "--correctness_threshold", "auto", "--max_steps", "1"]))
+    training.train(*training.read_arguments([*own_data, "--correctness_threshold", "auto", "--max_steps", "1"]))
     row = "| held-out problems | mean reward by my_verdict, greedy, measured in training | 2.5 |  | 4 | 2.5 |"
     assert row in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_the_dry_run_calls_the_reward_functions(own_data, capfd):
-    train.main(*train.read_arguments([*own_data, "--dry_run", "true"]))
+    training.train(*training.read_arguments([*own_data, "--dry_run", "true"]))
     said = " ".join(capfd.readouterr().out.split())
     assert r"1, right answer │ \boxed{1} │ 1 │" in said
     assert r"1, wrong answer │ \boxed{-987654321} │ 0 │" in said
     assert "A rollout is right if my_verdict gives more than 0 (correctness_threshold: 0.0)." in said
-    train.main(*train.read_arguments([*own_data, "--dry_run", "true", "--answer_format", "hash"]))
+    training.train(*training.read_arguments([*own_data, "--dry_run", "true", "--answer_format", "hash"]))
     assert "1, right answer │ #### 1 │ 1 │" in " ".join(capfd.readouterr().out.split())
 
 
@@ -253,7 +253,7 @@ def test_a_dry_run_ends_with_a_reward_function_that_hangs(own_data):
     Path("my_rewards.py").write_text("import time\ndef my_verdict(**kwargs):\n    time.sleep(100)\n")
     words = [*own_data, "--dry_run", "true", "--reward_timeout", "0.2"]
     with pytest.raises(SystemExit, match=r"'my_verdict' fails: TimeoutError: .* Completion 0 of 6 takes that long by"):
-        train.main(*train.read_arguments(words))
+        training.train(*training.read_arguments(words))
 
 
 def test_a_dry_run_ends_with_the_error_of_a_reward_function(own_data, capfd):
@@ -261,7 +261,7 @@ def test_a_dry_run_ends_with_the_error_of_a_reward_function(own_data, capfd):
     with pytest.raises(
         SystemExit, match=r"^train.py: The reward function 'my_verdict' fails: TypeError: .*no_such_column"
     ):
-        train.main(*train.read_arguments([*own_data, "--dry_run", "true"]))
+        training.train(*training.read_arguments([*own_data, "--dry_run", "true"]))
     assert "Memory" in capfd.readouterr().out  # the rest of the plan is shown
 
 
@@ -270,9 +270,9 @@ def test_gold_answers_that_cannot_be_graded_are_counted(own_data, capfd, caplog)
     rows = [{"question": f"What is {n}?", "result": r"\ldots\frac{" if n < 3 else str(n)} for n in range(8)]
     Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = [*own_data, "--dry_run", "true", "--reward_funcs", "math_accuracy"]
-    train.main(*train.read_arguments(words))
+    training.train(*training.read_arguments(words))
     assert "Left out 3 of 8 rows: answers that cannot be graded" in caplog.text
-    train.main(*train.read_arguments([*words[:-2], "--reward_funcs", "boxed_format"]))
+    training.train(*training.read_arguments([*words[:-2], "--reward_funcs", "boxed_format"]))
     assert "training │ 8 │" in (said := " ".join(capfd.readouterr().out.split()))
     assert "│ 0 │ 3 │" in said
 

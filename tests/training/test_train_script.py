@@ -9,7 +9,7 @@ from subprocess import CompletedProcess
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ktae_trl.files.writing import locked
+from ktae_trl.files.lock import locked
 from tests.processes import run
 from tests.trainers import difference
 

@@ -37,7 +37,7 @@ TINY = 1e-4
 
 
 def environment(**more: str) -> dict[str, str]:
-    return os.environ | ENVIRONMENT | {"PYTHONPATH": str(TESTS.parent)} | more
+    return os.environ | ENVIRONMENT | {"PYTHONPATH": str(TESTS.parents[1])} | more
 
 
 def train(folder: Path, settings: dict, processes: int = 1) -> list[dict]:

@@ -1,7 +1,7 @@
 """Count the tokens of groups: in how many right and wrong rollouts each occurs, and how often.
 
-On a CPU a compiled loop does it in one pass; elsewhere, one sort of the ids of each group. Both give the same counts
-(a test compares them); the order of the tokens differs.
+On a CPU a compiled loop does it in one pass, if numba is installed; else one sort of the ids of each group. Both give
+the same counts (a test compares them); the order of the tokens differs.
 
 The compiled loops are imported where they are used: the CPU build of vLLM 0.31 cannot start its engine once numba is
 imported (it reads the `__dict__` of everything, which llvmlite's handles answer with a function).
@@ -9,6 +9,7 @@ imported (it reads the `__dict__` of everything, which llvmlite's handles answer
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+NUMBA = find_spec("numba") is not None
 
 
 class Pairs(NamedTuple):
@@ -43,7 +46,7 @@ class Counts(NamedTuple):
     def spread(self, values: Tensor, out: Tensor) -> None:
         """Give each position in `out` the value of its entry, 0 where nothing is counted."""
         values = F.pad(values, (1, 0))
-        if values.device.type == "cpu":
+        if NUMBA and values.device.type == "cpu":
             from ktae_trl.credit.ktae import loops
 
             arrays = [x.view(-1).numpy() for x in (self.entry, values, out)]
@@ -59,7 +62,7 @@ def count(ids: Tensor, counted: Tensor, right: Tensor, *, pairs: bool) -> Counts
         right: (P, G) bool, the side of each rollout.
         pairs: whether to count per rollout as well.
     """
-    how = _count_by_loop if ids.device.type == "cpu" else _count_by_sort
+    how = _count_by_loop if NUMBA and ids.device.type == "cpu" else _count_by_sort
     return how(ids, counted, right, pairs)
 
 

@@ -1,4 +1,4 @@
-"""One process of a training for the tests beside this file: run.py SETTINGS.json FOLDER [CHECKPOINT].
+"""One process of a training for the tests beside this file: a crew's job, or `training.py SETTINGS.json FOLDER`.
 
 Writes, per process, what it is, the token credit and the advantages of every generation and the final weights; and
 saves the model.
@@ -78,8 +78,8 @@ def whole_weights(trainer) -> dict[str, torch.Tensor]:
         return {name: p.detach().clone() for name, p in whole.items()}
 
 
-def main(settings: dict, folder: Path, checkpoint: str | None = None) -> None:
-    settings |= cpu.fsdp_settings()
+def main(settings: dict, folder: str, checkpoint: str | None = None) -> None:
+    folder, settings = Path(folder), {**settings, **cpu.fsdp_settings()}
     if settings.pop("replay"):
         settings["rollout_func"] = replay
     if "lora" in settings:
@@ -125,8 +125,9 @@ def main(settings: dict, folder: Path, checkpoint: str | None = None) -> None:
         folder / f"process_{accelerator.process_index}.pt",
     )
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    accelerator.free_memory()
 
 
 if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), *sys.argv[3:])
+    main(json.loads(Path(sys.argv[1]).read_text()), sys.argv[2])
+    PartialState().destroy_process_group()

@@ -1,0 +1,3 @@
+from ktae_trl.cli import main
+
+main()

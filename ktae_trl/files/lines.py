@@ -1,0 +1,90 @@
+"""Text files line by line, and JSON Lines: errors name the file and the line."""
+
+import gzip
+import json
+import logging
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ktae_trl.arguments import NotFoundError, UserError
+
+logger = logging.getLogger(__name__)
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """Yield the number and the text (with its line end) of each line of a UTF-8 file, `.gz` too.
+
+    A byte-order mark is left out.
+
+    Raises:
+        NotFoundError: there is no such file.
+        UserError: it is not UTF-8 (with the number of the line), or a damaged gzip file.
+    """
+    path = Path(path)
+    for number, line in _raw_lines(path):
+        yield number, _decoded(path, number, line)
+
+
+def read_json_lines(
+    path: str | Path,
+    *,
+    remedy: str = "",
+    parse_float: Callable[[str], Any] | None = None,
+    skip_damaged: bool = False,
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the number and the object of each line that is not blank.
+
+    Args:
+        remedy: a sentence for the end of error messages.
+        parse_float: what to make of a number with a fraction, such as `Decimal`, which keeps it exact.
+        skip_damaged: leave out lines that hold no object, such as the last one of an interrupted run, with a warning.
+
+    Raises:
+        NotFoundError: there is no such file.
+        UserError: it is not UTF-8, a line is not a JSON object (with its number), or it is a damaged gzip file.
+    """
+    path = Path(path)
+    for number, line in _raw_lines(path):
+        try:
+            text = _decoded(path, number, line)
+            if not text.strip():
+                continue
+            value = _object(path, number, text, parse_float)
+        except UserError as error:
+            if not skip_damaged:
+                raise UserError(f"{error}. {remedy}" if remedy else str(error)) from None
+            logger.warning("A line is left out (of an interrupted run?): %s", error)
+            continue
+        yield number, value
+
+
+def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    if not path.is_file():
+        raise NotFoundError(f"There is no file {path} (looked in {Path.cwd()})")
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        try:
+            yield from enumerate(file, 1)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise UserError(f"{path} is no whole gzip file: {error}") from None
+
+
+def _decoded(path: Path, number: int, line: bytes) -> str:
+    try:
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}, line {number}: byte {error.start + 1} (0x{line[error.start]:02x}) is not UTF-8. "
+            f"Convert the file, for example: iconv -f LATIN1 -t UTF-8 {path.name} > utf8-{path.name}"
+        ) from None
+
+
+def _object(path: Path, number: int, text: str, parse_float: Callable[[str], Any] | None) -> dict[str, Any]:
+    try:
+        value = json.loads(text, parse_float=parse_float)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}, line {number}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}, line {number}: an object was expected, not {text.strip()[:80]}")
+    return value

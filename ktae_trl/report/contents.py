@@ -1,0 +1,135 @@
+"""What a page holds: the groups of records, each described and packed, and what is said of them."""
+
+import base64
+import json
+import zlib
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from ktae_trl.report.curves import means_of, sums_of
+from ktae_trl.report.group_view import describe, split
+from ktae_trl.report.records import Method, Record
+from ktae_trl.report.tokens import visible
+
+# What the credit of a record is called, by how it met the advantages.
+_VALUE = {
+    "multiply": {"symbol": "K", "name": "key-token value K"},
+    "add": {"symbol": "K", "name": "key-token value K"},
+    "scale": {"symbol": "w", "name": "weight w"},
+    "replace": {"symbol": "v", "name": "segment advantage v"},
+}
+_FORMULA = {"multiply": "A' = A + |A| K", "add": "A' = A + K", "scale": "A' = A w", "replace": "A' = v"}
+_TITLES = {
+    "ktae": "KTAE (key tokens)",
+    "oar_g": "OAR-G (influence by gradients)",
+    "oar_p": "OAR-P (influence by perturbation)",
+    "tree": "TreeRPO (sampled trees)",
+    "none": "GRPO (one advantage for all tokens)",
+}
+_PREVIEW = 160  # characters of a prompt in the list of groups
+
+
+class Shown(NamedTuple):
+    """What a page holds."""
+
+    groups: list[dict[str, Any]]  # an entry of the page's list each
+    blocks: list[str]  # their data, packed
+    methods: list[dict[str, Any]]
+    by_step: list[dict[str, float]]  # what the records say of each step, named like the trainer's metrics
+    notes: list[str]  # what of the records is not in it
+
+
+def collect(some: Iterable[Record], most: int | None = None) -> Shown:
+    """Describe and pack the groups of these records, one record at a time and at most so many of each."""
+    shown = Shown([], [], [], [], [])
+    recorded, known, generated = 0, 0, 0  # groups; those of generations whose size is known; in these generations
+    methods: list[Method] = []
+    prompts: list[str] = []
+    for record in some:
+        settings = record.method._replace(generated_groups=None)
+        if settings not in methods:
+            methods.append(settings)
+            shown.methods.append(_method(settings))
+        begin = len(shown.groups)
+        means: list[dict[str, list[float]]] = []
+        groups = list(split(record))
+        recorded += len(groups)
+        if record.method.generated_groups:
+            known, generated = known + len(groups), generated + record.method.generated_groups
+        for rows in _nearest_to_half(groups, most):
+            group = describe(record.method, rows)
+            means.append(sums_of(group))
+            prompts.append(visible(rows[0]["prompt"]))
+            shown.blocks.append(pack(group))
+            shown.groups.append(
+                {
+                    **{key: group[key] for key in ("step", "group", "score", "unscored")},
+                    "right": sum(row["correct"] is True for row in rows),
+                    "wrong": sum(row["correct"] is False for row in rows),
+                    "method": methods.index(settings),
+                }
+            )
+        if shown.groups[begin:]:
+            step = shown.groups[begin]["step"]
+            shown.by_step.append({"step": step, **means_of(means, shown.groups[begin:])})
+    if known < generated:
+        shown.notes.append(f"Recorded: {known} of the {generated} groups of these generations.")
+    if len(shown.groups) < recorded:
+        shown.notes.append(
+            f"This page holds {len(shown.groups)} of {recorded} recorded groups: of each step those whose right and "
+            "wrong rollouts are nearest to half and half. All of one step: make the page of its file, or raise "
+            "max_groups."
+        )
+    begin, end = _own_part(prompts)
+    for group, prompt in zip(shown.groups, prompts, strict=True):
+        group |= {"prompt": prompt, "preview": prompt[begin : len(prompt) - end][:_PREVIEW]}
+    return shown
+
+
+def _nearest_to_half(groups: list[list[dict[str, Any]]], most: int | None) -> list[list[dict[str, Any]]]:
+    """Return so many of the groups, in their order: those with most rollouts on their smaller side, right or wrong."""
+
+    def smaller_side(i: int) -> int:
+        return min(sum(row["correct"] is side for row in groups[i]) for side in (True, False))
+
+    return [groups[i] for i in sorted(sorted(range(len(groups)), key=smaller_side, reverse=True)[:most])]
+
+
+def _own_part(prompts: list[str]) -> tuple[int, int]:
+    """Return how many characters all prompts begin and end with: a template, which tells nothing in a list of them."""
+    if len(set(prompts)) < 2:
+        return 0, 0
+    begin = _same_beginning(prompts)
+    return begin, _same_beginning([prompt[begin:][::-1] for prompt in prompts])
+
+
+def _same_beginning(texts: list[str]) -> int:
+    """Return how many characters all texts begin with, up to the end of a word."""
+    first, last = min(texts), max(texts)
+    same = next((i for i, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))
+    return max(first.rfind(" ", 0, same), first.rfind("\n", 0, same)) + 1
+
+
+def _method(method: Method) -> dict[str, Any]:
+    """Return a method's names for the page."""
+    settings = {}
+    if method.how is not None:
+        settings["advantage of a token"] = _FORMULA[method.how]
+    if method.credit == "ktae":
+        weights = (method.fisher_weight, method.ig_weight, method.tf_weight)
+        settings["weights h1 (Fisher), h2 (IG), h3 (TF)"] = ", ".join(f"{weight:g}" for weight in weights)
+        settings["leave one out"] = "yes" if method.leave_one_out else "no"
+    return {
+        "credit": method.credit,
+        "title": _TITLES.get(method.credit, visible(method.credit)),
+        "how": method.how,
+        "value": _VALUE.get(method.how),
+        "leave_one_out": method.credit == "ktae" and method.leave_one_out,
+        "settings": settings,
+    }
+
+
+def pack(data: Any) -> str:
+    """Return data as compressed JSON in base64, which is safe in a script element."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    return base64.b64encode(zlib.compress(text.encode(), 6)).decode()

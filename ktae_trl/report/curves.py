@@ -1,0 +1,85 @@
+"""The curves of a run: panels of its metrics, as the trainer logged them or as its records give them."""
+
+import re
+from statistics import fmean
+from typing import Any
+
+from ktae_trl.report.group_view import number
+from ktae_trl.report.tokens import visible
+
+# Panel -> patterns of the metrics it shows. A metric goes into the first panel that wants it.
+_PANELS = {
+    "Reward": r"reward",
+    "Rewards by function": r"rewards/.+/mean",
+    "Completion length (tokens)": r"completions/mean_length",
+    "Entropy": r"entropy",
+    "Mean value K": r"ktae/value_(right|wrong)",
+    "Shares": r"ktae/(saturated|informative_groups)|oar/(answered|reshaped_tokens)|tree/(signal_.+|trained_share)",
+    "Mean |w - 1|": r"oar/mean_change",
+    "Tokens of a tree": r"tree/(generated|row)_tokens",
+}
+_SATURATED = 0.9  # as in the metric ktae/saturated
+
+
+def curves(metrics: list[dict[str, float]]) -> list[dict[str, Any]]:
+    """Return the panels with Plotly's traces of the metrics that are known at two steps or more.
+
+    Metrics of the evaluation (`eval_...`) go beside those of the training, dashed.
+    """
+    panels = []
+    names = list(dict.fromkeys(name for entry in metrics for name in entry))
+    for title, pattern in _PANELS.items():
+        traces = []
+        for name in names:
+            if not re.fullmatch(rf"(eval_)?({pattern})", name):
+                continue
+            points = [(entry["step"], number(entry[name])) for entry in metrics if name in entry]
+            points = [(step, value) for step, value in points if isinstance(value, (int, float))]
+            if len(points) < 2:
+                continue
+            evaluated = name.startswith("eval_")
+            x, y = zip(*points, strict=True)
+            traces.append(
+                {
+                    "x": x,
+                    "y": y,
+                    "name": _short(visible(name.removeprefix("eval_"))),
+                    "evaluated": evaluated,
+                    "mode": "lines+markers" if len(points) < 20 else "lines",
+                    "line": {"width": 1.6, "dash": "dot" if evaluated else "solid"},
+                }
+            )
+        if traces:
+            panels.append({"title": title, "traces": traces})
+    return panels
+
+
+def _short(metric: str) -> str:
+    """Return a metric's name without its family: `value_right` of `ktae/value_right`."""
+    inner = re.fullmatch(r"rewards/(.+)/mean", metric)
+    return (inner[1] if inner else metric.rpartition("/")[2]).replace("_", " ")
+
+
+def sums_of(group: dict[str, Any]) -> dict[str, list[float]]:
+    """Return what the curves need of a group, when the trainer left no metrics: lists to take means of."""
+    found: dict[str, list[float]] = {"completions/mean_length": [len(r["at"]) for r in group["rollouts"]]}
+    for rollout in group["rollouts"]:
+        for name, reward in rollout["rewards"].items():
+            found.setdefault(f"rewards/{name}/mean", []).append(reward)
+        if not (group["right"] and group["wrong"]):
+            continue  # as in the trainer's metrics
+        K = [group["tokens"]["K"][token] or 0.0 for token in rollout["cells"]["token"]]
+        values = [K[cell] for cell in rollout["at"] if rollout["cells"]["trained"][cell]]
+        if rollout["correct"] is not None:
+            found.setdefault(f"ktae/value_{'right' if rollout['correct'] else 'wrong'}", []).extend(values)
+        found.setdefault("ktae/saturated", []).extend(float(abs(v) > _SATURATED) for v in values)
+    return found
+
+
+def means_of(some: list[dict[str, list[float]]], groups: list[dict[str, Any]]) -> dict[str, float]:
+    pooled: dict[str, list[float]] = {}
+    for found in some:
+        for name, values in found.items():
+            pooled.setdefault(name, []).extend(v for v in values if isinstance(v, (int, float)))
+    pooled["ktae/informative_groups"] = [float(group["right"] > 0 and group["wrong"] > 0) for group in groups]
+    return {name: fmean(values) for name, values in pooled.items() if values}

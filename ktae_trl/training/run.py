@@ -1,0 +1,313 @@
+"""A training from a recipe and the command line: what `train.py` and `ktae train` do.
+
+read the settings -> load data, rewards, tokenizer -> build the trainer -> measure, train, measure -> save, upload
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, ProgressCallback, TrainerCallback
+from trl import GRPOConfig, ModelConfig, get_peft_config, get_quantization_config
+from trl.trainer.utils import get_callable_name
+
+from ktae_trl import KTAEGRPOConfig, KTAEGRPOTrainer, tiny
+from ktae_trl.arguments import UserError, first_line, loading, need, parse, settings_help, user_errors
+from ktae_trl.credit import METHODS
+from ktae_trl.data import DataArguments, load_prompts
+from ktae_trl.files.checkpoints import ResumeError, candidates, wants_to_resume
+from ktae_trl.files.lock import locked
+from ktae_trl.files.writing import replace_json
+from ktae_trl.hub.card import PAGE, settings_of
+from ktae_trl.hub.upload import HubError, create_repo, repo_name, upload_command
+from ktae_trl.rewards import load_rewards
+from ktae_trl.rollouts.verdicts import correctness_index
+from ktae_trl.training import plan
+from ktae_trl.training.batches import check_processes
+from ktae_trl.training.console import MetricsTable
+from ktae_trl.training.held_out import Accuracy, held_out_accuracy, measured
+from ktae_trl.training.stopping import Advice, advice_at_the_end, end_with_launcher
+
+HELD_OUT_BEFORE = "held_out_before.json"
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class RunArguments(DataArguments):
+    """What a recipe says beside the trainer's and the model's own settings."""
+
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["math_accuracy"],
+        metadata={"help": "math_accuracy, boxed_format, soft_overlong, or dotted paths. See reward_weights."},
+    )
+    overlong_buffer: int = field(
+        default=512, metadata={"help": "Tokens before max_completion_length over which soft_overlong falls to -1."}
+    )
+    held_out_samples: int = field(
+        default=4,
+        metadata={"help": "Samples per held-out problem for the accuracy before and after; 0 for no such measurement."},
+    )
+    num_processes: int | None = field(
+        default=None,
+        metadata={"help": "Processes (GPUs) that the batch sizes are meant for; a run with another number warns."},
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Show the settings, the batches, the data and the memory of the run, and train nothing."},
+    )
+
+
+class HeldOutAccuracy(TrainerCallback):
+    """Measures the accuracy before training, once the model is prepared; a resumed run keeps its first figure."""
+
+    def __init__(self, trainer: KTAEGRPOTrainer, run: RunArguments):
+        self.trainer, self.samples = trainer, run.held_out_samples
+        self.before: Accuracy | None = None
+
+    def measure(self) -> Accuracy:
+        return held_out_accuracy(
+            self.trainer,
+            self.trainer.eval_dataset,
+            samples=self.samples,
+            batch_size=self.trainer.args.per_device_eval_batch_size,
+        )
+
+    def problems(self) -> str:
+        """Return a mark of what is measured: the problems, their answers, and the samples of each."""
+        rows = self.trainer.eval_dataset.select_columns(["prompt", "solution"]).to_list()
+        return hashlib.sha256(
+            json.dumps([rows, self.samples, self.trainer.args.answer_format], default=str).encode()
+        ).hexdigest()[:16]
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            self.before = self.measure()
+        else:
+            self.before = self.of_this_run(Path(self.trainer.resumed_from))
+        if self.before and state.is_world_process_zero:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            kept = {"accuracy": self.before, "problems": self.problems()}
+            replace_json(Path(args.output_dir, HELD_OUT_BEFORE), kept)
+        what = measured(self.trainer.correctness_reward, args.correctness_threshold)
+        self.trainer.accelerator.print(f"\nHeld-out {what}, before: {self.before or 'not measured'}\n")
+
+    def of_this_run(self, checkpoint: Path) -> Accuracy | None:
+        """Return what the run that left `checkpoint` measured before training, if it was on these problems."""
+        file = checkpoint.parent / HELD_OUT_BEFORE
+        if not file.exists():
+            return None
+        try:
+            kept = json.loads(file.read_text())
+        except ValueError:
+            kept = None
+        if not isinstance(kept, dict) or kept["problems"] != self.problems():
+            self.trainer.accelerator.print(f"{file} is not of these held-out problems and samples: not used")
+            return None
+        before, args = Accuracy(*kept["accuracy"]), self.trainer.args
+        if (before.reward, before.threshold) != (self.trainer.correctness_reward, args.correctness_threshold):
+            self.trainer.accelerator.print(f"{file} has the {before.what}, which this run does not measure: not used")
+            return None
+        return before
+
+
+def load(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig):
+    """Load what a recipe names: the training prompts, the held-out ones (or None), the tokenizer."""
+    name = model.model_name_or_path
+    with loading(f"The tokenizer of {name!r}", by="model_name_or_path"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            tiny.model_path(name),
+            revision=model.model_revision,
+            padding_side="left",
+            trust_remote_code=args.trust_remote_code,
+        )
+    with args.main_process_first(desc="preparing the data"):
+        train_dataset, eval_dataset = load_prompts(
+            run,
+            tokenizer,
+            args.chat_template_kwargs,
+            answer_format=args.answer_format,
+            gradable_only="math_accuracy" in run.reward_funcs,
+        )
+    return train_dataset, eval_dataset, tokenizer
+
+
+def load_reward_functions(run: RunArguments, args: KTAEGRPOConfig) -> list[Callable]:
+    """Load the reward functions that a recipe names. `correctness_reward` may name one as the recipe does, too."""
+    functions = load_rewards(
+        run.reward_funcs, max_completion_length=args.max_completion_length, overlong_buffer=run.overlong_buffer
+    )
+    names = [get_callable_name(function) for function in functions]
+    asked = [run.reward_funcs] if isinstance(run.reward_funcs, str) else run.reward_funcs
+    args.correctness_reward = dict(zip(asked, names, strict=True)).get(args.correctness_reward, args.correctness_reward)
+    correctness_index(names, args.correctness_reward)
+    if args.reward_weights is not None and len(args.reward_weights) != len(names):
+        raise UserError(
+            f"reward_weights has {len(args.reward_weights)} weights for {len(names)} reward functions "
+            f"({', '.join(names)}): one is needed for each"
+        )
+    return functions
+
+
+def build_trainer(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -> KTAEGRPOTrainer:
+    """Build what a recipe describes: data, rewards, model, trainer."""
+    args.model_init_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+    reward_funcs = load_reward_functions(run, args)
+    train_dataset, eval_dataset, tokenizer = load(run, args, model)
+    try:
+        trainer = KTAEGRPOTrainer(
+            model=tiny.model_path(model.model_name_or_path),
+            reward_funcs=reward_funcs,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            peft_config=get_peft_config(model),
+            quantization_config=get_quantization_config(model),
+        )
+    except (OSError, ImportError) as error:
+        # From outside: the model's files, vLLM's server, a package that a setting needs. An import statement that fails
+        # names a module; what is raised to tell the user does not.
+        if isinstance(error, UserError) or (isinstance(error, ImportError) and error.name):
+            raise
+        raise UserError(first_line(error)) from error
+    trainer.recipe = {"dataset_name": run.dataset_name} | settings_of(run) | settings_of(model)
+    if not args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(MetricsTable(args.credit, args.dynamic_sampling))
+    return trainer
+
+
+def train(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig, program: str = "train.py") -> None:
+    """Do what the settings say; `program` is what the user called, for messages."""
+    with ExitStack() as folder:
+        with user_errors(program):
+            if run.dry_run:
+                reward_funcs = load_reward_functions(run, args)
+                loaded = load(run, args, model)  # by all processes: they wait for each other in there
+                if args.process_index == 0:
+                    plan.show(run, args, model, reward_funcs, *loaded)
+                return
+            if args.process_index == 0:  # before anything is loaded
+                if warning := check_processes(args, run.num_processes, program):
+                    logger.warning(warning)
+                if args.push_to_hub:
+                    create_repo(repo_name(args), private=args.hub_private_repo, token=args.hub_token)
+                folder.enter_context(locked(args.output_dir, program))  # it makes the folder
+            trainer = build_trainer(run, args, model)
+        start(trainer, run, program)
+
+
+def start(trainer: KTAEGRPOTrainer, run: RunArguments, program: str = "train.py") -> None:
+    """Train, and end with one line where that says all."""
+    held_out = None
+    if trainer.eval_dataset is not None and run.held_out_samples > 0:
+        held_out = HeldOutAccuracy(trainer, run)
+        trainer.add_callback(held_out)
+    try:
+        with advice_at_the_end(trainer, program) as advice:
+            train_and_save(trainer, held_out, advice)
+    except ResumeError as error:  # of all processes
+        trainer.accelerator.print(f"\n{program}: {error}", file=sys.stderr, flush=True)
+        trainer.accelerator.wait_for_everyone()  # a launcher ends the others when one has left
+        sys.exit(1)
+    except HubError as error:
+        sys.exit(f"\n{program}: {error}")
+
+
+def train_and_save(trainer: KTAEGRPOTrainer, held_out: HeldOutAccuracy | None, advice: Advice) -> None:
+    args, say = trainer.args, trainer.accelerator.print
+    trained = trainer.train(args.resume_from_checkpoint)
+    minutes, seconds = divmod(round(trained.metrics["train_runtime"]), 60)
+    say(f"\nTrained to step {trainer.state.global_step} in {minutes} min {seconds:02d} s")
+
+    if held_out is not None:
+        before, after = held_out.before, held_out.measure()
+        problems = f"{len(trainer.eval_dataset)} problems"
+        say(f"\nHeld-out {after.what} ({problems})\n  before: {before or 'not measured'}\n  after:  {after}")
+        results = {f"after_{name}": value for name, value in after._asdict().items()}
+        results |= {f"before_{name}": value for name, value in before._asdict().items()} if before else {}
+        results |= {"what": after.what, "problems": len(trainer.eval_dataset)}
+        results["train_seconds"] = trained.metrics["train_runtime"]
+        trainer.save_metrics("held_out", results, combined=False)
+
+    trainer.save_all(push=args.push_to_hub)
+    advice.saved = f"It is in {args.output_dir}"
+    if args.push_to_hub:
+        folder, name = Path(args.output_dir), trainer.hub_model_id or repo_name(args)
+        advice.saved += f". Upload it: {upload_command(folder, name, args.hub_private_repo, args.hub_revision)}"
+    say(f"\nSaved model, tokenizer and card in {args.output_dir}")
+    if (page := Path(args.output_dir, PAGE)).exists():
+        say(f"The key tokens of the run, for a browser: {page}")
+    # A process that leaves while the first still saves can abort (ZeRO-3), and the launcher would then end them all.
+    # One that waits while the first uploads a large model can run into the limit of its wait.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+    if args.push_to_hub and args.process_index == 0:
+        print(f"\nUploaded to {trainer.upload().repo_url}")
+
+
+def read_arguments(words: Sequence[str], program: str = "train.py") -> tuple[RunArguments, KTAEGRPOConfig, ModelConfig]:
+    """Parse the command line. A dry run asks for no GPU, whatever the recipe is for."""
+    if not torch.accelerator.is_available():
+        (run,) = parse((RunArguments,), program, words, others=True)
+        words = [*words, "--use_cpu", "true"] if run.dry_run else words
+    run, args, model = parse((RunArguments, KTAEGRPOConfig, ModelConfig), program, words)
+    if wants_to_resume(args.resume_from_checkpoint):  # before anything is loaded
+        candidates(args.resume_from_checkpoint, args.output_dir)
+    check_trackers(args)
+    return run, args, model
+
+
+def check_trackers(args: KTAEGRPOConfig) -> None:
+    """Take TensorBoard, which recipes name, off `report_to` if it is not installed; refuse others that are not."""
+    for tracker in {"wandb", "trackio"} & set(args.report_to):
+        need(tracker, "trackers")
+    if "tensorboard" in args.report_to and find_spec("tensorboard") is None:
+        args.report_to = [tracker for tracker in args.report_to if tracker != "tensorboard"]
+        if args.process_index == 0:
+            logger.warning("No logs for TensorBoard, which is not installed: pip install 'ktae-trl[trackers]'")
+
+
+def show_help(usage: str) -> None:
+    """Print the usage and all settings, in groups."""
+    own, trl = RunArguments.__annotations__, GRPOConfig.__annotations__
+    groups: dict[str, list[dataclasses.Field]] = {
+        "run": [setting for setting in dataclasses.fields(RunArguments) if setting.name in own],
+        "data": list(dataclasses.fields(DataArguments)),
+        "credit": [],
+    }
+    for setting in dataclasses.fields(KTAEGRPOConfig):
+        if setting.name not in GRPOConfig.__dataclass_fields__:
+            prefix = setting.name.partition("_")[0]
+            methods = ", ".join(name for name in METHODS if name.startswith(prefix))
+            other = {"dynamic": "DAPO", "record": "records", "allow": "run"}.get(prefix, "credit")
+            groups.setdefault(f"credit: {methods}" if methods else other, []).append(setting)
+    groups["model"] = list(dataclasses.fields(ModelConfig))
+    groups["TRL's GRPO"] = [setting for setting in dataclasses.fields(GRPOConfig) if setting.name in trl]
+    groups["transformers' Trainer"] = [setting for setting in dataclasses.fields(GRPOConfig) if setting.name not in trl]
+    print(settings_help(usage, groups))
+
+
+def main(words: Sequence[str] | None = None, program: str = "train.py") -> None:
+    """Train as the command line says, by default that of this process."""
+    words = sys.argv[1:] if words is None else words
+    if {"-h", "--help"} & set(words):
+        return show_help(f"{program} --config FILE.yaml [--field value ...]")
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    end_with_launcher()
+    with user_errors(program):
+        arguments = read_arguments(words, program)
+    train(*arguments, program)
