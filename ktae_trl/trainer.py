@@ -73,7 +73,7 @@ class KTAEGRPOTrainer(GRPOTrainer):
 
     def __init__(self, model, reward_funcs=None, args: KTAEGRPOConfig | None = None, *positional, **kwargs):
         if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
+            name = model if isinstance(model, str) else trl_seam.model_name(model)
             args = KTAEGRPOConfig(f"{name.rstrip('/').split('/')[-1]}-KTAE")
         if not isinstance(args, KTAEGRPOConfig):
             raise TypeError(
@@ -96,21 +96,21 @@ class KTAEGRPOTrainer(GRPOTrainer):
         if isinstance(self.train_dataset, Dataset):
             Batches.of(args, self.accelerator.num_processes).check_prompts(len(self.train_dataset))
 
-        names = self.reward_func_names
+        names, tokenizer = self.reward_func_names, trl_seam.tokenizer_of(self)
         self._correctness_index = i = correctness_index(names, args.correctness_reward)
-        opened_think = opens_think(self._tokenizer, self.chat_template, self.chat_template_kwargs)
+        opened_think = opens_think(tokenizer, self.chat_template, self.chat_template_kwargs)
         self.reward_funcs = for_run(self.reward_funcs, names, args, opened_think)
         self._first_look = FirstLook(args, names[i], reads_answers(self.reward_funcs[i]), opened_think)
         self._assign_credit = METHODS.get(args.credit)
         if args.credit in TOKENIZER_CHECKS:
-            TOKENIZER_CHECKS[args.credit](self._tokenizer)
+            TOKENIZER_CHECKS[args.credit](tokenizer)
         self._sampler = SAMPLERS.get(args.credit)
         self._check_sampler()
         self.dynamic_sampling = dynamic.in_trainer(self, self._judged) if args.dynamic_sampling else None
         self._chosen_rewards: Tensor | None = None  # set while the parent runs on rollouts that dynamic sampling chose
         self._resume = Resume(self)
-        self._special_ids = tuple({self._tokenizer.pad_token_id, *self.eos_token_ids})
-        self._recorder = Recorder(args, names, self._tokenizer, self._special_ids, self.accelerator)
+        self._special_ids = tuple({tokenizer.pad_token_id, *self.eos_token_ids})
+        self._recorder = Recorder(args, names, tokenizer, self._special_ids, self.accelerator)
         self.add_callback(self._recorder)
         if args.credit != "none" and args.num_completions_to_print is None:
             self.num_completions_to_print = 0  # `log_completions` shows key tokens instead of all completions
