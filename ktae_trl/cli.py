@@ -74,7 +74,8 @@ def train(words: list[str]) -> None:
     if not words or _HELP & set(words):
         from ktae_trl.training import run
 
-        return run.show_help("ktae train CONFIG [--accelerate FILE] [--field value ...]\n\n" + _OF_TRAIN)
+        words = with_config([word for word in words if word not in _HELP])
+        return run.show_help("ktae train CONFIG [--accelerate FILE] [--field value ...]\n\n" + _OF_TRAIN, words)
     words = with_config(words)
     if options.accelerate is None:
         from ktae_trl.training import run
@@ -94,25 +95,24 @@ def train(words: list[str]) -> None:
 
 def evaluate(words: list[str]) -> None:
     """Measure a model on benchmarks: ktae eval CONFIG [--model_name_or_path MODEL] [--field value ...]"""
-    _evaluation(with_config(words, "eval") or ["--help"])
+    _evaluation(with_config(words, "eval") or ["--help"], "ktae eval")
 
 
 def compare(words: list[str]) -> None:
     """Compare models by the results of ktae eval: ktae compare FOLDER FOLDER [FOLDER ...]"""
-    _evaluation(["compare", *words])
+    _evaluation(["compare", *words], "ktae")
 
 
 def grade(words: list[str]) -> None:
     """Grade outputs of any program: ktae grade FILE"""
-    _evaluation(["grade", *words])
+    _evaluation(["grade", *words], "ktae")
 
 
-def _evaluation(words: list[str]) -> None:
-    for package in ("scipy", "matplotlib"):
-        need(package, "eval")
+def _evaluation(words: list[str], program: str) -> None:
+    need("scipy", "eval")
     from ktae_trl.evaluation.run import main as run
 
-    run(words)
+    run(words, program)
 
 
 def report(words: list[str]) -> None:
@@ -151,10 +151,11 @@ def recipes(words: list[str]) -> None:
 def methods(words: list[str]) -> None:
     """List the credit methods (--credit NAME)."""
     argparse.ArgumentParser(prog="ktae methods", description=methods.__doc__).parse_args(words)
-    from ktae_trl.credit.cards import CARDS, NONE
+    from ktae_trl.credit import METHODS
+    from ktae_trl.credit.method import GRPO
 
-    for name, sentence in {"none": NONE, **{name: card.does for name, card in CARDS.items()}}.items():
-        print(f"{name}\n    {sentence}")
+    for method in (GRPO, *METHODS.values()):
+        print(f"{method.name}\n    {method.card.does}")
 
 
 def merge(words: list[str]) -> None:

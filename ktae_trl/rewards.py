@@ -1,13 +1,9 @@
 r"""Reward functions in TRL's form, and how recipes name them."""
 
 import functools
-import importlib
 import inspect
 import logging
 import math
-import os
-import sys
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
@@ -16,7 +12,7 @@ from trl.rewards import get_soft_overlong_punishment
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from ktae_trl import prompts as rendering
-from ktae_trl.arguments import NotImportedError, UserError, nearest
+from ktae_trl.arguments import NotImportedError, UserError, imported, nearest
 from ktae_trl.grading import BUDGET, answered, find_answer, grade_many_full
 from ktae_trl.training import reward_calls
 
@@ -169,36 +165,15 @@ def load_rewards(names: str | Sequence[str], *, max_completion_length: int, over
 
 
 def _imported(path: str, builtin: dict[str, Callable]) -> Callable:
-    module_name, _, name = path.rpartition(".")
-    if not module_name:
+    if "." not in path:
         raise UserError(
             f"Unknown reward function {path!r}{nearest(path, builtin)}. "
             f"Choose from {', '.join(builtin)}, or give a dotted path such as my_package.rewards.brevity"
         )
-    here = os.getcwd()
-    if here not in sys.path:  # a launcher puts the script's folder there; TRL's own scripts add this one
-        sys.path.insert(0, here)
-    problem = f"The reward function {path!r} could not be imported: "
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the user's module does when it is imported
-        missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        if missing and f"{module_name}.".startswith(f"{missing}."):
-            raise NotImportedError(
-                f"{problem}there is no module {missing!r} (looked in {here} and sys.path)"
-            ) from error
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename[0] != "<"]
-        where = f" ({frames[-1].filename}, line {frames[-1].lineno})"
-        raise NotImportedError(f"{problem}{module_name} fails with {type(error).__name__}: {error}{where}") from error
-    if not hasattr(module, name):
-        raise NotImportedError(
-            f"{problem}the module {module_name!r} ({getattr(module, '__file__', None)}) has no "
-            f"{name!r}{nearest(name, dir(module))}"
-        )
-    function = getattr(module, name)
+    function = imported(path, "The reward function")
     if not callable(function) or isinstance(function, type):
         kind = "a class: name an object of it" if isinstance(function, type) else f"a {type(function).__name__}"
-        raise NotImportedError(f"{problem}{path} is no function but {kind}")
+        raise NotImportedError(f"The reward function {path!r} could not be imported: it is no function but {kind}")
     return function
 
 

@@ -1,28 +1,24 @@
 """`KTAEGRPOTrainer`: TRL's `GRPOTrainer` with an advantage per token. Hooks only; the mathematics is in `credit`."""
 
-import time
-from collections import defaultdict
 from pathlib import Path
 
-import torch
 from datasets import Dataset
 from torch import Tensor
 from trl import GRPOTrainer
 from trl.import_utils import is_vllm_available
 
 from ktae_trl import trl_seam
-from ktae_trl.arguments import NotImportedError, UserError
+from ktae_trl.arguments import NotImportedError
 from ktae_trl.config import KTAEGRPOConfig
-from ktae_trl.credit import METHODS, TOKENIZER_CHECKS
-from ktae_trl.credit.cards import CARDS, NONE, Card
-from ktae_trl.credit.combine import Rollouts, combine
+from ktae_trl.credit import find_method
+from ktae_trl.credit.combine import combine
+from ktae_trl.credit.method import Card
 from ktae_trl.data.columns import with_free_names
 from ktae_trl.files import checkpoints
 from ktae_trl.hub import saving
 from ktae_trl.rewards import for_run, opens_think, reads_answers
 from ktae_trl.rollouts import dynamic
-from ktae_trl.rollouts.policy import Policy
-from ktae_trl.rollouts.samplers import SAMPLERS
+from ktae_trl.rollouts.credited import TokenCredit
 from ktae_trl.rollouts.verdicts import Verdicts, correctness_index, verdicts
 from ktae_trl.training.batches import Batches
 from ktae_trl.training.console import print_sample
@@ -67,9 +63,7 @@ class KTAEGRPOTrainer(GRPOTrainer):
     ```
     """
 
-    _tag_names, _name, _paper, _does = CARDS["ktae"]
     resumed_from: str | None = None  # the checkpoint that the last training resumed from
-    credit_how: str | None = None  # how the credit of the last generation meets its advantages
 
     def __init__(self, model, reward_funcs=None, args: KTAEGRPOConfig | None = None, *positional, **kwargs):
         if args is None:
@@ -79,9 +73,9 @@ class KTAEGRPOTrainer(GRPOTrainer):
             raise TypeError(
                 f"args must be a KTAEGRPOConfig, which takes the same arguments, not a {type(args).__name__}"
             )
-        does = NONE if args.credit == "none" else ""
-        grpo = Card(GRPOTrainer._tag_names, GRPOTrainer._name, GRPOTrainer._paper, does)
-        self._tag_names, self._name, self._paper, self._does = CARDS.get(args.credit, grpo)
+        card = find_method(args.credit).card or Card(GRPOTrainer._name)
+        self._tag_names, self._name = [*GRPOTrainer._tag_names, *card.tags], card.name
+        self._paper, self._does = card.paper or GRPOTrainer._paper, card.does
         if args.use_vllm and not is_vllm_available():
             raise NotImportedError(
                 "use_vllm is set, but vLLM is not installed. Install it, for GPUs: pip install 'ktae-trl[vllm]'. "
@@ -89,9 +83,8 @@ class KTAEGRPOTrainer(GRPOTrainer):
             )
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
         trl_seam.need("training", self)
-        for feature, asked in (("credit", args.credit != "none"), ("push_to_hub", args.push_to_hub)):
-            if asked:
-                trl_seam.need(feature, self)
+        if args.push_to_hub:
+            trl_seam.need("push_to_hub", self)
         self.train_dataset, self.eval_dataset = map(with_free_names, (self.train_dataset, self.eval_dataset))
         if isinstance(self.train_dataset, Dataset):
             Batches.of(args, self.accelerator.num_processes).check_prompts(len(self.train_dataset))
@@ -101,16 +94,11 @@ class KTAEGRPOTrainer(GRPOTrainer):
         opened_think = opens_think(tokenizer, self.chat_template, self.chat_template_kwargs)
         self.reward_funcs = for_run(self.reward_funcs, names, args, opened_think)
         self._first_look = FirstLook(args, names[i], reads_answers(self.reward_funcs[i]), opened_think)
-        self._assign_credit = METHODS.get(args.credit)
-        if args.credit in TOKENIZER_CHECKS:
-            TOKENIZER_CHECKS[args.credit](tokenizer)
-        self._sampler = SAMPLERS.get(args.credit)
-        self._check_sampler()
+        self.token_credit = TokenCredit(args, self)
         self.dynamic_sampling = dynamic.in_trainer(self, self._judged) if args.dynamic_sampling else None
         self._chosen_rewards: Tensor | None = None  # set while the parent runs on rollouts that dynamic sampling chose
         self._resume = Resume(self)
-        self._special_ids = tuple({tokenizer.pad_token_id, *self.eos_token_ids})
-        self._recorder = Recorder(args, names, tokenizer, self._special_ids, self.accelerator)
+        self._recorder = Recorder(args, names, tokenizer, self.token_credit.special_ids, self.accelerator)
         self.add_callback(self._recorder)
         if args.credit != "none" and args.num_completions_to_print is None:
             self.num_completions_to_print = 0  # `log_completions` shows key tokens instead of all completions
@@ -131,43 +119,8 @@ class KTAEGRPOTrainer(GRPOTrainer):
         return self.reward_func_names[self._correctness_index]
 
     def judge(self, rows: list[dict], completion_ids: list[list[int]]) -> Tensor:
-        """Return the correctness reward of the completions of all processes, NaN where there is none; logs nothing.
-
-        All processes must call it, with as many completions each.
-
-        Args:
-            rows: of a dataset, one per completion: `prompt`, and the columns that the reward function takes.
-            completion_ids: the tokens of each.
-        """
-        prompts, i = [row["prompt"] for row in rows], self._correctness_index
-        completions = self._read(prompts, completion_ids)
-        lists = ("reward_funcs", "reward_processing_classes", "reward_func_names")
-        changed = {name: getattr(self, name)[i : i + 1] for name in lists}
-        changed |= {name: defaultdict(list) for name in ("_pending_extra_logs", "_pending_metrics")}
-        kept = {name: getattr(self, name) for name in changed}
-        vars(self).update(changed)
-        try:
-            return super()._calculate_rewards(rows, prompts, completions, completion_ids)[:, 0]
-        finally:
-            vars(self).update(kept)
-
-    def _read(self, prompts: list, completion_ids: list[list[int]]) -> list:
-        """Return completions as reward functions get them in training, which TRL makes while it generates."""
-        prompt_ids, *_ = self._tokenize_prompts(prompts)
-        rollouts = {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": None}
-        changed = {
-            "rollout_func": lambda prompts, trainer: rollouts,
-            "_metrics": {"train": defaultdict(list), "eval": defaultdict(list)},
-            "tools": [],
-            "use_vllm": False,  # it would load the weights into vLLM
-        }
-        kept, tokens = {name: getattr(self, name) for name in changed}, self.state.num_input_tokens_seen
-        vars(self).update(changed)
-        try:
-            return self._generate(prompts)[3]
-        finally:
-            vars(self).update(kept)
-            self.state.num_input_tokens_seen = tokens
+        """Return the correctness reward of the completions of all processes: see `TrainerTools.rewards`."""
+        return self.token_credit.tools.rewards(rows, completion_ids)
 
     # Credit: look at whole groups after each generation, combine in the loss.
 
@@ -178,7 +131,7 @@ class KTAEGRPOTrainer(GRPOTrainer):
         if rewards is None:
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
             check_rewards(rewards, self.reward_func_names)
-        self._gathered_rewards = rewards
+        self._gathered_rewards, self._graded_rows = rewards, inputs
         return rewards
 
     def _generate_and_score_completions(self, inputs):
@@ -192,32 +145,28 @@ class KTAEGRPOTrainer(GRPOTrainer):
             self._chosen_rewards = None
         else:
             batch = super()._generate_and_score_completions(inputs)
-        judged, stats = self._judged(self._gathered_rewards), {}
+        rewards, judged = self._gathered_rewards, self._judged(self._gathered_rewards)
         trl_seam.log_metrics(self, judged.metrics())
-        # A group of one, as evaluation may have, has nothing to compare; nor do samples in the place of a sampler's.
-        sampled = self._sampler is None or self.model.training
-        if self._assign_credit is not None and sampled and self._group_size() > 1:
-            started = time.perf_counter()
-            policy = Policy(self.model, self._tokenizer, self.accelerator, images="pixel_values" in batch)
-            credit = self._assign_credit(self._whole_groups(batch, judged), self.args, policy)
-            batch["credit"] = credit.values[:, : batch["completion_ids"].shape[1]]
-            self.credit_how = credit.how
-            stats = self._log_stats(credit.stats, started)
+        sums = self.token_credit.add_to(batch, self._graded_rows, judged)
         if self.model.training:
-            how = self.credit_how if "credit" in batch else None
-            self._recorder.look(self.state.global_step + 1, batch, self._gathered_rewards, *judged, how)
+            self._recorder.look(self.state.global_step + 1, batch, rewards, *judged, self.token_credit.how)
             if self.is_world_process_zero():
-                texts = trl_seam.last_texts(self, len(self._gathered_rewards))
+                texts = trl_seam.last_texts(self, len(rewards))
                 cut_off = trl_seam.last_metric(self, "completions/clipped_ratio")
-                self._first_look.look(self._correctness(self._gathered_rewards), judged, *texts, cut_off, stats)
+                self._first_look.look(self._correctness(rewards), judged, *texts, cut_off, sums)
         return batch
 
     def _correctness(self, rewards: Tensor) -> Tensor:
-        return rewards[:, self._correctness_index].view(-1, self._group_size())
+        G = self.num_generations if self.model.training else self.num_generations_eval
+        return rewards[:, self._correctness_index].view(-1, G)
 
     def _judged(self, rewards: Tensor) -> Verdicts:
         """Return which rollouts are right, and which could be judged, for the groups of all processes."""
         return verdicts(self._correctness(rewards), self.args.correctness_threshold)
+
+    def _generate(self, prompts):
+        with self.token_credit.sampling():
+            return super()._generate(prompts)
 
     def log(self, logs, start_time=None):
         self._first_look.before_log()
@@ -226,12 +175,9 @@ class KTAEGRPOTrainer(GRPOTrainer):
             print_sample(sample, self.state.global_step)
             send_sample(sample, self.state.global_step, self.callback_handler)
 
-    def _group_size(self) -> int:
-        return self.num_generations if self.model.training else self.num_generations_eval
-
     def _compute_loss(self, model, inputs):
         if "credit" in inputs:
-            advantages = combine(inputs["advantages"], inputs["credit"], self.credit_how)
+            advantages = combine(inputs["advantages"], inputs["credit"], self.token_credit.how)
             inputs = {**inputs, "advantages": advantages}  # a new dict: buffered batches are used again
         return or_nan(super()._compute_loss(model, inputs))
 
@@ -271,90 +217,6 @@ class KTAEGRPOTrainer(GRPOTrainer):
             return place
         self._resume.restore(checkpoint, max_steps)
         return self._resume.place(checkpoint, max_steps, num_train_epochs, *place)
-
-    def _whole_groups(self, batch: dict[str, Tensor], judged: Verdicts) -> Rollouts:
-        """Return the groups that this process holds rollouts of, complete with those of other processes."""
-        ids = batch["completion_ids"].int()
-        mask = batch["completion_mask"].bool()
-        if "tool_mask" in batch:
-            mask = mask & batch["tool_mask"].bool()
-        B, G = len(ids), self._group_size()
-        begin = self.accelerator.process_index * B
-        first, last = begin // G, -(-(begin + B) // G)  # groups, in the order of all processes
-        if B % G:  # groups straddle processes
-            ids, mask = (self.accelerator.pad_across_processes(x, dim=1) for x in (ids, mask.int()))
-            ids, mask = (self.accelerator.gather(x)[first * G : last * G] for x in (ids, mask))
-        correct_PG, scored_PG = (x[first:last] for x in judged)
-        own = slice(begin - first * G, begin - first * G + B)
-        return Rollouts(
-            ids_PGT=ids.view(-1, G, ids.shape[1]),
-            mask_PGT=mask.view(-1, G, ids.shape[1]).bool(),
-            correct_PG=correct_PG,
-            scored_PG=scored_PG,
-            advantages_B=batch["advantages"],
-            prompt_ids_BL=batch["prompt_ids"],
-            prompt_mask_BL=batch["prompt_mask"],
-            lengths_B=batch["completion_mask"].sum(1),
-            special_ids=self._special_ids,
-            own=own,
-        )
-
-    def _log_stats(self, stats: dict[str, tuple[Tensor, Tensor]], started: float) -> dict[str, tuple[float, float]]:
-        """Log a credit method's metrics; return their numerators and denominators over all processes."""
-        metrics, of_all = self._metrics["train" if self.model.training else "eval"], {}
-        if stats:
-            sums = torch.stack([torch.stack(pair).float() for pair in stats.values()])
-            of_all = dict(zip(stats, map(tuple, self.accelerator.reduce(sums, "sum").tolist()), strict=True))
-            for name, (total, count) in of_all.items():
-                metrics[name].append(total / count if count else float("nan"))  # TRL leaves NaN out of its means
-        # Reading the sums has waited for the device. A family of methods (oar_g, oar_p) shares its metrics' prefix.
-        metrics[f"{self.args.credit.partition('_')[0]}/seconds"].append(time.perf_counter() - started)
-        return of_all
-
-    # A credit method's own sampler, in training: it generates with TRL and hands its rollouts in as TRL's rollout_func.
-
-    def _check_sampler(self) -> None:
-        images = {"image", "images"} & set(getattr(self.train_dataset, "column_names", None) or ())
-        if self._sampler and (self.rollout_func or self.tools or self.environment_factories or images):
-            raise UserError(
-                f"credit={self.args.credit!r} samples its rollouts itself, from text: it does not go with a "
-                "rollout_func, tools, environments or images"
-            )
-
-    def _generate(self, prompts):
-        if self._sampler is None or not self.model.training or self.rollout_func is not None:
-            return super()._generate(prompts)
-        self.rollout_func = self._sample
-        try:
-            return super()._generate(prompts)
-        finally:
-            self.rollout_func = None
-
-    def _sample(self, prompts, _) -> dict[str, list | None]:
-        prompt_ids, *_ = self._tokenize_prompts(prompts)
-        return self._sampler.sample(prompt_ids, self._continue, self.args, self.eos_token_ids)
-
-    def _continue(
-        self, prompt_ids: list[list[int]], max_tokens: int
-    ) -> tuple[list[list[int]], list[list[float]] | None]:
-        """Sample a continuation of each, of at most `max_tokens`. All processes must call it, if only with none."""
-        own = most = len(prompt_ids)
-        if self.use_vllm and (self.vllm_mode == "server" or self.args.vllm_tensor_parallel_size > 1):
-            # vLLM then takes as many prompts from each process, and the limit from one.
-            most = self.accelerator.gather(torch.tensor([own], device=self.accelerator.device)).max().item()
-        filling = [[self.eos_token_ids[0]]] * (max(most, 1) - own)
-        holder, limit = (
-            (self.vllm_generation, "max_completion_length")
-            if self.use_vllm
-            else (self.generation_config, "max_new_tokens")
-        )
-        whole = getattr(holder, limit)
-        setattr(holder, limit, max_tokens if most else 1)
-        try:
-            completion_ids, logprobs = self._generate_single_turn(prompt_ids + filling, None, {}, num_generations=1)
-        finally:
-            setattr(holder, limit, whole)
-        return completion_ids[:own], None if logprobs is None else logprobs[:own]
 
     # Saving and the Hub: see `ktae_trl.hub.saving`.
 

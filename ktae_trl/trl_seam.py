@@ -20,9 +20,10 @@ import trl
 from packaging.specifiers import SpecifierSet
 from torch import Tensor, nn
 from trl import GRPOTrainer
-from trl.trainer.utils import RepeatSampler
+from trl.models import prepare_deepspeed, prepare_fsdp
+from trl.trainer.utils import RepeatSampler, add_fused_lm_head, create_model_from_path
 
-from ktae_trl.arguments import NotImportedError
+from ktae_trl.arguments import NotImportedError, UserError, loading
 
 TESTED_TRL = ">=1.16,<1.17"
 
@@ -144,6 +145,92 @@ def changed(owner: object, **values: Any) -> Iterator[None]:
         vars(owner).update(kept)
 
 
+# The tools of credit methods: see `ktae_trl.rollouts.tools`.
+
+
+def token_stats(
+    trainer, model: nn.Module, ids_BL: Tensor, mask_BL: Tensor, *, completion_length: int, rows: int
+) -> tuple[Tensor, Tensor]:
+    """Return the log-probability and the entropy of the last tokens of each row, (B, completion_length) each.
+
+    Args:
+        rows: that a forward pass holds at most.
+    """
+    logps_BT, entropies_BT, _ = trainer._get_per_token_logps_and_entropies(
+        model, ids_BL, mask_BL, completion_length, batch_size=rows, compute_entropy=True
+    )
+    return logps_BT, entropies_BT
+
+
+def continuations(trainer, prefixes: list[list[int]], limit: int) -> tuple[list[list[int]], list[list[float]] | None]:
+    """Sample a continuation of each prefix, of at most `limit` tokens; log-probabilities with vLLM only."""
+    holder, name = _limit(trainer)
+    with changed(holder, **{name: limit}):
+        return trainer._generate_single_turn(prefixes, None, {}, num_generations=1)
+
+
+def _limit(trainer) -> tuple[object, str]:
+    """Return where the trainer reads how many tokens it generates at most: an object and its attribute."""
+    if "vllm_generation" in vars(trainer):
+        return trainer.vllm_generation, "max_completion_length"
+    return trainer.generation_config, "max_new_tokens"
+
+
+def prompt_ids_of(trainer, prompts: list) -> list[list[int]]:
+    """Return prompts as the token ids that the trainer generates from."""
+    return trainer._tokenize_prompts(prompts)[0]
+
+
+def rewards(trainer, index: int, rows: list[dict[str, Any]], completion_ids: list[list[int]]) -> Tensor:
+    """Return what one reward function gives to the completions of all processes, (N,); logs nothing.
+
+    All processes must call it, with as many completions each.
+    """
+    prompts = [row["prompt"] for row in rows]
+    completions = _as_reward_functions_read(trainer, prompts, completion_ids)
+    lists = ("reward_funcs", "reward_processing_classes", "reward_func_names")
+    only = {name: getattr(trainer, name)[index : index + 1] for name in lists}
+    with changed(trainer, **only, _pending_extra_logs=defaultdict(list), _pending_metrics=defaultdict(list)):
+        return GRPOTrainer._calculate_rewards(trainer, rows, prompts, completions, completion_ids)[:, 0]
+
+
+def _as_reward_functions_read(trainer, prompts: list, completion_ids: list[list[int]]) -> list:
+    """Return completions as reward functions get them in training, which TRL makes while it generates."""
+    rollouts = {"prompt_ids": prompt_ids_of(trainer, prompts), "completion_ids": completion_ids, "logprobs": None}
+    nowhere = {
+        "rollout_func": lambda prompts, trainer: rollouts,
+        "tools": [],
+        "use_vllm": False,  # it would load the weights into vLLM
+    }
+    with changed(trainer, **nowhere):
+        return generate(trainer, prompts).completions
+
+
+def frozen_model(trainer, name: str) -> nn.Module:
+    """Load a second model as TRL loads its reference model, prepared for the device, ZeRO-3 and FSDP2."""
+    policy, args = trainer.model, trainer.args
+    how = {"dtype": policy.dtype, "attn_implementation": policy.config._attn_implementation}
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        how["device_map"] = None
+    with loading(f"the frozen model {name!r}"):
+        model = create_model_from_path(name, trust_remote_code=args.trust_remote_code, **how)
+    tokens = len(trainer._tokenizer)
+    if model.config.get_text_config().vocab_size < tokens:
+        raise UserError(
+            f"The frozen model {name!r} has {model.config.get_text_config().vocab_size} token ids, but the policy's "
+            f"tokenizer has {tokens}: choose a model with the same tokens"
+        )
+    model.requires_grad_(False)
+    add_fused_lm_head(model, temperature=trainer.temperature, outputs=("log_probs", "entropy"))
+    if trainer.is_deepspeed_enabled:
+        model = prepare_deepspeed(model, trainer.accelerator)
+    elif trainer.is_fsdp_enabled:
+        model = prepare_fsdp(model, trainer.accelerator)
+    else:
+        model = trainer.accelerator.prepare_model(model, evaluation_mode=True)
+    return model.eval()
+
+
 # Checkpoints.
 
 
@@ -224,7 +311,7 @@ class _Probe(GRPOTrainer):
         self.args = copy.copy(self.args)
         self.args.report_to = []
         self.state = copy.copy(self.state)
-        self.num_generations = 1
+        self.num_generations = self.current_gradient_accumulation_steps = 1
         self.tools, self.environments, self.environment_factories = [], None, None
         self.use_vllm, self.beta, self.mask_truncated_completions = False, 0.0, False
         self.reward_funcs, self.reward_func_names, self.reward_processing_classes = [self.reward], ["probe"], [None]
@@ -288,6 +375,15 @@ def _takes_token_advantages(probe: _Probe) -> str:
     return "" if not torch.allclose(of_tokens, of_rollout) else "_compute_loss does not read the advantage of a token"
 
 
+def _tells_of_tokens(probe: _Probe) -> str:
+    ids_BL = torch.tensor([[*probe.rollouts["prompt_ids"][0], *probe.rollouts["completion_ids"][0]]])
+    ids_BL = ids_BL.to(probe.accelerator.device)
+    found = token_stats(probe, probe.model, ids_BL, torch.ones_like(ids_BL), completion_length=4, rows=1)
+    if [x.shape for x in found] != [(1, 4), (1, 4)] or not (found[1] == 1).all():
+        return f"_get_per_token_logps_and_entropies returns {found}, not the log-probabilities and entropies of a row"
+    return ""
+
+
 def _generates(probe: _Probe) -> str:
     given = probe.rollouts | {"env_mask": [[1, 1, 0, 1]], "noted": ["x"]}
     probe.rollouts = dict(given)
@@ -329,12 +425,6 @@ def _limits_tokens(probe: _Probe) -> str:
     return "" if hasattr(holder, name) else f"{type(holder).__name__} has no {name}"
 
 
-def _limit(trainer) -> tuple[object, str]:
-    if hasattr(trainer, "vllm_generation"):
-        return trainer.vllm_generation, "max_completion_length"
-    return trainer.generation_config, "max_new_tokens"
-
-
 def _takes(method: str, *arguments: Any, **named: Any) -> Callable[[_Probe], str]:
     """Return the check that a method of TRL's trainer is there and takes these arguments."""
 
@@ -367,6 +457,7 @@ FEATURES = {
         (_takes("log", {}, None), _takes("_get_grad_norm", None, None), _makes_batches),
     ),
     "credit": _Feature("credit other than none", (_takes_token_advantages,)),
+    "token_stats": _Feature("a credit method that reads log-probabilities", (_tells_of_tokens,)),
     "sampling": _Feature(
         "a credit method that samples",
         (

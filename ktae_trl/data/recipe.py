@@ -37,7 +37,9 @@ class DataArguments:
         default=None, metadata={"help": "Their configuration. Default: dataset_config, if it is the same dataset."}
     )
     eval_dataset_split: str = field(default="test", metadata={"help": "Split of the held-out problems."})
-    eval_size: int | None = field(default=None, metadata={"help": "Use the first so many held-out problems."})
+    eval_size: int | None = field(
+        default=None, metadata={"help": "Number of held-out problems, from the first. Default: all."}
+    )
     problem_column: str = field(
         default="problem",
         metadata={"help": "Column with the problem, a text or a list of chat messages. Nested: 'extra_info.problem'."},

@@ -1,26 +1,18 @@
 """Which of several models is better, by how much, how surely, and at what length: the same problems, paired."""
 
 import logging
-import re
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from ktae_trl.arguments import NotFoundError, UserError
 from ktae_trl.evaluation.samples import SETTINGS, graded, grader, read_samples, read_settings
-from ktae_trl.evaluation.statistics import Difference, holm, mean_of, paired_difference, share
+from ktae_trl.evaluation.statistics import Difference, holm, paired_difference
 from ktae_trl.evaluation.summary import Results, results
 from ktae_trl.files.fingerprint import is_old
-from ktae_trl.files.writing import replacing
 
 MEAN = "mean of benchmarks"
-# Colours that colour-blind people can tell apart (Okabe and Ito 2008).
-_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-_MARKERS = "osD^vPX"
-
 logger = logging.getLogger(__name__)
 
 
@@ -113,13 +105,11 @@ def compare(runs: Sequence[Run], seed: int = 0) -> list[Comparison]:
         if len(pairs) > 1:
             found.append(_compare(runs[0].name, run.name, MEAN, pairs, seed))
     # The single benchmarks of all models are one family of questions, their means another.
-    for family in (lambda c: c.benchmark != MEAN, lambda c: c.benchmark == MEAN):
-        members = [i for i, comparison in enumerate(found) if family(comparison)]
-        for i, p in zip(members, holm([found[i].accuracy.p for i in members]), strict=True):
-            found[i] = found[i]._replace(corrected_p=p)
-        members = [i for i in members if found[i].tokens]
-        for i, p in zip(members, holm([found[i].tokens.p for i in members]), strict=True):
-            found[i] = found[i]._replace(tokens_corrected_p=p)
+    for of_means in (False, True):
+        for figure, corrected in (("accuracy", "corrected_p"), ("tokens", "tokens_corrected_p")):
+            members = [i for i, c in enumerate(found) if (c.benchmark == MEAN) == of_means and getattr(c, figure)]
+            for i, p in zip(members, holm([getattr(found[i], figure).p for i in members]), strict=True):
+                found[i] = found[i]._replace(**{corrected: p})
     return found
 
 
@@ -203,9 +193,7 @@ def sentence(comparison: Comparison) -> str:
     """Say the result of a comparison in words: a difference is claimed only if the corrected p-value is below 5%."""
     better = comparison.b if comparison.accuracy.value > 0 else comparison.a
     claim = f"{better} is better" if comparison.corrected_p < 0.05 else "no evidence of a difference"
-    points = comparison.accuracy._replace(
-        **{k: 100 * getattr(comparison.accuracy, k) for k in ("value", "low", "high")}
-    )
+    points = Difference(*(100 * x for x in comparison.accuracy[:3]), comparison.accuracy.p)
     return f"{comparison.benchmark}: {claim}: {_size(points, comparison.corrected_p, 'points', 1)}"
 
 
@@ -225,60 +213,12 @@ def _size(difference: Difference, p: float, unit: str, places: int) -> str:
     return f"{value} {unit}, 95% interval {low} to {high}, {shown}"
 
 
-def plot(runs: Sequence[Run], folder: Path) -> list[Path]:
-    """Draw accuracy against mean completion length, a panel a benchmark; returns the PNG and the SVG file."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    names = list(runs[0].benchmarks)
-    if any(run.benchmarks[name].tokens is None for run in runs for name in names):
-        return []
-    panels = [*names, *([MEAN] if len(names) > 1 else [])]
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(4 * columns, 3.3 * rows + 0.6), squeeze=False, layout="constrained"
-    )
-    for axis, panel in zip(axes.flat, panels, strict=False):
-        for i, run in enumerate(runs):
-            parts = [run.benchmarks[name] for name in (names if panel == MEAN else [panel])]
-            accuracy = mean_of([share(part.right.mean(1), part.right.shape[1]) for part in parts])
-            means = [part.tokens.mean(1) for part in parts]
-            length = float(np.mean([m.mean() for m in means]))
-            error = 1.96 * np.sqrt(sum(m.var() / len(m) for m in means)) / len(means)
-            axis.errorbar(
-                length,
-                100 * accuracy.value,
-                xerr=error,
-                yerr=[[100 * (accuracy.value - accuracy.low)], [100 * (accuracy.high - accuracy.value)]],
-                color=_COLOURS[i % len(_COLOURS)],
-                marker=_MARKERS[i % len(_MARKERS)],
-                markersize=7,
-                capsize=3,
-                label=run.name,
-            )
-        axis.set_title(
-            panel if panel == MEAN else f"{panel} ({len(runs[0].benchmarks[panel].ids)} problems)", fontsize=10
-        )
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
-    figure.supxlabel("mean completion length, tokens")
-    figure.supylabel("accuracy, %")
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(runs), 4), frameon=False)
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"accuracy_and_length.{kind}" for kind in ("png", "svg")]
-    for file in files:
-        with replacing(file) as draft:
-            figure.savefig(draft, dpi=150)
-    plt.close(figure)
-    return files
-
-
-def safe_name(model: str) -> str:
-    """Return a folder name for a model's path or Hub id."""
-    return re.sub(r"[^\w.+-]+", "_", model.rstrip("/")).strip("_.") or "model"
+def record(comparison: Comparison) -> dict:
+    """Return a comparison with its sentences, for JSON."""
+    return {
+        **comparison._asdict(),
+        "accuracy": comparison.accuracy._asdict(),
+        "tokens": comparison.tokens and comparison.tokens._asdict(),
+        "sentence": sentence(comparison),
+        "length_sentence": comparison.tokens and length_sentence(comparison),
+    }

@@ -1,7 +1,6 @@
 """Sampling completions for many prompts, with vLLM or with `transformers`; both hand over each when it is there."""
 
 import asyncio
-import importlib.util
 import json
 import os
 import signal
@@ -28,7 +27,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ktae_trl.arguments import NotFoundError, UserError
+from ktae_trl.arguments import NotFoundError, UserError, loading
 from ktae_trl.files.fingerprint import adapter_base
 
 
@@ -74,11 +73,6 @@ def check_model(name: str) -> None:
         raise NotFoundError(f"There is no model {name} (looked in {Path.cwd()})")
 
 
-def default_backend() -> str:
-    """Return `vllm` where it is installed, else `transformers`."""
-    return "vllm" if importlib.util.find_spec("vllm") else "transformers"
-
-
 def stop_token_ids(model: str, tokenizer: PreTrainedTokenizerBase, ends: Sequence[str]) -> tuple[int, ...]:
     """Return every token that ends a completion: of the tokenizer, of the model's generation settings, and `ends`.
 
@@ -103,23 +97,22 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model, or of an adapter's base model if the adapter has none of its own.
 
     Raises:
-        FileNotFoundError: there is none.
+        UserError: there is none, or it is damaged.
     """
-    try:
-        return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        base = adapter_base(model)
-        if base is None:
-            reason = str(error).strip().splitlines()[0]
-            raise NotFoundError(f"{model} holds no tokenizer: {reason}") from error
-        return AutoTokenizer.from_pretrained(base)
+    base = adapter_base(model)
+    with loading(f"The tokenizer of {model}", by="model_name_or_path"):
+        try:
+            return AutoTokenizer.from_pretrained(model)
+        except (OSError, ValueError):
+            if base is None:
+                raise
+            return AutoTokenizer.from_pretrained(base)
 
 
 def sample_with_transformers(
     model: str,
     tokenizer: PreTrainedTokenizerBase,
     requests: Sequence[Request],
-    done: set[tuple[str, str, int]],
     sampling: Sampling,
     write: Write,
     *,
@@ -133,14 +126,15 @@ def sample_with_transformers(
     and then. Ctrl-C ends it after the batch it is at.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
+    with loading(f"The model {model}", by="model_name_or_path"):
+        network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    network.to(device).eval()
     # What ours leaves open, `generate` would take from the model's own, such as the top_p of an instruct model.
     network.generation_config = GenerationConfig()
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    waiting = [request for request in requests if request.key not in done]
-    waiting.sort(key=lambda request: -len(request.prompt_ids))  # the longest first: if one fits, all do
+    waiting = sorted(requests, key=lambda request: -len(request.prompt_ids))  # the longest first: if one fits, all do
     with _ctrl_c_waits() as interrupted, torch.no_grad():
         for begin in range(0, len(waiting), batch_size):
             batch = waiting[begin : begin + batch_size]
@@ -237,7 +231,6 @@ def _ctrl_c_waits():
 def sample_with_vllm(
     model: str,
     requests: Sequence[Request],
-    done: set[tuple[str, str, int]],
     sampling: Sampling,
     write: Write,
     *,
@@ -262,7 +255,6 @@ def sample_with_vllm(
         options = {"enable_lora": True, "max_lora_rank": _lora_rank(model)} | options
         adapter = LoRARequest("adapter", 1, model)
     engine_args = AsyncEngineArgs(model=base or model, dtype=dtype, seed=sampling.seed, **options)
-    waiting = [request for request in requests if request.key not in done]
 
     async def one(engine, number: int, request: Request) -> None:
         parameters = SamplingParams(
@@ -290,7 +282,7 @@ def sample_with_vllm(
             engine = AsyncLLMEngine.from_engine_args(engine_args)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        tasks = [asyncio.create_task(one(engine, i, request)) for i, request in enumerate(waiting)]
+        tasks = [asyncio.create_task(one(engine, i, request)) for i, request in enumerate(requests)]
         try:
             await asyncio.gather(*tasks)  # which asyncio's own handler of Ctrl-C cancels
         finally:
@@ -299,8 +291,7 @@ def sample_with_vllm(
             await asyncio.gather(*tasks, return_exceptions=True)
             engine.shutdown()
 
-    if waiting:
-        asyncio.run(all_of_them())
+    asyncio.run(all_of_them())
 
 
 def _lora_rank(folder: str) -> int:
@@ -321,5 +312,6 @@ def _lora_rank(folder: str) -> int:
 
 def context_length(model: str) -> int | None:
     """Return how many tokens the model takes in all, None if its config does not say."""
-    config = AutoConfig.from_pretrained(adapter_base(model) or model)
+    with loading(f"The config of {model}", by="model_name_or_path"):
+        config = AutoConfig.from_pretrained(adapter_base(model) or model)
     return getattr(config.get_text_config(), "max_position_embeddings", None)

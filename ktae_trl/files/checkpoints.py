@@ -18,7 +18,7 @@ from ktae_trl.files.writing import replace_json
 
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
-# A training can go on without these, though not exactly as it would have.
+# A training can resume without these, though not exactly.
 REPLACEABLE = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth", "rollouts_*.pt")
 # No part of a checkpoint: a pickle that may hold a token, so that a checkpoint on the Hub comes without it.
 _NO_PART = ("training_args.bin", MANIFEST)
@@ -129,13 +129,13 @@ def _damage(checkpoint: Path, files: dict, hashes: bool, allow_missing: bool) ->
 def newest_first(output_dir: Path) -> list[Path]:
     """Return a run's checkpoints, whole or not, in the order in which they were saved, the newest first.
 
-    That is not the order of their numbers if a run was resumed from an earlier step, or started anew.
+    That is not the order of their numbers if a run was resumed from an earlier step, or started again.
     """
     return sorted(_all(Path(output_dir)), key=_saved, reverse=True)
 
 
 def older(checkpoint: Path) -> list[Path]:
-    """Return the checkpoints beside this one that were saved before it, the newest first."""
+    """Return the checkpoints in the same folder that were saved before this one, the newest first."""
     return [other for other in newest_first(checkpoint.parent) if _saved(other) < _saved(checkpoint)]
 
 
@@ -178,7 +178,7 @@ def not_whole(checkpoint: Path, why: str, other: str | os.PathLike | None) -> st
         if other
         else f"There is no whole one in {checkpoint.parent}: start without resume_from_checkpoint"
     )
-    return f"{checkpoint} is no whole checkpoint: {why}. {remedy}"
+    return f"{checkpoint} is not a whole checkpoint: {why}. {remedy}"
 
 
 def _all(output_dir: Path) -> Iterator[Path]:
@@ -202,7 +202,7 @@ def _is_replaceable(name: str) -> bool:
 
 
 def _remedy(name: str, first: str = "delete it and add") -> str:
-    return f" (to go on without it, {first} --allow_inexact_resume true)" if _is_replaceable(name) else ""
+    return f" (to resume without it, {first} --allow_inexact_resume true)" if _is_replaceable(name) else ""
 
 
 def _mark(path: Path) -> list:
@@ -218,7 +218,7 @@ def _flush(checkpoint: Path) -> None:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Remove a checkpoint at once: one that is half removed must not look like a whole one. A link goes as a link."""
+    """Remove a checkpoint, or a link of its name: half a checkpoint must not look like a whole one."""
     if checkpoint.is_symlink():
         checkpoint.unlink()
     elif checkpoint.exists():

@@ -67,7 +67,7 @@ def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         try:
             yield from enumerate(file, 1)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise UserError(f"{path} is no whole gzip file: {error}") from None
+            raise UserError(f"{path} is a damaged gzip file: {error}") from None
 
 
 def _decoded(path: Path, number: int, line: bytes) -> str:

@@ -27,15 +27,15 @@ class FolderInUseError(UserError):
 
 @contextmanager
 def locked(folder: Path, program: str) -> Iterator[None]:
-    """Hold a folder, which is made if need be: in here no other process can take it.
+    """Lock a folder, which is created if it is not there: meanwhile no other process can lock it.
 
-    The operating system lets go of it when the process ends, however it ends. The same process may take it again.
+    The operating system releases the lock when the process ends, however it ends. The same process may lock it again.
 
     Args:
         program: what is running, for the message that another one gets.
 
     Raises:
-        FolderInUseError: another process holds it.
+        FolderInUseError: another process has locked it.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""Which files of a run's folder make the model: these are uploaded, and links under such names not written through.
+"""Which files of a run's folder belong to the model: only these are uploaded, and never written through links.
 
-All else that lies there stays: other runs, logs and states hold data and secrets, and what is not known is not sent.
+Everything else stays on this machine: other runs, logs and states can hold data and secrets.
 """
 
 import json

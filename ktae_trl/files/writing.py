@@ -11,10 +11,10 @@ from typing import IO, Any
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield the path of a draft to write, and put it in the place of `path` at the end.
+    """Yield the path of a draft to write, and move it to `path` at the end: atomically.
 
-    At no time is there half of the file under its name. A link is replaced, and what it points to stays as it is. After
-    an error the draft is gone and the file as it was. The draft keeps the suffix, for libraries that go by it.
+    A link is replaced, and its target stays as it is. After an error the draft is removed and the file is unchanged.
+    The draft keeps the suffix, from which some libraries read the format.
     """
     draft = path.with_name(f".part-{path.name}")
     draft.unlink(missing_ok=True)  # of a process that was killed

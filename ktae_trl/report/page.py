@@ -59,7 +59,7 @@ def write_report(source: str | Path, output: str | Path, max_groups: int = MAX_G
     share = max(1, max_groups // len(paths))
     shown = collect((records.read(path) for path in progress(paths, "Reading records")), share)
     metrics = records.read_metrics(folder)
-    panels = curves(metrics or shown.by_step)
+    panels = curves(metrics or shown.by_step, shown.recorded)
     if panels and not _has_plotly(shown.notes):
         panels = []
     if panels and not metrics:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from ktae_trl.credit import find_method
 from ktae_trl.grading import find_answer
 from ktae_trl.rewards import texts_of
 from ktae_trl.rollouts.verdicts import AUTO, Verdicts
@@ -112,13 +113,13 @@ class FirstLook:
 
 
 def no_answer(seen: Seen, args, correctness: str, reads_answers: bool) -> str | None:
-    """Return what to say if no completion has an answer in the form that the rewards or OAR read, else None."""
-    unread = reads_answers and not seen.answered
-    if not unread and not (args.credit.startswith("oar") and not seen.stats.get("oar/answered")):
+    """Return what to say if no completion has an answer in the form that rewards or credit read, else None."""
+    unread, answered = reads_answers and not seen.answered, find_method(args.credit).answered
+    if not unread and not (answered and not seen.stats.get(answered)):
         return None
-    who = (
-        f"{correctness} reads, so that all are wrong" if unread else "OAR looks for, so that all tokens weigh the same"
-    )
+    who = f"credit: {args.credit} looks for, so that all tokens count the same"
+    if unread:
+        who = f"{correctness} reads, so that all are wrong"
     remedies = ["ask for this form in system_prompt", "or set answer_format to the form that the model writes"]
     if seen.cut_off >= _MANY * seen.rollouts:
         remedies.insert(0, f"raise max_completion_length ({args.max_completion_length} tokens)")
@@ -133,13 +134,7 @@ def no_signal(seen: Seen, args, correctness: str) -> str | None:
     """Return what to say if no group of the first generations has anything to learn from, else None."""
     first = f"the first {seen.groups} groups ({seen.generations} generations)"
     if seen.informative:
-        signals = [total for name, total in seen.stats.items() if name.startswith("tree/signal_depth_")]
-        if any(signals) or not signals:
-            return None
-        return (
-            f"No siblings in the trees of {first} differ by tree_min_spread ({args.tree_min_spread:g}), so that no "
-            "segment is trained. Lower tree_min_spread."
-        )
+        return find_method(args.credit).no_signal(seen.stats, args, first)
     right, wrong = seen.right, seen.judged - seen.right
     threshold, low, high = args.correctness_threshold, f"{seen.lowest:g}", f"{seen.highest:g}"
     more = "" if args.dynamic_sampling else ", or set dynamic_sampling: true"
@@ -177,7 +172,7 @@ def no_signal(seen: Seen, args, correctness: str) -> str | None:
 
 def by_verdict(args) -> bool:
     """Return whether a run learns from right against wrong rollouts, and not from different rewards only."""
-    return args.dynamic_sampling or not (args.credit == "none" or args.credit.startswith("oar"))
+    return args.dynamic_sampling or find_method(args.credit).needs_both_sides
 
 
 def _cut_off(seen: Seen) -> str:

@@ -15,7 +15,7 @@ from transformers import TrainerState
 from ktae_trl import trl_seam
 from ktae_trl.files import checkpoints
 from ktae_trl.files.checkpoints import ResumeError
-from ktae_trl.training.changes import LAYOUT, ROWS, SETTINGS, Changes, fingerprint
+from ktae_trl.training.changes import LAYOUT, ROWS, SETTINGS, Changes, fingerprint, own_settings
 from ktae_trl.training.guard import require_finite
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,6 @@ class Resume:
         return {
             "step": step,
             "settings": self._settings(trainer.state.max_steps),
-            "how": trainer.credit_how,
             "rollouts": rollouts if inside else None,
             "prompts": trainer.dynamic_sampling and trainer.dynamic_sampling.state(),
         }
@@ -173,7 +172,6 @@ class Resume:
         if notes := list(changes.notes()):
             self._warn("\n  ".join([f"Settings have changed since {checkpoint} was saved:", *notes]))
         if not changes.among(LAYOUT) and not incomplete:
-            trainer.credit_how = first.how
             trl_seam.take_up(trainer, trl_seam.Place(first.step, send_to_device(own and own["rollouts"], device)))
         if trainer.dynamic_sampling and first.prompts and not args.ignore_data_skip:
             trainer.dynamic_sampling.restore(first.prompts)
@@ -213,7 +211,7 @@ class Resume:
         if self._fingerprint is None:
             self._fingerprint = fingerprint(trainer.train_dataset)
         recipe = {"overlong_buffer": trainer.recipe.get("overlong_buffer", "the default")} if trainer.recipe else {}
-        known = vars(trainer.args) | recipe | self._fingerprint
+        known = vars(trainer.args) | recipe | self._fingerprint | own_settings(trainer.args)
         if not trainer.shuffle_dataset:
             known.pop("seed")  # random numbers come from the checkpoint, so it decides nothing
         known |= {
@@ -270,7 +268,6 @@ class _Saved(NamedTuple):
     """What a process's file in a checkpoint says, without its rollouts."""
 
     step: int  # forward passes so far
-    how: str | None  # how credit meets the advantages of the rollouts
     prompts: dict | None  # of dynamic sampling
     settings: dict
     holds_rollouts: bool
@@ -283,7 +280,7 @@ class _Saved(NamedTuple):
         rollouts = file["rollouts"]
         lacks = {name: why for name, why in reads.items() if rollouts and name not in rollouts[0]}
         settings = file["settings"] if "settings" in file else _settings_of_0_1(file)
-        return cls(file["step"], file["how"], file["prompts"], settings, rollouts is not None, lacks)
+        return cls(file["step"], file["prompts"], settings, rollouts is not None, lacks)
 
 
 def _settings_of_0_1(file: dict) -> dict:

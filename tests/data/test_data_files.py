@@ -139,5 +139,5 @@ def test_a_gzip_file_that_is_cut_off(tmp_path):
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}\n' * 1000)[:-10])
     (tmp_path / "none.jsonl.gz").write_bytes(b'{"a": 1}\n')
     for name in ("cut", "none"):
-        with pytest.raises(ValueError, match=rf"{name}\.jsonl\.gz is no whole gzip file"):
+        with pytest.raises(ValueError, match=rf"{name}\.jsonl\.gz is a damaged gzip file"):
             read(tmp_path / f"{name}.jsonl.gz")

@@ -1,4 +1,4 @@
-"""Where a completion ends, and what is read off a model's folder. Whole runs: test_eval_script.py and test_vllm.py."""
+"""Where a completion ends, and what is read off a model's folder. Whole runs: test_measure.py and test_vllm.py."""
 
 import json
 import shutil

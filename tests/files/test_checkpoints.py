@@ -195,7 +195,9 @@ def test_which_checkpoints_are_meant(tmp_path, clock):
         assert candidates(asked, str(tmp_path)) == [ten, nine, eight]  # all are read later
     assert candidates(str(nine), "elsewhere") == [nine, eight]
     for asked, why in ((ten, "model.safetensors is missing"), (tmp_path / "checkpoint-11", "there is no such folder")):
-        with pytest.raises(ResumeError, match=f"{asked} is no whole checkpoint: {why}.*resume_from_checkpoint {nine}"):
+        with pytest.raises(
+            ResumeError, match=f"{asked} is not a whole checkpoint: {why}.*resume_from_checkpoint {nine}"
+        ):
             candidates(asked, str(tmp_path))
     for checkpoint in (eight, nine):
         shutil.rmtree(checkpoint)

@@ -56,7 +56,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     with pytest.raises(NotFoundError, match=f"There is no file {tmp_path}/none.jsonl"):
         next(read_lines(tmp_path / "none.jsonl"))
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}\n' * 1000)[:-10])
-    with pytest.raises(UserError, match=r"cut\.jsonl\.gz is no whole gzip file"):
+    with pytest.raises(UserError, match=r"cut\.jsonl\.gz is a damaged gzip file"):
         list(read_json_lines(tmp_path / "cut.jsonl.gz", skip_damaged=True))
 
 

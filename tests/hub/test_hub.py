@@ -292,6 +292,15 @@ def test_results_become_metadata_and_a_table(run, tmp_path):
     assert text.count("| aime24 |") == 2
 
 
+def test_results_of_a_card_of_version_0_1_are_replaced(run, tmp_path):
+    text = (run / "README.md").read_text()
+    old = "<!-- Results: python -m ktae_trl.hub FOLDER writes them -->"
+    text, count = re.subn("<!-- Results: .*? -->", old, text)
+    (run / "README.md").write_text(text)
+    model_card.update(run, results=of_evaluation(measured(tmp_path / "eval", run), run))
+    assert count == (run / "README.md").read_text().count("## Results") == 1
+
+
 def test_results_of_an_earlier_run_are_not_those_of_one_that_still_trains(tmp_path):
     trainer = make_trainer(tmp_path)
     (tmp_path / model_files.HELD_OUT).write_text(
@@ -502,6 +511,21 @@ def test_a_failed_upload_loses_nothing_and_says_how_to_try_again(server, report,
     assert server.repos["ann/my-sums"]["files"] == files_for_the_hub(run)
     assert snapshot(run) == before
     assert len(report) == 1
+
+
+def test_a_bug_keeps_its_traceback(server, report, run, monkeypatch):
+    monkeypatch.setattr(model_card, "update", lambda folder: None)  # which takes no `repo_id`
+    with pytest.raises(TypeError):
+        our_hub.send(run, "sums")
+
+
+def test_the_client_waits_as_long_as_its_owner_wants(server, report, run):
+    assert huggingface_hub.get_session().timeout.read is None
+    our_hub.publish(run)
+    assert huggingface_hub.get_session().timeout.read == our_hub.TIMEOUT
+    huggingface_hub.get_session().timeout = 7.0
+    our_hub.publish(run)
+    assert huggingface_hub.get_session().timeout.read == 7.0
 
 
 def test_trying_again_sends_only_what_is_missing(server, report, run):

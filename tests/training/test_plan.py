@@ -270,7 +270,7 @@ def test_resuming_from_what_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "model").mkdir()
     trainer.save_model(tmp_path / "model")  # weights, but no state of a run
     for folder, why in (("model", "it has no trainer_state.json"), ("nowhere", "there is no such folder")):
-        with pytest.raises(ValueError, match=rf"{folder} is no whole checkpoint: {why}\. There is no whole one"):
+        with pytest.raises(ValueError, match=rf"{folder} is not a whole checkpoint: {why}\. There is no whole one"):
             trainer.train(resume_from_checkpoint=str(tmp_path / folder))
     with pytest.raises(ValueError, match="run holds no checkpoint to resume from"):
         trainer.train(resume_from_checkpoint=True)

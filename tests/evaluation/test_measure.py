@@ -1,7 +1,5 @@
 """`eval.py` as a user runs it, with the offline model on its own task."""
 
-import gzip
-import importlib.util
 import json
 import os
 import shutil
@@ -20,46 +18,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ktae_trl import tiny
+from ktae_trl.arguments import parse
 from ktae_trl.evaluation import generate as sampling
+from ktae_trl.evaluation import measure
+from ktae_trl.evaluation.run import main
+from ktae_trl.evaluation.settings import EvalArguments
 from ktae_trl.grading import ANSWER_FORMATS, INSTRUCTIONS, grade
 from ktae_trl.hub.results import of_evaluation
+from tests.evaluation.running import DAMAGES, QUICK, ROOT, complaint, damage, samples
 from tests.processes import started
-
-ROOT = Path(__file__).parents[2]
-QUICK = ["--config", "configs/eval/quickstart.yaml", "--limit", "24", "--samples", "4", "--batch_size", "16"]
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("eval_script", ROOT / "eval.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["eval_script"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(autouse=True)
-def in_the_repository(monkeypatch):
-    monkeypatch.chdir(ROOT)
-
-
-def samples(folder, name="sums"):
-    return [json.loads(line) for line in (Path(folder) / f"{name}.jsonl").read_text().splitlines()]
-
-
-def complaint(script, words) -> str:
-    with pytest.raises(SystemExit) as end:
-        script.main(words)
-    return str(end.value)
-
-
-@pytest.fixture(scope="module")
-def evaluated(script, tmp_path_factory):
-    """The results of one whole run."""
-    folder = tmp_path_factory.mktemp("eval") / "tiny"
-    os.chdir(ROOT)
-    script.main([*QUICK, "--output_dir", str(folder)])
-    return folder
 
 
 def test_the_whole_path(evaluated):
@@ -93,56 +60,56 @@ def test_the_summary_goes_into_a_model_card(evaluated):
     assert [r.metric_name for r in others] == [f"{kind}@{k} of 4 samples" for kind in ("pass", "maj") for k in (2, 4)]
 
 
-def test_a_second_run_samples_nothing(script, evaluated, tmp_path, capsys):
+def test_a_second_run_samples_nothing(evaluated, tmp_path, capsys):
     folder = Path(shutil.copytree(evaluated, tmp_path / "tiny"))  # other tests read the summary
-    script.main([*QUICK, "--output_dir", str(folder), "--k", "4"])
+    main([*QUICK, "--output_dir", str(folder), "--k", "4"])
     assert (folder / "sums.jsonl").read_bytes() == (evaluated / "sums.jsonl").read_bytes()
     assert "All 96 samples are in" in capsys.readouterr().out.replace("\n", " ")
-    assert complaint(script, [*QUICK, "--output_dir", str(folder), "--seed", "3"]).startswith(
+    assert complaint([*QUICK, "--output_dir", str(folder), "--seed", "3"]).startswith(
         f"eval.py: {folder} holds samples made with other settings: seed was 0, now it is 3."
     )
 
 
-def test_another_answer_format_grades_the_same_samples_again(script, evaluated, tmp_path, capsys):
+def test_another_answer_format_grades_the_same_samples_again(evaluated, tmp_path, capsys):
     folder = tmp_path / "tags"
     shutil.copytree(evaluated, folder)
     words = [*QUICK, "--output_dir", str(folder)]
     asked = json.loads((folder / "settings.json").read_text())["system_prompt"]
-    script.main([*words, "--answer_format", "tag", "--system_prompt", asked])
+    main([*words, "--answer_format", "tag", "--system_prompt", asked])
     assert "All 96 samples are in" in capsys.readouterr().out.replace("\n", " ")
     assert {row["reason"] for row in samples(folder)} == {"no answer"}
     assert json.loads((folder / "summary.json").read_text())["benchmarks"]["sums"]["boxed"] == 0
-    script.main([*words, "--answer_format", "auto", "--system_prompt", asked])
+    main([*words, "--answer_format", "auto", "--system_prompt", asked])
     for row in samples(folder):
         assert row["verdict"] == grade(row["completion"], row["answers"], "auto")
 
 
 @pytest.mark.parametrize("answer_format", ANSWER_FORMATS)
-def test_the_system_prompt_asks_for_the_answer_format(script, answer_format):
+def test_the_system_prompt_asks_for_the_answer_format(answer_format):
     words = {"model_name_or_path": "x", "answer_format": answer_format}
-    assert script.EvalArguments(**words).system_prompt == INSTRUCTIONS[answer_format]
-    assert script.EvalArguments(**words, system_prompt="Think.").system_prompt == "Think."
-    assert script.EvalArguments(**words, system_prompt=None).system_prompt == ""
+    assert EvalArguments(**words).system_prompt == INSTRUCTIONS[answer_format]
+    assert EvalArguments(**words, system_prompt="Think.").system_prompt == "Think."
+    assert EvalArguments(**words, system_prompt=None).system_prompt == ""
 
 
-def test_the_seed_and_nothing_else_decides(script, evaluated, tmp_path):
-    script.main([*QUICK, "--output_dir", str(tmp_path / "again")])
+def test_the_seed_and_nothing_else_decides(evaluated, tmp_path):
+    main([*QUICK, "--output_dir", str(tmp_path / "again")])
     assert samples(tmp_path / "again") == samples(evaluated)
-    script.main([*QUICK, "--output_dir", str(tmp_path / "other"), "--seed", "1"])
+    main([*QUICK, "--output_dir", str(tmp_path / "other"), "--seed", "1"])
     assert samples(tmp_path / "other") != samples(evaluated)
 
 
-def test_the_batch_makes_no_difference(script, evaluated, tmp_path, capsys):
-    script.main([*QUICK, "--output_dir", str(tmp_path), "--batch_size", "7"])
+def test_the_batch_makes_no_difference(evaluated, tmp_path, capsys):
+    main([*QUICK, "--output_dir", str(tmp_path), "--batch_size", "7"])
     assert samples(tmp_path) == samples(evaluated)
-    script.main([*QUICK, "--output_dir", str(tmp_path), "--batch_size", "96"])
+    main([*QUICK, "--output_dir", str(tmp_path), "--batch_size", "96"])
     assert "All 96 samples are in" in capsys.readouterr().out.replace("\n", " ")
 
 
-def test_samples_are_drawn_as_by_hand(script, tmp_path, tokenizer):
+def test_samples_are_drawn_as_by_hand(tmp_path, tokenizer):
     """One sample at a time, without a cache, from cumulated probabilities."""
     words = ["--limit", "2", "--samples", "2", "--temperature", "0.7", "--top_p", "0.9", "--max_new_tokens", "12"]
-    script.main([*QUICK, *words, "--output_dir", str(tmp_path)])
+    main([*QUICK, *words, "--output_dir", str(tmp_path)])
     model = AutoModelForCausalLM.from_pretrained(tiny.MODEL, dtype=torch.float32)
     for row in samples(tmp_path):
         ids = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
@@ -160,7 +127,7 @@ def test_samples_are_drawn_as_by_hand(script, tmp_path, tokenizer):
         assert row["tokens"] == len(drawn)
 
 
-def test_samples_follow_the_model(script):
+def test_samples_follow_the_model():
     """Many draws of one distribution have its frequencies."""
     scores = torch.tensor([[0.0, 1.0, -1.0, 2.0, -torch.inf]])
     draw = sampling._Draw(torch.rand(4000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
@@ -172,103 +139,98 @@ def test_samples_follow_the_model(script):
         sampling._Draw(torch.zeros(1, 1))(None, scores * torch.nan)
 
 
-def test_the_same_problem_twice_gets_other_samples(script, tmp_path):
+def test_the_same_problem_twice_gets_other_samples(tmp_path):
     problem = {"problem": "State the final answer to the following arithmetic problem: 9 + 3 + 4 =", "answers": ["16"]}
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps({"id": i} | problem) + "\n" for i in range(2)))
     words = ["--benchmark_folder", str(tmp_path), "--samples", "16", "--batch_size", "16"]
-    script.main([*QUICK, *words, "--output_dir", str(tmp_path / "out")])
+    main([*QUICK, *words, "--output_dir", str(tmp_path / "out")])
     rows = samples(tmp_path / "out")
     assert [row["completion"] for row in rows[:16]] != [row["completion"] for row in rows[16:]]
 
 
-def test_more_and_fewer_samples_use_those_there_are(script, evaluated, tmp_path, capsys, caplog):
+def test_more_and_fewer_samples_use_those_there_are(evaluated, tmp_path, capsys, caplog):
     """What is asked for is in the file and in the figures, what is not is kept, and nothing is drawn twice."""
     words = ["--config", "configs/eval/quickstart.yaml", "--output_dir", str(tmp_path)]
-    script.main([*words, "--limit", "10", "--samples", "2"])
+    main([*words, "--limit", "10", "--samples", "2"])
     whole = samples(evaluated)
     assert samples(tmp_path) == [row for row in whole if int(row["id"]) < 10 and row["sample"] < 2]
-    script.main([*words, "--limit", "24", "--samples", "4"])
+    main([*words, "--limit", "24", "--samples", "4"])
     said = capsys.readouterr().out.replace("\n", " ")
     assert "20 of 96 samples are in" in said
     assert samples(tmp_path) == whole
-    script.main([*words, "--limit", "5", "--samples", "1", "--k", "1"])
+    main([*words, "--limit", "5", "--samples", "1", "--k", "1"])
     figures = json.loads((tmp_path / "summary.json").read_text())
     assert (figures["new_samples"], figures["benchmarks"]["sums"]["problems"]) == (0, 5)
     assert (figures["settings"]["samples"], figures["settings"]["limit"]) == (1, 5)
     assert samples(tmp_path) == [row for row in whole if int(row["id"]) < 5 and row["sample"] < 1]
-    script.main([*words, "--limit", "24", "--samples", "4"])
+    main([*words, "--limit", "24", "--samples", "4"])
     assert json.loads((tmp_path / "summary.json").read_text())["new_samples"] == 0
     assert samples(tmp_path) == whole
     assert not list((tmp_path / "more").iterdir())
 
 
-@pytest.fixture
-def model(tmp_path):
-    return Path(shutil.copytree(tiny.MODEL, tmp_path / "model"))
-
-
-def test_samples_of_another_model_are_refused(script, model, tmp_path):
+def test_samples_of_another_model_are_refused(model, tmp_path):
     """In the same folder, with weights that differ in the middle only: a merged LoRA, or layers trained alone."""
     weights = {name: weight.float() for name, weight in load_file(model / "model.safetensors").items()}
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     before = (model / "model.safetensors").read_bytes()
     words = [*QUICK, "--limit", "2", "--model_name_or_path", str(model), "--output_dir", str(tmp_path / "out")]
-    script.main(words)
+    main(words)
     weights["model.layers.1.mlp.up_proj.weight"] *= -1
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     after = (model / "model.safetensors").read_bytes()
     assert (before[: 1 << 20], before[-1 << 20 :]) == (after[: 1 << 20], after[-1 << 20 :])
-    said = complaint(script, words)
+    said = complaint(words)
     assert f"{tmp_path / 'out'} holds another model's samples, or its files have changed: fingerprint was " in said
     assert "Choose another output_dir, or move that folder away" in said
 
 
-def test_the_same_model_by_another_path(script, model, tmp_path, capsys, monkeypatch):
+def test_the_same_model_by_another_path(model, tmp_path, capsys, monkeypatch):
     shutil.copytree(model, tmp_path / "saved_again")
     (tmp_path / "saved_again" / "training_args.bin").write_bytes(b"of another run")
     words = [*QUICK, "--limit", "2", "--output_dir", str(tmp_path / "out"), "--model_name_or_path"]
-    script.main([*words, str(model)])
+    main([*words, str(model)])
     for path in (f"{model}/", os.path.relpath(model), str(tmp_path / "saved_again")):
         capsys.readouterr()
-        script.main([*words, path])
+        main([*words, path])
         assert "All 8 samples are in" in capsys.readouterr().out.replace("\n", " ")
 
 
-def test_greedy_samples_depend_on_no_seed(script, tmp_path, capsys):
+def test_greedy_samples_depend_on_no_seed(tmp_path, capsys):
     words = [*QUICK, "--temperature", "0", "--samples", "1", "--limit", "2", "--output_dir", str(tmp_path)]
-    script.main(words)
+    main(words)
     capsys.readouterr()
-    script.main([*words, "--seed", "5", "--top_p", "0.5"])
+    main([*words, "--seed", "5", "--top_p", "0.5"])
     assert "All 2 samples are in" in capsys.readouterr().out.replace("\n", " ")
 
 
-def test_each_config_has_a_folder_of_its_own(script, model, tmp_path, monkeypatch, capsys):
+def test_each_config_has_a_folder_of_its_own(model, tmp_path, monkeypatch, capsys):
     config = yaml.safe_load((ROOT / "configs" / "eval" / "quickstart.yaml").read_text())
     config["benchmarks"][0]["dataset"] = str(ROOT / config["benchmarks"][0]["dataset"])
     monkeypatch.chdir(tmp_path)
     for name, change in (("sampled", {}), ("greedy", {"temperature": 0.0, "samples": 1})):
         settings = config | {"limit": 2, "model_name_or_path": "model/"} | change
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(settings))
-        script.main(["--config", f"{name}.yaml"])
+        main(["--config", f"{name}.yaml"])
     folder = Path("runs/eval/model")
     assert sorted(path.parent.name for path in folder.glob("*/summary.json")) == ["greedy", "sampled"]
     capsys.readouterr()
-    script.main(["--config", "sampled.yaml", "--model_name_or_path", str(model)])  # the same folder, absolute
+    main(["--config", "sampled.yaml", "--model_name_or_path", str(model)])  # the same folder, absolute
     assert "All 16 samples are in runs/eval/model/sampled already" in capsys.readouterr().out
     assert "There are: runs/eval/model/greedy, runs/eval/model/sampled" in complaint(
-        script, ["compare", str(folder), str(folder / "greedy")]
+        ["compare", str(folder), str(folder / "greedy")]
     )
-    said = complaint(script, ["--config", "sampled.yaml", "--seed", "1"])
+    said = complaint(["--config", "sampled.yaml", "--seed", "1"])
     assert "runs/eval/model/sampled holds samples made with other settings: seed was 0, now it is 1." in said
 
 
-def test_results_of_version_0_1(script, evaluated, model, tmp_path, monkeypatch, caplog):
+def test_results_of_version_0_1(evaluated, model, tmp_path, monkeypatch, caplog):
     """Whose they are is not known. They are neither used nor harmed, and the message says what to do."""
     old = tmp_path / "runs" / "eval" / "model"
     shutil.copytree(evaluated, old)
     settings = json.loads((old / "settings.json").read_text())
     (old / "settings.json").write_text(json.dumps(settings | {"fingerprint": "0123456789abcdef"}))
-    said = complaint(script, [*QUICK, "--output_dir", str(old)])
+    said = complaint([*QUICK, "--output_dir", str(old)])
     assert "holds samples of version 0.1, which did not read all of the model's weights" in said
     assert "Choose another output_dir, or move that folder away" in said
     config = yaml.safe_load((ROOT / "configs" / "eval" / "quickstart.yaml").read_text())
@@ -276,32 +238,32 @@ def test_results_of_version_0_1(script, evaluated, model, tmp_path, monkeypatch,
     (tmp_path / "quick.yaml").write_text(yaml.safe_dump(config | {"limit": 2, "samples": 1}))
     monkeypatch.chdir(tmp_path)
     before = (old / "sums.jsonl").read_bytes()
-    script.main(["--config", "quick.yaml", "--model_name_or_path", "model"])
+    main(["--config", "quick.yaml", "--model_name_or_path", "model"])
     assert "runs/eval/model holds results of version 0.1" in caplog.text
     assert len(samples(old / "quick")) == 2
     assert (old / "sums.jsonl").read_bytes() == before
 
 
-def test_outputs_of_others_are_no_samples(script, tmp_path):
+def test_outputs_of_others_are_no_samples(tmp_path):
     shutil.copy(ROOT / "ktae_trl" / "tiny" / "data" / "held_out.jsonl", tmp_path / "sums.jsonl")
-    said = complaint(script, [*QUICK, "--output_dir", str(tmp_path)])
+    said = complaint([*QUICK, "--output_dir", str(tmp_path)])
     assert "sums.jsonl is there already, and no settings.json says how it was made" in said
     assert "delete" not in said
 
 
-def test_lost_samples_are_generated_again(script, evaluated, tmp_path):
+def test_lost_samples_are_generated_again(evaluated, tmp_path):
     """As after a crash: some samples are there, ungraded and in another order, the last line is cut off."""
-    script.main([*QUICK, "--output_dir", str(tmp_path)])
+    main([*QUICK, "--output_dir", str(tmp_path)])
     whole = (tmp_path / "sums.jsonl").read_bytes()
     lines = whole.splitlines(keepends=True)
     (tmp_path / "sums.jsonl").write_bytes(b"".join(lines[70:] + lines[5:30]) + lines[40][:50])
-    script.main([*QUICK, "--output_dir", str(tmp_path)])
+    main([*QUICK, "--output_dir", str(tmp_path)])
     assert (tmp_path / "sums.jsonl").read_bytes() == whole
 
 
-def test_greedy_needs_no_seed_and_equals_generate(script, tmp_path, tokenizer):
+def test_greedy_needs_no_seed_and_equals_generate(tmp_path, tokenizer):
     greedy = ["--temperature", "0", "--samples", "1", "--limit", "6"]
-    script.main([*QUICK, *greedy, "--output_dir", str(tmp_path)])
+    main([*QUICK, *greedy, "--output_dir", str(tmp_path)])
     model = AutoModelForCausalLM.from_pretrained(tiny.MODEL, dtype=torch.float32)
     for row in samples(tmp_path):
         ids = tokenizer(row["prompt"], return_tensors="pt", add_special_tokens=False)
@@ -310,7 +272,7 @@ def test_greedy_needs_no_seed_and_equals_generate(script, tmp_path, tokenizer):
         assert row["tokens"] == len(output)
 
 
-def test_an_adapter_is_evaluated_on_its_base(script, tmp_path):
+def test_an_adapter_is_evaluated_on_its_base(tmp_path):
     base = AutoModelForCausalLM.from_pretrained(tiny.MODEL, dtype=torch.float32)
     adapter = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
     torch.manual_seed(0)
@@ -319,62 +281,23 @@ def test_an_adapter_is_evaluated_on_its_base(script, tmp_path):
             torch.nn.init.normal_(parameter, std=0.2)
     adapter.save_pretrained(tmp_path / "adapter")  # without a tokenizer
     greedy = ["--temperature", "0", "--samples", "1", "--limit", "6"]
-    script.main(
-        [*QUICK, *greedy, "--model_name_or_path", str(tmp_path / "adapter"), "--output_dir", str(tmp_path / "a")]
-    )
-    script.main([*QUICK, *greedy, "--output_dir", str(tmp_path / "b")])
+    main([*QUICK, *greedy, "--model_name_or_path", str(tmp_path / "adapter"), "--output_dir", str(tmp_path / "a")])
+    main([*QUICK, *greedy, "--output_dir", str(tmp_path / "b")])
     assert [row["completion"] for row in samples(tmp_path / "a")] != [
         row["completion"] for row in samples(tmp_path / "b")
     ]
     assert samples(tmp_path / "a")[0]["prompt"] == samples(tmp_path / "b")[0]["prompt"]
 
 
-def test_compare(script, evaluated, tmp_path, capsys):
-    script.main([*QUICK, "--output_dir", str(tmp_path / "other"), "--seed", "1"])
-    capsys.readouterr()
-    script.main(["compare", str(evaluated), str(tmp_path / "other"), "--output_dir", str(tmp_path / "compared")])
-    said = capsys.readouterr().out
-    assert "other against tiny" in said
-    assert "sums: no evidence of a difference: " in said
-    assert "no evidence of another length: " in said
-    assert "seed differs: 0 in tiny, 1 in other" in said
-    (entry,) = json.loads((tmp_path / "compared" / "comparison.json").read_text())["comparisons"]
-    a, b = (sum(row["verdict"] for row in samples(folder)) / 96 for folder in (evaluated, tmp_path / "other"))
-    assert entry["accuracy"]["value"] == pytest.approx(b - a)
-    assert (tmp_path / "compared" / "accuracy_and_length.png").exists()
-    assert (tmp_path / "compared" / "accuracy_and_length.svg").exists()
-
-
-def test_grade_outputs_of_others(script, tmp_path, capsys):
-    path = tmp_path / "theirs.jsonl.gz"
-    rows = [
-        {"task": "easy", "id": 1, "response": r"\boxed{2}", "solution": "2"},
-        {"task": "easy", "id": 1, "response": r"\boxed{3}", "solution": "2"},
-        {"task": "hard", "id": 1, "response": r"\boxed{x+1}", "solution": ["1+x", "y"]},
-        {"task": "hard", "id": 2, "response": r"\boxed{x}", "solution": "???"},
-        {"task": "hard", "id": 1, "response": "none", "solution": ["1+x", "y"]},
-        {"task": "hard", "id": 2, "response": r"\boxed{x}", "solution": "???"},
-    ]
-    with gzip.open(path, "wt") as file:
-        file.write("\n".join(map(json.dumps, rows)) + "\n\n")
-    script.main(["grade", str(path), "--output_dir", str(tmp_path / "graded"), "--k", "2"])
-    summary = json.loads((tmp_path / "graded" / "summary.json").read_text())
-    assert [summary["benchmarks"][b]["accuracy"][0] for b in ("easy", "hard")] == [0.5, 0.5]
-    assert summary["benchmarks"]["hard"]["unscorable"] == ["2"]
-    assert summary["benchmarks"]["easy"]["pass"]["2"][0] == 1
-    assert summary["benchmarks"]["easy"]["tokens"] is None
-    script.main(["grade", str(path), "--output_dir", str(tmp_path / "twice")])
-    script.main(["compare", str(tmp_path / "graded"), str(tmp_path / "twice"), "--output_dir", str(tmp_path / "c")])
-    assert "no evidence of a difference: the same on every problem" in capsys.readouterr().out
-
-
-def test_graded_outputs_give_the_published_accuracy(script, shared, tmp_path):
-    script.main(
-        ["grade", str(shared / "graded_outputs" / "qwen2.5_math_7b_grpo_ktae.jsonl.gz"), "--output_dir", str(tmp_path)]
-    )
-    published = json.loads((shared / "published_results.json").read_text())["GRPO+KTAE_7B"]["accuracy"]
-    summary = json.loads((tmp_path / "summary.json").read_text())["benchmarks"]
-    assert {b: f["accuracy"][0] for b, f in summary.items()} == pytest.approx({b: published[b] for b in summary})
+def test_damaged_models_are_named(model, tmp_path):
+    words = [*QUICK, "--limit", "1", "--model_name_or_path", str(model), "--output_dir", str(tmp_path / "out")]
+    config = (model / "config.json").read_text()
+    (model / "model.safetensors").write_bytes(b"no weights")
+    assert f"The model {model} (model_name_or_path) could not be loaded: " in complaint(words)
+    (model / "tokenizer.json").write_text("{")
+    assert f"The tokenizer of {model} (model_name_or_path) could not be loaded: " in complaint(words)
+    (model / "config.json").write_text(config.replace("{", "", 1))
+    assert f"{model} (model_name_or_path) could not be loaded: " in complaint(words)
 
 
 @pytest.mark.parametrize(
@@ -402,157 +325,40 @@ def test_graded_outputs_give_the_published_accuracy(script, shared, tmp_path):
         (["--top_p", "1.5"], "temperature 1.0 or top_p 1.5 is out of range"),
     ],
 )
-def test_bad_settings(script, tmp_path, words, message):
-    assert message in complaint(script, [*QUICK, "--output_dir", str(tmp_path), *words])
+def test_bad_settings(tmp_path, words, message):
+    assert message in complaint([*QUICK, "--output_dir", str(tmp_path), *words])
 
 
-def test_how_a_model_is_asked_is_a_setting_of_the_samples(script, tmp_path):
+def test_how_a_model_is_asked_is_a_setting_of_the_samples(tmp_path):
     template = (Path(tiny.MODEL) / "chat_template.jinja").read_text()
     model = shutil.copytree(tiny.MODEL, tmp_path / "model")
     (model / "chat_template.jinja").write_text(template + "{{ '<think></think>' if enable_thinking is false }}")
     words = [*QUICK, "--model_name_or_path", str(model), "--output_dir", str(tmp_path / "out"), "--limit", "1"]
     words += ["--chat_template_kwargs", '{"enable_thinking": false}', "--max_new_tokens", "1"]
-    script.main([*words, "--system_prompt", "null"])
+    main([*words, "--system_prompt", "null"])
     prompt = samples(tmp_path / "out")[0]["prompt"]
     assert prompt.startswith("<|im_start|>user\nState")
     assert prompt.endswith("assistant\n<think></think>")
     settings = json.loads((tmp_path / "out" / "summary.json").read_text())["settings"]
     assert settings["chat_template_kwargs"] == {"enable_thinking": False}
-    assert "chat_template_kwargs was" in complaint(script, [*words, "--chat_template_kwargs", "null"])
-    script.main([*words, "--system_prompt_in_user", "true", "--output_dir", str(tmp_path / "in_user")])
+    assert "chat_template_kwargs was" in complaint([*words, "--chat_template_kwargs", "null"])
+    main([*words, "--system_prompt_in_user", "true", "--output_dir", str(tmp_path / "in_user")])
     assert samples(tmp_path / "in_user")[0]["prompt"].startswith("<|im_start|>user\nPlease reason")
 
 
-def test_outputs_that_would_be_lost(script, tmp_path):
-    path = tmp_path / "outputs.jsonl"
-    rows = [{"output": "\\boxed{1}", "answer": "1", "task": task} for task in ("a/b", "a_b")]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert "Two benchmarks of" in complaint(script, ["grade", str(path), "--output_dir", str(tmp_path / "x")])
-    path.write_text('{"output": "\\\\boxed{1}", "answer": "1", "mine": "precious"}\n')
-    assert "outputs.jsonl would be overwritten" in complaint(
-        script, ["grade", str(path), "--output_dir", str(tmp_path)]
-    )
-    assert "precious" in path.read_text()
+def test_what_is_not_there(tmp_path):
+    assert "There is no file nothing.yaml" in complaint(["--config", "nothing.yaml", "--model_name_or_path", "x"])
+    config = {"model_name_or_path": str(tiny.MODEL), "benchmarks": [{"name": "a", "dataset": "someone/nothing"}]}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    said = complaint(["--config", str(tmp_path / "config.yaml"), "--output_dir", str(tmp_path / "out")])
+    assert said.startswith("eval.py: The dataset 'someone/nothing' could not be loaded: ")
 
 
-def test_outputs_in_lists(script, tmp_path):
-    path = tmp_path / "lists.jsonl"
-    path.write_text(json.dumps({"output": [r"\boxed{2}", r"\boxed{\frac{1}{2}}"], "answer": r"\frac12"}) + "\n")
-    script.main(["grade", str(path), "--output_dir", str(tmp_path / "out")])
-    figures = json.loads((tmp_path / "out" / "summary.json").read_text())["benchmarks"]["outputs"]
-    assert (figures["samples"], figures["accuracy"][0]) == (2, 0.5)
-    path.write_text(json.dumps({"output": [{"role": "assistant", "content": "2"}], "answer": "2"}) + "\n")
-    assert "line 1: an output must be a text or a list of texts" in complaint(script, ["grade", str(path)])
-    path.write_text(json.dumps({"output": None, "answer": "2"}) + "\n")
-    assert "line 1: output is null" in complaint(script, ["grade", str(path)])
-    path.write_text(json.dumps({"output": "2", "answer": "2", "tokens": "x"}) + "\n")
-    assert "line 1: tokens must be a whole number, not 'x'" in complaint(script, ["grade", str(path)])
+def test_unknown_command():
+    assert "unknown command 'comparee' (did you mean 'compare'?)" in complaint(["comparee", "a", "b"])
 
 
-def test_no_problem_vanishes(script, tmp_path):
-    """A problem without an output is an error: left out in silence, it would make the rest look better."""
-    path = tmp_path / "x.jsonl"
-    rows = [{"id": "a", "output": [r"\boxed{2}"], "answer": "2"}, {"id": "b", "output": [], "answer": "3"}]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    said = complaint(script, ["grade", str(path), "--output_dir", str(tmp_path / "out")])
-    assert "x.jsonl, line 2: problem 'b' has no outputs. Grade a copy of the file without that line, to leave" in said
-    rows[1]["output"] = [""]  # as the message says
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert grade_file(script, path)["accuracy"][0] == 0.5
-
-
-def grade_file(script, path, *words) -> dict:
-    folder = path.with_suffix(".graded")
-    script.main(["grade", str(path), "--output_dir", str(folder), *words])
-    (figures,) = json.loads((folder / "summary.json").read_text())["benchmarks"].values()
-    return figures
-
-
-def test_one_id_for_two_problems(script, tmp_path):
-    path = tmp_path / "x.jsonl"
-    rows = [{"id": 1, "output": r"\boxed{2}", "answer": "2"}, {"id": 2, "output": "", "answer": "5"}]
-    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0] | {"answer": "3"}]))
-    said = complaint(script, ["grade", str(path)])
-    assert "x.jsonl, line 3: problem '1' of outputs has the answer 3, and in line 1 2." in said
-    assert "Two problems need two ids (--id_column)" in said
-    rows[0]["problem"] = "1 + 1 ="
-    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0] | {"problem": "4 - 2 ="}]))
-    assert "line 3: problem '1' of outputs has another text than in line 1" in complaint(script, ["grade", str(path)])
-    rows[0]["answer"] = 2  # the same answer in another form
-    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0] | {"answer": ["2"]}][::2]))
-    assert grade_file(script, path)["samples"] == 2
-
-
-def test_whether_an_output_was_cut_off(script, tmp_path):
-    path = tmp_path / "x.jsonl"
-    values = [True, "true", 1, "True", False, "false", 0, "False"]
-    rows = [{"output": "", "answer": "2", "tokens": i, "truncated": value} for i, value in enumerate(values)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    figures = grade_file(script, path)
-    assert figures["truncated"] == 0.5
-    assert figures["tokens"]["mean"] == 3.5
-    for value in ("no", 2, [], {}, 0.5):
-        path.write_text(json.dumps({"output": "", "answer": "2", "truncated": value}) + "\n")
-        assert "line 1: truncated must be true or false, not " in complaint(script, ["grade", str(path)])
-    for value in (True, -1, 1.5, "7", [], float("nan"), float("inf")):
-        path.write_text(json.dumps({"output": "", "answer": "2", "tokens": value}) + "\n")
-        assert "line 1: tokens must be a whole number, not " in complaint(script, ["grade", str(path)]), value
-    path.write_text('{"output": "", "answer": "2", "tokens": 12.0, "truncated": null}\n')  # as pandas writes a column
-    assert grade_file(script, path)["tokens"]["mean"] == 12
-
-
-@pytest.mark.parametrize("opened", [open, gzip.open])
-def test_a_byte_order_mark_loses_no_line(script, tmp_path, opened):
-    path = tmp_path / ("x.jsonl" if opened is open else "x.jsonl.gz")
-    with opened(path, "wt", encoding="utf-8-sig") as file:
-        file.write("".join(json.dumps({"output": rf"\boxed{{{i}}}", "answer": "0"}) + "\n" for i in range(2)))
-    assert grade_file(script, path)["accuracy"][0] == 0.5
-
-
-def test_a_file_in_another_encoding(script, tmp_path):
-    path = tmp_path / "x.jsonl"
-    path.write_bytes('{"output": "größer", "answer": "2"}\n'.encode("latin-1"))
-    assert "x.jsonl is not UTF-8 (" in complaint(script, ["grade", str(path)])
-
-
-def test_answers_of_any_kind(script, tmp_path, caplog):
-    path = tmp_path / "x.jsonl"
-    cases = [(["1", None], "1", True), (["1", None], "None", False), (142.0, "142", True), (3, "3", True)]
-    cases += [(True, "True", True), ("so\n#### 72", "72", True), (12345678901234567891, "12345678901234567891", True)]
-    cases += [(12345678901234567891, "12345678901234567890", False), ("2024-01-05", "2024-01-05", True)]
-    rows = [{"output": rf"\boxed{{{output}}}", "answer": answer} for answer, output, _ in cases]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    grade_file(script, path)
-    judged = samples(path.with_suffix(".graded"), "outputs")
-    assert [row["verdict"] for row in judged] == [right for *_, right in cases]
-    assert "2 lines of" in caplog.text
-    assert "have lists of answers with null or empty ones: left out" in caplog.text
-    for answer in ([], [None], "", float("nan")):
-        path.write_text(json.dumps({"output": "", "answer": answer}) + "\n")
-        assert "line 1: no answer, only " in complaint(script, ["grade", str(path)]), answer
-    path.write_text(json.dumps({"output": "", "answer": {"a": 1}}) + "\n")
-    assert "line 1: An answer must be " in complaint(script, ["grade", str(path)])
-
-
-def test_graded_outputs_of_another_file_stay(script, tmp_path):
-    path, folder = tmp_path / "x.jsonl", tmp_path / "out"
-    rows = [{"output": r"\boxed{2}", "answer": "2", "task": task} for task in ("a", "b")]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    script.main(["grade", str(path), "--output_dir", str(folder)])
-    path.write_text(json.dumps(rows[0]) + "\n")
-    script.main(["grade", str(path), "--output_dir", str(folder)])
-    assert [file.name for file in folder.glob("*.jsonl")] == ["a.jsonl"]  # b is not in the file any more
-    other = tmp_path / "y.jsonl"
-    shutil.copy(path, other)
-    said = complaint(script, ["grade", str(other), "--output_dir", str(folder)])
-    assert f"{folder} holds the results of {path}. Choose another --output_dir" in said
-
-
-def test_unknown_command(script):
-    assert "unknown command 'comparee' (did you mean 'compare'?)" in complaint(script, ["comparee", "a", "b"])
-
-
-def test_only_one_process_writes_to_a_folder(script, tmp_path):
+def test_only_one_process_writes_to_a_folder(tmp_path):
     other = subprocess.Popen(
         [
             sys.executable,
@@ -565,66 +371,50 @@ def test_only_one_process_writes_to_a_folder(script, tmp_path):
     with other:
         while not (tmp_path / ".lock").exists() or not (tmp_path / ".lock").read_text().endswith("}"):
             time.sleep(0.01)
-        said = complaint(script, [*QUICK, "--output_dir", str(tmp_path)])
+        said = complaint([*QUICK, "--output_dir", str(tmp_path)])
         other.communicate(b"\n")
     assert f"{tmp_path} is in use: eval.py (process {other.pid} on " in said
     assert list(tmp_path.iterdir()) == [tmp_path / ".lock"]
 
 
-DAMAGES = {
-    "empty": b"",
-    "half": b'{"model_name_or_path": "m',
-    "a list": b"[1, 2]",
-    "a number": b"17",
-    "no text": b"\xff\xfe\x00",
-    "missing": None,
-}
-
-
-def damage(file: Path, kind: str) -> None:
-    file.unlink()
-    if DAMAGES[kind] is not None:
-        file.write_bytes(DAMAGES[kind])
-
-
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_damaged_settings_are_those_of_the_summary(script, evaluated, tmp_path, caplog, capsys, kind):
+def test_damaged_settings_are_those_of_the_summary(evaluated, tmp_path, caplog, capsys, kind):
     folder = Path(shutil.copytree(evaluated, tmp_path / "tiny"))
     damage(folder / "settings.json", kind)
-    script.main([*QUICK, "--output_dir", str(folder)])
+    main([*QUICK, "--output_dir", str(folder)])
     assert "All 96 samples are in" in capsys.readouterr().out
     assert "the settings are taken from summary.json" in caplog.text
     for name in ("settings.json", "sums.jsonl"):
         assert (folder / name).read_bytes() == (evaluated / name).read_bytes()
     damage(folder / "settings.json", kind)
-    said = complaint(script, [*QUICK, "--temperature", "0.5", "--output_dir", str(folder)])  # they are compared
+    said = complaint([*QUICK, "--temperature", "0.5", "--output_dir", str(folder)])  # they are compared
     assert "holds samples made with other settings: temperature was 1.0, now it is 0.5" in said
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_advice_on_damaged_settings_loses_nothing(script, evaluated, tmp_path, capsys, kind):
+def test_advice_on_damaged_settings_loses_nothing(evaluated, tmp_path, capsys, kind):
     folder = Path(shutil.copytree(evaluated, tmp_path / "tiny"))
     damage(folder / "settings.json", kind)
     damage(folder / "summary.json", "half")
     before = {path.name: path.read_bytes() for path in folder.glob("*.json*")}
-    said = complaint(script, [*QUICK, "--output_dir", str(folder)])
+    said = complaint([*QUICK, "--output_dir", str(folder)])
     assert {path.name: path.read_bytes() for path in folder.glob("*.json*")} == before
     assert "delete" not in said.lower()
     if kind == "missing":  # it could be anybody's
         assert f"To grade what is in it: python eval.py grade {folder / 'sums.jsonl'}" in said
-        script.main(["grade", str(folder / "sums.jsonl"), "--output_dir", str(tmp_path / "graded")])
+        main(["grade", str(folder / "sums.jsonl"), "--output_dir", str(tmp_path / "graded")])
         return
     assert "settings.json is damaged (" in said
     assert "run it with another output_dir, stop it when it samples, and copy the settings.json from there" in said
     shutil.copy(evaluated / "settings.json", folder)  # as such a run writes it before its first sample
     capsys.readouterr()
-    script.main([*QUICK, "--output_dir", str(folder)])
+    main([*QUICK, "--output_dir", str(folder)])
     assert "All 96 samples are in" in capsys.readouterr().out
     assert (folder / "sums.jsonl").read_bytes() == before["sums.jsonl"]
     assert json.loads((folder / "summary.json").read_text())["benchmarks"]
 
 
-def test_results_are_not_written_through_links(script, evaluated, tmp_path):
+def test_results_are_not_written_through_links(evaluated, tmp_path):
     other = tmp_path / "other"
     other.write_text("another's")
     (tmp_path / "graded").mkdir()
@@ -634,82 +424,69 @@ def test_results_are_not_written_through_links(script, evaluated, tmp_path):
     links = [folder / "summary.json", tmp_path / "compare" / "comparison.json", tmp_path / "graded" / "summary.json"]
     for link in links:
         link.symlink_to(other)
-    script.main([*QUICK, "--output_dir", str(folder)])
-    script.main(["compare", str(folder), str(evaluated), "--output_dir", str(tmp_path / "compare")])
-    script.main(["grade", str(folder / "sums.jsonl"), "--output_dir", str(tmp_path / "graded")])
+    main([*QUICK, "--output_dir", str(folder)])
+    main(["compare", str(folder), str(evaluated), "--output_dir", str(tmp_path / "compare")])
+    main(["grade", str(folder / "sums.jsonl"), "--output_dir", str(tmp_path / "graded")])
     assert other.read_text() == "another's"
     for link in links:
         assert not link.is_symlink()
         assert json.loads(link.read_text())
     (tmp_path / "graded" / "sums.jsonl").unlink()
     (tmp_path / "graded" / "sums.jsonl").symlink_to(other)
-    script.main(["grade", str(folder / "sums.jsonl"), "--output_dir", str(tmp_path / "graded")])
+    main(["grade", str(folder / "sums.jsonl"), "--output_dir", str(tmp_path / "graded")])
     assert other.read_text() == "another's"
     assert len(samples(tmp_path / "graded")) == 96
 
 
-def test_settings_are_there_before_the_first_sample(script, tmp_path, monkeypatch):
+def test_settings_are_there_before_the_first_sample(tmp_path, monkeypatch):
     def killed(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(script, "sample_with_transformers", killed)
+    monkeypatch.setattr(measure, "sample_with_transformers", killed)
     with pytest.raises(SystemExit, match="stopped"):
-        script.main([*QUICK, "--output_dir", str(tmp_path)])
+        main([*QUICK, "--output_dir", str(tmp_path)])
     assert json.loads((tmp_path / "settings.json").read_text())["samples"] == 4
 
 
 @pytest.mark.parametrize("kind", [kind for kind in DAMAGES if kind != "missing"])
-@pytest.mark.parametrize("name", ["settings.json", "summary.json"])
-def test_what_was_sampled_can_be_compared_whatever_else_is_damaged(script, evaluated, tmp_path, capsys, name, kind):
-    one, other = (Path(shutil.copytree(evaluated, tmp_path / side)) for side in ("one", "other"))
-    damage(one / name, kind)
-    if name == "settings.json":
-        (one / "summary.json").unlink()
-    script.main(["compare", str(one), str(other), "--output_dir", str(tmp_path / "compare")])
-    out = capsys.readouterr().out
-    assert "the same on every problem" in out
-    assert ("how one was sampled is not known here" in out) == (name == "settings.json")
-
-
-@pytest.mark.parametrize("kind", [kind for kind in DAMAGES if kind != "missing"])
-def test_a_damaged_summary_is_written_anew(script, evaluated, tmp_path, kind):
+def test_a_damaged_summary_is_written_anew(evaluated, tmp_path, kind):
     folder = Path(shutil.copytree(evaluated, tmp_path / "tiny"))
     damage(folder / "summary.json", kind)
     with pytest.raises(ValueError, match=r"run eval\.py again|does not say which model"):
         of_evaluation(folder, folder)
-    script.main([*QUICK, "--output_dir", str(folder)])
+    main([*QUICK, "--output_dir", str(folder)])
     was = json.loads((evaluated / "summary.json").read_text())
     assert json.loads((folder / "summary.json").read_text())["benchmarks"] == was["benchmarks"]
 
 
-def test_a_last_line_that_is_whole_is_kept(script, evaluated, tmp_path, capsys):
+def test_a_last_line_that_is_whole_is_kept(evaluated, tmp_path, capsys):
     """An editor may leave out the end of the last line."""
     folder = Path(shutil.copytree(evaluated, tmp_path / "tiny"))
     whole = (folder / "sums.jsonl").read_bytes()
     (folder / "sums.jsonl").write_bytes(whole.rstrip(b"\n"))
-    script.main([*QUICK, "--output_dir", str(folder)])
+    main([*QUICK, "--output_dir", str(folder)])
     assert "All 96 samples are in" in capsys.readouterr().out
     assert (folder / "sums.jsonl").read_bytes() == whole
 
 
-def test_only_keeps_the_other_benchmarks_in_the_summary(script, tmp_path, caplog):
+def test_only_keeps_the_other_benchmarks_in_the_summary(tmp_path, caplog):
     config = yaml.safe_load((ROOT / "configs" / "eval" / "quickstart.yaml").read_text())
     config["benchmarks"].append(config["benchmarks"][0] | {"name": "again"})
     (tmp_path / "two.yaml").write_text(
         yaml.safe_dump(config | {"limit": 4, "samples": 1, "output_dir": str(tmp_path / "o")})
     )
-    script.main(["--config", str(tmp_path / "two.yaml")])
-    script.main(["--config", str(tmp_path / "two.yaml"), "--only", "again"])
+    main(["--config", str(tmp_path / "two.yaml")])
+    main(["--config", str(tmp_path / "two.yaml"), "--only", "again"])
     summary = json.loads((tmp_path / "o" / "summary.json").read_text())
     assert list(summary["benchmarks"]) == ["sums", "again"]
     # What was measured in another way is not mixed in.
-    script.main(["--config", str(tmp_path / "two.yaml"), "--only", "again", "--samples", "2"])
+    main(["--config", str(tmp_path / "two.yaml"), "--only", "again", "--samples", "2"])
     summary = json.loads((tmp_path / "o" / "summary.json").read_text())
     assert list(summary["benchmarks"]) == ["again"]
     assert "sums is left out of the summary: 4 of the samples that are asked for now are not in" in caplog.text
 
 
-def test_settings_of_the_model_do_not_leak_into_sampling(script, evaluated, tmp_path):
+def test_settings_of_the_model_do_not_leak_into_sampling(evaluated, tmp_path):
     """Instruct models ship sampling settings; what is measured is what the config of the evaluation says."""
     shutil.copytree(tiny.MODEL, tmp_path / "model")
     settings = json.loads((tmp_path / "model" / "generation_config.json").read_text())
@@ -722,48 +499,27 @@ def test_settings_of_the_model_do_not_leak_into_sampling(script, evaluated, tmp_
         "do_sample": True,
     }
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps(settings))
-    script.main([*QUICK, "--model_name_or_path", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out")])
+    main([*QUICK, "--model_name_or_path", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out")])
     assert samples(tmp_path / "out") == samples(evaluated)
 
 
-def test_bad_files(script, evaluated, tmp_path):
-    assert "There is no file nothing.jsonl" in complaint(script, ["grade", "nothing.jsonl"])
-    path = tmp_path / "x.jsonl"
-    path.write_text("")
-    assert "holds no outputs" in complaint(script, ["grade", str(path)])
-    path.write_text('{"output": "a", "answer": "1"}\nnot json\n')
-    assert "x.jsonl, line 2: not JSON" in complaint(script, ["grade", str(path)])
-    path.write_text('{"output": "a"}\n')
-    said = complaint(script, ["grade", str(path)])
-    assert "line 1: no column answers or answer or solution. There are: output" in said
-    path.write_text('{"output": "a", "answer": "1"}\n')
-    assert "k must lie between 1 and the samples of a problem (1 in outputs), not 2" in complaint(
-        script, ["grade", str(path), "--k", "2", "--output_dir", str(tmp_path / "g")]
-    )
-    assert "nowhere holds no results of eval.py" in complaint(script, ["compare", str(evaluated), "nowhere"])
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    (broken / "sums.jsonl").write_text("{}\n")
-    assert "sums.jsonl, line 1 is not a sample" in complaint(script, ["compare", str(evaluated), str(broken)])
-
-
-def test_the_context_bounds_completions(script, tmp_path, caplog):
-    script.main([*QUICK, "--max_new_tokens", "100000", "--limit", "4", "--output_dir", str(tmp_path)])
+def test_the_context_bounds_completions(tmp_path, caplog):
+    main([*QUICK, "--max_new_tokens", "100000", "--limit", "4", "--output_dir", str(tmp_path)])
     assert "16 of 16 completions get less than max_new_tokens (100000)" in caplog.text
     problem = {"id": 1, "problem": "1 + " * 1000 + "1 =", "answers": ["1001"]}
     (tmp_path / "sums.jsonl").write_text(json.dumps(problem) + "\n")
-    said = complaint(script, [*QUICK, "--benchmark_folder", str(tmp_path), "--output_dir", str(tmp_path / "out")])
+    said = complaint([*QUICK, "--benchmark_folder", str(tmp_path), "--output_dir", str(tmp_path / "out")])
     assert "The prompt of sums, problem '1', has" in said
 
 
-def test_unparsable_answers_are_listed(script, tmp_path, caplog):
+def test_unparsable_answers_are_listed(tmp_path, caplog):
     (tmp_path / "sums.jsonl").write_text(
         "".join(
             json.dumps({"id": i, "problem": "1 + 1 =", "answers": [a]}) + "\n"
             for i, a in (("p", "2"), ("q", r"\frac{"))
         )
     )
-    script.main([*QUICK, "--benchmark_folder", str(tmp_path), "--output_dir", str(tmp_path / "out")])
+    main([*QUICK, "--benchmark_folder", str(tmp_path), "--output_dir", str(tmp_path / "out")])
     assert (
         r"sums: the answers of 1 of 2 problems cannot be parsed; they are left out of the figures: q: \frac{"
         in caplog.text
@@ -773,10 +529,10 @@ def test_unparsable_answers_are_listed(script, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("config", sorted((ROOT / "configs" / "eval").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_config_parses(script, config):
+def test_every_config_parses(config):
     text = config.read_text()
     assert text.startswith(f"# python eval.py --config configs/eval/{config.name}")
-    (args,) = script.parse((script.EvalArguments,), "eval.py", ["--config", str(config), "--model_name_or_path", "m"])
+    (args,) = parse((EvalArguments,), "eval.py", ["--config", str(config), "--model_name_or_path", "m"])
     assert args.benchmarks == yaml.safe_load(text)["benchmarks"]
     assert args.samples == yaml.safe_load(text)["samples"]
 
