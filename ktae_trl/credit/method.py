@@ -95,7 +95,7 @@ class Tools(Protocol):
     eos_ids: tuple[int, ...]  # ids that end a text
     tokens_per_logits: float  # a logit vector takes as much memory as the hidden states of so many tokens
 
-    def token_stats(self, groups: Groups, model: nn.Module | None = None) -> tuple[Tensor, Tensor | None]:
+    def token_stats(self, groups: Groups, model: nn.Module | None = None) -> tuple[Tensor, Tensor]:
         """Return the log-probability and the entropy of each own token, (B, T) float32 each; 0 for padding.
 
         In evaluation mode, at the run's temperature, by TRL's own pass, which keeps no logits.
