@@ -253,7 +253,7 @@ def test_what_is_on_the_hub(tmp_path, monkeypatch):
     (tmp_path / "data" / "own").mkdir(parents=True)
     assert is_hub_id("gsm8k")
     assert is_hub_id("nlile/hendrycks-MATH-benchmark")
-    for name in (None, "", "data/own", "data/own.jsonl", "/data/own", "a/b/c", "../own", "a b"):
+    for name in (None, "", "tiny", "data/own", "data/own.jsonl", "/data/own", "a/b/c", "../own", "a b"):
         assert not is_hub_id(name), name
 
 
@@ -820,7 +820,7 @@ def test_train_py_pushes(server, tmp_path):
         "accuracy by math_accuracy, mean of 1 samples at temperature 1, measured in training",
     ]
     assert all("before_training" in r.metric_args for r in data.eval_results)
-    assert "on local data (train.jsonl)" in text
+    assert "on local data (tiny)" in text
     (tmp_path / "copy").mkdir()
     (tmp_path / "copy" / "model.safetensors").write_bytes(repo["files"]["model.safetensors"])
     assert load_file(tmp_path / "copy" / "model.safetensors")
