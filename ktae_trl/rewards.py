@@ -2,6 +2,7 @@ r"""Reward functions in TRL's form, and how recipes name them."""
 
 import functools
 import inspect
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -15,6 +16,7 @@ from ktae_trl.arguments import NotImportedError, UserError, imported, nearest
 from ktae_trl.grading import BUDGET, answered, find_answer, grade_many_full
 from ktae_trl.training import reward_calls
 
+logger = logging.getLogger(__name__)
 # Names, as the trainer knows them, of functions here and in TRL that shape the reward but do not say what is right.
 SHAPING = {"boxed_format", "soft_overlong_punishment_reward", "think_format_reward", "repetition_penalty_reward"}
 
@@ -80,10 +82,36 @@ def boxed_format(
     return [float(find_answer(text, answer_format) is not None) for text in texts]
 
 
+def for_run(functions: list[Callable], names: Sequence[str], args, opened_think: bool) -> list[Callable]:
+    """Return the reward functions of a run: with its settings, and with their time and what they return checked.
+
+    Args:
+        functions: of TRL's form, or models.
+        names: of them, as metrics and messages have them.
+        args: a `KTAEGRPOConfig`.
+        opened_think: whether the chat template ends prompts with an open `<think>`.
+    """
+    if args.correctness_reward is None and names[0] in SHAPING:
+        logger.warning(
+            "%s decides which rollouts are right, because it comes first, but it only shapes the reward. Set "
+            "correctness_reward to the function that says what is right",
+            names[0],
+        )
+    settings = {
+        "answer_format": args.answer_format,
+        "opened_think": opened_think,
+        "grading_budget": args.grading_budget,
+    }
+    return [
+        function
+        if isinstance(function, torch.nn.Module)
+        else checked(bind(function, **settings), name, args.reward_timeout)
+        for function, name in zip(functions, names, strict=True)
+    ]
+
+
 def bind(reward_func: Callable, **settings) -> Callable:
     """Give a reward function those of the run's settings that it has parameters for, such as `answer_format`."""
-    if isinstance(reward_func, torch.nn.Module):
-        return reward_func
     wanted = {name: settings[name] for name in inspect.signature(reward_func).parameters if name in settings}
     return functools.partial(reward_func, **wanted) if wanted else reward_func
 

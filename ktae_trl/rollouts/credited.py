@@ -34,6 +34,10 @@ class TokenCredit:
         self.special_ids = tuple({self.tools.tokenizer.pad_token_id, *self.tools.eos_ids})
         kind = find_method(args.credit)
         check_sampler(kind, trainer)
+        if kind is not GRPO:
+            trl_seam.need("credit", trainer)
+        if kind.samples_itself():
+            trl_seam.need("sampling", trainer)
         self.kind = kind
         self.method = None if kind is GRPO else kind(args, self.tools)
         self.how = None if self.method is None else self.method.how

@@ -112,6 +112,7 @@ class TrainerTools(Policy):
 
     def token_stats(self, groups: Groups, model: nn.Module | None = None) -> tuple[Tensor, Tensor | None]:
         """Return log-probabilities and entropies of the own tokens: see `Tools`."""
+        trl_seam.need("token_stats", self.trainer)
         T = groups.ids_PGT.shape[2]
         mask_BT = torch.arange(T, device=self.device) < groups.lengths_B[:, None]
         rows = self.trainer.args.per_device_train_batch_size
@@ -131,6 +132,7 @@ class TrainerTools(Policy):
 
         With transformers at most as many at once as the rollouts of a generation.
         """
+        trl_seam.need("sampling", self.trainer)
         args = self.trainer.args
         at_once = args.per_device_train_batch_size * args.steps_per_generation
         if self.trainer.use_vllm:  # which queues them itself
@@ -185,6 +187,7 @@ class TrainerTools(Policy):
             rows: of a dataset, one per completion: `prompt`, and the columns that the reward function takes.
             completions: the tokens of each.
         """
+        trl_seam.need("grading", self.trainer)
         i = self.trainer.reward_func_names.index(self.trainer.correctness_reward)
         return trl_seam.rewards(self.trainer, i, rows, completions)
 

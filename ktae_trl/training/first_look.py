@@ -2,13 +2,13 @@
 
 import logging
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from ktae_trl.credit import find_method
 from ktae_trl.grading import find_answer
+from ktae_trl.rewards import texts_of
 from ktae_trl.rollouts.verdicts import AUTO, Verdicts
 
 logger = logging.getLogger(__name__)
@@ -50,10 +50,12 @@ class FirstLook:
         args: a `KTAEGRPOConfig`.
         correctness: name of the correctness reward.
         reads_answers: whether that reward looks for an answer in the form that the run asks for.
+        opened_think: whether the chat template ends prompts with an open `<think>`.
     """
 
-    def __init__(self, args, correctness: str, reads_answers: bool):
+    def __init__(self, args, correctness: str, reads_answers: bool, opened_think: bool):
         self.args, self.correctness, self.reads_answers = args, correctness, reads_answers
+        self.opened_think = opened_think
         self.seen = Seen()
         self._told = False
 
@@ -61,7 +63,8 @@ class FirstLook:
         self,
         reward_PG: Tensor,
         verdicts: Verdicts,
-        completions: Sequence[str],
+        prompts: list,
+        completions: list,
         cut_off: float,
         stats: dict[str, tuple[float, float]],
     ) -> None:
@@ -70,7 +73,7 @@ class FirstLook:
         Args:
             reward_PG: the correctness reward, NaN where there is none.
             verdicts: made of it.
-            completions: texts of the P G rollouts.
+            prompts, completions: of the P G rollouts, texts or conversations.
             cut_off: the share of them that did not end within `max_completion_length`.
             stats: the credit method's metrics, numerators and denominators.
         """
@@ -79,7 +82,8 @@ class FirstLook:
             return
         given = reward_PG[~reward_PG.isnan()]
         spread_P = reward_PG.nan_to_num(-math.inf).amax(1) > reward_PG.nan_to_num(math.inf).amin(1)
-        without = [text for text in completions if find_answer(text, self.args.answer_format) is None]
+        texts = texts_of(completions, prompts, self.opened_think)
+        without = [text for text in texts if find_answer(text, self.args.answer_format) is None]
         seen.generations += 1
         seen.groups += len(reward_PG)
         seen.informative += int((verdicts.informative if by_verdict(self.args) else spread_P).sum())
