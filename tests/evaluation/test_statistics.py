@@ -203,7 +203,7 @@ def test_a_single_problem_does_not_vary():
 
 
 def test_the_p_values_are_uniform_without_a_difference():
-    p = [paired_difference([samples(30, 0, 3, seed), samples(50, 0, 3, 1000 + seed)], seed).p for seed in range(150)]
+    p = [paired_difference([samples(15, 0, 3, seed), samples(25, 0, 3, 1000 + seed)], seed).p for seed in range(100)]
     assert stats.kstest(p, "uniform").pvalue > 0.01
 
 
