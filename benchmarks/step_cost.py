@@ -159,12 +159,10 @@ def train(credit: str, steps: int, model: str) -> dict:
         "_generate_single_turn": "generation",
         "_calculate_rewards": "grading",
         "_compute_loss": "forward",
-        "_whole_groups": "credit",
-        "_log_stats": "credit",
-        **({"_assign_credit": "credit"} if credit != "none" else {}),
     }
     for name, phase in watched.items():
         clock.watch(trainer, name, phase)
+    clock.watch(trainer.token_credit, "add_to", "credit")
     clock.watch(trainer._recorder, "look", "credit")
     clock.watch(hooks, "combine", "credit")
     clock.watch(trainer.accelerator, "backward", "backward")

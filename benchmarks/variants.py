@@ -3,65 +3,89 @@
 `register()` makes them known to `KTAEGRPOConfig(credit=NAME)` in this process.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from ktae_trl.credit import METHODS
-from ktae_trl.credit.combine import Credit, Rollouts
-from ktae_trl.credit.ktae import values as ktae
 from ktae_trl.credit.ktae.association import fisher_p_table, information_gain_table
+from ktae_trl.credit.ktae.method import KTAE, sums
+from ktae_trl.credit.ktae.values import key_token_table
+from ktae_trl.credit.method import Credit, Groups
 
 
-def scaled(rollouts: Rollouts, args, policy) -> Credit:
+class Scaled(KTAE):
     """GRPO with advantages as large in the mean as KTAE's (`multiply`) here: A' = A mean|A_KTAE| / mean|A|.
 
     What KTAE gains over this, it does not gain by their size. (Adam hardly minds that, so this is close to GRPO.)
     """
-    credit = ktae.assign(rollouts, args, policy)
-    size = "ktae/advantage_ratio"
-    larger, plain = credit.stats[size]
-    ratio = torch.where(plain > 0, larger / plain.clamp(min=1e-12), 1.0)
-    return Credit(ratio.expand_as(credit.values), "scale", {size: credit.stats[size]})
+
+    name = "scaled"
+
+    def __init__(self, settings, tools):
+        super().__init__(settings, tools)
+        self.how = "scale"
+
+    def credit(self, groups: Groups) -> Credit:
+        credit = super().credit(groups)
+        size = "ktae/advantage_ratio"
+        larger, plain = credit.sums[size]
+        ratio = torch.where(plain > 0, larger / plain.clamp(min=1e-12), 1.0)
+        return Credit(ratio.expand_as(credit.values_BT), {size: credit.sums[size]})
 
 
-def shuffled(rollouts: Rollouts, args, policy) -> Credit:
+class Shuffled(KTAE):
     """KTAE with the labels of each group in random order: the same class splits, no information."""
-    order = torch.rand(rollouts.correct_PG.shape, device=rollouts.correct_PG.device).argsort(1)
-    return ktae.assign(rollouts._replace(correct_PG=rollouts.correct_PG.gather(1, order)), args, policy)
+
+    name = "shuffled"
+
+    def credit(self, groups: Groups) -> Credit:
+        order = torch.rand(groups.correct_PG.shape, device=groups.correct_PG.device).argsort(1)
+        return super().credit(groups._replace(correct_PG=groups.correct_PG.gather(1, order)))
 
 
-def centred(rollouts: Rollouts, args, policy) -> Credit:
+class Centred(KTAE):
     """KTAE less its mean over each rollout's tokens: within a rollout credit moves, none is added."""
-    values, mask = ktae.assign(rollouts, args, policy).values, rollouts.own_rows(rollouts.mask_PGT)
-    mean = (values * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
-    return _credit(rollouts, args, (values - mean).clamp(-1, 1) * mask)
+
+    name = "centred"
+
+    def credit(self, groups: Groups) -> Credit:
+        values, mask = super().credit(groups).values_BT, groups.mask_BT
+        mean = (values * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+        return _credit(groups, self.how, (values - mean).clamp(-1, 1) * mask)
 
 
-def supported(rollouts: Rollouts, args, policy) -> Credit:
+class Dense(KTAE):
+    """KTAE by tables over the vocabulary, with a variant of the formula."""
+
+    variant: ClassVar[dict[str, float]]
+
+    def credit(self, groups: Groups) -> Credit:
+        some = zip(groups.ids_PGT, groups.mask_PGT, groups.correct_PG, groups.scored_PG, strict=True)
+        values = [dense_values(*group, special_ids=groups.special_ids, **self.variant) for group in some]
+        return _credit(groups, self.how, groups.own_rows(torch.stack(values)))
+
+
+class Supported(Dense):
     """KTAE with K = 0 for tokens that fewer than two rollouts of the group have."""
-    return _dense_credit(rollouts, args, min_support=2)
+
+    name = "supported"
+    variant = {"min_support": 2}
 
 
-def smoothed(rollouts: Rollouts, args, policy) -> Credit:
+class Smoothed(Dense):
     """KTAE whose term frequencies count each token once more on each side, in the place of the 1e-5 of the ratio."""
-    return _dense_credit(rollouts, args, smoothing=1.0)
+
+    name = "smoothed"
+    variant = {"smoothing": 1.0}
 
 
-def _credit(rollouts: Rollouts, args, values: Tensor) -> Credit:
+def _credit(groups: Groups, how: str, values_BT: Tensor) -> Credit:
     """Return these values of the own rollouts with metrics as those of KTAE."""
-    r = rollouts
-    table = ktae.key_token_table(r.ids_PGT, r.mask_PGT, r.correct_PG, scored=r.scored_PG, ignore_ids=r.special_ids)
-    return Credit(values, args.ktae_combine, ktae._stats(rollouts, table, values, args.ktae_combine))
-
-
-def _dense_credit(rollouts: Rollouts, args, **variant) -> Credit:
-    values = torch.stack(
-        [
-            dense_values(*group, special_ids=rollouts.special_ids, **variant)
-            for group in zip(rollouts.ids_PGT, rollouts.mask_PGT, rollouts.correct_PG, rollouts.scored_PG, strict=True)
-        ]
-    )
-    return _credit(rollouts, args, rollouts.own_rows(values))
+    g = groups
+    table = key_token_table(g.ids_PGT, g.mask_PGT, g.correct_PG, scored=g.scored_PG, ignore_ids=g.special_ids)
+    return Credit(values_BT, sums(groups, table, values_BT, how))
 
 
 def dense_values(
@@ -102,12 +126,4 @@ def dense_values(
 
 
 def register() -> None:
-    METHODS.update(
-        {
-            "scaled": scaled,
-            "shuffled": shuffled,
-            "centred": centred,
-            "supported": supported,
-            "smoothed": smoothed,
-        }
-    )
+    METHODS.update({method.name: method for method in (Scaled, Shuffled, Centred, Supported, Smoothed)})

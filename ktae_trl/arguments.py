@@ -3,8 +3,11 @@
 import argparse
 import dataclasses
 import difflib
+import importlib
 import importlib.util
+import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +15,8 @@ from typing import get_args, get_type_hints
 
 # Settings of earlier versions, and what to do about them.
 RETIRED = {"record_files": "remove it. A run has at most 100 records, as before"}
+# Stands for the package's own model (`model_name_or_path`) and problems (`dataset_name`; splits train and test).
+TINY = "tiny"
 _BUGS = (AssertionError, AttributeError, NameError, TypeError)
 
 
@@ -73,10 +78,49 @@ def need(package: str, extra: str) -> None:
         raise NotImportedError(f"{package} is not installed: pip install 'ktae-trl[{extra}]'")
 
 
+def model_path(name: str) -> str:
+    """Return where a model is: the offline model's folder for `tiny`, else the name itself."""
+    return str(Path(__file__).parent / "tiny" / "model") if name == TINY else name
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """Return `" (did you mean 'x'?)"` for the choice most like `name`, or nothing if none is like it."""
     close = difflib.get_close_matches(str(name), list(choices), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def imported(path: str, what: str) -> object:
+    """Import what a dotted path names, from the working directory too.
+
+    Args:
+        path: such as `my_package.rewards.brevity`.
+        what: it is, for messages: "The reward function".
+
+    Raises:
+        NotImportedError: there is no such module or name, or the module fails when it is imported.
+    """
+    module_name, _, name = path.rpartition(".")
+    here = os.getcwd()
+    if here not in sys.path:  # a launcher puts the script's folder there; TRL's own scripts add this one
+        sys.path.insert(0, here)
+    problem = f"{what} {path!r} could not be imported: "
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever the user's module does when it is imported
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and f"{module_name}.".startswith(f"{missing}."):
+            raise NotImportedError(
+                f"{problem}there is no module {missing!r} (looked in {here} and sys.path)"
+            ) from error
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename[0] != "<"]
+        where = f" ({frames[-1].filename}, line {frames[-1].lineno})"
+        raise NotImportedError(f"{problem}{module_name} fails with {type(error).__name__}: {error}{where}") from error
+    if not hasattr(module, name):
+        raise NotImportedError(
+            f"{problem}the module {module_name!r} ({getattr(module, '__file__', None)}) has no "
+            f"{name!r}{nearest(name, dir(module))}"
+        )
+    return getattr(module, name)
 
 
 def parse(

@@ -74,7 +74,8 @@ def train(words: list[str]) -> None:
     if not words or _HELP & set(words):
         from ktae_trl.training import run
 
-        return run.show_help("ktae train CONFIG [--accelerate FILE] [--field value ...]\n\n" + _OF_TRAIN)
+        words = with_config([word for word in words if word not in _HELP])
+        return run.show_help("ktae train CONFIG [--accelerate FILE] [--field value ...]\n\n" + _OF_TRAIN, words)
     words = with_config(words)
     if options.accelerate is None:
         from ktae_trl.training import run
@@ -150,10 +151,11 @@ def recipes(words: list[str]) -> None:
 def methods(words: list[str]) -> None:
     """List the credit methods (--credit NAME)."""
     argparse.ArgumentParser(prog="ktae methods", description=methods.__doc__).parse_args(words)
-    from ktae_trl.credit.cards import CARDS, NONE
+    from ktae_trl.credit import METHODS
+    from ktae_trl.credit.method import GRPO
 
-    for name, sentence in {"none": NONE, **{name: card.does for name, card in CARDS.items()}}.items():
-        print(f"{name}\n    {sentence}")
+    for method in (GRPO, *METHODS.values()):
+        print(f"{method.name}\n    {method.card.does}")
 
 
 def merge(words: list[str]) -> None:

@@ -1,21 +1,27 @@
 """`KTAEGRPOConfig`: TRL's `GRPOConfig` and the few fields that token-level credit adds."""
 
+import functools
 import math
 import os
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
+from typing import Any
 
 from trl import GRPOConfig
 
-from ktae_trl.arguments import UserError, nearest
-from ktae_trl.credit import METHODS, oar
-from ktae_trl.credit.ktae.values import check_weights
+from ktae_trl.arguments import UserError, parse
+from ktae_trl.credit import METHODS, find_method
 from ktae_trl.grading import ANSWER_FORMATS, BUDGET, check_budget, check_format
-from ktae_trl.rollouts.samplers import SAMPLERS
 from ktae_trl.rollouts.verdicts import read_threshold
 
 
+def _settings_of_methods() -> list[type]:
+    found = dict.fromkeys(method.Settings for method in METHODS.values())
+    return [one for one in found if not any(other is not one and issubclass(other, one) for other in found)]
+
+
 @dataclass
-class KTAEGRPOConfig(GRPOConfig):
+class KTAEGRPOConfig(*_settings_of_methods(), GRPOConfig):
     r"""
     Configuration of `KTAEGRPOTrainer`: every field of TRL's `GRPOConfig`, and those below.
 
@@ -34,36 +40,12 @@ class KTAEGRPOConfig(GRPOConfig):
 
     Parameters:
         credit (`str`, *optional*, defaults to `"ktae"`):
-            How tokens get credit: by `"ktae"` (statistics over right and wrong rollouts), `"oar_g"` or `"oar_p"`
-            (influence on the answer, by gradients or by perturbation), `"tree"` (rollouts sampled as trees, segments
-            compared with their siblings), or `"none"` for TRL's GRPO, unchanged.
-        ktae_combine (`str`, *optional*, defaults to `"multiply"`):
-            How the key-token value K meets the rollout advantage A: `"multiply"` gives `A + |A| K`, which never turns
-            the sign of A; `"add"` gives `A + K`, as published.
-        ktae_fisher_weight (`float`, *optional*, defaults to `1.0`):
-            Weight h1 of the Fisher association in the strength of a token.
-        ktae_ig_weight (`float`, *optional*, defaults to `1.0`):
-            Weight h2 of the information gain in the strength of a token.
-        ktae_tf_weight (`float`, *optional*, defaults to `1.0`):
-            Weight h3 of the term frequencies in the direction of a token.
-        ktae_leave_one_out (`bool`, *optional*, defaults to `False`):
-            Value each rollout's tokens by the other rollouts of its group only, so that it does not vote for itself.
-        oar_answer (`str`, *optional*, defaults to `"answer_mean"`):
-            What of the model's answer a token may influence: `"answer_mean"`, the mean logits where the answer's tokens
-            are predicted; `"answer_joint"`, the log-probability of these tokens together; `"last"`, the distribution
-            after the completion's last token.
-        oar_quantile (`float`, *optional*, defaults to `0.25`):
-            Tokens below this quantile of influence in their rollout lose weight, the others gain.
-        oar_beta (`float`, *optional*, defaults to `1.0`):
-            How much the most influential token gains, before weights are scaled to mean 1.
-        oar_noise_std (`float`, *optional*, defaults to `0.001`):
-            Standard deviation of the noise on the embeddings (`oar_g`). In bf16 the effect of so little is lost in
-            rounding: take 0.01.
-        oar_span (`int`, *optional*, defaults to `1`):
-            Perturb so many tokens in a row together; they share their weight (`oar_p`). 4 costs about a quarter of 1.
-        oar_token_budget (`int`, *optional*, defaults to `16384`):
-            Tokens, with those of prompts, that a forward pass of OAR holds at most. Lower it if memory runs out:
-            `oar_g` keeps all activations where there are no checkpoints, or reentrant ones (PEFT under ZeRO-3).
+            How tokens get credit: a name in `ktae_trl.credit.METHODS`, the dotted path of a method of your own, such as
+            `my_package.my_credit`, or `"none"` for TRL's GRPO, unchanged. The fields of each method are those of its
+            `Settings`.
+        credit_in_evaluation (`bool`, *optional*, defaults to `False`):
+            Value tokens in evaluation too. Nothing trains on it: it gives the method's metrics for the held-out
+            problems, and an evaluation loss with token advantages.
         answer_format (`str`, *optional*, defaults to `"boxed"`):
             Where a completion has its final answer: `"boxed"` (the last `\boxed{...}`), `"tag"`
             (`<answer>...</answer>`), `"hash"` (a last line `#### ...`), `"last_number"`, or `"auto"` (the first of
@@ -90,17 +72,6 @@ class KTAEGRPOConfig(GRPOConfig):
             more prompts.
         dynamic_sampling_max_batches (`int`, *optional*, defaults to `10`):
             Generate at most so many batches to fill one. What is still missing then is filled with other groups.
-        tree_branching (`int`, *optional*, defaults to `2`):
-            With `credit="tree"`: segments sampled from each node.
-        tree_depth (`int`, *optional*, defaults to `3`):
-            Segments from the prompt to a leaf. `num_generations` must be `tree_branching ** tree_depth`.
-        tree_segment_tokens (`int`, *optional*):
-            Tokens of a segment at most. Defaults to `max_completion_length // tree_depth`.
-        tree_min_spread (`float`, *optional*, defaults to `0.1`):
-            Siblings whose values are all nearer than this are not trained apart: their advantages are 0.
-        tree_normalizer (`str`, *optional*, defaults to `"bernoulli"`):
-            What a segment's value, less the mean mu of its siblings, is divided by: `"bernoulli"` sqrt(mu (1 - mu)),
-            `"std"` the siblings' standard deviation, as in GRPO, or `"none"`.
         allow_inexact_resume (`bool`, *optional*, defaults to `False`):
             Resume also from a checkpoint that lacks its optimizer and learning-rate schedule, its random numbers, or
             the rollouts still to be trained on, as one of another trainer does: what is missing starts anew.
@@ -114,29 +85,14 @@ class KTAEGRPOConfig(GRPOConfig):
 
     credit: str = field(
         default="ktae",
-        metadata={"help": "How tokens get credit: 'ktae', 'oar_g', 'oar_p', 'tree', or 'none' for TRL's GRPO."},
+        metadata={
+            "help": f"How tokens get credit: {', '.join(METHODS)}, none (TRL's GRPO), or a dotted path of your own."
+        },
     )
-    ktae_combine: str = field(
-        default="multiply",
-        metadata={"help": "'multiply' (A + |A| K, keeps the sign of A) or 'add' (A + K, as published)."},
-    )
-    ktae_fisher_weight: float = field(default=1.0, metadata={"help": "Weight h1 of the Fisher association."})
-    ktae_ig_weight: float = field(default=1.0, metadata={"help": "Weight h2 of the information gain."})
-    ktae_tf_weight: float = field(default=1.0, metadata={"help": "Weight h3 of the term frequencies."})
-    ktae_leave_one_out: bool = field(
+    credit_in_evaluation: bool = field(
         default=False,
-        metadata={"help": "Value each rollout's tokens by the other rollouts of its group only."},
+        metadata={"help": "Value tokens in evaluation too, for the method's metrics there; nothing trains on it."},
     )
-    oar_answer: str = field(
-        default="answer_mean", metadata={"help": "What tokens may influence: 'answer_mean', 'answer_joint' or 'last'."}
-    )
-    oar_quantile: float = field(
-        default=0.25, metadata={"help": "Tokens below this quantile of influence lose weight, the others gain."}
-    )
-    oar_beta: float = field(default=1.0, metadata={"help": "How much the most influential token gains."})
-    oar_noise_std: float = field(default=1e-3, metadata={"help": "Noise on the embeddings (oar_g)."})
-    oar_span: int = field(default=1, metadata={"help": "Perturb so many tokens in a row together (oar_p)."})
-    oar_token_budget: int = field(default=16384, metadata={"help": "Tokens in a forward pass of OAR at most."})
     answer_format: str = field(
         default="boxed",
         metadata={"help": f"Where a completion has its final answer: {', '.join(map(repr, ANSWER_FORMATS))}."},
@@ -167,22 +123,6 @@ class KTAEGRPOConfig(GRPOConfig):
     dynamic_sampling_max_batches: int = field(
         default=10, metadata={"help": "Generate at most so many batches to fill one."}
     )
-    tree_branching: int = field(default=2, metadata={"help": "Tree sampling: segments sampled from each node."})
-    tree_depth: int = field(
-        default=3,
-        metadata={"help": "Segments from the prompt to a leaf; num_generations is tree_branching ** tree_depth."},
-    )
-    tree_segment_tokens: int | None = field(
-        default=None,
-        metadata={"help": "Tokens of a segment at most. Defaults to max_completion_length // tree_depth."},
-    )
-    tree_min_spread: float = field(
-        default=0.1, metadata={"help": "Siblings whose values are all nearer than this have no advantages."}
-    )
-    tree_normalizer: str = field(
-        default="bernoulli",
-        metadata={"help": "'bernoulli' (sqrt(mu (1 - mu))), 'std' (as in GRPO) or 'none'."},
-    )
     allow_inexact_resume: bool = field(
         default=False,
         metadata={"help": "Resume also from a checkpoint that lacks parts other than the model; they start anew."},
@@ -192,17 +132,18 @@ class KTAEGRPOConfig(GRPOConfig):
     )
     record_groups: int = field(default=16, metadata={"help": "Groups in a record at most."})
 
+    def __new__(cls, *args, credit: str | None = None, **kwargs):
+        # A user's method brings its own fields.
+        return super().__new__(with_settings_of(cls, credit or cls.credit))
+
     def __post_init__(self):
         self._check_generation_batch()
         # TRL sets the one that is not given, for the processes that were started.
         self.fixed_generation_batch = self.generation_batch_size is not None
         super().__post_init__()
-        for name, choices in (("credit", ["none", *METHODS]), ("ktae_combine", ["multiply", "add"])):
-            value = getattr(self, name)
-            if value not in choices:
-                raise UserError(
-                    f"{name}={value!r} is unknown{nearest(value, choices)}. Choose from: {', '.join(choices)}"
-                )
+        method = find_method(self.credit)
+        for settings in dict.fromkeys(each.Settings for each in (*METHODS.values(), method)):
+            settings.check(self)
         if self.dynamic_sampling_max_batches < 1:
             raise UserError(f"dynamic_sampling_max_batches must be at least 1, not {self.dynamic_sampling_max_batches}")
         for name, least in (("record_steps", 0), ("record_groups", 1)):
@@ -215,17 +156,7 @@ class KTAEGRPOConfig(GRPOConfig):
         check_format(self.answer_format)
         check_budget("grading_budget", self.grading_budget)
         self.correctness_threshold = read_threshold(self.correctness_threshold)
-        check_weights(self.ktae_fisher_weight, self.ktae_ig_weight, self.ktae_tf_weight)
-        oar.check_settings(
-            self.oar_answer,
-            self.oar_quantile,
-            self.oar_beta,
-            self.oar_noise_std,
-            self.oar_span,
-            self.oar_token_budget,
-        )
-        if self.credit in SAMPLERS:
-            SAMPLERS[self.credit].check(self)
+        method.check_run(self)
 
     def _check_generation_batch(self) -> None:
         # Before TRL's own check, whose message has the product only. The launcher sets the number of processes.
@@ -245,3 +176,47 @@ class KTAEGRPOConfig(GRPOConfig):
                 f"A generation must hold whole groups of {self.num_generations} rollouts (num_generations), but has "
                 f"{arithmetic}"
             )
+
+
+def with_settings_of(config: type[KTAEGRPOConfig], credit: str) -> type[KTAEGRPOConfig]:
+    """Return the config class with the fields of a credit method, which those of the package have from the start.
+
+    Raises:
+        ValueError: no such method, or one of its fields has the name of a field that is there already.
+    """
+    settings = find_method(credit).Settings
+    return config if issubclass(config, settings) else _extended(config, settings, credit)
+
+
+@functools.cache
+def _extended(config: type[KTAEGRPOConfig], settings: type, credit: str) -> type[KTAEGRPOConfig]:
+    bases = [base for base in config.__mro__ if is_dataclass(base) and issubclass(settings, base)]
+    shared = {own.name for base in bases for own in fields(base)}
+    taken = {own.name for own in fields(config)} - shared
+    if both := [own.name for own in fields(settings) if own.name in taken]:
+        raise UserError(
+            f"credit={credit!r} has settings with names that the config has already: {', '.join(both)}. Rename them"
+        )
+
+    def reduce(self):  # for pickle, which does not find a class that is made here
+        return _restored, (config, self.credit, vars(self))
+
+    return make_dataclass(config.__name__, [], bases=(settings, config), namespace={"__reduce__": reduce})
+
+
+def _restored(config: type[KTAEGRPOConfig], credit: str, values: dict[str, Any]) -> KTAEGRPOConfig:
+    args = config.__new__(config, credit=credit)
+    vars(args).update(values)
+    return args
+
+
+@dataclass
+class _Chosen:
+    credit: str = KTAEGRPOConfig.credit
+
+
+def config_class(words: Sequence[str], program: str) -> type[KTAEGRPOConfig]:
+    """Return the config class for a command line, with the fields of the credit method that it names, if only in the
+    file after `--config`."""
+    (chosen,) = parse((_Chosen,), program, words, others=True)
+    return with_settings_of(KTAEGRPOConfig, chosen.credit)

@@ -1,12 +1,9 @@
 r"""Reward functions in TRL's form, and how recipes name them."""
 
 import functools
-import importlib
 import inspect
+import logging
 import math
-import os
-import sys
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
@@ -15,10 +12,11 @@ from trl.rewards import get_soft_overlong_punishment
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from ktae_trl import prompts as rendering
-from ktae_trl.arguments import NotImportedError, UserError, nearest
+from ktae_trl.arguments import NotImportedError, UserError, imported, nearest
 from ktae_trl.grading import BUDGET, answered, find_answer, grade_many_full
 from ktae_trl.training import reward_calls
 
+logger = logging.getLogger(__name__)
 # Names, as the trainer knows them, of functions here and in TRL that shape the reward but do not say what is right.
 SHAPING = {"boxed_format", "soft_overlong_punishment_reward", "think_format_reward", "repetition_penalty_reward"}
 
@@ -84,10 +82,36 @@ def boxed_format(
     return [float(find_answer(text, answer_format) is not None) for text in texts]
 
 
+def for_run(functions: list[Callable], names: Sequence[str], args, opened_think: bool) -> list[Callable]:
+    """Return the reward functions of a run: with its settings, and with their time and what they return checked.
+
+    Args:
+        functions: of TRL's form, or models.
+        names: of them, as metrics and messages have them.
+        args: a `KTAEGRPOConfig`.
+        opened_think: whether the chat template ends prompts with an open `<think>`.
+    """
+    if args.correctness_reward is None and names[0] in SHAPING:
+        logger.warning(
+            "%s decides which rollouts are right, because it comes first, but it only shapes the reward. Set "
+            "correctness_reward to the function that says what is right",
+            names[0],
+        )
+    settings = {
+        "answer_format": args.answer_format,
+        "opened_think": opened_think,
+        "grading_budget": args.grading_budget,
+    }
+    return [
+        function
+        if isinstance(function, torch.nn.Module)
+        else checked(bind(function, **settings), name, args.reward_timeout)
+        for function, name in zip(functions, names, strict=True)
+    ]
+
+
 def bind(reward_func: Callable, **settings) -> Callable:
     """Give a reward function those of the run's settings that it has parameters for, such as `answer_format`."""
-    if isinstance(reward_func, torch.nn.Module):
-        return reward_func
     wanted = {name: settings[name] for name in inspect.signature(reward_func).parameters if name in settings}
     return functools.partial(reward_func, **wanted) if wanted else reward_func
 
@@ -141,36 +165,15 @@ def load_rewards(names: str | Sequence[str], *, max_completion_length: int, over
 
 
 def _imported(path: str, builtin: dict[str, Callable]) -> Callable:
-    module_name, _, name = path.rpartition(".")
-    if not module_name:
+    if "." not in path:
         raise UserError(
             f"Unknown reward function {path!r}{nearest(path, builtin)}. "
             f"Choose from {', '.join(builtin)}, or give a dotted path such as my_package.rewards.brevity"
         )
-    here = os.getcwd()
-    if here not in sys.path:  # a launcher puts the script's folder there; TRL's own scripts add this one
-        sys.path.insert(0, here)
-    problem = f"The reward function {path!r} could not be imported: "
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the user's module does when it is imported
-        missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        if missing and f"{module_name}.".startswith(f"{missing}."):
-            raise NotImportedError(
-                f"{problem}there is no module {missing!r} (looked in {here} and sys.path)"
-            ) from error
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename[0] != "<"]
-        where = f" ({frames[-1].filename}, line {frames[-1].lineno})"
-        raise NotImportedError(f"{problem}{module_name} fails with {type(error).__name__}: {error}{where}") from error
-    if not hasattr(module, name):
-        raise NotImportedError(
-            f"{problem}the module {module_name!r} ({getattr(module, '__file__', None)}) has no "
-            f"{name!r}{nearest(name, dir(module))}"
-        )
-    function = getattr(module, name)
+    function = imported(path, "The reward function")
     if not callable(function) or isinstance(function, type):
         kind = "a class: name an object of it" if isinstance(function, type) else f"a {type(function).__name__}"
-        raise NotImportedError(f"{problem}{path} is no function but {kind}")
+        raise NotImportedError(f"The reward function {path!r} could not be imported: it is no function but {kind}")
     return function
 
 

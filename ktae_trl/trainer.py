@@ -1,49 +1,36 @@
 """`KTAEGRPOTrainer`: TRL's `GRPOTrainer` with an advantage per token. Hooks only; the mathematics is in `credit`."""
 
-import copy
-import logging
-import time
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import torch
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import Tensor
 from trl import GRPOTrainer
 from trl.import_utils import is_vllm_available
 
-from ktae_trl.arguments import NotImportedError, UserError
+from ktae_trl import trl_seam
+from ktae_trl.arguments import NotImportedError
 from ktae_trl.config import KTAEGRPOConfig
-from ktae_trl.credit import METHODS, TOKENIZER_CHECKS
-from ktae_trl.credit.cards import CARDS, NONE, Card
-from ktae_trl.credit.combine import Rollouts, combine
-from ktae_trl.data.columns import free_names
-from ktae_trl.files.checkpoints import remove_unfinished
-from ktae_trl.files.lock import FolderInUseError, locked
-from ktae_trl.files.model_files import HELD_OUT
+from ktae_trl.credit import find_method
+from ktae_trl.credit.combine import combine
+from ktae_trl.credit.method import Card
+from ktae_trl.data.columns import with_free_names
+from ktae_trl.files import checkpoints
 from ktae_trl.hub import saving
-from ktae_trl.rewards import SHAPING, bind, checked, opens_think, reads_answers, texts_of
+from ktae_trl.rewards import for_run, opens_think, reads_answers
 from ktae_trl.rollouts import dynamic
-from ktae_trl.rollouts.policy import Policy
-from ktae_trl.rollouts.samplers import SAMPLERS
+from ktae_trl.rollouts.credited import TokenCredit
 from ktae_trl.rollouts.verdicts import Verdicts, correctness_index, verdicts
 from ktae_trl.training.batches import Batches
 from ktae_trl.training.console import print_sample
 from ktae_trl.training.first_look import FirstLook
-from ktae_trl.training.guard import Guard, check_rewards, or_nan
+from ktae_trl.training.folder import own_folder, remove_leftovers
+from ktae_trl.training.guard import Guard, check_rewards, or_nan, require_finite
 from ktae_trl.training.recorder import Recorder
-from ktae_trl.training.resume import ExactResume
+from ktae_trl.training.resume import Resume
 from ktae_trl.training.trackers import send_sample
-from ktae_trl.trl_seam import check_trl
-
-check_trl(GRPOTrainer)
-logger = logging.getLogger(__name__)
 
 
-class KTAEGRPOTrainer(ExactResume, GRPOTrainer):
+class KTAEGRPOTrainer(GRPOTrainer):
     """
     GRPO in which each token of a completion gets its own advantage.
 
@@ -76,89 +63,55 @@ class KTAEGRPOTrainer(ExactResume, GRPOTrainer):
     ```
     """
 
-    _tag_names, _name, _paper, _does = CARDS["ktae"]
     resumed_from: str | None = None  # the checkpoint that the last training resumed from
 
     def __init__(self, model, reward_funcs=None, args: KTAEGRPOConfig | None = None, *positional, **kwargs):
         if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
+            name = model if isinstance(model, str) else trl_seam.model_name(model)
             args = KTAEGRPOConfig(f"{name.rstrip('/').split('/')[-1]}-KTAE")
         if not isinstance(args, KTAEGRPOConfig):
             raise TypeError(
                 f"args must be a KTAEGRPOConfig, which takes the same arguments, not a {type(args).__name__}"
             )
-        does = NONE if args.credit == "none" else ""
-        grpo = Card(GRPOTrainer._tag_names, GRPOTrainer._name, GRPOTrainer._paper, does)
-        self._tag_names, self._name, self._paper, self._does = CARDS.get(args.credit, grpo)
+        card = find_method(args.credit).card or Card(GRPOTrainer._name)
+        self._tag_names, self._name = [*GRPOTrainer._tag_names, *card.tags], card.name
+        self._paper, self._does = card.paper or GRPOTrainer._paper, card.does
         if args.use_vllm and not is_vllm_available():
             raise NotImportedError(
                 "use_vllm is set, but vLLM is not installed. Install it, for GPUs: pip install 'ktae-trl[vllm]'. "
                 "Or set use_vllm to false, to generate with transformers"
             )
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
-        self.train_dataset = _with_free_names(self.train_dataset)
-        self.eval_dataset = _with_free_names(self.eval_dataset)
+        trl_seam.need("training", self)
+        if args.push_to_hub:
+            trl_seam.need("push_to_hub", self)
+        self.train_dataset, self.eval_dataset = map(with_free_names, (self.train_dataset, self.eval_dataset))
         if isinstance(self.train_dataset, Dataset):
             Batches.of(args, self.accelerator.num_processes).check_prompts(len(self.train_dataset))
 
-        self._opened_think = opens_think(self._tokenizer, self.chat_template, self.chat_template_kwargs)
-        settings = {
-            "answer_format": args.answer_format,
-            "opened_think": self._opened_think,
-            "grading_budget": args.grading_budget,
-        }
-        self.reward_funcs = [bind(function, **settings) for function in self.reward_funcs]
-        names = self.reward_func_names
+        names, tokenizer = self.reward_func_names, trl_seam.tokenizer_of(self)
         self._correctness_index = i = correctness_index(names, args.correctness_reward)
-        if args.correctness_reward is None and names[0] in SHAPING:
-            logger.warning(
-                "%s decides which rollouts are right, because it comes first, but it only shapes the reward. Set "
-                "correctness_reward to the function that says what is right",
-                names[0],
-            )
-        self._first_look = FirstLook(args, names[i], reads_answers(self.reward_funcs[i]))
-        self.reward_funcs = [
-            function if isinstance(function, torch.nn.Module) else checked(function, name, args.reward_timeout)
-            for function, name in zip(self.reward_funcs, names, strict=True)
-        ]
-        self._assign_credit = METHODS.get(args.credit)
-        if args.credit in TOKENIZER_CHECKS:
-            TOKENIZER_CHECKS[args.credit](self._tokenizer)
-        self._credit_how: str | None = None
-        self._sampler = SAMPLERS.get(args.credit)
-        self._check_sampler()
+        opened_think = opens_think(tokenizer, self.chat_template, self.chat_template_kwargs)
+        self.reward_funcs = for_run(self.reward_funcs, names, args, opened_think)
+        self._first_look = FirstLook(args, names[i], reads_answers(self.reward_funcs[i]), opened_think)
+        self.token_credit = TokenCredit(args, self)
+        self.dynamic_sampling = dynamic.in_trainer(self, self._judged) if args.dynamic_sampling else None
         self._chosen_rewards: Tensor | None = None  # set while the parent runs on rollouts that dynamic sampling chose
-        self._prompt_stream = self._make_prompt_stream() if args.dynamic_sampling else None
-        self._warned_of_filling = False
-        self._special_ids = tuple({self._tokenizer.pad_token_id, *self.eos_token_ids})
-        self._recorder = Recorder(args, names, self._tokenizer, self._special_ids, self.accelerator)
+        self._resume = Resume(self)
+        self._recorder = Recorder(args, names, tokenizer, self.token_credit.special_ids, self.accelerator)
         self.add_callback(self._recorder)
         if args.credit != "none" and args.num_completions_to_print is None:
             self.num_completions_to_print = 0  # `log_completions` shows key tokens instead of all completions
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        with self._own_folder():
-            self.resumed_from = self.checkpoint_to_resume(resume_from_checkpoint)
-            self._saved_last = self.resumed_from and Path(self.resumed_from)
-            self._guard = Guard(says_so=self.is_world_process_zero())
+        with own_folder(self.args.output_dir, self.accelerator):
+            if self.args.save_strategy != "no" or checkpoints.wants_to_resume(resume_from_checkpoint):
+                trl_seam.need("checkpoints", self)
+            self.resumed_from = self._resume.find(resume_from_checkpoint)
             if self.is_world_process_zero():
-                remove_unfinished(self.args.output_dir)
-                Path(self.args.output_dir, HELD_OUT).unlink(missing_ok=True)  # of the model before
+                remove_leftovers(self.args.output_dir)
+            self._guard = Guard(says_so=self.is_world_process_zero())
             return super().train(self.resumed_from, *args, **kwargs)
-
-    @contextmanager
-    def _own_folder(self) -> Iterator[None]:
-        """Hold `output_dir`; raise FolderInUseError on all processes if another training holds it."""
-        with ExitStack() as stack:
-            refused = [None]
-            if self.accelerator.is_main_process:
-                try:
-                    stack.enter_context(locked(self.args.output_dir, "a training"))
-                except (FolderInUseError, OSError) as error:
-                    refused = [str(error)]
-            if said := broadcast_object_list(refused)[0]:
-                raise FolderInUseError(said)
-            yield
 
     @property
     def correctness_reward(self) -> str:
@@ -166,43 +119,8 @@ class KTAEGRPOTrainer(ExactResume, GRPOTrainer):
         return self.reward_func_names[self._correctness_index]
 
     def judge(self, rows: list[dict], completion_ids: list[list[int]]) -> Tensor:
-        """Return the correctness reward of the completions of all processes, NaN where there is none; logs nothing.
-
-        All processes must call it, with as many completions each.
-
-        Args:
-            rows: of a dataset, one per completion: `prompt`, and the columns that the reward function takes.
-            completion_ids: the tokens of each.
-        """
-        prompts, i = [row["prompt"] for row in rows], self._correctness_index
-        completions = self._read(prompts, completion_ids)
-        lists = ("reward_funcs", "reward_processing_classes", "reward_func_names")
-        changed = {name: getattr(self, name)[i : i + 1] for name in lists}
-        changed |= {name: defaultdict(list) for name in ("_pending_extra_logs", "_pending_metrics")}
-        kept = {name: getattr(self, name) for name in changed}
-        vars(self).update(changed)
-        try:
-            return super()._calculate_rewards(rows, prompts, completions, completion_ids)[:, 0]
-        finally:
-            vars(self).update(kept)
-
-    def _read(self, prompts: list, completion_ids: list[list[int]]) -> list:
-        """Return completions as reward functions get them in training, which TRL makes while it generates."""
-        prompt_ids, *_ = self._tokenize_prompts(prompts)
-        rollouts = {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": None}
-        changed = {
-            "rollout_func": lambda prompts, trainer: rollouts,
-            "_metrics": {"train": defaultdict(list), "eval": defaultdict(list)},
-            "tools": [],
-            "use_vllm": False,  # it would load the weights into vLLM
-        }
-        kept, tokens = {name: getattr(self, name) for name in changed}, self.state.num_input_tokens_seen
-        vars(self).update(changed)
-        try:
-            return self._generate(prompts)[3]
-        finally:
-            vars(self).update(kept)
-            self.state.num_input_tokens_seen = tokens
+        """Return the correctness reward of the completions of all processes: see `TrainerTools.rewards`."""
+        return self.token_credit.tools.rewards(rows, completion_ids)
 
     # Credit: look at whole groups after each generation, combine in the loss.
 
@@ -213,43 +131,42 @@ class KTAEGRPOTrainer(ExactResume, GRPOTrainer):
         if rewards is None:
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
             check_rewards(rewards, self.reward_func_names)
-        self._gathered_rewards = rewards
+        self._gathered_rewards, self._graded_rows = rewards, inputs
         return rewards
 
     def _generate_and_score_completions(self, inputs):
-        if self._prompt_stream is not None and self.model.training:
-            batch = self._sample_informative_groups()
+        if self.dynamic_sampling and self.model.training:
+            chosen = self.dynamic_sampling.batch(self.state.global_step)
+            trl_seam.log_metrics(self, chosen.metrics)
+            trl_seam.log_state(self, chosen.state)
+            self._chosen_rewards = chosen.rewards
+            with trl_seam.rollouts_given(self, chosen.rollouts):
+                batch = super()._generate_and_score_completions(chosen.rows)
+            self._chosen_rewards = None
         else:
             batch = super()._generate_and_score_completions(inputs)
-        judged, stats = self._verdicts(), {}
-        for name, value in judged.metrics().items():
-            self._metrics["train" if self.model.training else "eval"][name].append(value)
-        # A group of one, as evaluation may have, has nothing to compare; nor do samples in the place of a sampler's.
-        sampled = self._sampler is None or self.model.training
-        if self._assign_credit is not None and sampled and self._group_size() > 1:
-            started = time.perf_counter()
-            policy = Policy(self.model, self._tokenizer, self.accelerator, images="pixel_values" in batch)
-            credit = self._assign_credit(self._whole_groups(batch, judged), self.args, policy)
-            batch["credit"] = credit.values[:, : batch["completion_ids"].shape[1]]
-            self._credit_how = credit.how
-            stats = self._log_stats(credit.stats, started)
+        rewards, judged = self._gathered_rewards, self._judged(self._gathered_rewards)
+        trl_seam.log_metrics(self, judged.metrics())
+        sums = self.token_credit.add_to(batch, self._graded_rows, judged)
         if self.model.training:
-            how = self._credit_how if "credit" in batch else None
-            self._recorder.look(self.state.global_step + 1, batch, self._gathered_rewards, *judged, how)
+            self._recorder.look(self.state.global_step + 1, batch, rewards, *judged, self.token_credit.how)
             if self.is_world_process_zero():
-                rewards = self._correctness_rewards()
-                completions = list(self._logs["completion"])[-rewards.numel() :]  # TRL gathers them
-                cut_off = self._metrics["train"]["completions/clipped_ratio"][-1]
-                texts = texts_of(completions, list(self._logs["prompt"])[-rewards.numel() :], self._opened_think)
-                self._first_look.look(rewards, judged, texts, cut_off, stats)
+                texts = trl_seam.last_texts(self, len(rewards))
+                cut_off = trl_seam.last_metric(self, "completions/clipped_ratio")
+                self._first_look.look(self._correctness(rewards), judged, *texts, cut_off, sums)
         return batch
 
-    def _verdicts(self) -> Verdicts:
-        """Return which rollouts are right, and which could be judged, for the groups of all processes."""
-        return verdicts(self._correctness_rewards(), self.args.correctness_threshold)
+    def _correctness(self, rewards: Tensor) -> Tensor:
+        G = self.num_generations if self.model.training else self.num_generations_eval
+        return rewards[:, self._correctness_index].view(-1, G)
 
-    def _correctness_rewards(self) -> Tensor:
-        return self._gathered_rewards[:, self._correctness_index].view(-1, self._group_size())
+    def _judged(self, rewards: Tensor) -> Verdicts:
+        """Return which rollouts are right, and which could be judged, for the groups of all processes."""
+        return verdicts(self._correctness(rewards), self.args.correctness_threshold)
+
+    def _generate(self, prompts):
+        with self.token_credit.sampling():
+            return super()._generate(prompts)
 
     def log(self, logs, start_time=None):
         self._first_look.before_log()
@@ -258,12 +175,9 @@ class KTAEGRPOTrainer(ExactResume, GRPOTrainer):
             print_sample(sample, self.state.global_step)
             send_sample(sample, self.state.global_step, self.callback_handler)
 
-    def _group_size(self) -> int:
-        return self.num_generations if self.model.training else self.num_generations_eval
-
     def _compute_loss(self, model, inputs):
         if "credit" in inputs:
-            advantages = combine(inputs["advantages"], inputs["credit"], self._credit_how)
+            advantages = combine(inputs["advantages"], inputs["credit"], self.token_credit.how)
             inputs = {**inputs, "advantages": advantages}  # a new dict: buffered batches are used again
         return or_nan(super()._compute_loss(model, inputs))
 
@@ -275,218 +189,34 @@ class KTAEGRPOTrainer(ExactResume, GRPOTrainer):
         if self.accelerator.mixed_precision != "fp16" and not self._guard.allows(self.state.global_step + 1, grad_norm):
             # Weights without a gradient are left alone by optimizers. DeepSpeed has skipped the step already.
             self.optimizer.zero_grad(set_to_none=True)
-            self._metrics["train"]["skipped_steps"] = [self._guard.skipped]
+            trl_seam.log_state(self, {"skipped_steps": self._guard.skipped})
         return grad_norm
 
     def save_model(self, output_dir=None, _internal_call=False):
-        self._check_weights(output_dir or self.args.output_dir)
+        together = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        require_finite(self.model, output_dir or self.args.output_dir, self.state.global_step, together=together)
         super().save_model(output_dir, _internal_call)
 
-    def _whole_groups(self, batch: dict[str, Tensor], judged: Verdicts) -> Rollouts:
-        """Return the groups that this process holds rollouts of, complete with those of other processes."""
-        ids = batch["completion_ids"].int()
-        mask = batch["completion_mask"].bool()
-        if "tool_mask" in batch:
-            mask = mask & batch["tool_mask"].bool()
-        B, G = len(ids), self._group_size()
-        begin = self.accelerator.process_index * B
-        first, last = begin // G, -(-(begin + B) // G)  # groups, in the order of all processes
-        if B % G:  # groups straddle processes
-            ids, mask = (self.accelerator.pad_across_processes(x, dim=1) for x in (ids, mask.int()))
-            ids, mask = (self.accelerator.gather(x)[first * G : last * G] for x in (ids, mask))
-        correct_PG, scored_PG = (x[first:last] for x in judged)
-        own = slice(begin - first * G, begin - first * G + B)
-        return Rollouts(
-            ids_PGT=ids.view(-1, G, ids.shape[1]),
-            mask_PGT=mask.view(-1, G, ids.shape[1]).bool(),
-            correct_PG=correct_PG,
-            scored_PG=scored_PG,
-            advantages_B=batch["advantages"],
-            prompt_ids_BL=batch["prompt_ids"],
-            prompt_mask_BL=batch["prompt_mask"],
-            lengths_B=batch["completion_mask"].sum(1),
-            special_ids=self._special_ids,
-            own=own,
-        )
+    # Checkpoints: see `ktae_trl.training.resume`.
 
-    def _log_stats(self, stats: dict[str, tuple[Tensor, Tensor]], started: float) -> dict[str, tuple[float, float]]:
-        """Log a credit method's metrics; return their numerators and denominators over all processes."""
-        metrics, of_all = self._metrics["train" if self.model.training else "eval"], {}
-        if stats:
-            sums = torch.stack([torch.stack(pair).float() for pair in stats.values()])
-            of_all = dict(zip(stats, map(tuple, self.accelerator.reduce(sums, "sum").tolist()), strict=True))
-            for name, (total, count) in of_all.items():
-                metrics[name].append(total / count if count else float("nan"))  # TRL leaves NaN out of its means
-        # Reading the sums has waited for the device. A family of methods (oar_g, oar_p) shares its metrics' prefix.
-        metrics[f"{self.args.credit.partition('_')[0]}/seconds"].append(time.perf_counter() - started)
-        return of_all
+    def _save_checkpoint(self, model, trial):
+        folder = trl_seam.checkpoint_folder(self, trial)
+        if folder != self._resume.saved_last:  # as when a scheduler asks for a checkpoint right after one
+            with self._resume.saving(folder):
+                super()._save_checkpoint(model, trial)
 
-    # A credit method's own sampler, in training: it generates with TRL and hands its rollouts in as TRL's rollout_func.
+    def _get_train_sampler(self, dataset=None):
+        self._resume.sampler = super()._get_train_sampler(dataset)
+        return self._resume.sampler
 
-    def _check_sampler(self) -> None:
-        images = {"image", "images"} & set(getattr(self.train_dataset, "column_names", None) or ())
-        if self._sampler and (self.rollout_func or self.tools or self.environment_factories or images):
-            raise UserError(
-                f"credit={self.args.credit!r} samples its rollouts itself, from text: it does not go with a "
-                "rollout_func, tools, environments or images"
-            )
-
-    def _generate(self, prompts):
-        if self._sampler is None or not self.model.training or self.rollout_func is not None:
-            return super()._generate(prompts)
-        self.rollout_func = self._sample
-        try:
-            return super()._generate(prompts)
-        finally:
-            self.rollout_func = None
-
-    def _sample(self, prompts, _) -> dict[str, list | None]:
-        prompt_ids, *_ = self._tokenize_prompts(prompts)
-        return self._sampler.sample(prompt_ids, self._continue, self.args, self.eos_token_ids)
-
-    def _continue(
-        self, prompt_ids: list[list[int]], max_tokens: int
-    ) -> tuple[list[list[int]], list[list[float]] | None]:
-        """Sample a continuation of each, of at most `max_tokens`. All processes must call it, if only with none."""
-        own = most = len(prompt_ids)
-        if self.use_vllm and (self.vllm_mode == "server" or self.args.vllm_tensor_parallel_size > 1):
-            # vLLM then takes as many prompts from each process, and the limit from one.
-            most = self.accelerator.gather(torch.tensor([own], device=self.accelerator.device)).max().item()
-        filling = [[self.eos_token_ids[0]]] * (max(most, 1) - own)
-        holder, limit = (
-            (self.vllm_generation, "max_completion_length")
-            if self.use_vllm
-            else (self.generation_config, "max_new_tokens")
-        )
-        whole = getattr(holder, limit)
-        setattr(holder, limit, max_tokens if most else 1)
-        try:
-            completion_ids, logprobs = self._generate_single_turn(prompt_ids + filling, None, {}, num_generations=1)
-        finally:
-            setattr(holder, limit, whole)
-        return completion_ids[:own], None if logprobs is None else logprobs[:own]
-
-    # Dynamic sampling: generate and grade until the batch is full, then let the parent run once on what was chosen.
-
-    def _make_prompt_stream(self) -> dynamic.PromptStream:
-        data = self.train_dataset
-        if not isinstance(data, Dataset):
-            raise UserError(
-                f"dynamic_sampling draws prompts by their number, which a {type(data).__name__} does not have: "
-                "load the dataset without streaming"
-            )
-        names, named = self.reward_func_names, self.args.correctness_reward
-        if named is None and len(names) > 1:
-            problem = f"There are several: {', '.join(names)}. Set correctness_reward"
-        elif (named or names[0]) in SHAPING:
-            problem = f"{named or names[0]!r} only shapes the reward. Add one such as math_accuracy, and name it"
-        else:
-            problem = None
-        if problem:
-            raise UserError(f"dynamic_sampling needs a reward function that says which rollouts are right. {problem}")
-        if self.tools or self.environment_factories or {"image", "images"} & set(data.column_names):
-            raise UserError("dynamic_sampling does not go with tools, environments or images")
-        return dynamic.PromptStream(len(data), self.args.seed, self.shuffle_dataset)
-
-    def _sample_informative_groups(self) -> dict[str, Tensor]:
-        """Return the parent's batch for groups with right and wrong rollouts, whatever the dataloader has drawn."""
-        stream, G = self._prompt_stream, self.num_generations
-        begin, groups = stream.position, self.args.generation_batch_size // G
-        chosen = dynamic.sample(self._roll_out, stream, groups, self.args.dynamic_sampling_max_batches)
-        rollouts = chosen.rollouts(self.accelerator.process_index)
-        self._log_sampling(chosen, rollouts, begin)
-        first = self.accelerator.process_index * len(rollouts)
-        inputs = self._rows([chosen.indices[row // G] for row in range(first, first + len(rollouts))])
-        # TRL's own way to bring rollouts along; metrics, log-probabilities and the rest are the parent's as ever.
-        original, self.rollout_func = self.rollout_func, lambda prompts, trainer: _as_rollout_output(rollouts)
-        self._chosen_rewards = chosen.rewards
-        for column in {name for rollout in rollouts for name in rollout["extra_logs"]}:
-            self._pending_extra_logs[column] = [rollout["extra_logs"].get(column) for rollout in rollouts]
-        try:
-            return super()._generate_and_score_completions(inputs)
-        finally:
-            self.rollout_func, self._chosen_rewards = original, None
-
-    def _roll_out(self, indices: list[int]) -> dynamic.Generation:
-        """Generate and grade a group for each of these prompts. TRL's metrics and counters do not see it."""
-        G, processes = self.num_generations, self.accelerator.num_processes
-        B = len(indices) * G // processes
-        begin = self.accelerator.process_index * B
-        inputs = self._rows([indices[row // G] for row in range(begin, begin + B)])
-        prompts = [row["prompt"] for row in inputs]
-        metrics, self._metrics["train"] = self._metrics["train"], defaultdict(list)
-        tokens = self.state.num_input_tokens_seen
-        try:
-            prompt_ids, completion_ids, mask, completions, logprobs, extra_fields, images, _ = self._generate(prompts)
-        finally:
-            self._metrics["train"], self.state.num_input_tokens_seen = metrics, tokens
-        if images is not None:
-            raise UserError("dynamic_sampling does not go with images, which some prompts hold")
-        for name, values in extra_fields.items():  # of a rollout_func, for the reward functions
-            for i, row in enumerate(inputs):
-                if not isinstance(values, list):
-                    row[name] = values
-                elif i < len(values):
-                    row[name] = values[i]
-        rewards = self._calculate_rewards(inputs, prompts, completions, completion_ids)
-        # Columns that reward functions log go with their rollouts. What they log with `log_metric` is for the whole
-        # generation: it stays, and the parent averages it over the generations.
-        columns = {name: list(values) for name, values in self._pending_extra_logs.items()}
-        self._pending_extra_logs.clear()
-        for name, values in columns.items():
-            if len(values) != B:
-                raise UserError(f"A reward function logged {len(values)} values of {name!r} for {B} completions")
-        return dynamic.Generation(
-            indices=indices,
-            rollouts=[
-                {
-                    "prompt_ids": prompt_ids[i],
-                    "completion_ids": completion_ids[i],
-                    "logprobs": None if logprobs is None else logprobs[i],
-                    "env_mask": None if mask is None else mask[i],
-                    "extra_logs": {name: values[i] for name, values in columns.items()},
-                }
-                for i in range(B)
-            ],
-            rewards=rewards,
-            verdicts=self._verdicts(),
-        )
-
-    def _rows(self, indices: list[int]) -> list[dict]:
-        once = {index: self.train_dataset[index] for index in dict.fromkeys(indices)}
-        return [copy.deepcopy(once[index]) for index in indices]  # a reward function may change its row
-
-    def _log_sampling(self, chosen: dynamic.Selection, rollouts: list[dict], begin: int) -> None:
-        stream, metrics = self._prompt_stream, self._metrics["train"]
-        for name, value in chosen.metrics().items():
-            metrics[name].append(value)
-        # Where the run is, so no mean over the steps of a log.
-        metrics["dynamic_sampling/prompts"] = [stream.position]
-        metrics["dynamic_sampling/epoch"] = [stream.position / stream.size]
-        generated = [rollout for generation in chosen.generations for rollout in generation.rollouts]
-        tokens = [sum(len(rollout["completion_ids"]) for rollout in some) for some in (rollouts, generated)]
-        trained, all_of_them = self.accelerator.reduce(torch.tensor(tokens, device=self.accelerator.device)).tolist()
-        metrics["dynamic_sampling/discarded_tokens"].append(1 - trained / all_of_them)
-        if not self.accelerator.is_main_process:
-            return
-        if stream.position // stream.size > begin // stream.size:
-            logger.warning(
-                "Dynamic sampling has drawn all %d training prompts at optimizer step %d and begins anew: pass %d.",
-                stream.size,
-                self.state.global_step,
-                stream.position // stream.size + 1,
-            )
-        if chosen.filled and not self._warned_of_filling:
-            self._warned_of_filling = True
-            logger.warning(
-                "Dynamic sampling found %d informative groups of %d in %d generations (the most that "
-                "dynamic_sampling_max_batches allows) and filled the batch with groups that are all right or all "
-                "wrong, which teach nothing. The problems may be too easy or too hard for the model: see the metrics "
-                "dynamic_sampling/filled, all_right and all_wrong. This is said once.",
-                len(chosen.groups) - chosen.filled,
-                len(chosen.groups),
-                len(chosen.generations),
-            )
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial):
+        if checkpoint is not None:
+            self._resume.check(checkpoint)
+        place = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial)
+        if checkpoint is None:
+            return place
+        self._resume.restore(checkpoint, max_steps)
+        return self._resume.place(checkpoint, max_steps, num_train_epochs, *place)
 
     # Saving and the Hub: see `ktae_trl.hub.saving`.
 
@@ -516,22 +246,7 @@ class KTAEGRPOTrainer(ExactResume, GRPOTrainer):
             super().save_state()
 
     def _push_from_checkpoint(self, checkpoint_folder):
+        if self.args.should_save:  # so that it counts where it goes
+            checkpoints.seal(Path(checkpoint_folder))
         with saving.own_uploads(self):
             super()._push_from_checkpoint(checkpoint_folder)
-
-
-def _with_free_names(dataset):
-    """Return a dataset, or several by name, without columns that TRL would stumble over; a stream stays as it is."""
-    if isinstance(dataset, dict):
-        return {name: _with_free_names(part) for name, part in dataset.items()}
-    return free_names(dataset) if isinstance(dataset, Dataset) else dataset
-
-
-def _as_rollout_output(rollouts: list[dict]) -> dict[str, list | None]:
-    """Return what a `rollout_func` of TRL returns."""
-    output = {name: [rollout[name] for rollout in rollouts] for name in ("prompt_ids", "completion_ids", "logprobs")}
-    if output["logprobs"][0] is None:
-        output["logprobs"] = None
-    if rollouts[0]["env_mask"] is not None:
-        output["env_mask"] = [rollout["env_mask"] for rollout in rollouts]
-    return output

@@ -1,151 +1,261 @@
-"""The start-up check that the installed TRL still has what `KTAEGRPOTrainer` builds on."""
+"""Every private name of TRL and transformers that is used, behind a function, and the check that it works as it did.
 
+No other file names one, but for the methods that `trainer.py` overrides. `need` runs a feature's checks when the
+feature is asked for: it lets TRL work on one made-up rollout and looks at what comes out.
+"""
+
+import copy
 import inspect
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
+import torch
 import transformers.trainer
 import trl
 from packaging.specifiers import SpecifierSet
-from transformers import Trainer
-from trl.generation.vllm_generation import VLLMGeneration
-from trl.trainer.utils import RepeatSampler
+from torch import Tensor, nn
+from trl import GRPOTrainer
+from trl.models import prepare_deepspeed, prepare_fsdp
+from trl.trainer.utils import RepeatSampler, add_fused_lm_head, create_model_from_path
+
+from ktae_trl.arguments import NotImportedError, UserError, loading
 
 TESTED_TRL = ">=1.16,<1.17"
 
-# Method -> its parameters, and names that its code must still mention: attributes it sets or reads, keys of the batch.
-_RELIED_ON: dict[str, tuple[list[str], set[str]]] = {
-    "__init__": (
-        ["model", "reward_funcs", "args"],
-        {
-            "_buffered_inputs",
-            "_logs",
-            "_metrics",
-            "_step",
-            "_tokenizer",
-            "chat_template",
-            "chat_template_kwargs",
-            "environment_factories",
-            "eos_token_ids",
-            "generation_config",
-            "max_new_tokens",
-            "num_completions_to_print",
-            "num_generations",
-            "num_generations_eval",
-            "num_iterations",
-            "reward_func_names",
-            "reward_funcs",
-            "reward_processing_classes",
-            "rollout_func",
-            "shuffle_dataset",
-            "tools",
-            "vllm_generation",
-        },
-    ),
-    "_get_train_sampler": (["dataset"], {"RepeatSampler"}),
-    "_prepare_inputs": (["generation_batch"], {"_step", "_buffered_inputs", "_generate_and_score_completions"}),
-    # Dynamic sampling lets the parent run on chosen rollouts by way of `rollout_func`.
-    "_generate": (
-        ["prompts"],
-        {"_metrics", "completion_ids", "env_mask", "logprobs", "num_input_tokens_seen", "prompt_ids", "rollout_func"},
-    ),
-    # A sampler generates segments, each from a prompt of its own, with a limit set where these two read it.
-    "_tokenize_prompts": (["prompts"], set()),
-    "_generate_single_turn": (
-        ["prompt_ids", "images", "multimodal_fields", "num_generations"],
-        {"generation_config", "generate", "vllm_generation"},
-    ),
-    "_log_completion_extra": (["column", "values"], {"_pending_extra_logs"}),
-    # The held-out measurement asks the correctness reward alone, and logs nothing.
-    "_log_metric": (["name", "value"], {"_pending_metrics"}),
-    "_calculate_rewards": (
-        ["inputs", "prompts", "completions", "completion_ids_list"],
-        {"gather", "reward_funcs", "reward_processing_classes", "reward_func_names"},
-    ),
-    "_generate_and_score_completions": (
-        ["inputs"],
-        {
-            "_calculate_rewards",
-            "_generate",
-            "_pending_extra_logs",
-            "advantages",
-            "completion_ids",
-            "completion_mask",
-            "tool_mask",
-        },
-    ),
-    # `dim` and `unsqueeze`: advantages of shape (B,) are widened, those of shape (B, T) taken as they are.
-    "_compute_loss": (["model", "inputs"], {"advantages", "tool_mask", "dim", "unsqueeze"}),
-    # Cards and uploads. What is uploaded in training goes by `hf_api`, which we put our patterns into.
-    "create_model_card": (["model_name", "dataset_name", "tags"], {"_tag_names", "_name", "_paper"}),
-    "_push_from_checkpoint": (["checkpoint_folder"], {"hf_api", "upload_folder"}),
-    "_finish_current_push": ([], {"push_in_progress"}),
-    "init_hf_repo": (["token"], {"hub_model_id", "push_in_progress"}),
-    "save_model": (["_internal_call"], set()),
-    # The sample of `log_completions` is shown after it.
-    "log": (["logs", "start_time"], {"log_completions"}),
-    # These are transformers' own.
-    "_save_rng_state": (["output_dir"], set()),
-    "_get_output_dir": (["trial"], set()),
-    "_get_grad_norm": (["model", "grad_norm"], set()),
-    "_init_training_state": (
-        ["max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint", "trial"],
-        {"load_from_json", "global_step"},
-    ),
-}
+
+# What the trainer knows.
 
 
-def check_trl(trainer_class: type, version: str = trl.__version__) -> None:
-    """Check that `trainer_class` (TRL's `GRPOTrainer`) keeps the contract that the subclass relies on.
-
-    Raises:
-        ImportError: something relied on is gone; the message names it and the tested versions.
-
-    Warns:
-        UserWarning: the contract is intact, but this version of TRL was not tested.
-    """
-    missing = [problem for name, wanted in _RELIED_ON.items() for problem in _problems(trainer_class, name, *wanted)]
-    missing += _problems(VLLMGeneration, "generate", ["prompts", "num_generations"], {"max_completion_length"})
-    # Between the last file of a checkpoint and the removal of older ones it is sealed.
-    missing += _problems(Trainer, "_save_checkpoint", ["model", "trial"], {"rotate_checkpoints", "_save_rng_state"})
-    # Before each step of the optimizer the norm of the gradient is asked for.
-    missing += _problems(Trainer, "_run_epoch", [], {"_get_grad_norm", "zero_grad"})
-    # Resuming draws one permutation per past epoch: right as long as the sampler does, and is not told its epoch.
-    missing += _problems(RepeatSampler, "__iter__", [], {"randperm", "generator", "num_samples"})
-    if hasattr(RepeatSampler, "set_epoch"):
-        missing.append("RepeatSampler.set_epoch is new")
-    if missing:
-        raise ImportError(
-            f"TRL {version} lacks what ktae_trl relies on: {'; '.join(missing)}. "
-            f"Tested with TRL {TESTED_TRL}: pip install 'trl{TESTED_TRL}'"
-        )
-    if not SpecifierSet(TESTED_TRL).contains(version, prereleases=True):
-        warnings.warn(
-            f"TRL {version} was not tested with ktae_trl (tested: {TESTED_TRL}). Everything relied on is there, so "
-            "training goes on.",
-            stacklevel=2,
-        )
-
-
-def _problems(owner: type, method: str, parameters: list[str], names: set[str]) -> list[str]:
-    function: Callable | None = getattr(owner, method, None)
-    if function is None:
-        return [f"{owner.__name__}.{method} is gone"]
-    function = inspect.unwrap(function)
-    found = set(inspect.signature(function).parameters)
-    code = function.__code__
-    # The keys of a dict literal are one constant, a tuple.
-    constants = [c for group in code.co_consts for c in (group if isinstance(group, tuple) else (group,))]
-    mentioned = {*code.co_names, *(c for c in constants if isinstance(c, str))}
-    return [f"{owner.__name__}.{method} has no parameter {name!r}" for name in parameters if name not in found] + [
-        f"{owner.__name__}.{method} no longer uses {name!r}" for name in sorted(names - mentioned)
-    ]
+def tokenizer_of(trainer) -> Any:
+    """Return the tokenizer, also where the trainer has a processor."""
+    return trainer._tokenizer
 
 
 def model_name(model) -> str:
     """Return the folder or the name on the Hub that a model was loaded from."""
     return model.config._name_or_path
+
+
+def checkpoint_folder(trainer, trial=None) -> Path:
+    """Return where the trainer saves the checkpoint of this step."""
+    return Path(trainer._get_output_dir(trial=trial), f"checkpoint-{trainer.state.global_step}")
+
+
+def last_texts(trainer, n: int) -> tuple[list, list]:
+    """Return the prompts and the completions of the last `n` rollouts of all processes."""
+    return list(trainer._logs["prompt"])[-n:], list(trainer._logs["completion"])[-n:]
+
+
+# Metrics.
+
+
+def log_metrics(trainer, metrics: dict[str, float]) -> None:
+    """Add to the means that the trainer logs next, those of training or of evaluation."""
+    means = _metrics(trainer)
+    for name, value in metrics.items():
+        means[name].append(value)
+
+
+def log_state(trainer, metrics: dict[str, float]) -> None:
+    """Let the trainer log these values next: where the run is, and no means over the steps."""
+    _metrics(trainer).update({name: [value] for name, value in metrics.items()})
+
+
+def last_metric(trainer, name: str) -> float:
+    """Return the newest value of a metric."""
+    return _metrics(trainer)[name][-1]
+
+
+def _metrics(trainer) -> dict[str, list[float]]:
+    return trainer._metrics["train" if trainer.model.training else "eval"]
+
+
+# Rollouts: generated and graded apart from a training step, and handed to one.
+
+
+class Generated(NamedTuple):
+    """What TRL generates for prompts: a list item for each."""
+
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    mask: list[list[int]] | None  # 0 for tokens that the model did not write
+    completions: list  # texts or conversations, as reward functions read them
+    logprobs: list[list[float]] | None
+    extra_fields: dict[str, Any]  # of a rollout_func, for the reward functions
+    images: list | None
+    tool_images: list
+
+
+def generate(trainer, prompts: list) -> Generated:
+    """Generate a rollout for each prompt; the trainer's metrics and counters do not see it. Collective."""
+    tokens = trainer.state.num_input_tokens_seen
+    try:
+        with changed(trainer, _metrics={"train": defaultdict(list), "eval": defaultdict(list)}):
+            return Generated(*trainer._generate(prompts))
+    finally:
+        trainer.state.num_input_tokens_seen = tokens
+
+
+def grade(
+    trainer, rows: list[dict], completions: list, completion_ids: list[list[int]]
+) -> tuple[Tensor, dict[str, list]]:
+    """Return the rewards of all processes' rollouts, and the columns that reward functions logged for the own ones.
+
+    What they log with `log_metric` is averaged over all calls until the next training step. Collective.
+    """
+    prompts = [row["prompt"] for row in rows]
+    rewards = trainer._calculate_rewards(rows, prompts, completions, completion_ids)
+    columns = {name: list(values) for name, values in trainer._pending_extra_logs.items()}
+    trainer._pending_extra_logs.clear()
+    return rewards, columns
+
+
+@contextmanager
+def rollouts_given(trainer, rollouts: list[dict]) -> Iterator[None]:
+    """In here, the trainer takes these rollouts in place of generating: TRL's own way to bring some along.
+
+    Args:
+        rollouts: of this process, each with `prompt_ids`, `completion_ids`, `logprobs` and `env_mask` (or None for all)
+            and `columns`, what reward functions logged for it.
+    """
+    given = {name: [rollout[name] for rollout in rollouts] for name in ("prompt_ids", "completion_ids", "logprobs")}
+    if given["logprobs"][0] is None:
+        given["logprobs"] = None
+    if rollouts[0]["env_mask"] is not None:
+        given["env_mask"] = [rollout["env_mask"] for rollout in rollouts]
+    for column in {name for rollout in rollouts for name in rollout["columns"]}:
+        trainer._pending_extra_logs[column] = [rollout["columns"].get(column) for rollout in rollouts]
+    with changed(trainer, rollout_func=lambda prompts, trainer: given):
+        yield
+
+
+@contextmanager
+def changed(owner: object, **values: Any) -> Iterator[None]:
+    """In here, attributes of an object have other values."""
+    kept = {name: getattr(owner, name) for name in values}
+    vars(owner).update(values)
+    try:
+        yield
+    finally:
+        vars(owner).update(kept)
+
+
+# The tools of credit methods: see `ktae_trl.rollouts.tools`.
+
+
+def token_stats(
+    trainer, model: nn.Module, ids_BL: Tensor, mask_BL: Tensor, *, completion_length: int, rows: int
+) -> tuple[Tensor, Tensor]:
+    """Return the log-probability and the entropy of the last tokens of each row, (B, completion_length) each.
+
+    Args:
+        rows: that a forward pass holds at most.
+    """
+    logps_BT, entropies_BT, _ = trainer._get_per_token_logps_and_entropies(
+        model, ids_BL, mask_BL, completion_length, batch_size=rows, compute_entropy=True
+    )
+    return logps_BT, entropies_BT
+
+
+def continuations(trainer, prefixes: list[list[int]], limit: int) -> tuple[list[list[int]], list[list[float]] | None]:
+    """Sample a continuation of each prefix, of at most `limit` tokens; log-probabilities with vLLM only."""
+    holder, name = _limit(trainer)
+    with changed(holder, **{name: limit}):
+        return trainer._generate_single_turn(prefixes, None, {}, num_generations=1)
+
+
+def _limit(trainer) -> tuple[object, str]:
+    """Return where the trainer reads how many tokens it generates at most: an object and its attribute."""
+    if "vllm_generation" in vars(trainer):
+        return trainer.vllm_generation, "max_completion_length"
+    return trainer.generation_config, "max_new_tokens"
+
+
+def prompt_ids_of(trainer, prompts: list) -> list[list[int]]:
+    """Return prompts as the token ids that the trainer generates from."""
+    return trainer._tokenize_prompts(prompts)[0]
+
+
+def rewards(trainer, index: int, rows: list[dict[str, Any]], completion_ids: list[list[int]]) -> Tensor:
+    """Return what one reward function gives to the completions of all processes, (N,); logs nothing.
+
+    All processes must call it, with as many completions each.
+    """
+    prompts = [row["prompt"] for row in rows]
+    completions = _as_reward_functions_read(trainer, prompts, completion_ids)
+    lists = ("reward_funcs", "reward_processing_classes", "reward_func_names")
+    only = {name: getattr(trainer, name)[index : index + 1] for name in lists}
+    with changed(trainer, **only, _pending_extra_logs=defaultdict(list), _pending_metrics=defaultdict(list)):
+        return GRPOTrainer._calculate_rewards(trainer, rows, prompts, completions, completion_ids)[:, 0]
+
+
+def _as_reward_functions_read(trainer, prompts: list, completion_ids: list[list[int]]) -> list:
+    """Return completions as reward functions get them in training, which TRL makes while it generates."""
+    rollouts = {"prompt_ids": prompt_ids_of(trainer, prompts), "completion_ids": completion_ids, "logprobs": None}
+    nowhere = {
+        "rollout_func": lambda prompts, trainer: rollouts,
+        "tools": [],
+        "use_vllm": False,  # it would load the weights into vLLM
+    }
+    with changed(trainer, **nowhere):
+        return generate(trainer, prompts).completions
+
+
+def frozen_model(trainer, name: str) -> nn.Module:
+    """Load a second model as TRL loads its reference model, prepared for the device, ZeRO-3 and FSDP2."""
+    policy, args = trainer.model, trainer.args
+    how = {"dtype": policy.dtype, "attn_implementation": policy.config._attn_implementation}
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        how["device_map"] = None
+    with loading(f"the frozen model {name!r}"):
+        model = create_model_from_path(name, trust_remote_code=args.trust_remote_code, **how)
+    tokens = len(trainer._tokenizer)
+    if model.config.get_text_config().vocab_size < tokens:
+        raise UserError(
+            f"The frozen model {name!r} has {model.config.get_text_config().vocab_size} token ids, but the policy's "
+            f"tokenizer has {tokens}: choose a model with the same tokens"
+        )
+    model.requires_grad_(False)
+    add_fused_lm_head(model, temperature=trainer.temperature, outputs=("log_probs", "entropy"))
+    if trainer.is_deepspeed_enabled:
+        model = prepare_deepspeed(model, trainer.accelerator)
+    elif trainer.is_fsdp_enabled:
+        model = prepare_fsdp(model, trainer.accelerator)
+    else:
+        model = trainer.accelerator.prepare_model(model, evaluation_mode=True)
+    return model.eval()
+
+
+# Checkpoints.
+
+
+class Place(NamedTuple):
+    """Where a training is between two generations."""
+
+    step: int  # forward passes so far
+    rollouts: list[dict] | None  # the batches of the last generation
+
+
+def place(trainer) -> Place:
+    """Return where a training is."""
+    return Place(trainer._step, trainer._buffered_inputs)
+
+
+def take_up(trainer, place: Place) -> None:
+    """Let a training go on from there."""
+    trainer._step, trainer._buffered_inputs = place
+
+
+@contextmanager
+def older_checkpoints_stay() -> Iterator[None]:
+    """In here, transformers removes no checkpoints."""
+    with changed(transformers.trainer, rotate_checkpoints=lambda **_: None):
+        yield
 
 
 # The Hub.
@@ -159,8 +269,256 @@ def wait_for_upload(trainer) -> None:
 @contextmanager
 def uploading_by(api: Callable[[], object]) -> Iterator[None]:
     """In here, transformers uploads checkpoints by the client that `api` returns: it takes no patterns of files."""
-    theirs, transformers.trainer.hf_api = transformers.trainer.hf_api, api
-    try:
+    with changed(transformers.trainer, hf_api=api):
         yield
-    finally:
-        transformers.trainer.hf_api = theirs
+
+
+# Is it all there?
+
+
+class _StandIn(nn.Module):
+    """Stands in for the model: the log-probability of each token of a rollout is a parameter."""
+
+    is_gradient_checkpointing = False
+
+    def __init__(self, tokens: int):
+        super().__init__()
+        self.logps_BT = nn.Parameter(torch.linspace(-2.0, -1.0, tokens)[None])
+
+    def forward(self, input_ids: Tensor, **_) -> SimpleNamespace:
+        prompt = input_ids.shape[1] - self.logps_BT.shape[1]
+        return SimpleNamespace(
+            log_probs=nn.functional.pad(self.logps_BT, (prompt, 0)),
+            entropy=torch.ones(input_ids.shape, device=input_ids.device),
+            aux_loss=self.logps_BT.new_zeros(()),
+        )
+
+
+class _Probe(GRPOTrainer):
+    """TRL's trainer with the settings of a run and one made-up rollout in each process. It logs nowhere.
+
+    It shares nothing with the run that TRL writes to. Where TRL waits for other processes it does so here: all of them
+    must make one.
+    """
+
+    def __init__(self, trainer):
+        vars(self).update(vars(trainer))
+        tokens = [self._tokenizer.eos_token_id] * 4
+        self.rows = [{"prompt": [{"role": "user", "content": "1"}], "noted": "x"}]
+        self.prompts = [row["prompt"] for row in self.rows]
+        self.rollouts = {"prompt_ids": [tokens[:2]], "completion_ids": [tokens], "logprobs": None}
+        self.rollout_func = lambda prompts, trainer: dict(self.rollouts)
+        self.args = copy.copy(self.args)
+        self.args.report_to = []
+        self.state = copy.copy(self.state)
+        self.num_generations = self.current_gradient_accumulation_steps = 1
+        self.tools, self.environments, self.environment_factories = [], None, None
+        self.use_vllm, self.beta, self.mask_truncated_completions = False, 0.0, False
+        self.reward_funcs, self.reward_func_names, self.reward_processing_classes = [self.reward], ["probe"], [None]
+        self.reward_weights = torch.ones(1)
+        self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._pending_extra_logs, self._pending_metrics = defaultdict(list), defaultdict(list)
+        texts = {name: [] for name in self._logs}
+        self._logs = texts | {"rewards": defaultdict(list), "extra": defaultdict(list)}
+        self.called: set[str] = set()
+        # `pad_to_multiple_of` may make it longer than the rollout is.
+        multiple = self.pad_to_multiple_of or 1
+        self.model = _StandIn(-(-len(tokens) // multiple) * multiple).to(self.accelerator.device).train()
+
+    def reward(self, completions, log_extra, noted, **_) -> list[float]:
+        log_extra("noted", noted)
+        return [1.0]
+
+    def _generate(self, prompts):
+        self.called.add("_generate")
+        return super()._generate(prompts)
+
+    def _calculate_rewards(self, *arguments):
+        self.called.add("_calculate_rewards")
+        return super()._calculate_rewards(*arguments)
+
+    def _compute_loss(self, model, inputs):
+        self.called.add("_compute_loss")
+        return super()._compute_loss(model, inputs)
+
+
+def _makes_batches(probe: _Probe) -> str:
+    batch = probe._generate_and_score_completions(probe.rows)
+    if missing := {"_generate", "_calculate_rewards"} - probe.called:
+        return f"_generate_and_score_completions no longer calls {' and '.join(sorted(missing))}"
+    shapes = {"prompt_ids": 2, "prompt_mask": 2, "completion_ids": 2, "completion_mask": 2, "advantages": 1}
+    for name, dimensions in shapes.items():
+        if name not in batch:
+            return f"the batch has no {name!r}"
+        if len(batch[name]) != 1 or batch[name].dim() != dimensions:
+            return f"{name!r} of the batch has the shape {tuple(batch[name].shape)}"
+    world = probe.accelerator.num_processes
+    if [len(texts) for texts in last_texts(probe, world)] != [world, world]:
+        return "the batch's prompts and completions are not logged"
+    if "completions/clipped_ratio" not in _metrics(probe):
+        return "the metric 'completions/clipped_ratio' is not logged"
+    probe.compute_loss(probe.model, batch)
+    return "" if "_compute_loss" in probe.called else "compute_loss no longer calls _compute_loss"
+
+
+def _takes_token_advantages(probe: _Probe) -> str:
+    batch = probe._generate_and_score_completions(probe.rows)
+    logps_BT = probe.model.logps_BT
+    advantages_1T = torch.linspace(1.0, 2.0, logps_BT.shape[1], device=logps_BT.device)[None]
+    gradients = []
+    for advantages in (torch.ones_like(advantages_1T[:, 0]), torch.ones_like(advantages_1T), advantages_1T):
+        loss = probe._compute_loss(probe.model, {**batch, "advantages": advantages})
+        gradients += torch.autograd.grad(loss, logps_BT)
+    of_rollout, of_equal_tokens, of_tokens = gradients
+    if not torch.allclose(of_equal_tokens, of_rollout):
+        return "_compute_loss takes equal advantages of tokens (B, T) otherwise than those of rollouts (B,)"
+    return "" if not torch.allclose(of_tokens, of_rollout) else "_compute_loss does not read the advantage of a token"
+
+
+def _tells_of_tokens(probe: _Probe) -> str:
+    ids_BL = torch.tensor([[*probe.rollouts["prompt_ids"][0], *probe.rollouts["completion_ids"][0]]])
+    ids_BL = ids_BL.to(probe.accelerator.device)
+    found = token_stats(probe, probe.model, ids_BL, torch.ones_like(ids_BL), completion_length=4, rows=1)
+    if [x.shape for x in found] != [(1, 4), (1, 4)] or not (found[1] == 1).all():
+        return f"_get_per_token_logps_and_entropies returns {found}, not the log-probabilities and entropies of a row"
+    return ""
+
+
+def _generates(probe: _Probe) -> str:
+    given = probe.rollouts | {"env_mask": [[1, 1, 0, 1]], "noted": ["x"]}
+    probe.rollouts = dict(given)
+    items = probe._generate(probe.prompts)
+    if len(items) != len(Generated._fields):
+        return f"_generate returns {len(items)} items, not {len(Generated._fields)} ({', '.join(Generated._fields)})"
+    wanted = {
+        "prompt_ids": given["prompt_ids"],
+        "completion_ids": given["completion_ids"],
+        "mask": given["env_mask"],
+        "logprobs": None,
+        "extra_fields": {"noted": ["x"]},
+        "images": None,
+    }
+    found = Generated(*items)._asdict()
+    return ", ".join(f"_generate returns {found[n]!r} as {n}, not {w!r}" for n, w in wanted.items() if found[n] != w)
+
+
+def _grades(probe: _Probe) -> str:
+    made = generate(probe, probe.prompts)
+    rewards, columns = grade(probe, probe.rows, made.completions, made.completion_ids)
+    if rewards.tolist() != [[1.0]] * probe.accelerator.num_processes:
+        return f"_calculate_rewards returns {rewards.tolist()}, not a reward of 1 from each process"
+    return "" if columns == {"noted": ["x"]} else f"of what a reward function logs, {columns} is kept"
+
+
+def _samples_by_permutation(_) -> str:
+    # Resuming begins one pass of the sampler per past epoch: right as long as the sampler is not told its epoch.
+    whole, resumed = (RepeatSampler(range(9), mini_repeat_count=1, seed=1) for _ in range(2))
+    first, second = list(whole), list(whole)
+    next(iter(resumed))
+    if first == second or list(resumed) != second:
+        return "RepeatSampler no longer draws a permutation when a pass begins"
+    return "RepeatSampler.set_epoch is new" if hasattr(RepeatSampler, "set_epoch") else ""
+
+
+def _limits_tokens(probe: _Probe) -> str:
+    holder, name = _limit(probe)
+    return "" if hasattr(holder, name) else f"{type(holder).__name__} has no {name}"
+
+
+def _takes(method: str, *arguments: Any, **named: Any) -> Callable[[_Probe], str]:
+    """Return the check that a method of TRL's trainer is there and takes these arguments."""
+
+    def check(_) -> str:
+        function = getattr(GRPOTrainer, method, None)
+        if function is None:
+            return f"{method} is gone"
+        try:
+            inspect.signature(function).bind(None, *arguments, **named)
+        except TypeError as error:
+            return f"{method} cannot be called as before ({error})"
+        return ""
+
+    return check
+
+
+def _has(owner: object | None, *names: str) -> Callable[[_Probe], str]:
+    """Return the check that a module, or else the trainer, has these attributes."""
+    return lambda probe: ", ".join(f"{name} is gone" for name in names if not hasattr(owner or probe, name))
+
+
+class _Feature(NamedTuple):
+    what: str  # needs it, as an error names it
+    checks: tuple[Callable[[_Probe], str], ...]  # each returns what is wrong; those after it are not made
+
+
+FEATURES = {
+    "training": _Feature(
+        "KTAEGRPOTrainer",
+        (_takes("log", {}, None), _takes("_get_grad_norm", None, None), _makes_batches),
+    ),
+    "credit": _Feature("credit other than none", (_takes_token_advantages,)),
+    "token_stats": _Feature("a credit method that reads log-probabilities", (_tells_of_tokens,)),
+    "sampling": _Feature(
+        "a credit method that samples",
+        (
+            _generates,
+            _takes("_tokenize_prompts", []),
+            _takes("_generate_single_turn", [], None, {}, num_generations=1),
+            _limits_tokens,
+        ),
+    ),
+    "grading": _Feature("grading apart from training, as for the held-out accuracy,", (_generates, _grades)),
+    "dynamic_sampling": _Feature("dynamic_sampling", (_generates, _grades)),
+    "checkpoints": _Feature(
+        "saving and resuming (save_strategy: no trains without)",
+        (
+            _has(None, "_step", "_buffered_inputs"),
+            _has(transformers.trainer, "rotate_checkpoints"),
+            _takes("_save_checkpoint", None, None),
+            _takes("_get_output_dir", trial=None),
+            _takes("_get_train_sampler", None),
+            _takes("_init_training_state", 1, 1, 1, None, None),
+            _samples_by_permutation,
+        ),
+    ),
+    "push_to_hub": _Feature(
+        "push_to_hub",
+        (_takes("init_hf_repo", None), _takes("_push_from_checkpoint", ""), _takes("_finish_current_push")),
+    ),
+}
+passed: set[str] = set()  # features that were found whole in this process
+
+
+def need(feature: str, trainer, version: str = trl.__version__) -> None:
+    """Check, once a process, that the installed TRL does what a feature of the package builds on. Collective.
+
+    Args:
+        feature: one of `FEATURES`.
+        trainer: a built `KTAEGRPOTrainer`. It stays as it is, and so do random numbers, logs and trackers.
+
+    Raises:
+        NotImportedError: something is gone, or works otherwise; the message names it and the tested versions.
+
+    Warns:
+        UserWarning: nothing is gone, but this version of TRL was not tested.
+    """
+    if feature in passed:
+        return
+    what, checks = FEATURES[feature]
+    for check in checks:
+        cause = None
+        try:
+            problem = check(_Probe(trainer))
+        except Exception as error:  # whatever comes of code that has changed
+            problem, cause = f"{type(error).__name__}: {error}", error
+        if problem:
+            raise NotImportedError(
+                f"TRL {version} lacks what {what} needs: {problem}. Tested with TRL {TESTED_TRL}: "
+                f"pip install 'trl{TESTED_TRL}'"
+            ) from cause
+    if not passed and not SpecifierSet(TESTED_TRL).contains(version, prereleases=True):
+        warnings.warn(
+            f"TRL {version} was not tested with ktae_trl (tested: {TESTED_TRL}), but it does what {what} needs",
+            stacklevel=2,
+        )
+    passed.add(feature)

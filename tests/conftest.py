@@ -11,6 +11,16 @@ from ktae_trl import tiny
 SHARED = Path(__file__).parents[2] / "shared"
 
 
+def pytest_collection_modifyitems(items):
+    """Tests that start processes in the same way follow each other, for one crew is there at a time."""
+
+    def mode(item) -> str:
+        settings = item.callspec.params if hasattr(item, "callspec") else {}
+        return settings.get("mode", "ddp") if "crews" in item.fixturenames else ""
+
+    items.sort(key=mode)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
     """The digests of files that tests make are not left in the user's home. What DeepSpeed compiles in minutes is."""
@@ -37,7 +47,7 @@ def crews(tmp_path_factory):
 
     crews = Crews(tmp_path_factory.mktemp("crews"))
     yield crews
-    crews.close()
+    crews.end()
 
 
 @pytest.fixture(scope="session")

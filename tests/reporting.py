@@ -7,6 +7,7 @@ import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 
+from ktae_trl.credit import find_method
 from ktae_trl.report import records
 from tests.reference import ktae_loop
 
@@ -104,11 +105,12 @@ def random_group(seed: int, G: int = 8, T: int = 30, **settings) -> list[dict]:
 
 def write_run(folder: Path, steps: dict[int, list[list[dict]]], **method) -> Path:
     """Write groups as the records of a run."""
-    settings = {"credit": "ktae", "how": "multiply", **method}
+    settings = {"credit": "ktae", "how": "multiply", "settings": {}, **method}
+    method = records.method_of(find_method(settings.pop("credit")), **settings)
     for step, groups in steps.items():
         rows = [{**row, "step": step, "group": number} for number, group in enumerate(groups) for row in group]
         path = folder / records.FOLDER / f"step_{step:06d}.parquet"
-        records.write(path, records.Record(records.Method(**settings), rows))
+        records.write(path, records.Record(method, rows))
     return folder
 
 

@@ -8,6 +8,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ktae_trl import KTAEGRPOConfig, KTAEGRPOTrainer, tiny
+from ktae_trl.config import with_settings_of
 from ktae_trl.data import to_prompts
 from ktae_trl.rewards import math_accuracy
 from ktae_trl.tiny import task
@@ -36,7 +37,8 @@ def prompts(n: int = 16, path=tiny.TRAIN) -> Dataset:
 
 def make_trainer(output_dir, *, trainer=KTAEGRPOTrainer, config=KTAEGRPOConfig, **settings):
     """Build a trainer; keywords that are no field of the config go to the trainer."""
-    fields = config.__dataclass_fields__
+    credit = settings.get("credit", "none")
+    fields = (with_settings_of(config, credit) if config is KTAEGRPOConfig else config).__dataclass_fields__
     args = config(output_dir=str(output_dir), **{**SETTINGS, **{k: v for k, v in settings.items() if k in fields}})
     arguments = {
         "model": AutoModelForCausalLM.from_pretrained(tiny.MODEL, dtype=torch.float32),

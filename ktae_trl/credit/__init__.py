@@ -1,16 +1,48 @@
-"""Credit methods by name: functions from the `Rollouts` of a process, the config and the `Policy` to a `Credit`."""
+"""Token-level credit: a class for each method, by the names that `credit` in a config may have."""
 
-from ktae_trl.credit import oar, tree
-from ktae_trl.credit.ktae import values as ktae
+from ktae_trl.arguments import UserError, imported, nearest
+from ktae_trl.credit.combine import HOW
+from ktae_trl.credit.ktae.method import KTAE
+from ktae_trl.credit.method import GRPO, Method, from_function
+from ktae_trl.credit.oar import OARG, OARP
+from ktae_trl.credit.tree import TreeRPO
 
-METHODS = {
-    "ktae": ktae.assign,
-    "oar_g": oar.assign_gradient,
-    "oar_p": oar.assign_perturbation,
-    "tree": tree.assign,
-}
-# What a method asks of the tokenizer, so that a run without it does not begin.
-TOKENIZER_CHECKS = {
-    "oar_g": oar.check_offsets,
-    "oar_p": oar.check_offsets_and_padding,
-}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (KTAE, OARG, OARP, TreeRPO)}
+
+
+def find_method(credit: str) -> type[Method]:
+    """Return the method that `credit` names.
+
+    Args:
+        credit: one of METHODS, "none", or the dotted path of a `Method` or of a function over `Groups`, such as
+            `my_package.my_credit`, found from the working directory.
+
+    Raises:
+        ValueError: an unknown name.
+        ImportError: a dotted path that leads to no method, or whose module fails when it is imported.
+    """
+    known = {GRPO.name: GRPO, **METHODS}
+    if credit in known:
+        method = known[credit]
+    elif "." in credit:
+        method = _imported(credit)
+    else:
+        raise UserError(
+            f"credit={credit!r} is unknown{nearest(credit, known)}. Choose from: {', '.join(known)}, or give a dotted "
+            "path such as my_package.my_credit"
+        )
+    own = credit.rpartition(".")[2]
+    method.name, method.family, method.title = credit, method.family or own, method.title or own
+    return method
+
+
+def _imported(path: str) -> type[Method]:
+    found = imported(path, "The credit method")
+    if isinstance(found, type) and not issubclass(found, Method):
+        raise UserError(f"credit={path!r} is a class, but no subclass of ktae_trl.credit.method.Method")
+    if not callable(found):
+        raise UserError(f"credit={path!r} is neither a class nor a function, but a {type(found).__name__}")
+    method = found if isinstance(found, type) else from_function(found)
+    if method.how not in HOW:
+        raise UserError(f"credit={path!r}: how must be one of {', '.join(HOW)}, not {method.how!r}")
+    return method

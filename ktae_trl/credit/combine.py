@@ -1,42 +1,7 @@
-"""What a credit method is given, what it returns, and how its values meet the rollout advantages."""
-
-from typing import NamedTuple
+"""How the values of tokens meet the rollout advantages."""
 
 import torch
 from torch import Tensor
-
-
-class Rollouts(NamedTuple):
-    """The whole groups of which a process holds at least one rollout, in the order of generation.
-
-    P prompts, G rollouts each, T tokens at most. A process may hold a part of its first and last group only: `own`
-    picks its B rollouts from the P * G.
-    """
-
-    ids_PGT: Tensor  # token ids
-    mask_PGT: Tensor  # bool: tokens that are trained on (not padding, not tool output)
-    correct_PG: Tensor  # bool: the final answer is right
-    scored_PG: Tensor  # bool: the final answer could be judged
-    advantages_B: Tensor  # rollout advantages of the own rollouts
-    prompt_ids_BL: Tensor  # token ids of the own rollouts' prompts, padded on the left
-    prompt_mask_BL: Tensor  # 1 where there is a prompt token
-    lengths_B: Tensor  # tokens of the own rollouts, trained on or not
-    special_ids: tuple[int, ...]  # padding and every end-of-sequence id
-    own: slice
-
-    def own_rows(self, x: Tensor) -> Tensor:
-        """Turn (P, G, ...) into the (B, ...) of this process."""
-        return x.flatten(0, 1)[self.own]
-
-
-class Credit(NamedTuple):
-    """What a credit method says about each token of this process's rollouts."""
-
-    values: Tensor  # (B, T) float32, meaning as `how` says
-    how: str  # one of HOW
-    # Metric name -> (numerator, denominator), both 0-d. Processes are pooled by summing each before dividing.
-    stats: dict[str, tuple[Tensor, Tensor]]
-
 
 HOW = {
     "multiply": lambda advantages_B1, values_BT: advantages_B1 + advantages_B1.abs() * values_BT,

@@ -5,23 +5,20 @@ defaults here. B rollouts, T tokens of a completion, L tokens of prompt and comp
 vocabulary, H of a hidden state, R rows of one forward pass.
 """
 
-from __future__ import annotations
-
+import textwrap
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from ktae_trl.arguments import UserError
-from ktae_trl.credit.combine import Credit, Rollouts
+from ktae_trl.credit.method import Card, Credit, Groups, Method, Settings, Tools
 from ktae_trl.grading import answered, extraction
-
-if TYPE_CHECKING:  # it loads transformers
-    from ktae_trl.rollouts.policy import Policy
 
 ANSWERS = ("answer_mean", "last", "answer_joint")
 _PROMPT_END = 16  # tokens, enough for an open `<think>` and the white space behind it
@@ -49,88 +46,170 @@ class Question(NamedTuple):
         return len(self.ids_L) + len(self.at_A) * tokens_per_logits
 
 
-def assign_gradient(rollouts: Rollouts, args, policy: Policy) -> Credit:
-    """Weights by OAR-G: one backward pass to the embeddings."""
-    return _assign(rollouts, args, policy, gradient_influence)
+class OAR(Method):
+    """Weights by the influence of each token on the answer; a subclass says how influence is measured."""
 
+    @dataclass
+    class Settings(Settings):
+        """Settings of `credit: oar_g` and `credit: oar_p`.
 
-def assign_perturbation(rollouts: Rollouts, args, policy: Policy) -> Credit:
-    """Weights by OAR-P: one forward pass for each token or span, with padding in its place."""
-    return _assign(rollouts, args, policy, perturbation_influence)
+        Parameters:
+            oar_answer (`str`, *optional*, defaults to `"answer_mean"`):
+                What of the model's answer a token may influence: `"answer_mean"`, the mean logits where the answer's
+                tokens are predicted; `"answer_joint"`, the log-probability of these tokens together; `"last"`, the
+                distribution after the completion's last token.
+            oar_quantile (`float`, *optional*, defaults to `0.25`):
+                Tokens below this quantile of influence in their rollout lose weight, the others gain.
+            oar_beta (`float`, *optional*, defaults to `1.0`):
+                How much the most influential token gains, before weights are scaled to mean 1.
+            oar_noise_std (`float`, *optional*, defaults to `0.001`):
+                Standard deviation of the noise on the embeddings (`oar_g`). In bf16 the effect of so little is lost in
+                rounding: take 0.01.
+            oar_span (`int`, *optional*, defaults to `1`):
+                Perturb so many tokens in a row together; they share their weight (`oar_p`). 4 costs about a quarter of
+                1.
+            oar_token_budget (`int`, *optional*, defaults to `16384`):
+                Tokens, with those of prompts, that a forward pass of OAR holds at most. Lower it if memory runs out:
+                `oar_g` keeps all activations where there are no checkpoints, or reentrant ones (PEFT under ZeRO-3).
+        """
 
-
-def check_offsets(tokenizer) -> None:
-    """Raise a ValueError if this is no fast tokenizer."""
-    if not tokenizer.is_fast:
-        raise UserError(
-            f"OAR finds the answer by a tokenizer's offsets, which a slow one ({type(tokenizer).__name__}) does not "
-            "have. Load the fast one (use_fast=True, or a tokenizer.json), or take another method, such as credit: ktae"
+        oar_answer: str = field(
+            default="answer_mean",
+            metadata={"help": "What tokens may influence: 'answer_mean', 'answer_joint' or 'last'."},
         )
-
-
-def check_offsets_and_padding(tokenizer) -> None:
-    """Raise a ValueError if this is no fast tokenizer, or if it pads with an ordinary token."""
-    check_offsets(tokenizer)
-    token = tokenizer.added_tokens_decoder.get(tokenizer.pad_token_id)  # `all_special_ids` has it, whatever it is
-    if token is None or not token.special:
-        raise UserError(
-            f"oar_p puts the padding token in a token's place, but {tokenizer.pad_token!r} "
-            f"(id {tokenizer.pad_token_id}) is an ordinary token of this tokenizer. Set tokenizer.pad_token to a "
-            "special one, or take credit: oar_g"
+        oar_quantile: float = field(
+            default=0.25, metadata={"help": "Tokens below this quantile of influence lose weight, the others gain."}
         )
+        oar_beta: float = field(default=1.0, metadata={"help": "How much the most influential token gains."})
+        oar_noise_std: float = field(default=1e-3, metadata={"help": "Noise on the embeddings (oar_g)."})
+        oar_span: int = field(default=1, metadata={"help": "Perturb so many tokens in a row together (oar_p)."})
+        oar_token_budget: int = field(default=16384, metadata={"help": "Tokens in a forward pass of OAR at most."})
 
+        def check(self) -> None:
+            if self.oar_answer not in ANSWERS:
+                raise UserError(f"oar_answer={self.oar_answer!r} is unknown. Choose from: {', '.join(ANSWERS)}")
+            if not 0 <= self.oar_quantile < 1:
+                raise UserError(f"oar_quantile must be at least 0 and below 1, not {self.oar_quantile}")
+            for name in ("oar_beta", "oar_noise_std"):
+                if not 0 < getattr(self, name) < float("inf"):
+                    raise UserError(f"{name} must be a positive number, not {getattr(self, name)}")
+            for name in ("oar_span", "oar_token_budget"):
+                if getattr(self, name) < 1:
+                    raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
 
-def check_settings(answer: str, quantile: float, beta: float, noise_std: float, span: int, token_budget: int) -> None:
-    """Raise a ValueError that names the setting which is out of range."""
-    if answer not in ANSWERS:
-        raise UserError(f"oar_answer={answer!r} is unknown. Choose from: {', '.join(ANSWERS)}")
-    if not 0 <= quantile < 1:
-        raise UserError(f"oar_quantile must be at least 0 and below 1, not {quantile}")
-    for name, value in (("oar_beta", beta), ("oar_noise_std", noise_std)):
-        if not 0 < value < float("inf"):
-            raise UserError(f"{name} must be a positive number, not {value}")
-    for name, value in (("oar_span", span), ("oar_token_budget", token_budget)):
-        if value < 1:
-            raise UserError(f"{name} must be at least 1, not {value}")
-
-
-def _assign(rollouts: Rollouts, args, policy: Policy, influence_of: Callable) -> Credit:
-    mask_BT = rollouts.own_rows(rollouts.mask_PGT)
-    ids_BT = rollouts.own_rows(rollouts.ids_PGT).long()
-    reasoning_BT, questions, answered = torch.zeros_like(mask_BT), [], []
-    places_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)
-    lengths = rollouts.lengths_B.tolist()
-    for row, ids in enumerate(ids_BT.tolist()):
-        prompt_ids = _prompt(rollouts, row).tolist()
-        answer = find_answer(ids[: lengths[row]], policy.tokenizer, args.answer_format, prompt_ids)
-        if answer is None or not mask_BT[row, answer.tokens[-1]]:  # a tool's output, say
-            continue
-        answered.append(row)
-        reasoning_BT[row] = mask_BT[row] & (places_T < answer.box)
-        # A rollout with advantage 0 stays at 0, whatever its weights.
-        if reasoning_BT[row].sum() >= 2 and rollouts.advantages_B[row] != 0:
-            questions.append(_ask(row, ids_BT[row], reasoning_BT[row], answer, rollouts, args.oar_answer))
-    influence_BT = torch.zeros(mask_BT.shape, device=mask_BT.device)
-    for question, influence in zip(questions, influence_of(questions, args, policy), strict=True):
-        influence_BT[question.row, reasoning_BT[question.row]] = influence.float()
-    weights_BT = reshape(influence_BT, reasoning_BT, args.oar_quantile, args.oar_beta)
-    asked_BT = torch.zeros_like(mask_BT)
-    asked_BT[[question.row for question in questions]] = True
-    asked_BT &= reasoning_BT
-    stats = {
-        "oar/answered": (torch.tensor(len(answered), device=mask_BT.device), mask_BT.any(1).sum()),
-        "oar/reshaped_tokens": (asked_BT.sum(), mask_BT.sum()),
-        "oar/mean_change": ((weights_BT - 1).abs().sum(), asked_BT.sum()),
+    how = "scale"
+    family = "oar"
+    value = "weight w"
+    columns = {
+        "answered": ("oar/answered", "{:.0%}"),
+        "|w-1|": ("oar/mean_change", "{:.2f}"),
     }
-    return Credit(weights_BT, "scale", stats)
+    panels = {"Shares": ["oar/answered", "oar/reshaped_tokens"], "Mean |w - 1|": ["oar/mean_change"]}
+    needs_both_sides = False  # the rollout advantage, which the weights scale, may be that of any reward
+    answered = "oar/answered"
+    no_effect = ("oar_token_budget",)
+
+    def __init__(self, settings: Any, tools: Tools):
+        super().__init__(settings, tools)
+        if not tools.tokenizer.is_fast:
+            raise UserError(
+                "OAR finds the answer by a tokenizer's offsets, which a slow one "
+                f"({type(tools.tokenizer).__name__}) does not have. Load the fast one (use_fast=True, or a "
+                "tokenizer.json), or take another method, such as credit: ktae"
+            )
+
+    def influence(self, questions: list[Question]) -> list[Tensor]:
+        """Return, for each question, the influence (tokens,) of its reasoning tokens."""
+        raise NotImplementedError
+
+    def credit(self, groups: Groups) -> Credit:
+        """Weigh the reasoning tokens of the rollouts."""
+        mask_BT, ids_BT = groups.mask_BT, groups.ids_BT.long()
+        reasoning_BT, questions, answered = torch.zeros_like(mask_BT), [], []
+        places_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)
+        for row, (prompt, completion) in enumerate(zip(groups.prompts, groups.completions, strict=True)):
+            answer = find_answer(completion, self.tools.tokenizer, self.settings.answer_format, prompt)
+            if answer is None or not mask_BT[row, answer.tokens[-1]]:  # a tool's output, say
+                continue
+            answered.append(row)
+            reasoning_BT[row] = mask_BT[row] & (places_T < answer.box)
+            # A rollout with advantage 0 stays at 0, whatever its weights.
+            if reasoning_BT[row].sum() >= 2 and groups.advantages_B[row] != 0:
+                prompt = torch.tensor(prompt, dtype=torch.long, device=ids_BT.device)
+                questions.append(_ask(row, prompt, ids_BT[row], reasoning_BT[row], answer, groups, self.settings))
+        influence_BT = torch.zeros(mask_BT.shape, device=mask_BT.device)
+        for question, influence in zip(questions, self.influence(questions), strict=True):
+            influence_BT[question.row, reasoning_BT[question.row]] = influence.float()
+        weights_BT = reshape(influence_BT, reasoning_BT, self.settings.oar_quantile, self.settings.oar_beta)
+        asked_BT = torch.zeros_like(mask_BT)
+        asked_BT[[question.row for question in questions]] = True
+        asked_BT &= reasoning_BT
+        sums = {
+            "oar/answered": (torch.tensor(len(answered), device=mask_BT.device), mask_BT.any(1).sum()),
+            "oar/reshaped_tokens": (asked_BT.sum(), mask_BT.sum()),
+            "oar/mean_change": ((weights_BT - 1).abs().sum(), asked_BT.sum()),
+        }
+        return Credit(weights_BT, sums)
 
 
-def _ask(row: int, ids_T: Tensor, reasoning_T: Tensor, answer: Answer, rollouts: Rollouts, how: str) -> Question:
-    prompt = _prompt(rollouts, row)
-    if how == "last":
-        special = torch.tensor(rollouts.special_ids, device=ids_T.device)
-        length = rollouts.lengths_B[row]
-        told = torch.isin(ids_T[:length], special, invert=True).nonzero()
+def _card(name: str, does: str) -> Card:
+    paper = {
+        "title": "Outcome-Grounded Advantage Reshaping for Fine-Grained Credit Assignment in Mathematical Reasoning",
+        "id": "2601.07408",
+        "citation": textwrap.dedent("""\
+            @inproceedings{li2026oar,
+                title     = {{Outcome-Grounded Advantage Reshaping for Fine-Grained Credit Assignment
+                             in Mathematical Reasoning}},
+                author    = {Ziheng Li and Liu Kang and Feng Xiao and Luxi Xing and Qingyi Si and Zhuoran Li
+                             and Weikang Gong and Deqing Yang and Yanghua Xiao and Hongcheng Guo},
+                booktitle = {Proceedings of the 64th Annual Meeting of the Association for Computational Linguistics},
+                year      = 2026,
+                eprint    = {arXiv:2601.07408},
+            }"""),
+    }
+    does = f"Each token's advantage is that of its rollout, weighted by the token's influence on the answer{does}"
+    return Card(name, does, ("oar",), paper)
+
+
+class OARG(OAR):
+    """OAR-G: influence by one backward pass to the embeddings."""
+
+    name = "oar_g"
+    title = "OAR-G (influence by gradients)"
+    card = _card("OAR-G", ", as the gradient of the answer at its embedding tells it.")
+
+    def influence(self, questions: list[Question]) -> list[Tensor]:
+        return gradient_influence(questions, self.settings, self.tools)
+
+
+class OARP(OAR):
+    """OAR-P: influence by one forward pass for each token or span, with padding in its place."""
+
+    name = "oar_p"
+    title = "OAR-P (influence by perturbation)"
+    card = _card("OAR-P", ": what its absence does to it.")
+
+    def __init__(self, settings: Any, tools: Tools):
+        super().__init__(settings, tools)
+        tokenizer = tools.tokenizer
+        token = tokenizer.added_tokens_decoder.get(tokenizer.pad_token_id)  # `all_special_ids` has it, whatever it is
+        if token is None or not token.special:
+            raise UserError(
+                f"oar_p puts the padding token in a token's place, but {tokenizer.pad_token!r} "
+                f"(id {tokenizer.pad_token_id}) is an ordinary token of this tokenizer. Set tokenizer.pad_token to a "
+                "special one, or take credit: oar_g"
+            )
+
+    def influence(self, questions: list[Question]) -> list[Tensor]:
+        return perturbation_influence(questions, self.settings, self.tools)
+
+
+def _ask(
+    row: int, prompt: Tensor, ids_T: Tensor, reasoning_T: Tensor, answer: Answer, groups: Groups, settings: Any
+) -> Question:
+    if settings.oar_answer == "last":
+        special = torch.tensor(groups.special_ids, device=ids_T.device)
+        told = torch.isin(ids_T[: groups.lengths_B[row]], special, invert=True).nonzero()
         at_A = len(prompt) + told[-1]
         targets_A = torch.zeros_like(at_A)  # not read
     else:
@@ -138,10 +217,6 @@ def _ask(row: int, ids_T: Tensor, reasoning_T: Tensor, answer: Answer, rollouts:
         at_A, targets_A = len(prompt) + tokens_A - 1, ids_T[tokens_A]
     ids_L = torch.cat([prompt, ids_T])[: int(at_A[-1]) + 1]
     return Question(row, ids_L, at_A, targets_A, len(prompt) + reasoning_T.nonzero().squeeze(1))
-
-
-def _prompt(rollouts: Rollouts, row: int) -> Tensor:
-    return rollouts.prompt_ids_BL[row][rollouts.prompt_mask_BL[row].bool()].long()
 
 
 def find_answer(
@@ -266,7 +341,7 @@ def divergence(clean: Tensor, changed: Tensor, answer: str) -> Tensor:
     return torch.where(lost == little, p * (torch.expm1(-little) + little), p * lost + changed.exp() - p).sum(-1)
 
 
-def gradient_influence(questions: list[Question], args, policy: Policy) -> list[Tensor]:
+def gradient_influence(questions: list[Question], settings: Any, tools: Tools) -> list[Tensor]:
     """Return, for each question, the influence (tokens,) of its reasoning tokens by OAR-G.
 
         J = KL(P || P_noisy), with noise of N(0, oar_noise_std^2) on the embeddings e of the reasoning tokens
@@ -276,16 +351,16 @@ def gradient_influence(questions: list[Question], args, policy: Policy) -> list[
     every process, and in a resumed run. In bf16 the gradient, which is about P_noisy - P, drowns in the rounding of the
     forward passes if the noise is small: take 0.01.
     """
-    sizes = [(len(question.ids_L), len(question.at_A) * policy.tokens_per_logits) for question in questions]
-    batches = list(_in_batches(sizes, args.oar_token_budget))
-    extra = policy.missing_rounds(len(batches))
+    sizes = [(len(question.ids_L), len(question.at_A) * tools.tokens_per_logits) for question in questions]
+    batches = list(_in_batches(sizes, settings.oar_token_budget))
+    extra = tools.missing_rounds(len(batches))
     influences: dict[int, Tensor] = {}
-    with torch.enable_grad(), policy.reading():
+    with torch.enable_grad(), tools.reading():
         for batch in batches:
-            influences |= zip(batch, _differentiate([questions[i] for i in batch], args, policy), strict=True)
+            influences |= zip(batch, _differentiate([questions[i] for i in batch], settings, tools), strict=True)
         for _ in range(extra):
-            one = torch.zeros(1, dtype=torch.long, device=policy.accelerator.device)
-            _differentiate([Question(0, one, one, one, one)], args, policy)
+            one = torch.zeros(1, dtype=torch.long, device=tools.device)
+            _differentiate([Question(0, one, one, one, one)], settings, tools)
     return [influences[i] for i in range(len(questions))]
 
 
@@ -305,7 +380,7 @@ def _in_batches(sizes: list[tuple[float, float]], budget: int) -> Iterator[list[
         yield batch
 
 
-def _differentiate(batch: list[Question], args, policy: Policy) -> list[Tensor]:
+def _differentiate(batch: list[Question], settings: Any, tools: Tools) -> list[Tensor]:
     pad = torch.nn.utils.rnn.pad_sequence
     ids_RL = pad([q.ids_L for q in batch], batch_first=True)
     at_RA = pad([q.at_A for q in batch], batch_first=True)
@@ -323,18 +398,18 @@ def _differentiate(batch: list[Question], args, policy: Policy) -> list[Tensor]:
             noise[row, question.reasoning] = torch.randn(
                 shape, generator=generator, device=noise.device, dtype=noise.dtype
             )
-        noisy_embeddings = (clean_embeddings + args.oar_noise_std * noise).requires_grad_()
+        noisy_embeddings = (clean_embeddings + settings.oar_noise_std * noise).requires_grad_()
         return noisy_embeddings
 
     with torch.no_grad():
-        clean = answer_log_probs(policy.logits(ids_RL, at_RA), targets_RA, valid_RA, args.oar_answer)
-    noisy = answer_log_probs(policy.logits(ids_RL, at_RA, change=add_noise), targets_RA, valid_RA, args.oar_answer)
-    (gradient,) = torch.autograd.grad(divergence(clean, noisy, args.oar_answer).sum(), noisy_embeddings)
+        clean = answer_log_probs(tools.logits(ids_RL, at_RA), targets_RA, valid_RA, settings.oar_answer)
+    noisy = answer_log_probs(tools.logits(ids_RL, at_RA, change=add_noise), targets_RA, valid_RA, settings.oar_answer)
+    (gradient,) = torch.autograd.grad(divergence(clean, noisy, settings.oar_answer).sum(), noisy_embeddings)
     influence_RL = (gradient.float() * clean_embeddings.float()).sum(-1).abs()
     return [influence_RL[row, question.reasoning] for row, question in enumerate(batch)]
 
 
-def perturbation_influence(questions: list[Question], args, policy: Policy) -> list[Tensor]:
+def perturbation_influence(questions: list[Question], settings: Any, tools: Tools) -> list[Tensor]:
     """Return, for each question, the influence (tokens,) of its reasoning tokens by OAR-P.
 
         I_t = KL(P || P_t), P_t with token t replaced by padding
@@ -345,31 +420,31 @@ def perturbation_influence(questions: list[Question], args, policy: Policy) -> l
     """
     plans = []
     for question in questions:
-        spans = -(-len(question.reasoning) // args.oar_span)
-        rows = max(1, int(args.oar_token_budget // question.cost(policy.tokens_per_logits)))
+        spans = -(-len(question.reasoning) // settings.oar_span)
+        rows = max(1, int(settings.oar_token_budget // question.cost(tools.tokens_per_logits)))
         plans.append(torch.arange(spans, device=question.ids_L.device).split(rows))
-    extra = policy.missing_rounds(sum(1 + len(chunks) for chunks in plans))
-    with torch.no_grad(), policy.reading():
-        influences = [_perturb(*plan, args, policy) for plan in zip(questions, plans, strict=True)]
+    extra = tools.missing_rounds(sum(1 + len(chunks) for chunks in plans))
+    with torch.no_grad(), tools.reading():
+        influences = [_perturb(*plan, settings, tools) for plan in zip(questions, plans, strict=True)]
         for _ in range(extra):
-            one = torch.zeros(1, 1, dtype=torch.long, device=policy.accelerator.device)
-            policy.logits(one, one)
+            one = torch.zeros(1, 1, dtype=torch.long, device=tools.device)
+            tools.logits(one, one)
     return influences
 
 
-def _perturb(question: Question, chunks: tuple[Tensor, ...], args, policy: Policy) -> Tensor:
+def _perturb(question: Question, chunks: tuple[Tensor, ...], settings: Any, tools: Tools) -> Tensor:
     _, ids_L, at_A, targets_A, reasoning = question
-    cache = policy.empty_cache()
-    clean = _read(policy.logits(ids_L[None], at_A[None], cache), targets_A, args.oar_answer)
+    cache = tools.empty_cache()
+    clean = _read(tools.logits(ids_L[None], at_A[None], cache), targets_A, settings.oar_answer)
     span_L = torch.full_like(ids_L, -1)
-    span_L[reasoning] = torch.arange(len(reasoning), device=ids_L.device) // args.oar_span
+    span_L[reasoning] = torch.arange(len(reasoning), device=ids_L.device) // settings.oar_span
     influences = []
     for spans in chunks:
         R = len(spans)
-        ids_RL = torch.where(span_L == spans[:, None], policy.tokenizer.pad_token_id, ids_L)
-        before, begin = policy.beginning(cache, int(reasoning[spans[0] * args.oar_span]), R)
-        logits_RAV = policy.logits(ids_RL[:, begin:], (at_A - begin).expand(R, -1), before)
-        influences.append(divergence(clean, _read(logits_RAV, targets_A, args.oar_answer), args.oar_answer))
+        ids_RL = torch.where(span_L == spans[:, None], tools.tokenizer.pad_token_id, ids_L)
+        before, begin = tools.beginning(cache, int(reasoning[spans[0] * settings.oar_span]), R)
+        logits_RAV = tools.logits(ids_RL[:, begin:], (at_A - begin).expand(R, -1), before)
+        influences.append(divergence(clean, _read(logits_RAV, targets_A, settings.oar_answer), settings.oar_answer))
     return torch.cat(influences)[span_L[reasoning]].clamp(min=0)  # rounding; a token that speaks against the answer
 
 

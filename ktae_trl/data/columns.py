@@ -98,3 +98,10 @@ def has_image(dataset: Dataset, column: str) -> list[bool]:
     if pyarrow.types.is_list(values.type) or pyarrow.types.is_large_list(values.type):
         return [bool(length) for length in pyarrow.compute.list_value_length(values).to_pylist()]
     return values.is_valid().to_pylist()
+
+
+def with_free_names(dataset):
+    """Return a dataset, or several by name, with `free_names`; a stream, or None, stays as it is."""
+    if isinstance(dataset, dict):
+        return {name: with_free_names(part) for name, part in dataset.items()}
+    return free_names(dataset) if isinstance(dataset, Dataset) else dataset

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict, ReadInstruction, concatenate_datasets, load_dataset, load_from_disk
 
-from ktae_trl import tiny
-from ktae_trl.arguments import NotFoundError, UserError, loading
+from ktae_trl.arguments import TINY, NotFoundError, UserError, loading
 from ktae_trl.data import files as data_files
 
+_TINY = Path(__file__).parents[1] / "tiny" / "data"
 logger = logging.getLogger(__name__)
 
 
@@ -28,8 +28,8 @@ def load(name: str, config: str | None = None, split: str = "train") -> Dataset:
     """
     path = Path(name)
     ending = data_files.ending(path)
-    if name == tiny.NAME:
-        splits = {"train": data_files.read(tiny.TRAIN), "test": data_files.read(tiny.HELD_OUT)}
+    if name == TINY:
+        splits = {"train": data_files.read(_TINY / "train.jsonl"), "test": data_files.read(_TINY / "held_out.jsonl")}
         dataset = _part(splits, split, name)
     elif path.is_dir():
         with loading(f"The folder {name}"):

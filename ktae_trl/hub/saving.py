@@ -15,7 +15,8 @@ from transformers import is_wandb_available
 from trl import GRPOTrainer
 from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url
 
-from ktae_trl.credit.cards import Card
+from ktae_trl.credit import find_method
+from ktae_trl.credit.method import Card
 from ktae_trl.files.model_files import CARD, without_links
 from ktae_trl.hub import card as model_card
 from ktae_trl.hub import upload as hub
@@ -46,8 +47,7 @@ def write_card(trainer: GRPOTrainer, method: Card, name: str | None, data: str |
     """
     args, model, output = trainer.args, trainer.model, Path(trainer.args.output_dir)
     known = {"credit": args.credit, "reward_funcs": trainer.reward_func_names}
-    family = f"{args.credit.partition('_')[0]}_"
-    known |= {field: value for field, value in vars(args).items() if field.startswith(family)}
+    known |= find_method(args.credit).settings_of(args)
     known |= {"num_generations": trainer.num_generations, "num_processes": trainer.accelerator.num_processes}
     runs = _runs()
     tags = [*tags, *(getattr(model, "model_tags", None) or []), *(["hf_jobs"] if "JOB_ID" in os.environ else [])]

@@ -6,26 +6,13 @@ import zlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from ktae_trl.credit.ktae.method import KTAE
 from ktae_trl.report.curves import means_of, sums_of
-from ktae_trl.report.group_view import describe, split
+from ktae_trl.report.group_view import describe, is_key_token_value, split
 from ktae_trl.report.records import Method, Record
 from ktae_trl.report.tokens import visible
 
-# What the credit of a record is called, by how it met the advantages.
-_VALUE = {
-    "multiply": {"symbol": "K", "name": "key-token value K"},
-    "add": {"symbol": "K", "name": "key-token value K"},
-    "scale": {"symbol": "w", "name": "weight w"},
-    "replace": {"symbol": "v", "name": "segment advantage v"},
-}
-_FORMULA = {"multiply": "A' = A + |A| K", "add": "A' = A + K", "scale": "A' = A w", "replace": "A' = v"}
-_TITLES = {
-    "ktae": "KTAE (key tokens)",
-    "oar_g": "OAR-G (influence by gradients)",
-    "oar_p": "OAR-P (influence by perturbation)",
-    "tree": "TreeRPO (sampled trees)",
-    "none": "GRPO (one advantage for all tokens)",
-}
+_FORMULA = {"multiply": "A' = A + |A| {}", "add": "A' = A + {}", "scale": "A' = A {}", "replace": "A' = {}"}
 _PREVIEW = 160  # characters of a prompt in the list of groups
 
 
@@ -35,15 +22,16 @@ class Shown(NamedTuple):
     groups: list[dict[str, Any]]  # an entry of the page's list each
     blocks: list[str]  # their data, packed
     methods: list[dict[str, Any]]
+    recorded: list[Method]  # these, as the records have them
     by_step: list[dict[str, float]]  # what the records say of each step, named like the trainer's metrics
     notes: list[str]  # what of the records is not in it
 
 
 def collect(some: Iterable[Record], most: int | None = None) -> Shown:
     """Describe and pack the groups of these records, one record at a time and at most so many of each."""
-    shown = Shown([], [], [], [], [])
+    shown = Shown([], [], [], [], [], [])
     recorded, known, generated = 0, 0, 0  # groups; those of generations whose size is known; in these generations
-    methods: list[Method] = []
+    methods = shown.recorded
     prompts: list[str] = []
     for record in some:
         settings = record.method._replace(generated_groups=None)
@@ -114,17 +102,16 @@ def _method(method: Method) -> dict[str, Any]:
     """Return a method's names for the page."""
     settings = {}
     if method.how is not None:
-        settings["advantage of a token"] = _FORMULA[method.how]
-    if method.credit == "ktae":
-        weights = (method.fisher_weight, method.ig_weight, method.tf_weight)
-        settings["weights h1 (Fisher), h2 (IG), h3 (TF)"] = ", ".join(f"{weight:g}" for weight in weights)
-        settings["leave one out"] = "yes" if method.leave_one_out else "no"
+        settings["advantage of a token"] = _FORMULA[method.how].format(visible(method.symbol))
+    settings |= {visible(name): visible(str(value)) for name, value in method.settings.items()}
+    key_tokens = is_key_token_value(method)
     return {
-        "credit": method.credit,
-        "title": _TITLES.get(method.credit, visible(method.credit)),
+        "title": visible(method.title or method.credit),
         "how": method.how,
-        "value": _VALUE.get(method.how),
-        "leave_one_out": method.credit == "ktae" and method.leave_one_out,
+        "value": method.how and {"symbol": visible(method.symbol), "name": visible(method.value_name)},
+        "key_tokens": key_tokens,
+        "leave_one_out": key_tokens and KTAE.options(method.settings)["leave_one_out"],
+        "shares_tokens": method.shares_tokens,
         "settings": settings,
     }
 

@@ -1,37 +1,43 @@
 """The curves of a run: panels of its metrics, as the trainer logged them or as its records give them."""
 
 import re
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from statistics import fmean
 from typing import Any
 
+from ktae_trl.credit.ktae.method import KTAE, SATURATED
 from ktae_trl.report.group_view import number
+from ktae_trl.report.records import Method
 from ktae_trl.report.tokens import visible
 
-# Panel -> patterns of the metrics it shows. A metric goes into the first panel that wants it.
+# Panel -> the metrics it shows, `*` for any letters. Those of the credit methods come after them.
 _PANELS = {
-    "Reward": r"reward",
-    "Rewards by function": r"rewards/.+/mean",
-    "Completion length (tokens)": r"completions/mean_length",
-    "Entropy": r"entropy",
-    "Mean value K": r"ktae/value_(right|wrong)",
-    "Shares": r"ktae/(saturated|informative_groups)|oar/(answered|reshaped_tokens)|tree/(signal_.+|trained_share)",
-    "Mean |w - 1|": r"oar/mean_change",
-    "Tokens of a tree": r"tree/(generated|row)_tokens",
+    "Reward": ["reward"],
+    "Rewards by function": ["rewards/*/mean"],
+    "Completion length (tokens)": ["completions/mean_length"],
+    "Entropy": ["entropy"],
 }
-_SATURATED = 0.9  # as in the metric ktae/saturated
 
 
-def curves(metrics: list[dict[str, float]]) -> list[dict[str, Any]]:
+def curves(metrics: list[dict[str, float]], methods: Iterable[Method] = ()) -> list[dict[str, Any]]:
     """Return the panels with Plotly's traces of the metrics that are known at two steps or more.
 
     Metrics of the evaluation (`eval_...`) go beside those of the training, dashed.
+
+    Args:
+        methods: those of the records, which have panels of their own.
     """
+    wanted = {title: list(patterns) for title, patterns in _PANELS.items()}
+    for method in methods:
+        for title, patterns in method.panels.items():
+            wanted.setdefault(title, []).extend(patterns)
     panels = []
     names = list(dict.fromkeys(name for entry in metrics for name in entry))
-    for title, pattern in _PANELS.items():
+    for title, patterns in wanted.items():
         traces = []
         for name in names:
-            if not re.fullmatch(rf"(eval_)?({pattern})", name):
+            if not any(fnmatchcase(name.removeprefix("eval_"), pattern) for pattern in patterns):
                 continue
             points = [(entry["step"], number(entry[name])) for entry in metrics if name in entry]
             points = [(step, value) for step, value in points if isinstance(value, (int, float))]
@@ -50,12 +56,12 @@ def curves(metrics: list[dict[str, float]]) -> list[dict[str, Any]]:
                 }
             )
         if traces:
-            panels.append({"title": title, "traces": traces})
+            panels.append({"title": visible(title), "traces": traces})
     return panels
 
 
 def _short(metric: str) -> str:
-    """Return a metric's name without its family: `value_right` of `ktae/value_right`."""
+    """Return a metric's name without its family: `abs_value` of `FAMILY/abs_value`."""
     inner = re.fullmatch(r"rewards/(.+)/mean", metric)
     return (inner[1] if inner else metric.rpartition("/")[2]).replace("_", " ")
 
@@ -71,8 +77,8 @@ def sums_of(group: dict[str, Any]) -> dict[str, list[float]]:
         K = [group["tokens"]["K"][token] or 0.0 for token in rollout["cells"]["token"]]
         values = [K[cell] for cell in rollout["at"] if rollout["cells"]["trained"][cell]]
         if rollout["correct"] is not None:
-            found.setdefault(f"ktae/value_{'right' if rollout['correct'] else 'wrong'}", []).extend(values)
-        found.setdefault("ktae/saturated", []).extend(float(abs(v) > _SATURATED) for v in values)
+            found.setdefault(f"{KTAE.family}/value_{'right' if rollout['correct'] else 'wrong'}", []).extend(values)
+        found.setdefault(f"{KTAE.family}/saturated", []).extend(float(abs(v) > SATURATED) for v in values)
     return found
 
 
@@ -81,5 +87,5 @@ def means_of(some: list[dict[str, list[float]]], groups: list[dict[str, Any]]) -
     for found in some:
         for name, values in found.items():
             pooled.setdefault(name, []).extend(v for v in values if isinstance(v, (int, float)))
-    pooled["ktae/informative_groups"] = [float(group["right"] > 0 and group["wrong"] > 0) for group in groups]
+    pooled[f"{KTAE.family}/informative_groups"] = [float(group["right"] > 0 and group["wrong"] > 0) for group in groups]
     return {name: fmean(values) for name, values in pooled.items() if values}

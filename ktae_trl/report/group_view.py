@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ktae_trl.credit.ktae.method import KTAE
 from ktae_trl.credit.ktae.values import key_token_table
 from ktae_trl.report.records import Method, Record
 from ktae_trl.report.tokens import visible
@@ -35,16 +36,21 @@ def split(record: Record) -> Iterator[list[dict[str, Any]]]:
     yield from groups.values()
 
 
+def is_key_token_value(method: Method) -> bool:
+    """Return whether the credit of a record is the statistic that is computed again here."""
+    return method.credit == KTAE.name
+
+
 def counted(method: Method, row: dict[str, Any]) -> list[bool]:
-    """Return which tokens of a rollout count: those trained on; in a tree all, as one row trains what several share."""
-    return [True] * len(row["trained"]) if method.credit == "tree" else row["trained"]
+    """Return which tokens of a rollout count: those trained on; where rows share tokens all, as one row trains them."""
+    return [True] * len(row["trained"]) if method.shares_tokens else row["trained"]
 
 
 def statistics(method: Method, rows: list[dict[str, Any]]) -> Statistics:
     """Compute the key-token statistics of a group from its rows' token ids and verdicts.
 
     Args:
-        method: its weights, leave-one-out and special ids are used, whatever its credit is.
+        method: KTAE's settings are used as it has them, the defaults for other credit; and its special ids.
         rows: all rows of one group, with the columns of `records.schema`.
     """
     lengths = [len(row["token_ids"]) for row in rows]
@@ -54,16 +60,15 @@ def statistics(method: Method, rows: list[dict[str, Any]]) -> Statistics:
         ids[0, i, :length] = torch.tensor(row["token_ids"], dtype=torch.int64)
         mask[0, i, :length] = torch.tensor(counted(method, row), dtype=torch.bool)
     correct = torch.tensor([[row["correct"] is True for row in rows]])
-    settings = {
-        "fisher_weight": method.fisher_weight,
-        "ig_weight": method.ig_weight,
-        "tf_weight": method.tf_weight,
+    settings = KTAE.options(method.settings)
+    leave_one_out = settings.pop("leave_one_out")
+    settings |= {
         "scored": torch.tensor([[row["correct"] is not None for row in rows]]),
         "ignore_ids": method.special_ids,
     }
     table = key_token_table(ids, mask, correct, **settings)
     values = table.values
-    if method.leave_one_out:
+    if leave_one_out:
         values = key_token_table(ids, mask, correct, leave_one_out=True, **settings).values
     K = dict(zip(ids[table.values != 0].tolist(), table.values[table.values != 0].tolist(), strict=True))
     columns = [getattr(table, name).tolist() for name in ("a", "b", "p", "F", "IG", "D")]
@@ -156,7 +161,7 @@ def _notes(method: Method, rows: list[dict[str, Any]], found: Statistics) -> lis
         notes.append(f"All rollouts that count are {side}: there is nothing to compare, so K is 0 for all tokens.")
     if silent:
         notes.append(f"Rollouts without a token that is trained on do not count: {silent}.")
-    if method.credit == "ktae":
+    if is_key_token_value(method):
         differences = [
             abs(recorded - again)
             for row, values in zip(rows, found.values, strict=True)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ktae_trl.report.contents import collect
-from ktae_trl.report.group_view import clip, describe, split
+from ktae_trl.report.group_view import clip, describe, is_key_token_value, split
 from ktae_trl.report.page import write
 from ktae_trl.report.records import Method, Record
 from ktae_trl.report.tokens import colour, one_line, shade, visible
@@ -51,7 +51,7 @@ class KeyTokens(NamedTuple):
             rest=len(groups) - len(some),
             summary=self.summary(),
             ramp=[colour(i / 10) for i in range(-10, 11)],
-            ends=_ENDS.get(self.record.method.how, ("K: wrong -1", "+1 right")),
+            ends=_ends(self.record.method),
         )
 
 
@@ -76,8 +76,12 @@ def _written(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:+.4f}"
 
 
-# What the ends of the colours mean, by how the credit met the advantages.
-_ENDS = {"scale": ("weight 0", "2 or more"), "replace": ("advantage below 0", "above 0")}
+def _ends(method: Method) -> tuple[str, str]:
+    """Return what the ends of the colours mean."""
+    if method.how is None or is_key_token_value(method):
+        return "K: wrong -1", "+1 right"
+    ends = {"scale": ("weight 0", "2 or more"), "replace": ("advantage below 0", "above 0")}
+    return ends.get(method.how, (f"{visible(method.symbol)}: -1", "+1"))
 
 
 def _inline(method: Method, rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -240,18 +240,19 @@
     const K = data.tokens.K;
     const all = [];
     const credit = (name, of, ends) => all.push({ name, of, ends });
+    const { name, symbol } = method.value ?? {};
     if (method.how === "multiply" || method.how === "add") {
-      credit("key-token value K", (r, c) => r.cells.value[c], ["−1 wrong", "right +1"]);
+      credit(name, (r, c) => r.cells.value[c], method.key_tokens ? ["−1 wrong", "right +1"] : ["−1", "+1"]);
     } else if (method.how === "scale") {
-      credit("weight w", (r, c) => (r.cells.value[c] === null ? 0 : asNumber(r.cells.value[c]) - 1), ["w = 0", "2 or more"]);
+      credit(name, (r, c) => (r.cells.value[c] === null ? 0 : asNumber(r.cells.value[c]) - 1), [`${symbol} = 0`, "2 or more"]);
     } else if (method.how === "replace") {
       const most = largest(data.rollouts.flatMap((r) => r.cells.value)) || 1;
       const ends = [decimal(-most, true), decimal(most, true)];
-      credit("segment advantage v", (r, c) => asNumber(r.cells.value[c]) / most, ends);
+      credit(name, (r, c) => asNumber(r.cells.value[c]) / most, ends);
     }
-    if (!all.length || method.how === "scale" || method.how === "replace") {
-      const name = "key-token value K (computed for this page, not trained with)";
-      credit(name, (r, c) => (r.cells.trained[c] || method.credit === "tree" ? K[r.cells.token[c]] : 0), ["−1 wrong", "right +1"]);
+    if (!method.key_tokens) {
+      const computed = "key-token value K (computed for this page, not trained with)";
+      credit(computed, (r, c) => (r.cells.trained[c] || method.shares_tokens ? K[r.cells.token[c]] : 0), ["−1 wrong", "right +1"]);
     }
     const most = largest(data.rollouts.flatMap((r) => r.cells.advantage)) || 1;
     const ends = [decimal(-most, true), decimal(most, true)];
@@ -470,7 +471,7 @@
     const cell = data.at[span.place];
     const token = data.cells.token[cell];
     const { tokens, right, wrong } = shown.data;
-    const { value } = shown.method;
+    const { value, how, key_tokens: keyTokens } = shown.method;
     const facts = make("dl");
     const fact = (name, text, wide = false) => {
       const number = make("dd", { textContent: text, className: wide ? "wide" : "" });
@@ -479,8 +480,8 @@
     };
     const gap = () => facts.append(make("div", { className: "gap" }));
     const counted = tokens.p[token] !== null;
-    if (value) fact(value.symbol, decimal(data.cells.value[cell], value.symbol !== "w"));
-    if (value?.symbol !== "K" && counted) fact("K", decimal(tokens.K[token], true));
+    if (value) fact(value.symbol, decimal(data.cells.value[cell], how !== "scale"));
+    if (!keyTokens && counted) fact("K", decimal(tokens.K[token], true));
     fact("A'", decimal(data.cells.advantage[cell], true));
     fact("A", decimal(data.advantage, true));
     if (counted) {

@@ -20,7 +20,7 @@ from ktae_trl.files.writing import open_to_append, replace_json_lines, replacing
 
 FOLDER = "rollouts"
 METRICS = "metrics.jsonl"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # of 1, the metadata differ
 _METADATA = b"ktae_trl"
 _NAME = re.compile(r"step_(\d+)\.parquet", re.ASCII)
 logger = logging.getLogger(__name__)
@@ -50,17 +50,54 @@ def schema(rewards: list[str]) -> pa.Schema:
 
 
 class Method(NamedTuple):
-    """How the credit of a record was made: enough to explain it again."""
+    """How the credit of a record was made: enough to explain it again, and to show it without the method's code."""
 
-    credit: str  # as in the config: ktae, oar_g, ..., none
+    credit: str  # as in the config: ktae, oar_g, ..., none, or a dotted path
     how: str | None  # how it met the advantages: multiply, add, scale, replace
-    # KTAE's: the arguments of key_token_table
-    fisher_weight: float = 1.0
-    ig_weight: float = 1.0
-    tf_weight: float = 1.0
-    leave_one_out: bool = False
+    settings: dict[str, Any] = {}  # the method's own fields of the config
+    title: str = ""
+    value: str = ""  # what a token's value is called, its symbol last
+    panels: dict[str, list[str]] = {}  # title of a curve -> its metrics
+    shares_tokens: bool = False  # rows share tokens, each of which is trained in one row
     special_ids: tuple[int, ...] = ()
     generated_groups: int | None = None  # in the generation, of which some may be recorded only
+
+    @property
+    def value_name(self) -> str:
+        """Return what a token's value is called; empty without credit."""
+        names = {"scale": "weight w", "replace": "token advantage v", None: ""}
+        return self.value or names.get(self.how, "token value c")
+
+    @property
+    def symbol(self) -> str:
+        """Return the letter of a token's value."""
+        return self.value_name.rpartition(" ")[2]
+
+
+def method_of(kind, how: str | None, settings: dict[str, Any], **more) -> Method:
+    """Return what records say of a credit method (a class).
+
+    Args:
+        how: None without credit.
+        settings: its own fields of the config.
+        more: the other fields of `Method`.
+    """
+    return Method(kind.name, how, settings, kind.title, kind.value, kind.panels, kind.shares_tokens, **more)
+
+
+def _of_schema_1(fields: dict[str, Any]) -> Method:
+    """Return the method of a record of version 0.1, which had settings of KTAE, whatever its credit."""
+    from ktae_trl.credit import METHODS  # loads torch
+    from ktae_trl.credit.ktae.method import KTAE
+    from ktae_trl.credit.method import GRPO
+
+    weights = {name: fields.pop(name) for name in KTAE.options({}) if name in fields}
+    credit, how = fields.pop("credit"), fields.pop("how")
+    kind = {**METHODS, GRPO.name: GRPO}.get(credit)
+    if kind is None:
+        return Method(credit, how, **fields)
+    settings = KTAE.settings_from(weights, how) if kind is KTAE else {}
+    return method_of(kind, how, settings, **fields)
 
 
 class Record(NamedTuple):
@@ -73,7 +110,7 @@ class Record(NamedTuple):
 def write(path: Path, record: Record) -> None:
     """Write a record; who reads at the same time sees all of it or nothing."""
     names = sorted({name for row in record.rows for name in row["rewards"]})
-    columns = schema(names).with_metadata({_METADATA: json.dumps(record.method._asdict()).encode()})
+    columns = schema(names).with_metadata({_METADATA: json.dumps(record.method._asdict(), default=str).encode()})
     rows = [{"schema_version": SCHEMA_VERSION, **row} for row in record.rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as draft:
@@ -95,13 +132,13 @@ def read(path: str | Path) -> Record:
     if text is None or "schema_version" not in table.column_names:
         raise UserError(f"{path} is not a record of ktae_trl: it lacks its metadata")
     versions = set(table["schema_version"].to_pylist())
-    if versions - {SCHEMA_VERSION}:
+    if versions - {1, SCHEMA_VERSION}:
         raise UserError(
-            f"{path} has schema version {max(versions)}, this ktae_trl reads {SCHEMA_VERSION}: use the version of "
-            "ktae_trl that wrote it"
+            f"{path} has schema version {max(versions)}, this ktae_trl reads 1 and {SCHEMA_VERSION}: use the "
+            "version of ktae_trl that wrote it"
         )
     try:
-        method = Method(**json.loads(text))
+        method = (_of_schema_1 if 1 in versions else lambda fields: Method(**fields))(json.loads(text))
     except TypeError as error:
         raise UserError(f"{path} was made by another version of ktae_trl: {error}") from None
     method = method._replace(special_ids=tuple(method.special_ids))

@@ -8,16 +8,14 @@ import torch
 
 from ktae_trl.arguments import UserError
 from ktae_trl.credit.combine import combine as combine_with
-from ktae_trl.credit.ktae.values import check_weights
+from ktae_trl.credit.ktae.method import COMBINE, KTAE
 from ktae_trl.files.lines import read_json_lines
 from ktae_trl.grading import grade_many
 from ktae_trl.report.group_view import statistics
 from ktae_trl.report.notebook import KeyTokens
 from ktae_trl.report.page import progress
-from ktae_trl.report.records import Method, Record
+from ktae_trl.report.records import Record, method_of
 from ktae_trl.report.tokens import token_strings
-
-COMBINE = ("multiply", "add")
 
 
 def explain(
@@ -53,7 +51,8 @@ def explain(
     """
     if combine not in COMBINE:
         raise UserError(f"combine must be one of {', '.join(COMBINE)}, not {combine!r}")
-    check_weights(fisher_weight, ig_weight, tf_weight)
+    weights = {"fisher_weight": fisher_weight, "ig_weight": ig_weight, "tf_weight": tf_weight}
+    settings = KTAE.settings_from({**weights, "leave_one_out": leave_one_out}, combine)
     rows = list(rows)
     if not rows:
         raise UserError("There are no rollouts to explain")
@@ -68,9 +67,8 @@ def explain(
         groups.setdefault(prompt, []).append(i)
 
     special = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    weights = {"fisher_weight": fisher_weight, "ig_weight": ig_weight, "tf_weight": tf_weight}
     ids = tuple(sorted({i for i in special if i is not None}))
-    method = Method("ktae", combine, **weights, leave_one_out=leave_one_out, special_ids=ids)
+    method = method_of(KTAE, combine, settings, special_ids=ids)
     strings: dict[int, str] = {}
     explained = []
     for number, members in enumerate(progress(groups.values(), "Valuing tokens")):

@@ -11,6 +11,7 @@ from datasets import Dataset
 from trl import GRPOConfig
 
 from ktae_trl.config import KTAEGRPOConfig
+from ktae_trl.credit import METHODS, find_method
 
 # What the buffered rollouts of a checkpoint are made of, and for how long they are used.
 LAYOUT = (
@@ -24,7 +25,8 @@ LAYOUT = (
 )
 _FOR_SAMPLING = ("dynamic_sampling", "dynamic_sampling_max_batches")
 _FOR_NO_ROLLOUT = (
-    "oar_token_budget",
+    *(name for method in METHODS.values() for name in method.no_effect),
+    "credit_in_evaluation",
     "record_steps",
     "record_groups",
     "allow_inexact_resume",
@@ -36,7 +38,7 @@ _OF_METHODS = tuple(
     for name in (field.name for field in fields(KTAEGRPOConfig))
     if name not in (*LAYOUT, *_FOR_NO_ROLLOUT, *(field.name for field in fields(GRPOConfig)))
 )
-
+OWN = "settings of the credit method"  # those of a user's own
 ROWS, HASH = "number of training prompts", "hash of training prompts"
 
 
@@ -73,6 +75,7 @@ KINDS = (
     Kind(
         (
             *_OF_METHODS,
+            OWN,
             *("reward_funcs", "reward_weights", "scale_rewards", "multi_objective_aggregation", "overlong_buffer"),
             *("max_completion_length", "mask_truncated_completions", "temperature", "chat_template_kwargs"),
             *("beta", "use_vllm", "vllm_importance_sampling_correction", "vllm_importance_sampling_mode"),
@@ -125,6 +128,15 @@ def fingerprint(data) -> dict[str, Any]:
         n, prompts = None, [row["prompt"] for row in islice(data, _SAMPLE_OF_A_STREAM)]
     text = json.dumps(prompts, sort_keys=True, default=lambda value: type(value).__name__)
     return {ROWS: n, HASH: hashlib.sha256(text.encode()).hexdigest()[:12]}
+
+
+def own_settings(args: KTAEGRPOConfig) -> dict[str, Any]:
+    """Return the settings of a user's credit method that shape training, under one name."""
+    method = find_method(args.credit)
+    known = {field.name for field in fields(KTAEGRPOConfig)}
+    settings = method.settings_of(args).items()
+    own = {name: value for name, value in settings if name not in known and name not in method.no_effect}
+    return {OWN: own} if own else {}
 
 
 class Changes:

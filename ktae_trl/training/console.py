@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import ProgressCallback
 
+from ktae_trl.credit import find_method
 from ktae_trl.report.group_view import LONGEST_TOKEN, clip
 from ktae_trl.report.records import Record
 from ktae_trl.report.tokens import colour, shade, visible
@@ -24,25 +25,6 @@ _COLUMNS = {
     "entropy": ("entropy", "{:.3f}"),
     "s/step": ("step_time", "{:.2f}"),
 }
-_OAR_COLUMNS = {
-    "answered": ("oar/answered", "{:.0%}"),
-    "|w-1|": ("oar/mean_change", "{:.2f}"),
-}
-_CREDIT_COLUMNS = {
-    "ktae": {
-        "mixed": ("ktae/informative_groups", "{:.0%}"),
-        "K right": ("ktae/value_right", "{:+.3f}"),
-        "K wrong": ("ktae/value_wrong", "{:+.3f}"),
-        "|K|>.9": ("ktae/saturated", "{:.0%}"),
-        "A'/A": ("ktae/advantage_ratio", "{:.2f}"),
-    },
-    "oar_g": _OAR_COLUMNS,
-    "oar_p": _OAR_COLUMNS,
-    "tree": {
-        "tokens": ("tree/generated_tokens", "{:.0f}"),  # of a prompt
-        "A≠0": ("tree/trained_share", "{:.0%}"),
-    },
-}
 _SAMPLING_COLUMNS = {
     "batches": ("dynamic_sampling/generations", "{:.1f}"),
     "mixed": ("dynamic_sampling/informative_groups", "{:.0%}"),  # of all that were sampled
@@ -51,9 +33,9 @@ _SAMPLING_COLUMNS = {
 
 _PROMPT_CHARACTERS, _TOKENS = 300, 400  # of a sample, that are printed
 _LEGEND = {
-    "multiply": [("K = -1: speaks for wrong", -1.0), ("0", 0.0), ("K = +1: speaks for right", 1.0)],
-    "add": [("K = -1: speaks for wrong", -1.0), ("0", 0.0), ("K = +1: speaks for right", 1.0)],
-    "scale": [("w = 0: no weight", -1.0), ("1", 0.0), ("w = 2 and more", 1.0)],
+    "multiply": [("{} = -1: speaks for wrong", -1.0), ("0", 0.0), ("{} = +1: speaks for right", 1.0)],
+    "add": [("{} = -1: speaks for wrong", -1.0), ("0", 0.0), ("{} = +1: speaks for right", 1.0)],
+    "scale": [("{} = 0: no weight", -1.0), ("1", 0.0), ("{} = 2 and more", 1.0)],
     "replace": [("least advantage", -1.0), ("0", 0.0), ("greatest advantage", 1.0)],
 }
 
@@ -63,7 +45,7 @@ class MetricsTable(ProgressCallback):
 
     def __init__(self, credit: str, dynamic_sampling: bool):
         super().__init__()
-        self._columns = _COLUMNS | _CREDIT_COLUMNS.get(credit, {}) | (_SAMPLING_COLUMNS if dynamic_sampling else {})
+        self._columns = _COLUMNS | find_method(credit).columns | (_SAMPLING_COLUMNS if dynamic_sampling else {})
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -87,12 +69,12 @@ def print_sample(record: Record, step: int) -> None:
 
     A terminal that cannot show it, or is gone, is a warning.
     """
-    how = record.method.how
+    how, symbol = record.method.how, record.method.symbol
     prompt = visible(" ".join(record.rows[0]["prompt"].split()))  # its end holds the question
     table = Table(
         box=box.SIMPLE_HEAD,
         title=Text(f"Step {step}: {'...' if len(prompt) > _PROMPT_CHARACTERS else ''}{prompt[-_PROMPT_CHARACTERS:]}"),
-        caption=Text.assemble(*((f" {name} ", _style(value)) for name, value in _LEGEND[how])),
+        caption=Text.assemble(*((f" {name.format(symbol)} ", _style(value)) for name, value in _LEGEND[how])),
         title_justify="left",
         caption_justify="left",
         title_style="bold",

@@ -2,12 +2,13 @@
 
 import logging
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from ktae_trl.credit import find_method
 from ktae_trl.grading import find_answer
+from ktae_trl.rewards import texts_of
 from ktae_trl.rollouts.verdicts import AUTO, Verdicts
 
 logger = logging.getLogger(__name__)
@@ -49,10 +50,12 @@ class FirstLook:
         args: a `KTAEGRPOConfig`.
         correctness: name of the correctness reward.
         reads_answers: whether that reward looks for an answer in the form that the run asks for.
+        opened_think: whether the chat template ends prompts with an open `<think>`.
     """
 
-    def __init__(self, args, correctness: str, reads_answers: bool):
+    def __init__(self, args, correctness: str, reads_answers: bool, opened_think: bool):
         self.args, self.correctness, self.reads_answers = args, correctness, reads_answers
+        self.opened_think = opened_think
         self.seen = Seen()
         self._told = False
 
@@ -60,7 +63,8 @@ class FirstLook:
         self,
         reward_PG: Tensor,
         verdicts: Verdicts,
-        completions: Sequence[str],
+        prompts: list,
+        completions: list,
         cut_off: float,
         stats: dict[str, tuple[float, float]],
     ) -> None:
@@ -69,7 +73,7 @@ class FirstLook:
         Args:
             reward_PG: the correctness reward, NaN where there is none.
             verdicts: made of it.
-            completions: texts of the P G rollouts.
+            prompts, completions: of the P G rollouts, texts or conversations.
             cut_off: the share of them that did not end within `max_completion_length`.
             stats: the credit method's metrics, numerators and denominators.
         """
@@ -78,7 +82,8 @@ class FirstLook:
             return
         given = reward_PG[~reward_PG.isnan()]
         spread_P = reward_PG.nan_to_num(-math.inf).amax(1) > reward_PG.nan_to_num(math.inf).amin(1)
-        without = [text for text in completions if find_answer(text, self.args.answer_format) is None]
+        texts = texts_of(completions, prompts, self.opened_think)
+        without = [text for text in texts if find_answer(text, self.args.answer_format) is None]
         seen.generations += 1
         seen.groups += len(reward_PG)
         seen.informative += int((verdicts.informative if by_verdict(self.args) else spread_P).sum())
@@ -108,13 +113,13 @@ class FirstLook:
 
 
 def no_answer(seen: Seen, args, correctness: str, reads_answers: bool) -> str | None:
-    """Return what to say if no completion has an answer in the form that the rewards or OAR read, else None."""
-    unread = reads_answers and not seen.answered
-    if not unread and not (args.credit.startswith("oar") and not seen.stats.get("oar/answered")):
+    """Return what to say if no completion has an answer in the form that rewards or credit read, else None."""
+    unread, answered = reads_answers and not seen.answered, find_method(args.credit).answered
+    if not unread and not (answered and not seen.stats.get(answered)):
         return None
-    who = (
-        f"{correctness} reads, so that all are wrong" if unread else "OAR looks for, so that all tokens weigh the same"
-    )
+    who = f"credit: {args.credit} looks for, so that all tokens count the same"
+    if unread:
+        who = f"{correctness} reads, so that all are wrong"
     remedies = ["ask for this form in system_prompt", "or set answer_format to the form that the model writes"]
     if seen.cut_off >= _MANY * seen.rollouts:
         remedies.insert(0, f"raise max_completion_length ({args.max_completion_length} tokens)")
@@ -129,13 +134,7 @@ def no_signal(seen: Seen, args, correctness: str) -> str | None:
     """Return what to say if no group of the first generations has anything to learn from, else None."""
     first = f"the first {seen.groups} groups ({seen.generations} generations)"
     if seen.informative:
-        signals = [total for name, total in seen.stats.items() if name.startswith("tree/signal_depth_")]
-        if any(signals) or not signals:
-            return None
-        return (
-            f"No siblings in the trees of {first} differ by tree_min_spread ({args.tree_min_spread:g}), so that no "
-            "segment is trained. Lower tree_min_spread."
-        )
+        return find_method(args.credit).no_signal(seen.stats, args, first)
     right, wrong = seen.right, seen.judged - seen.right
     threshold, low, high = args.correctness_threshold, f"{seen.lowest:g}", f"{seen.highest:g}"
     more = "" if args.dynamic_sampling else ", or set dynamic_sampling: true"
@@ -173,7 +172,7 @@ def no_signal(seen: Seen, args, correctness: str) -> str | None:
 
 def by_verdict(args) -> bool:
     """Return whether a run learns from right against wrong rollouts, and not from different rewards only."""
-    return args.dynamic_sampling or not (args.credit == "none" or args.credit.startswith("oar"))
+    return args.dynamic_sampling or find_method(args.credit).needs_both_sides
 
 
 def _cut_off(seen: Seen) -> str:

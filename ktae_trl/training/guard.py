@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from ktae_trl.arguments import UserError
@@ -85,6 +86,24 @@ def check_weights(model: nn.Module, what: str) -> bool:
     if bad:
         logger.warning("%s is not saved: %d weights are not finite, the first is %s.", what, len(bad), bad[0])
     return not bad
+
+
+def require_finite(model: nn.Module, what: object, step: int, *, together: bool) -> None:
+    """Raise NotFiniteError instead of saving weights that are not finite.
+
+    Args:
+        what: is to be saved.
+        step: of the optimizer, for the message.
+        together: all processes ask, so that all raise it; each may hold a part of its own (ZeRO-3, FSDP).
+    """
+    finite = check_weights(model, str(what))
+    if together:
+        finite = all(gather_object([finite]))
+    if not finite:
+        raise NotFiniteError(
+            f"at step {step} some weights are not finite. Start a new run from the model of an earlier checkpoint "
+            "(--model_name_or_path) with a lower learning_rate"
+        )
 
 
 def _own_part(parameter: nn.Parameter) -> Tensor:

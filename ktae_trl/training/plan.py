@@ -20,8 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainerState
 from trl import GRPOConfig, ModelConfig
 from trl.trainer.utils import get_callable_name
 
-from ktae_trl import tiny
-from ktae_trl.arguments import UserError, loading
+from ktae_trl.arguments import UserError, loading, model_path
 from ktae_trl.config import KTAEGRPOConfig
 from ktae_trl.data.columns import column_values, original_column
 from ktae_trl.grading import gradable, write_answer
@@ -67,9 +66,7 @@ class ModelSize(NamedTuple):
 def model_size(name: str, revision: str | None = None, trust_remote_code: bool = False) -> ModelSize:
     """Count the parameters of a model from its configuration; no weights are loaded."""
     with loading(f"The configuration of {name!r}", by="model_name_or_path"):
-        config = AutoConfig.from_pretrained(
-            tiny.model_path(name), revision=revision, trust_remote_code=trust_remote_code
-        )
+        config = AutoConfig.from_pretrained(model_path(name), revision=revision, trust_remote_code=trust_remote_code)
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     model.tie_weights()

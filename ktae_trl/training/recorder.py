@@ -9,6 +9,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from transformers import TrainerCallback
 
+from ktae_trl.credit import find_method
 from ktae_trl.credit.combine import combine
 from ktae_trl.files.model_files import PAGE
 from ktae_trl.report import records
@@ -122,17 +123,9 @@ class Recorder(TrainerCallback):
             logger.warning("What was to be recorded is lost: %s", error)
 
     def _method(self, how: str | None, groups: int) -> records.Method:
-        args = self.args
-        return records.Method(
-            credit=args.credit,
-            how=how,
-            fisher_weight=args.ktae_fisher_weight,
-            ig_weight=args.ktae_ig_weight,
-            tf_weight=args.ktae_tf_weight,
-            leave_one_out=args.ktae_leave_one_out,
-            special_ids=self.special_ids,
-            generated_groups=groups,
-        )
+        method = find_method(self.args.credit)
+        settings = method.settings_of(self.args)
+        return records.method_of(method, how, settings, special_ids=self.special_ids, generated_groups=groups)
 
     def _rows(self, groups, step, batch, rewards, correct_PG, scored_PG, how) -> list[dict]:
         """Return the rows of these groups that this process holds."""

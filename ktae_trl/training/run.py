@@ -19,8 +19,8 @@ from transformers import AutoTokenizer, ProgressCallback, TrainerCallback
 from trl import GRPOConfig, ModelConfig, get_peft_config, get_quantization_config
 from trl.trainer.utils import get_callable_name
 
-from ktae_trl import KTAEGRPOConfig, KTAEGRPOTrainer, tiny
-from ktae_trl.arguments import UserError, first_line, loading, need, parse, settings_help, user_errors
+from ktae_trl.arguments import UserError, first_line, loading, model_path, need, parse, settings_help, user_errors
+from ktae_trl.config import KTAEGRPOConfig, config_class
 from ktae_trl.credit import METHODS
 from ktae_trl.data import DataArguments, load_prompts
 from ktae_trl.files.checkpoints import ResumeError, candidates, wants_to_resume
@@ -68,7 +68,7 @@ class RunArguments(DataArguments):
 class HeldOutAccuracy(TrainerCallback):
     """Measures the accuracy before training, once the model is prepared; a resumed run keeps its first figure."""
 
-    def __init__(self, trainer: KTAEGRPOTrainer, run: RunArguments):
+    def __init__(self, trainer, run: RunArguments):
         self.trainer, self.samples = trainer, run.held_out_samples
         self.before: Accuracy | None = None
 
@@ -123,7 +123,7 @@ def load(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig):
     name = model.model_name_or_path
     with loading(f"The tokenizer of {name!r}", by="model_name_or_path"):
         tokenizer = AutoTokenizer.from_pretrained(
-            tiny.model_path(name),
+            model_path(name),
             revision=model.model_revision,
             padding_side="left",
             trust_remote_code=args.trust_remote_code,
@@ -156,8 +156,10 @@ def load_reward_functions(run: RunArguments, args: KTAEGRPOConfig) -> list[Calla
     return functions
 
 
-def build_trainer(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -> KTAEGRPOTrainer:
+def build_trainer(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig):
     """Build what a recipe describes: data, rewards, model, trainer."""
+    from ktae_trl.trainer import KTAEGRPOTrainer  # once the settings are known to be good
+
     args.model_init_kwargs = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
@@ -168,7 +170,7 @@ def build_trainer(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig) -
     train_dataset, eval_dataset, tokenizer = load(run, args, model)
     try:
         trainer = KTAEGRPOTrainer(
-            model=tiny.model_path(model.model_name_or_path),
+            model=model_path(model.model_name_or_path),
             reward_funcs=reward_funcs,
             args=args,
             train_dataset=train_dataset,
@@ -210,7 +212,7 @@ def train(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig, program: 
         start(trainer, run, program)
 
 
-def start(trainer: KTAEGRPOTrainer, run: RunArguments, program: str = "train.py") -> None:
+def start(trainer, run: RunArguments, program: str = "train.py") -> None:
     """Train, and end with one line where that says all."""
     held_out = None
     if trainer.eval_dataset is not None and run.held_out_samples > 0:
@@ -227,7 +229,7 @@ def start(trainer: KTAEGRPOTrainer, run: RunArguments, program: str = "train.py"
         sys.exit(f"\n{program}: {error}")
 
 
-def train_and_save(trainer: KTAEGRPOTrainer, held_out: HeldOutAccuracy | None, advice: Advice) -> None:
+def train_and_save(trainer, held_out: HeldOutAccuracy | None, advice: Advice) -> None:
     args, say = trainer.args, trainer.accelerator.print
     trained = trainer.train(args.resume_from_checkpoint)
     minutes, seconds = divmod(round(trained.metrics["train_runtime"]), 60)
@@ -264,7 +266,7 @@ def read_arguments(words: Sequence[str], program: str = "train.py") -> tuple[Run
     if not torch.accelerator.is_available():
         (run,) = parse((RunArguments,), program, words, others=True)
         words = [*words, "--use_cpu", "true"] if run.dry_run else words
-    run, args, model = parse((RunArguments, KTAEGRPOConfig, ModelConfig), program, words)
+    run, args, model = parse((RunArguments, config_class(words, program), ModelConfig), program, words)
     if wants_to_resume(args.resume_from_checkpoint):  # before anything is loaded
         candidates(args.resume_from_checkpoint, args.output_dir)
     check_trackers(args)
@@ -281,20 +283,28 @@ def check_trackers(args: KTAEGRPOConfig) -> None:
             logger.warning("No logs for TensorBoard, which is not installed: pip install 'ktae-trl[trackers]'")
 
 
-def show_help(usage: str) -> None:
-    """Print the usage and all settings, in groups."""
+def show_help(usage: str, words: Sequence[str] = ()) -> None:
+    """Print the usage and all settings, in groups, with those of the credit method that the words name."""
+    config = config_class([word for word in words if word not in ("-h", "--help")], "train")
     own, trl = RunArguments.__annotations__, GRPOConfig.__annotations__
     groups: dict[str, list[dataclasses.Field]] = {
         "run": [setting for setting in dataclasses.fields(RunArguments) if setting.name in own],
         "data": list(dataclasses.fields(DataArguments)),
         "credit": [],
     }
-    for setting in dataclasses.fields(KTAEGRPOConfig):
-        if setting.name not in GRPOConfig.__dataclass_fields__:
-            prefix = setting.name.partition("_")[0]
-            methods = ", ".join(name for name in METHODS if name.startswith(prefix))
-            other = {"dynamic": "DAPO", "record": "records", "allow": "run"}.get(prefix, "credit")
-            groups.setdefault(f"credit: {methods}" if methods else other, []).append(setting)
+    others = {"dynamic": "DAPO", "record": "records", "allow": "run"}
+    of_methods: dict[type, list[str]] = {}
+    for name, method in METHODS.items():
+        of_methods.setdefault(method.Settings, []).append(name)
+    for settings, names in of_methods.items():
+        groups[f"credit: {', '.join(names)}"] = list(dataclasses.fields(settings))
+    shown = {setting.name for group in groups.values() for setting in group} | set(GRPOConfig.__dataclass_fields__)
+    for setting in dataclasses.fields(config):
+        if setting.name not in shown:
+            title = others.get(setting.name.partition("_")[0], "credit")
+            if setting.name not in KTAEGRPOConfig.__dataclass_fields__:
+                title = "credit: your own method"
+            groups.setdefault(title, []).append(setting)
     groups["model"] = list(dataclasses.fields(ModelConfig))
     groups["TRL's GRPO"] = [setting for setting in dataclasses.fields(GRPOConfig) if setting.name in trl]
     groups["transformers' Trainer"] = [setting for setting in dataclasses.fields(GRPOConfig) if setting.name not in trl]
@@ -305,7 +315,7 @@ def main(words: Sequence[str] | None = None, program: str = "train.py") -> None:
     """Train as the command line says, by default that of this process."""
     words = sys.argv[1:] if words is None else words
     if {"-h", "--help"} & set(words):
-        return show_help(f"{program} --config FILE.yaml [--field value ...]")
+        return show_help(f"{program} --config FILE.yaml [--field value ...]", words)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     end_with_launcher()
     with user_errors(program):

@@ -1,17 +1,13 @@
 """Every credit method, in every way of training: it runs, learns something, and survives groups without a signal."""
 
 import math
-import re
-from pathlib import Path
 
 import pytest
-import torch
 from peft import LoraConfig
 
+from ktae_trl import tiny
 from ktae_trl.credit import METHODS
 from tests.trainers import difference, logged, make_trainer, prompts, weights
-
-CONTRIBUTING = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
 
 
 def by_turns(completions, **kwargs):
@@ -26,16 +22,22 @@ METHOD_SETTINGS = {
     "loss_type": "dapo",
     "oar_token_budget": 2000,
 }
+# With settings of its own each.
+EXAMPLES = {
+    "tests.credit.examples.EntropyWeight": {"entropy_floor": 0.2},
+    "tests.credit.examples.SegmentValues": {"segment_tokens": 12, "segment_samples": 2},
+    "tests.credit.examples.SecondOpinion": {"second_model": str(tiny.MODEL)},
+    "tests.credit.examples.early": {},
+}
 LORA = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
 
 
 @pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
-@pytest.mark.parametrize("credit", ["none", *METHODS])
+@pytest.mark.parametrize("credit", ["none", *METHODS, *EXAMPLES])
 def test_three_steps(tmp_path, credit, peft_config):
-    data = prompts(12)
-    trainer = make_trainer(
-        tmp_path, credit=credit, reward_funcs=by_turns, train_dataset=data, peft_config=peft_config, **METHOD_SETTINGS
-    )
+    settings = {**METHOD_SETTINGS, **EXAMPLES.get(credit, {})}
+    data = {"reward_funcs": by_turns, "train_dataset": prompts(12)}
+    trainer = make_trainer(tmp_path, credit=credit, peft_config=peft_config, **data, **settings)
     before = weights(trainer)
     trainer.train()
     assert trainer.state.global_step == 3
@@ -46,29 +48,15 @@ def test_three_steps(tmp_path, credit, peft_config):
 
 
 @pytest.mark.parametrize("reward", [1.0, 0.0, None], ids=["right", "wrong", "unscorable"])
-@pytest.mark.parametrize("credit", ["none", *METHODS])
+@pytest.mark.parametrize("credit", ["none", *METHODS, *EXAMPLES])
 def test_a_batch_without_any_signal_moves_nothing(tmp_path, credit, reward):
     trainer = make_trainer(
         tmp_path,
         credit=credit,
         reward_funcs=lambda completions, **kwargs: [reward] * len(completions),
-        **{**METHOD_SETTINGS, "max_steps": 1},
+        **{**METHOD_SETTINGS, **EXAMPLES.get(credit, {}), "max_steps": 1},
     )
     before = weights(trainer)
     trainer.train()
     assert difference(before, weights(trainer)) == 0
     assert logged(trainer, "loss") == [0.0]
-
-
-def test_another_method_is_one_function_and_one_line(tmp_path, monkeypatch):
-    """The example of CONTRIBUTING.md, as it stands there."""
-    example = re.search(r"```python\n(# ktae_trl/credit/early.py.*?)```", CONTRIBUTING, re.DOTALL)[1]
-    names: dict = {}
-    exec(compile(example, "early.py", "exec"), names)
-    monkeypatch.setitem(METHODS, "early", names["assign"])
-    trainer = make_trainer(tmp_path, credit="early", reward_funcs=by_turns, **METHOD_SETTINGS)
-    before = weights(trainer)
-    trainer.train()
-    assert difference(before, weights(trainer)) > 0
-    assert all(0.5 < value < 1.1 for value in logged(trainer, "early/weight"))
-    assert torch.isfinite(torch.tensor(logged(trainer, "early/seconds"))).all()

@@ -17,7 +17,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from ktae_trl import tiny
 from ktae_trl.credit import oar
-from ktae_trl.rollouts.policy import Policy
+from ktae_trl.rollouts.tools import Policy
 from tests.reference.oar_loop import influences
 from tests.trainers import difference, logged, make_trainer, prompts, replay, weights
 
@@ -139,9 +139,9 @@ def test_bytes_that_make_no_character():
 def test_a_tokenizer_without_offsets_is_refused():
     slow = SimpleNamespace(is_fast=False)
     with pytest.raises(ValueError, match=r"offsets, which a slow one .* does not have.*such as credit: ktae"):
-        oar.check_offsets(slow)
+        oar.OARG(None, SimpleNamespace(tokenizer=slow))
     with pytest.raises(ValueError, match="offsets"):
-        oar.check_offsets_and_padding(slow)
+        oar.OARP(None, SimpleNamespace(tokenizer=slow))
 
 
 # Weights

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from ktae_trl.credit import tree
-from ktae_trl.credit.combine import Rollouts
-from ktae_trl.credit.tree import Shape, advantages_by_depth, node_values, sibling_advantages
-from ktae_trl.rollouts.tree import check, sample
+from ktae_trl.credit.method import Groups
+from ktae_trl.credit.tree import Shape, TreeRPO, advantages_by_depth, node_values, sample, sibling_advantages
 from tests.reference.tree_loop import Node, compare, nodes, rows
 
 EOS, NAN = 99, math.nan
@@ -53,13 +52,13 @@ def test_an_uneven_tree_by_hand():
     ids = torch.tensor([[[5, EOS, 0, 0], [5, EOS, 0, 0], [6, 7, 8, EOS], [6, 7, EOS, 0]]])
     mask = torch.tensor([[[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 1, 0]]]).bool()
     correct = torch.tensor([[True, True, True, False]])
-    rollouts = Rollouts(ids, mask, correct, torch.ones(1, 4).bool(), torch.zeros(4), *NO_PROMPTS, (EOS, 0), slice(0, 4))
-    credit = tree.assign(rollouts, settings(2, 2, 2), None)
+    groups = Groups(ids, mask, correct, torch.ones(1, 4).bool(), torch.zeros(4), *NO_PROMPTS, (EOS, 0), slice(0, 4))
+    credit = TreeRPO(settings(2, 2, 2), None).credit(groups)
     a = 1 / math.sqrt(3)
     expected = torch.tensor([[a, a, 0, 0], [0, 0, 0, 0], [-a, -a, 1, 1], [0, 0, -1, 0]])
-    torch.testing.assert_close(credit.values, expected)
-    assert credit.how == "replace"
-    stats = {name: (total.item(), count.item()) for name, (total, count) in credit.stats.items()}
+    torch.testing.assert_close(credit.values_BT, expected)
+    assert TreeRPO.how == "replace"
+    stats = {name: (total.item(), count.item()) for name, (total, count) in credit.sums.items()}
     assert stats == {
         "tree/signal_depth_1": (1, 1),
         "tree/signal_depth_2": (1, 1),
@@ -74,13 +73,11 @@ def test_a_tree_that_ended_at_once():
     """Nobody has a second segment, and no token reaches it."""
     mask = torch.tensor([[[1], [0], [1], [0]]]).bool()
     correct = torch.tensor([[True, True, False, False]])
-    rollouts = Rollouts(
-        mask.int() * EOS, mask, correct, correct | True, torch.zeros(4), *NO_PROMPTS, (EOS, 0), slice(0, 4)
-    )
-    credit = tree.assign(rollouts, settings(2, 2, 2), None)
-    torch.testing.assert_close(credit.values, torch.tensor([[1.0], [0.0], [-1.0], [0.0]]))
-    assert [x.item() for x in credit.stats["tree/signal_depth_2"]] == [0, 0]
-    assert [x.item() for x in credit.stats["tree/ending_depth"]] == [2, 2]
+    groups = Groups(mask.int() * EOS, mask, correct, correct | True, torch.zeros(4), *NO_PROMPTS, (EOS, 0), slice(0, 4))
+    credit = TreeRPO(settings(2, 2, 2), None).credit(groups)
+    torch.testing.assert_close(credit.values_BT, torch.tensor([[1.0], [0.0], [-1.0], [0.0]]))
+    assert [x.item() for x in credit.sums["tree/signal_depth_2"]] == [0, 0]
+    assert [x.item() for x in credit.sums["tree/ending_depth"]] == [2, 2]
 
 
 def test_siblings_that_are_near_are_left_alone():
@@ -158,15 +155,15 @@ def test_credit_of_random_trees(N, D, L, normalizer):
     )
     rewards = [[row[-1][0].reward for row in rows(root, N**D)] for root in roots]
     leaves = torch.tensor([[NAN if reward is None else reward for reward in row] for row in rewards])
-    rollouts = Rollouts(
+    groups = Groups(
         ids, mask, leaves > 0, ~leaves.isnan(), torch.zeros(len(roots) * N**D), *NO_PROMPTS, (), slice(None)
     )
-    credit = tree.assign(rollouts, settings(N, D, L, 0.3, normalizer), None)
-    torch.testing.assert_close(credit.values, expected.flatten(0, 1), atol=1e-5, rtol=1e-5)
+    credit = TreeRPO(settings(N, D, L, 0.3, normalizer), None).credit(groups)
+    torch.testing.assert_close(credit.values_BT, expected.flatten(0, 1), atol=1e-5, rtol=1e-5)
     assert (expected != 0).any()
 
     every = [(before, node) for root in roots for before, node in nodes(root)]
-    stats = {name: (total.item(), count.item()) for name, (total, count) in credit.stats.items()}
+    stats = {name: (total.item(), count.item()) for name, (total, count) in credit.sums.items()}
     assert stats["tree/generated_tokens"] == (sum(len(node.tokens) for _, node in every), len(roots))
     assert stats["tree/row_tokens"] == (sum(len(row) for ids, _, _ in written for row in ids), len(roots))
     assert stats["tree/trained_share"][0] == sum(len(node.tokens) for _, node in every if node.advantage)
@@ -205,13 +202,12 @@ def test_rows_of_random_trees(N, D, L, scores):
         tokens = [list(node.tokens) for node in levels[-1]]
         return tokens, [[-0.5 - t for t in segment] for segment in tokens] if scores else None
 
-    output = sample(prompt_ids, generate, settings(N, D, L), {EOS})
+    output = sample(prompt_ids, generate, Shape(N, D, L), {EOS})
     written = [written_out(root, N**D) for root in roots]
-    assert output["prompt_ids"] == prompt_ids
-    assert output["completion_ids"] == [row for ids, _, _ in written for row in ids]
-    assert output["env_mask"] == [row for _, mask, _ in written for row in mask]
-    expected = [[-0.5 - t for t in row] for row in output["completion_ids"]] if scores else None
-    assert output["logprobs"] == expected
+    assert output.completions == [row for ids, _, _ in written for row in ids]
+    assert output.trained == [row for _, mask, _ in written for row in mask]
+    expected = [[-0.5 - t for t in row] for row in output.completions] if scores else None
+    assert output.logprobs == expected
     wanted = [(i, *pair) for i, root in enumerate(roots) for pair in nodes(root)]
     assert len(asked) == D
     assert {max_tokens for _, max_tokens in asked} == {L}
@@ -227,17 +223,17 @@ def test_a_process_with_nothing_to_sample_still_asks():
         asked.append(len(prefixes))
         return [[EOS] for _ in prefixes], None
 
-    output = sample([[1]] * 8, generate, settings(2, 3, 4), {EOS})
+    output = sample([[1]] * 8, generate, Shape(2, 3, 4), {EOS})
     assert asked == [2, 0, 0]
-    assert output["completion_ids"] == [[EOS]] * 8
-    assert output["env_mask"] == [[1], [0], [0], [0]] * 2
+    assert output.completions == [[EOS]] * 8
+    assert output.trained == [[1], [0], [0], [0]] * 2
 
 
 def test_a_segment_that_fills_its_tokens_may_end_all_the_same():
     """And one that is cut short without an end-of-sequence id, as by a full context, has ended too."""
     answers = iter([[[5, EOS], [5, 5], [6], [7, EOS]], [[8, 8]] * 4])
-    output = sample([[1]] * 16, lambda prefixes, max_tokens: (next(answers), None), settings(4, 2, 2), {EOS})
-    lengths = [len(ids) for ids in output["completion_ids"]]
+    output = sample([[1]] * 16, lambda prefixes, max_tokens: (next(answers), None), Shape(4, 2, 2), {EOS})
+    lengths = [len(ids) for ids in output.completions]
     assert lengths == [2] * 4 + [4] * 4 + [1] * 4 + [2] * 4
 
 
@@ -255,4 +251,4 @@ def test_a_process_must_hold_whole_trees():
     with pytest.raises(
         ValueError, match=r"whole on a process, .* has 12 rows \(4 per_device_train_batch_size x 3 steps"
     ):
-        check(args)
+        TreeRPO.check_run(args)

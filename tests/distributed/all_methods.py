@@ -5,13 +5,13 @@ import math
 from pathlib import Path
 
 from ktae_trl.credit import METHODS
-from tests.credit.test_methods import LORA, METHOD_SETTINGS, by_turns
+from tests.credit.test_methods import EXAMPLES, LORA, METHOD_SETTINGS, by_turns
 from tests.trainers import difference, make_trainer, prompts, weights
 
 
 def main(folder: str) -> None:
     folder, done = Path(folder), {}
-    for credit in ("none", *METHODS):
+    for credit in ("none", *METHODS, *EXAMPLES):
         for kind, adapter in (("full", None), ("lora", LORA)):
             trainer = make_trainer(
                 folder / credit / kind,
@@ -20,7 +20,7 @@ def main(folder: str) -> None:
                 train_dataset=prompts(12),
                 peft_config=adapter,
                 gradient_checkpointing=True,
-                **METHOD_SETTINGS,
+                **{**METHOD_SETTINGS, **EXAMPLES.get(credit, {})},
             )
             before = weights(trainer)
             trainer.train()

@@ -93,20 +93,25 @@ class Crew:
 
 
 class Crews:
-    """One crew for each way of launching, from its first job on. A job that fails ends its crew."""
+    """The crew that is there: it ends with a job that fails, or when another one is needed (conftest.py sorts)."""
 
     def __init__(self, root: Path):
-        self.root, self.crews = root, {}
+        self.root, self.which, self.crew = root, None, None
 
     def do(self, mode: str, function: str, *arguments, processes: int = 2) -> None:
-        key = mode, processes
-        if key not in self.crews:
-            self.crews[key] = Crew(Path(tempfile.mkdtemp(dir=self.root)), mode, processes)
+        if self.which != (mode, processes):
+            self.end()
+            self.crew, self.which = Crew(Path(tempfile.mkdtemp(dir=self.root)), mode, processes), (mode, processes)
         try:
-            self.crews[key].do(function, *arguments)
+            self.crew.do(function, *arguments)
         except BaseException:
-            self.crews.pop(key).stack.close()
+            self.end()
             raise
+
+    def end(self) -> None:
+        if self.which:
+            self.crew.stack.close()
+            self.which = None
 
     def train(
         self, folder: Path, settings: dict, mode: str | None, checkpoint: Path | None = None, processes: int = 2
@@ -118,10 +123,6 @@ class Crews:
         else:
             training.main(*arguments)
         return read(folder, mode, processes)
-
-    def close(self) -> None:
-        for crew in self.crews.values():
-            crew.stack.close()
 
 
 def read(folder: Path, mode: str | None, processes: int = 2) -> list[dict]:

@@ -17,10 +17,7 @@ from tests.trainers import make_trainer
 HOLD = """
 import sys
 from pathlib import Path
-from ktae_trl.files import lock, writing
-from ktae_trl.hub import upload as hub
-from ktae_trl.files.model_files import of_model
-from tests.trainers import make_trainer
+from ktae_trl.files import lock
 
 with lock.locked(Path(sys.argv[1]), "train.py"):
     if "fork" in sys.argv and not __import__("os").fork():

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ktae_trl.grading import Grade, answers, gradable, grade, grade_full, grade_many, grade_many_full, last_boxed
+from ktae_trl.grading import Grade, answers, gradable, grade, grade_full, grade_many, grade_many_full, last_boxed, pool
 
 CASES = {
     "numbers": [
@@ -489,16 +489,18 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("answer", HOSTILE.values(), ids=HOSTILE)
-def test_hostile_answers_are_wrong_within_the_limits(answer):
+@pytest.mark.parametrize("seconds", [0.3, pytest.param(pool.SECONDS, marks=pytest.mark.slow)])
+def test_hostile_answers_are_wrong_within_the_limits(monkeypatch, seconds):
+    monkeypatch.setattr(pool, "SECONDS", seconds)
     grade(r"\boxed{1+x}", "x+1")  # a worker's start does not count
-    begin = time.monotonic()
-    result = grade_full(rf"\boxed{{{answer}}}", "(x+1)^{300}")
-    # 2 s of processor time, and the start of another worker if the last one was killed; longer beside other work. The
-    # limit on wall time (30 s) is not what ended it.
-    assert time.monotonic() - begin < 20
-    assert result.verdict is False
-    assert grade(r"\boxed{1+x}", "x+1") is True
+    for name, answer in HOSTILE.items():
+        begin = time.monotonic()
+        result = grade_full(rf"\boxed{{{answer}}}", "(x+1)^{300}")
+        # The seconds of processor time, and the start of another worker if the last one was killed; longer beside
+        # other work. The limit on wall time (30 s) is not what ended it.
+        assert time.monotonic() - begin < 20, name
+        assert result.verdict is False, name
+        assert grade(r"\boxed{1+x}", "x+1") is True, name
 
 
 def test_hostile_completions():

@@ -333,7 +333,8 @@ def flood(count: int) -> tuple[list[str], list[str]]:
 
 
 def test_a_flood_of_hostile_answers_costs_its_budget_and_no_right_answer(monkeypatch, caplog):
-    monkeypatch.setattr(grading, "_LEAST_BUDGET", 3.0)
+    monkeypatch.setattr(pool, "SECONDS", 0.5)
+    monkeypatch.setattr(grading, "_LEAST_BUDGET", 1.0)
     monkeypatch.setattr(grading, "_told", False)
     completions, golds = flood(40)
     completions, golds = completions + RIGHT[0], golds + RIGHT[1]
@@ -350,6 +351,7 @@ def test_a_flood_of_hostile_answers_costs_its_budget_and_no_right_answer(monkeyp
 
 
 def test_without_a_budget_all_are_compared(monkeypatch):
+    monkeypatch.setattr(pool, "SECONDS", 0.5)
     monkeypatch.setattr(grading, "_LEAST_BUDGET", 0.1)
     assert {grade.reason for grade in grade_many_full(*flood(3), budget=None)} == {"timeout"}
 

@@ -34,6 +34,7 @@ MOST = 1_500  # texts for a pattern; few have more, and these are drawn
 SLOWEST = 10  # that are looked at again, on the long text
 LINEAR = LONG / SHORT
 FAST = 0.002  # seconds for a short text: nothing to be seen yet
+MUCH = 0.25  # a hundred times as much
 REPEATS = (op.MAX_REPEAT, op.MIN_REPEAT, op.POSSESSIVE_REPEAT)
 
 
@@ -251,16 +252,16 @@ def superlinear(pattern: re.Pattern, anchored: bool) -> str | None:
     """A text whose growth makes the pattern take more than in proportion, None if there is none."""
     slow = []
     for short, long in zip(texts(pattern, SHORT), texts(pattern, LONG), strict=True):
-        took = seconds(pattern, anchored, short, 1.0)
-        if took >= 1.0 and min(seconds(pattern, anchored, short, 1.0) for _ in range(2)) >= 1.0:
+        took = seconds(pattern, anchored, short, MUCH)
+        if took >= MUCH and all(seconds(pattern, anchored, short, MUCH) >= MUCH for _ in range(2)):
             return short
         slow = sorted([*slow, (took, short, long)])[-SLOWEST:]
     for took, short, long in slow:
         if took < FAST:
             continue
-        least = min(seconds(pattern, anchored, short, 1.0) for _ in range(3))
+        least = min(seconds(pattern, anchored, short, MUCH) for _ in range(3))
         most = 3 * LINEAR * max(least, FAST / 2)
-        if min(seconds(pattern, anchored, long, 5.0) for _ in range(3)) > most:
+        if all(seconds(pattern, anchored, long, 1.1 * most) > most for _ in range(3)):
             return short
     return None
 

@@ -13,6 +13,7 @@ import torch
 from trl import GRPOTrainer
 
 from ktae_trl import KTAEGRPOConfig
+from ktae_trl.credit.ktae.method import KTAE
 from ktae_trl.credit.ktae.values import key_token_values
 from ktae_trl.report import records
 from tests.trainers import make_trainer, replay
@@ -94,6 +95,14 @@ def test_values_can_be_computed_again_from_a_record(tmp_path):
     trainer = make_trainer(tmp_path, **RECORDING, ktae_leave_one_out=True, ktae_ig_weight=2.0, ktae_tf_weight=0.5)
     trainer.train()
     method, rows = records.read(records.files(tmp_path)[0])
+    assert (method.title, method.symbol) == ("KTAE (key tokens)", "K")
+    assert method.settings == {
+        "ktae_combine": "multiply",
+        "ktae_fisher_weight": 1.0,
+        "ktae_ig_weight": 2.0,
+        "ktae_tf_weight": 0.5,
+        "ktae_leave_one_out": True,
+    }
     T = max(len(row["token_ids"]) for row in rows)
     ids = torch.tensor([row["token_ids"] + [0] * (T - len(row["token_ids"])) for row in rows])
     mask = torch.tensor([row["trained"] + [False] * (T - len(row["trained"])) for row in rows])
@@ -101,10 +110,10 @@ def test_values_can_be_computed_again_from_a_record(tmp_path):
         ids.view(-1, 8, T),
         mask.view(-1, 8, T),
         torch.tensor([row["correct"] for row in rows]).view(-1, 8),
-        fisher_weight=method.fisher_weight,
-        ig_weight=method.ig_weight,
-        tf_weight=method.tf_weight,
-        leave_one_out=method.leave_one_out,
+        fisher_weight=1.0,
+        ig_weight=2.0,
+        tf_weight=0.5,
+        leave_one_out=True,
         ignore_ids=method.special_ids,
     ).view(-1, T)
     recorded = torch.tensor([row["credit"] + [0.0] * (T - len(row["credit"])) for row in rows])
@@ -270,7 +279,7 @@ def row(**changes) -> dict:
     }
 
 
-METHOD = records.Method("ktae", "multiply", special_ids=(0, 2))
+METHOD = records.method_of(KTAE, "multiply", {}, special_ids=(0, 2))
 
 
 def test_hostile_text_and_odd_numbers_survive(tmp_path):
@@ -300,8 +309,37 @@ def test_what_is_no_record_is_refused(tmp_path):
         records.read(path)
     newer = table.set_column(0, table.schema.field(0), pa.array([99], pa.int8()))
     pq.write_table(newer, path)
-    with pytest.raises(ValueError, match="has schema version 99, this ktae_trl reads 1"):
+    with pytest.raises(ValueError, match="has schema version 99, this ktae_trl reads 1 and 2"):
         records.read(path)
+
+
+def test_a_record_of_version_1_is_read(tmp_path):
+    """Its metadata had KTAE's settings beside the names, whatever the credit was."""
+    path = tmp_path / "step_000001.parquet"
+    records.write(path, records.Record(METHOD, [row()]))
+    table = pq.read_table(path)
+    of_1 = {"fisher_weight": 1.0, "ig_weight": 2.0, "tf_weight": 0.5, "leave_one_out": True}
+    of_1 |= {"special_ids": [0, 2], "generated_groups": 4}
+    version = pa.array([1], pa.int8())
+    for credit, how, title, settings in (
+        (
+            "ktae",
+            "add",
+            "KTAE (key tokens)",
+            {f"ktae_{k}": v for k, v in list(of_1.items())[:4]} | {"ktae_combine": "add"},
+        ),
+        ("tree", "replace", "TreeRPO (sampled trees)", {}),
+        ("none", None, "GRPO (one advantage for all tokens)", {}),
+        ("no_such.module", "scale", "", {}),
+    ):
+        metadata = {b"ktae_trl": json.dumps({"credit": credit, "how": how, **of_1}).encode()}
+        old = table.set_column(0, table.schema.field(0), version).replace_schema_metadata(metadata)
+        pq.write_table(old, path)
+        method, (back,) = records.read(path)
+        assert (method.credit, method.how, method.title, method.settings) == (credit, how, title, settings)
+        assert (method.special_ids, method.generated_groups) == ((0, 2), 4)
+        assert method.shares_tokens == (credit == "tree")
+        assert back == row()
 
 
 def test_files_that_are_no_records_are_passed_over(tmp_path):

@@ -19,20 +19,21 @@ from transformers import PreTrainedTokenizerFast
 
 from ktae_trl import tiny
 from ktae_trl.arguments import UserError
+from ktae_trl.credit import find_method
 from ktae_trl.credit.ktae.values import key_token_values
 from ktae_trl.report import KeyTokens, explain, records, write_report
 from ktae_trl.report.contents import collect
 from ktae_trl.report.curves import curves
 from ktae_trl.report.group_view import describe
 from ktae_trl.report.page import render
-from ktae_trl.report.records import Method, Record
+from ktae_trl.report.records import Method, Record, method_of
 from ktae_trl.report.rows import group_advantages, read_rows
 from ktae_trl.report.run import main
 from ktae_trl.report.tokens import colour, label, token_strings, visible
 from tests.reference import ktae_loop
 from tests.reporting import HOSTILE, Page, random_group, rows_of_group, write_run
 
-KTAE = Method("ktae", "multiply")
+KTAE = method_of(find_method("ktae"), "multiply", {})
 
 
 def of_token(group: dict, text: str) -> dict:
@@ -71,7 +72,7 @@ def test_statistics_agree_with_scipy_and_the_reference(settings):
     rows[4]["correct"] = None
     rows[5]["trained"] = [False] * len(rows[5]["trained"])
     rows[6]["trained"][:10] = [False] * 10
-    method = KTAE._replace(special_ids=(2,), **settings)
+    method = KTAE._replace(special_ids=(2,), settings={f"ktae_{name}": value for name, value in settings.items()})
     group = describe(method, rows)
 
     own = [[t for t, m in zip(r["token_ids"], r["trained"], strict=True) if m] for r in rows]
@@ -218,7 +219,7 @@ def test_curves_without_metrics_come_from_the_records(tmp_path):
     assert second["ktae/value_right"] == pytest.approx(statistics.fmean(values[0]), abs=1e-6)
     assert first["ktae/value_right"] == second["ktae/value_right"]  # the group that is all right has no values
     assert second["ktae/saturated"] == 1.0
-    titles = [panel["title"] for panel in curves(shown.by_step)]
+    titles = [panel["title"] for panel in curves(shown.by_step, [KTAE])]
     assert titles == ["Rewards by function", "Completion length (tokens)", "Mean value K", "Shares"]
     write_run(tmp_path, {1: [mixed], 2: [mixed]})
     assert "means over the groups of this page" in Page(write_report(tmp_path, tmp_path / "p.html").read_text()).text
@@ -227,7 +228,9 @@ def test_curves_without_metrics_come_from_the_records(tmp_path):
 def test_curves_need_two_points_that_are_numbers():
     assert curves([{"step": 1, "reward": 1.0}]) == []
     assert curves([{"step": 1, "reward": 1.0}, {"step": 2, "reward": float("nan")}]) == []
-    (panel,) = curves([{"step": s, "oar/mean_change": float(s)} for s in (1, 2)])
+    (panel,) = curves(
+        [{"step": s, "oar/mean_change": float(s)} for s in (1, 2)], [method_of(find_method("oar_g"), "scale", {})]
+    )
     assert panel["title"] == "Mean |w - 1|"
 
 
@@ -618,8 +621,11 @@ def test_the_command_line(tmp_path, capsys):
     (method,) = page.data("index")["methods"]
     assert method["settings"] == {
         "advantage of a token": "A' = A + K",
-        "weights h1 (Fisher), h2 (IG), h3 (TF)": "2, 3, 0",
-        "leave one out": "yes",
+        "ktae_combine": "add",
+        "ktae_fisher_weight": "2.0",
+        "ktae_ig_weight": "3.0",
+        "ktae_tf_weight": "0.0",
+        "ktae_leave_one_out": "True",
     }
     assert method["leave_one_out"]
     group = page.data("block-0")
@@ -678,7 +684,7 @@ def test_a_tree_counts_what_several_rows_share(tmp_path):
     rows = rows_of_group([["s", "x"], ["s", "y"], ["t", "x"], ["t", "z"]], [True, True, False, False])
     for row, mask in zip(rows, trained, strict=True):
         row |= {"trained": mask, "credit": [0.5 * kept for kept in mask]}
-    tree = KTAE._replace(credit="tree", how="replace")
+    tree = method_of(find_method("tree"), "replace", {})
     group = describe(tree, rows)
     counts = {text: (a, b) for text, a, b in zip(*(group["tokens"][name] for name in ("text", "a", "b")), strict=True)}
     assert counts == {"s": (2, 0), "t": (0, 2), "x": (1, 1), "y": (1, 0), "z": (0, 1)}

@@ -138,7 +138,7 @@ def test_a_tooltip_has_the_numbers_of_the_parquet_row(visit, report, run):
 
 def test_leave_one_out_is_told(visit, tmp_path):
     rows = random_group(seed=4, leave_one_out=True)
-    write_run(tmp_path, {1: [rows]}, leave_one_out=True)
+    write_run(tmp_path, {1: [rows]}, settings={"ktae_leave_one_out": True})
     page = visit(write_report(tmp_path, tmp_path / "page.html"))
     page.locator("article.rollout", has_text="Rollout 0").locator(".t").first.hover()
     assert float(facts(page)["K"]) == pytest.approx(rows[0]["credit"][0], abs=6e-5)

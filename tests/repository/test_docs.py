@@ -18,7 +18,7 @@ from ktae_trl.credit.ktae.values import key_token_table, key_token_values
 from tests.trainers import make_trainer
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
 TEXT = {path.stem: path.read_text() for path in PAGES}
 README = (ROOT / "README.md").read_text()
 
@@ -55,7 +55,11 @@ def test_links_lead_somewhere(page):
 
 def test_every_page_is_in_the_navigation():
     config = (ROOT / "mkdocs.yml").read_text()
-    assert set(re.findall(r"(\w+\.md)$", config, re.MULTILINE)) == {path.name for path in PAGES}
+    assert set(re.findall(r"(\w+\.md)$", config, re.MULTILINE)) == {path.name for path in (ROOT / "docs").glob("*.md")}
+    assert {path.parent for path in PAGES} == {
+        ROOT / "docs",
+        *(ROOT / "docs" / x for x in re.findall(r"\[(\w+/)\]", config)),
+    }
 
 
 # The group that is worked by hand
@@ -297,7 +301,7 @@ def test_the_site_builds_and_asks_no_network(tmp_path):
     built = build(ROOT, tmp_path)
     assert built.returncode == 0, built.stderr
     for path in PAGES:
-        page = (tmp_path / f"{path.stem}.html").read_text()
+        page = (tmp_path / path.relative_to(ROOT / "docs").with_suffix(".html")).read_text()
         loaded = re.findall(r'<(?:script|img|iframe|source)[^>]*\ssrc="([^"]*)"', page)
         loaded += re.findall(r'<link[^>]*\shref="([^"]*)"', page)
         assert loaded

@@ -21,8 +21,10 @@ import variants  # noqa: E402
 
 from ktae_trl.config import KTAEGRPOConfig  # noqa: E402
 from ktae_trl.credit import METHODS  # noqa: E402
-from ktae_trl.credit.combine import Rollouts, combine  # noqa: E402
+from ktae_trl.credit.combine import combine  # noqa: E402
+from ktae_trl.credit.ktae.method import KTAE  # noqa: E402
 from ktae_trl.credit.ktae.values import key_token_values  # noqa: E402
+from ktae_trl.credit.method import Groups  # noqa: E402
 from ktae_trl.training.run import RunArguments  # noqa: E402
 
 CONFIG = learning.read_config(ROOT / "benchmarks" / "learning.yaml")
@@ -156,7 +158,7 @@ def rollouts():
     scored = torch.rand(P, G, generator=generator) < 0.9
     advantages = torch.where(correct, 0.7, -1.1).flatten()
     prompts = torch.zeros(P * G, 1, dtype=torch.long)
-    return Rollouts(
+    return Groups(
         ids, mask, correct, scored, advantages, prompts, prompts + 1, mask.sum(2).flatten(), (3, 40), slice(0, P * G)
     )
 
@@ -181,7 +183,7 @@ def test_dense_values_without_a_variant_are_those_of_the_package(rollouts):
 
 
 def test_supported_values_are_zero_for_tokens_of_one_rollout(rollouts, args):
-    values = variants.supported(rollouts, args, None).values.view(3, 8, 20)
+    values = variants.Supported(args, None).credit(rollouts).values_BT.view(3, 8, 20)
     plain = as_values(rollouts)
     votes = rollouts.scored_PG[..., None] & rollouts.mask_PGT
     changed = 0
@@ -206,24 +208,25 @@ def test_smoothed_values_by_hand():
 
 
 def test_centred_values_have_no_mean_over_a_rollout(rollouts, args):
-    values = variants.centred(rollouts, args, None).values.view(3, 8, 20)
+    values = variants.Centred(args, None).credit(rollouts).values_BT.view(3, 8, 20)
     plain, mask = as_values(rollouts), rollouts.mask_PGT
     mean = (plain * mask).sum(2) / mask.sum(2).clamp(min=1)
     torch.testing.assert_close(values, ((plain - mean[..., None]).clamp(-1, 1) * mask))
 
 
 def test_the_metrics_of_a_variant_are_its_own(rollouts, args):
-    credit = variants.centred(rollouts, args, None)
-    total, count = credit.stats["ktae/saturated"]
+    credit = variants.Centred(args, None).credit(rollouts)
+    total, count = credit.sums["ktae/saturated"]
     informative = (rollouts.correct_PG & rollouts.scored_PG).any(1) & (~rollouts.correct_PG & rollouts.scored_PG).any(1)
     mask = (rollouts.mask_PGT & informative[:, None, None]).flatten(0, 1)
-    assert total / count == (credit.values[mask].abs() > 0.9).float().mean()
+    assert total / count == (credit.values_BT[mask].abs() > 0.9).float().mean()
     assert total / count < (as_values(rollouts).flatten(0, 1)[mask].abs() > 0.9).float().mean()
 
 
 def test_scaled_advantages_are_as_large_as_those_of_ktae(rollouts, args):
-    credit = variants.scaled(rollouts, args, None)
-    scaled = combine(rollouts.advantages_B, credit.values, credit.how)
+    method = variants.Scaled(args, None)
+    credit = method.credit(rollouts)
+    scaled = combine(rollouts.advantages_B, credit.values_BT, method.how)
     ktae = combine(rollouts.advantages_B, as_values(rollouts).flatten(0, 1), "multiply")
     mask = rollouts.mask_PGT.flatten(0, 1)
     assert scaled.abs()[mask].mean() == pytest.approx(ktae.abs()[mask].mean())
@@ -232,10 +235,10 @@ def test_scaled_advantages_are_as_large_as_those_of_ktae(rollouts, args):
 
 def test_shuffled_labels_keep_the_class_split(rollouts, args, monkeypatch):
     seen = []
-    monkeypatch.setattr(variants.ktae, "assign", lambda rollouts, *_: seen.append(rollouts.correct_PG))
+    monkeypatch.setattr(KTAE, "credit", lambda self, groups: seen.append(groups.correct_PG))
     torch.manual_seed(0)
     for _ in range(3):
-        variants.shuffled(rollouts, args, None)
+        variants.Shuffled(args, None).credit(rollouts)
     assert all(torch.equal(x.sum(1), rollouts.correct_PG.sum(1)) for x in seen)
     assert any(not torch.equal(x, rollouts.correct_PG) for x in seen)
 

@@ -5,13 +5,15 @@ import logging
 import math
 import shutil
 
+import pandas
 import pytest
 import torch
 from datasets import IterableDataset
 from trl.trainer.utils import RepeatSampler
 
+from ktae_trl import trl_seam
 from ktae_trl.rewards import boxed_format, math_accuracy
-from ktae_trl.rollouts.dynamic import Generation, PromptStream, Selection, sample
+from ktae_trl.rollouts.dynamic import DynamicSampling, PromptStream
 from ktae_trl.rollouts.verdicts import verdicts
 from tests.trainers import difference, logged, make_trainer, prompts, replay, weights
 
@@ -44,7 +46,7 @@ def watch(trainer) -> list[dict]:
 
     def spy(inputs):
         batch = generate(inputs)
-        asked = list(trainer._logs["prompt"])[-len(batch["completion_ids"]) :]
+        asked, _ = trl_seam.last_texts(trainer, len(batch["completion_ids"]))
         batches.append({**batch, "numbers": [number(prompt) for prompt in asked]})
         return batch
 
@@ -83,46 +85,87 @@ def test_the_stream_goes_on_from_a_position(position):
     assert resumed.take(14) == whole.take(14)
 
 
-# Which groups are chosen
+# Which groups are chosen, on one process with groups of two: R right, W wrong, ? unscorable
 
 
-def generation(indices, kinds):
-    """A generation on one process with groups of two: R right, W wrong, ? unscorable."""
-    rewards = torch.tensor([[{"R": 1.0, "W": 0.0, "?": math.nan}[v]] for v in "".join(kinds)])
-    correctness = rewards.view(-1, 2)
-    rollouts = [{"completion_ids": [index, row]} for index in indices for row in range(2)]
-    return Generation(list(indices), rollouts, rewards, verdicts(correctness, 0.0))
+def sampling(generations, *, groups=3, max_batches=10, size=9, generate=None) -> DynamicSampling:
+    """Dynamic sampling that is told what comes of each group: of `generations`, one after another."""
+    kinds = iter(generations)
+
+    def write(rows):
+        return [{"completion_ids": [row["number"], place]} for place, row in enumerate(rows)]
+
+    def grade(rows, rollouts):
+        values = {"R": 1.0, "W": 0.0, "?": math.nan}
+        rewards = torch.tensor([[values[kind]] for kind in "".join(next(kinds))])
+        assert len(rows) == len(rollouts) == len(rewards)
+        return rewards, verdicts(rewards.view(-1, 2), 0.0)
+
+    dataset = [{"number": number} for number in range(size)]
+    shape = {"groups": groups, "num_generations": 2, "max_batches": max_batches}
+    return DynamicSampling(dataset, generate or write, grade, **shape, seed=0, shuffle=False)
 
 
 def test_the_first_informative_groups_are_chosen_and_the_surplus_is_dropped():
-    kinds = iter([["RW", "RR", "WW"], ["W?", "WR", "RW"], ["RW", "RW", "RW"]])
-    stream = PromptStream(9, seed=0, shuffle=False)
-    chosen = sample(lambda indices: generation(indices, next(kinds)), stream, 3, 10)
-    assert chosen.indices == [0, 4, 5]
-    assert [rollout["completion_ids"][0] for rollout in chosen.rollouts(0)] == [0, 0, 4, 4, 5, 5]
-    assert chosen.rewards[:, 0].tolist() == [1, 0, 0, 1, 1, 0]
-    metrics = {name.removeprefix("dynamic_sampling/"): value for name, value in chosen.metrics().items()}
-    assert metrics == {
-        "generations": 2,
-        "informative_groups": pytest.approx(3 / 6),
-        "all_right": pytest.approx(1 / 6),
-        "all_wrong": pytest.approx(2 / 6),
-        "accuracy": pytest.approx(5 / 11),
-        "surplus": 0,
-        "filled": 0,
+    dynamic = sampling([["RW", "RR", "WW"], ["W?", "WR", "RW"], ["RW", "RW", "RW"]])
+    batch = dynamic.batch(0)
+    assert [row["number"] for row in batch.rows] == [0, 0, 4, 4, 5, 5]
+    assert [rollout["completion_ids"][0] for rollout in batch.rollouts] == [0, 0, 4, 4, 5, 5]
+    assert batch.rewards[:, 0].tolist() == [1, 0, 0, 1, 1, 0]
+    assert batch.metrics == {
+        "dynamic_sampling/generations": 2,
+        "dynamic_sampling/informative_groups": pytest.approx(3 / 6),
+        "dynamic_sampling/all_right": pytest.approx(1 / 6),
+        "dynamic_sampling/all_wrong": pytest.approx(2 / 6),
+        "dynamic_sampling/accuracy": pytest.approx(5 / 11),
+        "dynamic_sampling/surplus": 0,
+        "dynamic_sampling/filled": 0,
+        "dynamic_sampling/discarded_tokens": pytest.approx(6 / 12),
     }
-    assert stream.position == 6
+    assert batch.state == {"dynamic_sampling/prompts": 6, "dynamic_sampling/epoch": pytest.approx(6 / 9)}
 
 
-def test_surplus_and_filling_are_counted():
-    kinds = [["RW", "RR", "RW"], ["RW", "RW", "??"]]
-    both = Selection([generation(range(3), kinds[0]), generation(range(3, 6), kinds[1])], [0, 2, 3])
-    assert both.metrics()["dynamic_sampling/surplus"] == 1
-    none = sample(lambda indices: generation(indices, ["RR", "??", "WW"]), PromptStream(9, 0, shuffle=False), 3, 4)
-    assert none.indices == [0, 1, 2]
-    assert none.metrics()["dynamic_sampling/generations"] == 4
-    assert none.metrics()["dynamic_sampling/filled"] == 1
-    assert none.metrics()["dynamic_sampling/surplus"] == 0
+def test_surplus_and_filling_are_counted(caplog):
+    batch = sampling([["RW", "RR", "RW"], ["RW", "RW", "??"]]).batch(0)
+    assert [row["number"] for row in batch.rows] == [0, 0, 2, 2, 3, 3]
+    assert batch.metrics["dynamic_sampling/surplus"] == 1
+    assert caplog.records == []
+    none = sampling([["RR", "??", "WW"]] * 8, max_batches=4)
+    for _ in range(2):
+        batch = none.batch(5)
+        assert batch.metrics["dynamic_sampling/generations"] == 4
+        assert batch.metrics["dynamic_sampling/filled"] == 1
+        assert batch.metrics["dynamic_sampling/surplus"] == 0
+    assert [row["number"] for row in batch.rows] == [3, 3, 4, 4, 5, 5]
+    told = [record.getMessage() for record in caplog.records]
+    assert [line.partition(" in ")[0] for line in told] == [
+        "Dynamic sampling has drawn all 9 training prompts at optimizer step 5 and begins anew: pass 2.".partition(
+            " in "
+        )[0],
+        "Dynamic sampling found 0 informative groups of 3",
+        "Dynamic sampling has drawn all 9 training prompts at optimizer step 5 and begins anew: pass 3.",
+    ]
+
+
+def test_a_restored_one_draws_what_would_have_come():
+    whole, resumed = (sampling([["RW", "RW", "RW"]] * 4) for _ in range(2))
+    whole.batch(0)
+    resumed.restore(whole.state())
+    for _ in range(3):
+        assert resumed.batch(0).rows == whole.batch(0).rows
+
+
+def test_rows_are_copies():
+    """A reward function, or what generates, may change its row."""
+
+    def change(rows):
+        for row in rows:
+            assert row.keys() == {"number"}
+            row["mine"] = 1
+        return [{"completion_ids": [1]} for _ in rows]
+
+    dynamic = sampling([["WW", "WW", "WW"]] * 3 + [["RW", "RW", "RW"]], generate=change)
+    assert all(row.keys() == {"number"} for row in dynamic.batch(0).rows)
 
 
 # In training
@@ -248,10 +291,11 @@ def test_columns_that_reward_functions_log_stay_with_their_rollouts(tmp_path):
         log_metric("third/generated", float(len(prompts)))
         return third(prompts, completions)
 
-    trainer = make_trainer(tmp_path, reward_funcs=third_with_notes, max_steps=1, **SAMPLING)
+    trainer = make_trainer(tmp_path, reward_funcs=third_with_notes, max_steps=1, log_completions=True, **SAMPLING)
     batches = watch(trainer)
     trainer.train()
-    assert list(trainer._logs["extra"]["number"]) == batches[0]["numbers"]
+    (table,) = (tmp_path / "completions").glob("*.parquet")
+    assert pandas.read_parquet(table)["number"].tolist() == batches[0]["numbers"]
     assert logged(trainer, "third/generated") == [16]
     assert calls == [16] * int(logged(trainer, "dynamic_sampling/generations")[0])  # nothing is graded twice
 
@@ -284,7 +328,7 @@ def test_evaluation_never_resamples(tmp_path):
     batches = watch(trainer)
     trainer.evaluate()
     assert sorted({n for batch in batches for n in batch["numbers"]}) == list(range(6))
-    assert trainer._prompt_stream.position == 0
+    assert trainer.dynamic_sampling.state()["position"] == 0
 
 
 # Resume
@@ -359,19 +403,6 @@ def test_a_column_that_is_logged_too_short_is_named(tmp_path):
 
     with pytest.raises(ValueError, match=r"A reward function logged \d+ values of 'half' for \d+ completions"):
         make_trainer(tmp_path, reward_funcs=short, **SAMPLING).train()
-
-
-def test_a_reward_function_may_change_its_rows(tmp_path):
-    lengths = []
-
-    def appends(completions, prompts, **kwargs):
-        for prompt in prompts:
-            lengths.append(len(prompt))
-            prompt.append({"role": "user", "content": "more"})
-        return alternating(completions)
-
-    make_trainer(tmp_path, reward_funcs=appends, **SAMPLING, max_steps=1).train()
-    assert set(lengths) == {2}
 
 
 def test_no_generations_are_refused(tmp_path):

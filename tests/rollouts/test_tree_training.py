@@ -6,8 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ktae_trl import KTAEGRPOTrainer, tiny
+from ktae_trl import tiny
+from ktae_trl.credit.tree import TreeRPO
 from ktae_trl.rewards import math_accuracy
+from ktae_trl.rollouts.credited import check_sampler
+from ktae_trl.rollouts.tools import TrainerTools
 from tests.reference.tree_loop import Node, compare, nodes
 from tests.rollouts.test_dynamic_sampling import number, watch
 from tests.trainers import difference, logged, make_trainer, prompts, replay, weights
@@ -127,17 +130,25 @@ def test_a_process_asks_for_what_the_backend_needs(vllm, own, elsewhere, asked, 
         seen.append((len(prompt_ids), backend.max_completion_length if vllm else backend.max_new_tokens))
         return [[i] for i in range(len(prompt_ids))], [[-1.0] for _ in prompt_ids]
 
+    told = iter([[min(own, 1), min(elsewhere, 1)], [own, elsewhere]])  # rounds, then texts
+    text_config = SimpleNamespace(vocab_size=2, hidden_size=1)
     trainer = SimpleNamespace(
         use_vllm=bool(vllm),
         vllm_mode=vllm.get("vllm_mode"),
-        args=SimpleNamespace(vllm_tensor_parallel_size=vllm.get("tensor_parallel")),
-        accelerator=SimpleNamespace(device="cpu", gather=lambda x: torch.tensor([x.item(), elsewhere])),
+        args=SimpleNamespace(
+            vllm_tensor_parallel_size=vllm.get("tensor_parallel"),
+            per_device_train_batch_size=4,
+            steps_per_generation=4,
+        ),
+        model=SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text_config)),
+        accelerator=SimpleNamespace(device="cpu", gather=lambda x: torch.tensor(next(told))),
+        _tokenizer=None,
         eos_token_ids=[0],
         vllm_generation=backend,
         generation_config=backend,
         _generate_single_turn=generate,
     )
-    ids, logprobs = KTAEGRPOTrainer._continue(trainer, [[5]] * own, 20)
+    ids, logprobs = TrainerTools(trainer).generate([[5]] * own, 20)
     assert seen == [(asked, limit)]
     assert (ids, logprobs) == ([[i] for i in range(own)], [[-1.0]] * own)
     assert (backend.max_completion_length, backend.max_new_tokens) == (60, 60)
@@ -346,7 +357,7 @@ def test_resume_is_exact(tmp_path, dynamic):
     settings = {
         "steps_per_generation": 2,
         "num_iterations": 2,
-        "max_steps": 9,
+        "max_steps": 7,
         "save_strategy": "steps",
         "save_steps": 1,
         "dynamic_sampling": dynamic,
@@ -412,8 +423,7 @@ def test_rollouts_of_another_kind_are_refused(tmp_path, arguments):
 def test_tools_and_environments_are_refused(what):
     """The offline model's chat template has no tools, so TRL would not come so far."""
     trainer = SimpleNamespace(rollout_func=None, tools=[], environment_factories=None, train_dataset=prompts(8))
-    trainer.args, trainer._sampler = SimpleNamespace(credit="tree"), object()
-    KTAEGRPOTrainer._check_sampler(trainer)
+    check_sampler(TreeRPO, trainer)
     setattr(trainer, what, [print])
     with pytest.raises(ValueError, match="does not go with a rollout_func, tools, environments or images"):
-        KTAEGRPOTrainer._check_sampler(trainer)
+        check_sampler(TreeRPO, trainer)

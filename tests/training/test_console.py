@@ -8,7 +8,7 @@ from ktae_trl.report import records
 from ktae_trl.report.tokens import colour
 from ktae_trl.training import console
 from ktae_trl.training.console import MetricsTable
-from tests.report.test_records import row
+from tests.report.test_records import METHOD, row
 from tests.trainers import make_trainer, replay
 from tests.training.test_trackers import GROUP
 
@@ -73,7 +73,7 @@ def test_sample_of_a_long_and_hostile_group(monkeypatch):
         row(correct=i == 0, prompt=hostile, tokens=[hostile] * 500, credit=[0.5] * 500, token_ids=[5] * 500)
         for i in range(2)
     ]
-    console.print_sample(records.Record(records.Method("ktae", "multiply"), rows), 1)
+    console.print_sample(records.Record(METHOD, rows), 1)
     text = out.getvalue()
     assert "\x1b" not in text
     assert "\x00" not in text
@@ -85,7 +85,7 @@ def test_sample_of_a_long_and_hostile_group(monkeypatch):
 def test_sample_of_a_group_that_is_all_wrong_or_not_judged(capsys):
     for verdict, name in ((False, "wrong, A"), (None, "not judged, A")):
         rows = [row(correct=verdict, credit=[0.0]) for _ in range(2)]
-        console.print_sample(records.Record(records.Method("ktae", "multiply"), rows), 1)
+        console.print_sample(records.Record(METHOD, rows), 1)
         text = capsys.readouterr().out
         assert name in text
         assert text.count(", A = ") == 1

@@ -88,7 +88,7 @@ def test_no_answer(answer_format, form):
     # A reward function that does not read answers does not miss any; OAR does.
     assert said(no_answer, {"answered": 0}, {"answer_format": answer_format}, False) is None
     oar = {"answer_format": answer_format, "credit": "oar_g"}
-    assert "which OAR looks for" in said(no_answer, {"answered": 0}, oar, False)
+    assert "which credit: oar_g looks for" in said(no_answer, {"answered": 0}, oar, False)
 
 
 def test_cut_off_completions_have_another_remedy():

@@ -8,13 +8,16 @@ import pytest
 import torch
 from datasets import IterableDataset
 from peft import LoraConfig
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
-from ktae_trl import KTAEGRPOConfig, tiny
+from ktae_trl import KTAEGRPOConfig, tiny, trl_seam
 from ktae_trl.files import checkpoints
 from ktae_trl.files.checkpoints import MANIFEST, ResumeError
 from ktae_trl.rewards import boxed_format
 from ktae_trl.training import resume
 from ktae_trl.training.changes import HASH, ROWS, SETTINGS, fingerprint
+from tests.samples.version_0_1 import make
 from tests.trainers import difference, logged, make_trainer, prompts, weights
 
 # 16 rows a forward pass, 8 per prompt: a generation of two forward passes takes 4 prompts, so 12 prompts are an epoch.
@@ -139,7 +142,7 @@ def test_dynamic_sampling_that_is_turned_on_begins_with_the_first_prompts_and_sa
         folder / "checkpoint-4", tmp_path, caplog, dynamic_sampling=True, dynamic_sampling_max_batches=1, max_steps=5
     )
     assert "dynamic_sampling was False and is True: in effect; the checkpoint does not say which prompts" in said
-    assert trainer._prompt_stream.position == 4
+    assert trainer.dynamic_sampling.state()["position"] == 4
 
 
 def test_every_setting_of_the_table_is_there_and_once():
@@ -151,9 +154,10 @@ def test_every_setting_of_the_table_is_there_and_once():
 
 def test_another_batch_at_the_end_of_a_cycle_starts_a_generation(uninterrupted, tmp_path, caplog):
     folder, _ = uninterrupted
-    trainer, (said,) = resumed_from(folder / "checkpoint-4", tmp_path, caplog, num_iterations=1, max_steps=5)
+    _, (said,) = resumed_from(folder / "checkpoint-4", tmp_path, caplog, num_iterations=1, max_steps=5)
     assert "num_iterations was 2 and is 1: in effect; training starts with a new generation" in said
-    assert trainer._step == 1
+    saved = torch.load(tmp_path / "checkpoint-5" / "rollouts_0.pt", weights_only=True)
+    assert saved["step"] == 1
 
 
 def test_a_resume_without_changes_says_nothing(uninterrupted, tmp_path, caplog):
@@ -164,16 +168,29 @@ def test_a_resume_without_changes_says_nothing(uninterrupted, tmp_path, caplog):
 def test_a_lost_file_of_rollouts_is_not_replaced_by_another_process_s(uninterrupted, tmp_path, monkeypatch):
     folder, _ = uninterrupted
     trainer = make_trainer(tmp_path, train_dataset=prompts(12), **CYCLES)
-    checkpoint = str(folder / "checkpoint-6")
     both = lambda own: [*own, None] if own[0] else own  # noqa: E731 (what two processes gather)
     monkeypatch.setattr(resume, "gather_object", both)
     with pytest.raises(ResumeError, match=r"rollouts_1\.pt is missing"):  # also on the process that has its own
-        trainer._restore(checkpoint, 18)
-    trainer._restore(str(folder / "checkpoint-4"), 18)  # holds no rollouts of anybody
-    assert trainer._step == 4
+        resume.Resume(trainer).restore(str(folder / "checkpoint-6"), 18)
+    resume.Resume(trainer).restore(str(folder / "checkpoint-4"), 18)  # holds no rollouts of anybody
+    assert trl_seam.place(trainer) == (4, None)
 
 
 # Version 0.1 recorded the layout only
+
+
+def test_a_training_that_version_0_1_began_is_ended_exactly(tmp_path):
+    """See `tests/samples/version_0_1/make.py`."""
+    shutil.copytree(make.CHECKPOINT, tmp_path / make.CHECKPOINT.name)
+    trainer = make.make_trainer(tmp_path, AutoTokenizer.from_pretrained(make.CHECKPOINT))
+    trainer.train(resume_from_checkpoint=str(tmp_path / make.CHECKPOINT.name))
+    assert trainer.state.global_step == 10
+    whole = load_file(make.WEIGHTS)
+    assert (
+        difference({name: weights(trainer)[name] for name in whole}, whole) < 1e-6
+    )  # other processors round otherwise
+    before = load_file(make.CHECKPOINT / "model.safetensors")
+    assert difference(before, whole) > 1e-2
 
 
 def without_manifest(checkpoint: Path, folder: Path) -> Path:

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 from ktae_trl import KTAEGRPOConfig, KTAEGRPOTrainer, tiny
-from ktae_trl.credit import METHODS
-from ktae_trl.credit.combine import Credit, combine
+from ktae_trl.credit.combine import combine
+from ktae_trl.credit.ktae.method import KTAE
 from ktae_trl.credit.ktae.values import key_token_values
 from ktae_trl.rewards import boxed_format, math_accuracy
 from tests.trainers import difference, logged, make_trainer, prompts, replay, weights
@@ -66,10 +66,7 @@ def test_values_of_zero_leave_every_loss_as_it_is(tmp_path, loss_type, monkeypat
     plain = make_trainer(tmp_path / "a", credit="none", **settings)
     plain.train()
 
-    def zeros(rollouts, args, policy):
-        return Credit(torch.zeros_like(rollouts.own_rows(rollouts.ids_PGT)).float(), "multiply", {})
-
-    monkeypatch.setitem(METHODS, "ktae", zeros)
+    monkeypatch.setattr(KTAE, "credit", lambda self, groups: torch.zeros_like(groups.mask_BT, dtype=torch.float32))
     zero = make_trainer(tmp_path / "b", **settings)
     start = weights(zero)
     zero.train()
@@ -91,7 +88,8 @@ def test_every_loss_trains(tmp_path, loss_type, how):
 
 
 def test_sampled_training_logs_every_metric(tmp_path):
-    trainer = make_trainer(tmp_path, num_iterations=2, steps_per_generation=2, eval_dataset=prompts(4, tiny.HELD_OUT))
+    held_out = {"eval_dataset": prompts(4, tiny.HELD_OUT), "credit_in_evaluation": True}
+    trainer = make_trainer(tmp_path, num_iterations=2, steps_per_generation=2, **held_out)
     start = weights(trainer)
     trainer.train()
     assert difference(weights(trainer), start) > 1e-4
@@ -215,7 +213,7 @@ def test_lora(tmp_path):
 
 
 def test_evaluation_has_groups_of_its_own_size(replaying):
-    trainer = replaying(num_generations_eval=4)
+    trainer = replaying(num_generations_eval=4, credit_in_evaluation=True)
     trainer.model.eval()
     inputs = [dict(trainer.train_dataset[i // 4]) for i in range(32)]
     batch = trainer._generate_and_score_completions(inputs)
@@ -231,8 +229,19 @@ def test_evaluation_has_groups_of_its_own_size(replaying):
     assert "ktae/value_right" not in trainer._metrics["train"]
 
 
+def test_credit_is_not_computed_in_evaluation_unless_it_is_asked_for(tmp_path, monkeypatch):
+    seen, credit = [], KTAE.credit
+    monkeypatch.setattr(KTAE, "credit", lambda self, groups: seen.append(groups) or credit(self, groups))
+    held_out = {"eval_dataset": prompts(4, tiny.HELD_OUT)}
+    for settings, asked in (({}, 0), ({"credit_in_evaluation": True}, 2)):
+        metrics = make_trainer(tmp_path, **held_out, **settings).evaluate()
+        assert len(seen) == asked
+        assert ("eval_ktae/value_right" in metrics) == bool(asked)
+
+
 def test_groups_of_one_have_no_credit(tmp_path):
-    trainer = make_trainer(tmp_path, num_generations_eval=1, eval_dataset=prompts(4, tiny.HELD_OUT))
+    held_out = {"eval_dataset": prompts(4, tiny.HELD_OUT), "credit_in_evaluation": True}
+    trainer = make_trainer(tmp_path, num_generations_eval=1, **held_out)
     trainer.evaluate()
     assert not [key for entry in trainer.state.log_history for key in entry if "ktae/" in key]
 

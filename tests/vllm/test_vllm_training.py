@@ -22,6 +22,7 @@ import torch
 import yaml
 
 from ktae_trl import tiny
+from tests.credit.test_methods import EXAMPLES
 from tests.processes import run, started
 from tests.trainers import difference
 from tests.vllm.test_vllm import ENVIRONMENT
@@ -115,6 +116,18 @@ def test_colocated_with_dynamic_sampling(tmp_path):
         assert metrics["ktae/informative_groups"] == 1
         assert metrics["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-3)
     assert max(metrics["dynamic_sampling/generations"] for metrics in result["metrics"]) > 1
+
+
+@pytest.mark.parametrize("credit", [name for name, settings in EXAMPLES.items() if settings])
+def test_colocated_with_a_method_of_one_s_own(tmp_path, credit):
+    """Continuations come from vLLM, entropies and a second model from the trainer."""
+    settings = {**COLOCATED, **EXAMPLES[credit], "credit": credit, "max_steps": 2}
+    (result,) = train(tmp_path, settings)
+    check(result, steps=2, names=())
+    check_sync(result)
+    if "SecondOpinion" not in credit:  # the policy is the second model until it has moved
+        assert result["rollouts"][0]["credit"].std() > 0.01
+    assert result["rollouts"][1]["credit"].std() > 0
 
 
 def test_colocated_in_each_of_two_processes(tmp_path):

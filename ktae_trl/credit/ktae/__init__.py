@@ -1,6 +1,7 @@
 """KTAE: the key-token value of every token from the right and wrong rollouts of its group (arXiv 2505.16826).
 
-counting (which tokens occur where) -> association (tables over 2 x 2 counts) -> values (K of every token)
+counting (which tokens occur where) -> association (tables over 2 x 2 counts) -> values (K of every token) ->
+method (settings, metrics and card of `credit: ktae`)
 """
 
 from ktae_trl.credit.ktae.values import KeyTokenTable, key_token_table, key_token_values

@@ -3,7 +3,7 @@
 Tokens are counted once (`counting`); all that follows is computed per distinct token of each group, for all groups
 together, and spread over the positions at the end.
 
-Where this departs from the official code, which has faults (README, "Departures"): p is exact, p = 1 gives F = 0, the
+Where this departs from the official code, which has faults (docs/methods/ktae.md): p is exact, p = 1 gives F = 0, the
 weights arrive, and every end-of-sequence id counts as special.
 """
 
@@ -14,15 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ktae_trl.credit.combine import Credit, Rollouts, combine
 from ktae_trl.credit.ktae.association import fisher_p_table, information_gain_table
 from ktae_trl.credit.ktae.counting import Counts, count
 
 _TF_SATURATION = 2.0  # k1 of the paper's BM25-like term frequency
 _TF_LENGTH = 0.5  # b0
 _TF_EPSILON = 1e-5
-_SATURATED = 0.9  # |K| above this is reported as saturated
-_SILENCED = 1e-3  # so is a token that keeps less than this share of its rollout's advantage
 
 
 class KeyTokenTable(NamedTuple):
@@ -251,50 +248,6 @@ class _Tables:
         """Return the cell of `(a, b)` in the split that `where` numbers."""
         first = self.number[n_right, n_wrong].view(-1) * self.width**2
         return first.index_select(0, where).add_(a, alpha=self.width).add_(b)
-
-
-def assign(rollouts: Rollouts, args, policy) -> Credit:
-    """Give the rollouts their key-token values as `args` (a `KTAEGRPOConfig`) says; the trainer's entrance."""
-    table = key_token_table(
-        rollouts.ids_PGT,
-        rollouts.mask_PGT,
-        rollouts.correct_PG,
-        fisher_weight=args.ktae_fisher_weight,
-        ig_weight=args.ktae_ig_weight,
-        tf_weight=args.ktae_tf_weight,
-        leave_one_out=args.ktae_leave_one_out,
-        scored=rollouts.scored_PG,
-        ignore_ids=rollouts.special_ids,
-    )
-    values = rollouts.own_rows(table.values)
-    return Credit(values, args.ktae_combine, _stats(rollouts, table, values, args.ktae_combine))
-
-
-def _stats(rollouts: Rollouts, table: KeyTokenTable, values: Tensor, how: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the metrics of this process's rollouts as sums; README's table of metrics says what each means."""
-    mask, correct, scored = map(
-        rollouts.own_rows, (rollouts.mask_PGT, rollouts.correct_PG[..., None], rollouts.scored_PG[..., None])
-    )
-    advantages = combine(rollouts.advantages_B, values, how).abs()
-    before = rollouts.advantages_B.abs()[:, None].expand_as(advantages)
-    informative = rollouts.own_rows(
-        ((table.n_right > 0) & (table.n_wrong > 0))[:, None, None].expand_as(rollouts.correct_PG[..., None])
-    )
-    valued = mask & informative  # elsewhere all K are 0
-
-    def mean(x: Tensor, over: Tensor) -> tuple[Tensor, Tensor]:
-        over = over.expand_as(x)
-        return (x * over).sum(), over.sum()
-
-    return {
-        "ktae/value_right": mean(values, valued & scored & correct),
-        "ktae/value_wrong": mean(values, valued & scored & ~correct),
-        "ktae/abs_value": mean(values.abs(), valued),
-        "ktae/saturated": mean((values.abs() > _SATURATED).float(), valued),
-        "ktae/zero_factor": mean((advantages <= _SILENCED * before).float(), mask & (before > 0)),
-        "ktae/advantage_ratio": ((advantages * mask).sum(), (before * mask).sum()),
-        "ktae/informative_groups": mean(informative[:, 0].float(), torch.ones_like(mask[:, 0])),
-    }
 
 
 def check_weights(fisher_weight: float, ig_weight: float, tf_weight: float) -> None:

@@ -1,0 +1,160 @@
+"""KTAE as a credit method: its settings, its card, its metrics (arXiv 2505.16826). The formulas are in `values`."""
+
+import dataclasses
+import textwrap
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ktae_trl.arguments import UserError, nearest
+from ktae_trl.credit.combine import combine
+from ktae_trl.credit.ktae.values import KeyTokenTable, check_weights, key_token_table
+from ktae_trl.credit.method import Card, Credit, Groups, Method, Settings
+
+COMBINE = ("multiply", "add")
+SATURATED = 0.9  # |K| above this is reported as saturated
+_SILENCED = 1e-3  # so is a token that keeps less than this share of its rollout's advantage
+
+
+class KTAE(Method):
+    """Key-token values: how much a token goes with the right or the wrong rollouts of its group."""
+
+    @dataclass
+    class Settings(Settings):
+        """Settings of `credit: ktae`.
+
+        Parameters:
+            ktae_combine (`str`, *optional*, defaults to `"multiply"`):
+                How the key-token value K meets the rollout advantage A: `"multiply"` gives `A + |A| K`, which never
+                turns the sign of A; `"add"` gives `A + K`, as published.
+            ktae_fisher_weight (`float`, *optional*, defaults to `1.0`):
+                Weight h1 of the Fisher association in the strength of a token.
+            ktae_ig_weight (`float`, *optional*, defaults to `1.0`):
+                Weight h2 of the information gain in the strength of a token.
+            ktae_tf_weight (`float`, *optional*, defaults to `1.0`):
+                Weight h3 of the term frequencies in the direction of a token.
+            ktae_leave_one_out (`bool`, *optional*, defaults to `False`):
+                Value each rollout's tokens by the other rollouts of its group only, so that it does not vote for
+                itself.
+        """
+
+        ktae_combine: str = field(
+            default="multiply",
+            metadata={"help": "'multiply' (A + |A| K, keeps the sign of A) or 'add' (A + K, as published)."},
+        )
+        ktae_fisher_weight: float = field(default=1.0, metadata={"help": "Weight h1 of the Fisher association."})
+        ktae_ig_weight: float = field(default=1.0, metadata={"help": "Weight h2 of the information gain."})
+        ktae_tf_weight: float = field(default=1.0, metadata={"help": "Weight h3 of the term frequencies."})
+        ktae_leave_one_out: bool = field(
+            default=False,
+            metadata={"help": "Value each rollout's tokens by the other rollouts of its group only."},
+        )
+
+        def check(self) -> None:
+            if self.ktae_combine not in COMBINE:
+                raise UserError(
+                    f"ktae_combine={self.ktae_combine!r} is unknown{nearest(self.ktae_combine, COMBINE)}. "
+                    f"Choose from: {', '.join(COMBINE)}"
+                )
+            try:
+                check_weights(self.ktae_fisher_weight, self.ktae_ig_weight, self.ktae_tf_weight)
+            except ValueError as error:
+                raise UserError(str(error)) from None
+
+    name = "ktae"
+    family = "ktae"
+    title = "KTAE (key tokens)"
+    card = Card(
+        "KTAE",
+        "Each token's advantage is that of its rollout, scaled by how much the token goes with the right or the wrong "
+        "rollouts of its prompt (Fisher's exact test, information gain, term frequencies).",
+        ("ktae",),
+        {
+            "title": "KTAE: A Model-Free Algorithm to Key-Tokens Advantage Estimation in Mathematical Reasoning",
+            "id": "2505.16826",
+            "citation": textwrap.dedent("""\
+                @inproceedings{sun2025ktae,
+                    title     = {{KTAE: A Model-Free Algorithm to Key-Tokens Advantage Estimation
+                                 in Mathematical Reasoning}},
+                    author    = {Wei Sun and Wen Yang and Pu Jian and Qianlong Du and Fuwei Cui and Shuo Ren
+                                 and Jiajun Zhang},
+                    booktitle = {Advances in Neural Information Processing Systems},
+                    year      = 2025,
+                    eprint    = {arXiv:2505.16826},
+                }"""),
+        },
+    )
+    value = "key-token value K"
+    columns = {
+        "mixed": ("ktae/informative_groups", "{:.0%}"),
+        "K right": ("ktae/value_right", "{:+.3f}"),
+        "K wrong": ("ktae/value_wrong", "{:+.3f}"),
+        "|K|>.9": ("ktae/saturated", "{:.0%}"),
+        "A'/A": ("ktae/advantage_ratio", "{:.2f}"),
+    }
+    panels = {
+        "Mean value K": ["ktae/value_right", "ktae/value_wrong"],
+        "Shares": ["ktae/saturated", "ktae/informative_groups"],
+    }
+
+    def __init__(self, settings: Any, tools: Any):
+        super().__init__(settings, tools)
+        self.how = settings.ktae_combine
+
+    def credit(self, groups: Groups) -> Credit:
+        """Give the rollouts their key-token values."""
+        table = key_token_table(
+            groups.ids_PGT,
+            groups.mask_PGT,
+            groups.correct_PG,
+            scored=groups.scored_PG,
+            ignore_ids=groups.special_ids,
+            **self.options(self.settings_of(self.settings)),
+        )
+        values_BT = groups.own_rows(table.values)
+        return Credit(values_BT, sums(groups, table, values_BT, self.settings.ktae_combine))
+
+    @classmethod
+    def options(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments of `key_token_table` for settings as a config has them; defaults for what is not there.
+
+        Settings of other methods are left out.
+        """
+        known = {f.name: settings.get(f.name, f.default) for f in dataclasses.fields(cls.Settings)}
+        return {name.removeprefix("ktae_"): value for name, value in known.items() if name != "ktae_combine"}
+
+    @classmethod
+    def settings_from(cls, options: dict[str, Any], combine: str) -> dict[str, Any]:
+        """Return checked settings as a config has them, from arguments of `key_token_table`."""
+        settings = cls.Settings(ktae_combine=combine, **{f"ktae_{name}": value for name, value in options.items()})
+        settings.check()
+        return dataclasses.asdict(settings)
+
+
+def sums(groups: Groups, table: KeyTokenTable, values_BT: Tensor, how: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the metrics of this process's rollouts as sums; README's table of metrics says what each means."""
+    mask, correct, scored = map(
+        groups.own_rows, (groups.mask_PGT, groups.correct_PG[..., None], groups.scored_PG[..., None])
+    )
+    advantages = combine(groups.advantages_B, values_BT, how).abs()
+    before = groups.advantages_B.abs()[:, None].expand_as(advantages)
+    informative = groups.own_rows(
+        ((table.n_right > 0) & (table.n_wrong > 0))[:, None, None].expand_as(groups.correct_PG[..., None])
+    )
+    valued = mask & informative  # elsewhere all K are 0
+
+    def mean(x: Tensor, over: Tensor) -> tuple[Tensor, Tensor]:
+        over = over.expand_as(x)
+        return (x * over).sum(), over.sum()
+
+    return {
+        "ktae/value_right": mean(values_BT, valued & scored & correct),
+        "ktae/value_wrong": mean(values_BT, valued & scored & ~correct),
+        "ktae/abs_value": mean(values_BT.abs(), valued),
+        "ktae/saturated": mean((values_BT.abs() > SATURATED).float(), valued),
+        "ktae/zero_factor": mean((advantages <= _SILENCED * before).float(), mask & (before > 0)),
+        "ktae/advantage_ratio": ((advantages * mask).sum(), (before * mask).sum()),
+        "ktae/informative_groups": mean(informative[:, 0].float(), torch.ones_like(mask[:, 0])),
+    }

@@ -1,0 +1,119 @@
+"""Token credit of a run: between the trainer, which generates, and the credit method, which values tokens."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ktae_trl import trl_seam
+from ktae_trl.arguments import UserError
+from ktae_trl.credit import find_method
+from ktae_trl.credit.method import GRPO, Credit, Method
+from ktae_trl.rollouts.groups import whole_groups
+from ktae_trl.rollouts.tools import TrainerTools
+from ktae_trl.rollouts.verdicts import Verdicts
+
+
+class TokenCredit:
+    """The credit method of a run, and what it needs of the trainer.
+
+    Attributes:
+        tools: what the method may ask for.
+        method: the object that values tokens; None with `credit: none`.
+        how: how its values meet the rollout advantages; None with `credit: none`.
+        special_ids: padding and every end-of-sequence id.
+    """
+
+    def __init__(self, args, trainer):
+        """Make the method. `trainer` must be built, but for its dataloaders."""
+        self.args, self.trainer = args, trainer
+        self.tools = TrainerTools(trainer)
+        self.special_ids = tuple({self.tools.tokenizer.pad_token_id, *self.tools.eos_ids})
+        kind = find_method(args.credit)
+        check_sampler(kind, trainer)
+        if kind is not GRPO:
+            trl_seam.need("credit", trainer)
+        if kind.samples_itself():
+            trl_seam.need("sampling", trainer)
+        self.kind = kind
+        self.method = None if kind is GRPO else kind(args, self.tools)
+        self.how = None if self.method is None else self.method.how
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """In here, the trainer generates in training by the method's own sampler, if it has one.
+
+        Its rollouts come in as TRL's `rollout_func`; where one is set already, it stays.
+        """
+        trainer = self.trainer
+        if not self.kind.samples_itself() or not trainer.model.training or trainer.rollout_func is not None:
+            yield
+            return
+        with trl_seam.changed(trainer, rollout_func=self._sample):
+            yield
+
+    def _sample(self, prompts: list, _) -> dict[str, list | None]:
+        prompt_ids = trl_seam.prompt_ids_of(self.trainer, prompts)
+        completions, logprobs, trained = self.method.sample(prompt_ids)
+        return {
+            "prompt_ids": prompt_ids,
+            "completion_ids": completions,
+            "logprobs": logprobs,
+            "env_mask": trained,
+        }
+
+    def add_to(
+        self, batch: dict[str, Tensor], rows: list[dict[str, Any]], judged: Verdicts
+    ) -> dict[str, tuple[float, float]]:
+        """Value the tokens of a generation: the batch gets its `credit` (B, T). Collective.
+
+        Nothing is added with `credit: none`, in groups of one, which have nothing to compare, and in evaluation, where
+        nothing trains on it, unless `credit_in_evaluation` is set and TRL sampled as it does in training.
+
+        Args:
+            batch: TRL's, of this process.
+            rows: of the dataset, one for each rollout of this process.
+            judged: which rollouts of all processes are right.
+
+        Returns:
+            Numerators and denominators of the method's metrics over all processes.
+        """
+        wanted = self.trainer.model.training or (self.args.credit_in_evaluation and not self.kind.samples_itself())
+        if self.method is None or not wanted or judged.correct_PG.shape[1] == 1:
+            return {}
+        started = time.perf_counter()
+        self.tools.images = "pixel_values" in batch
+        groups = whole_groups(batch, judged, rows, self.special_ids, self.trainer.accelerator)
+        credit = self.method.credit(groups)
+        if not isinstance(credit, Credit):
+            credit = Credit(credit)
+        if not isinstance(credit.values_BT, Tensor) or credit.values_BT.shape != groups.ids_BT.shape:
+            shape = getattr(credit.values_BT, "shape", type(credit.values_BT).__name__)
+            raise UserError(
+                f"credit={self.args.credit!r} must return a value for each token of the own rollouts, a tensor of "
+                f"shape {tuple(groups.ids_BT.shape)}, not {shape if isinstance(shape, str) else tuple(shape)}"
+            )
+        values_BT = credit.values_BT.detach().to(batch["advantages"].device, torch.float32)
+        batch["credit"] = values_BT[:, : batch["completion_ids"].shape[1]]
+        sums = {}
+        if credit.sums:
+            stacked = torch.stack([torch.stack(pair).float() for pair in credit.sums.values()])
+            pooled = self.trainer.accelerator.reduce(stacked, "sum").tolist()
+            sums = dict(zip(credit.sums, map(tuple, pooled), strict=True))
+        # TRL leaves NaN out of its means. Reading the sums has waited for the device.
+        means = {name: total / count if count else float("nan") for name, (total, count) in sums.items()}
+        trl_seam.log_metrics(self.trainer, means | {f"{self.kind.family}/seconds": time.perf_counter() - started})
+        return sums
+
+
+def check_sampler(kind: type[Method], trainer) -> None:
+    """Raise a UserError if a method that samples its rollouts itself meets another source of rollouts, or images."""
+    images = {"image", "images"} & set(getattr(trainer.train_dataset, "column_names", None) or ())
+    if kind.samples_itself() and (trainer.rollout_func or trainer.tools or trainer.environment_factories or images):
+        raise UserError(
+            f"credit={kind.name!r} samples its rollouts itself, from text: it does not go with a rollout_func, tools, "
+            "environments or images"
+        )

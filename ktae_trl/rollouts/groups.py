@@ -1,0 +1,51 @@
+"""From the batch of a process to whole groups, which may lie on several processes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from ktae_trl.credit.method import Groups
+from ktae_trl.rollouts.verdicts import Verdicts
+
+
+def whole_groups(
+    batch: dict[str, Tensor],
+    judged: Verdicts,
+    rows: Sequence[dict[str, Any]],
+    special_ids: tuple[int, ...],
+    accelerator: Accelerator,
+) -> Groups:
+    """Return the groups that this process holds rollouts of, complete with those of other processes. Collective.
+
+    Args:
+        batch: TRL's, of this process.
+        judged: of the groups of all processes.
+        rows: of the dataset, one for each rollout of this process.
+        special_ids: padding and every end-of-sequence id.
+    """
+    ids = batch["completion_ids"].int()
+    mask = batch["completion_mask"].bool()
+    if "tool_mask" in batch:
+        mask = mask & batch["tool_mask"].bool()
+    B, G = len(ids), judged.correct_PG.shape[1]
+    begin = accelerator.process_index * B
+    first, last = begin // G, -(-(begin + B) // G)  # groups, in the order of all processes
+    if B % G:  # groups straddle processes
+        ids, mask = (accelerator.pad_across_processes(x, dim=1) for x in (ids, mask.int()))
+        ids, mask = (accelerator.gather(x)[first * G : last * G] for x in (ids, mask))
+    correct_PG, scored_PG = (x[first:last] for x in judged)
+    return Groups(
+        ids_PGT=ids.view(-1, G, ids.shape[1]),
+        mask_PGT=mask.view(-1, G, ids.shape[1]).bool(),
+        correct_PG=correct_PG,
+        scored_PG=scored_PG,
+        advantages_B=batch["advantages"],
+        prompt_ids_BL=batch["prompt_ids"],
+        prompt_mask_BL=batch["prompt_mask"],
+        lengths_B=batch["completion_mask"].sum(1),
+        special_ids=special_ids,
+        own=slice(begin - first * G, begin - first * G + B),
+        rows=list(rows),
+    )
