@@ -16,7 +16,8 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from ktae_trl import tiny
-from ktae_trl.evaluation import comparison
+from ktae_trl.evaluation.comparison import Run
+from ktae_trl.evaluation.plot import plot
 from ktae_trl.evaluation.samples import Store
 from ktae_trl.evaluation.summary import Results
 from ktae_trl.files.fingerprint import fingerprint
@@ -272,7 +273,7 @@ def test_plots(tmp_path, outside):
     two = np.ones((2, 1))
     texts = [[""], [""]]
     part = Results("sums.jsonl", ["1", "2"], ["", ""], texts, two > 0, texts, two, two > 1, Counter(), [])
-    files = comparison.plot([comparison.Run("a", {}, {"sums": part})], tmp_path / "compare")
+    files = plot([Run("a", {}, {"sums": part})], tmp_path / "compare")
     assert [path.is_symlink() for path in files] == [False, False]
     assert files[0].read_bytes().startswith(b"\x89PNG")
 
