@@ -281,9 +281,8 @@ def test_plots(tmp_path, outside):
 def test_the_figures_before_training(tmp_path, outside):
     """train.py's own file, as its callback writes it."""
     code = (
-        "import types; from ktae_trl.training import run as training; from pathlib import Path\n"
-        "from ktae_trl.training.held_out import Accuracy\n"
-        "callback = training.HeldOutAccuracy.__new__(training.HeldOutAccuracy)\n"
+        "import types; from ktae_trl.training.held_out import Accuracy, HeldOutAccuracy\n"
+        "callback = HeldOutAccuracy.__new__(HeldOutAccuracy)\n"
         "callback.measure, callback.problems = lambda: Accuracy(0.5, 0.5, 1), lambda: 'mark'\n"
         "accelerator = types.SimpleNamespace(print=lambda *_: None)\n"
         "callback.trainer = types.SimpleNamespace(accelerator=accelerator, correctness_reward='math_accuracy')\n"
