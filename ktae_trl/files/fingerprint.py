@@ -15,7 +15,7 @@ from pathlib import Path
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HTTPError  # of httpx, with huggingface_hub 2 of httpx2
 
-from ktae_trl.arguments import NotFoundError, UserError, model_path
+from ktae_trl.arguments import NotFoundError, UserError, first_line, model_path
 from ktae_trl.files.lock import FolderInUseError, locked
 from ktae_trl.files.writing import replace_json
 
@@ -66,8 +66,7 @@ def model_folder(model: str | Path, revision: str | None = None, *, download: bo
                     )
                 )
             except (OSError, ValueError, HTTPError) as error:
-                reason = str(error).strip().splitlines()[0]
-                raise NotFoundError(f"{model} is no folder here, and not on the Hub: {reason}") from error
+                raise NotFoundError(f"{model} is no folder here, and not on the Hub: {first_line(error)}") from error
             if list(folder.glob(weights)):
                 break
     if not any(file.suffix in (".safetensors", ".bin") for file in _files(folder)):

@@ -27,6 +27,8 @@ from ktae_trl.report.markdown import escaped
 
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
 _BEGIN, _END = "<!-- Results: ktae push FOLDER writes them -->", "<!-- End of results -->"
+_RESULTS = re.compile(rf"<!-- Results: [^>]*-->.*?{_END}", re.DOTALL)
+_QUICK_START = re.compile(r'(pipeline\("text-generation", model=)"(?:[^"\\\n]|\\.)*"')
 # Where the run was and what it was allowed to do: of no use to who reads the card.
 _LEFT_OUT = {"output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm"}
 _LEFT_OUT |= {"resume_from_checkpoint", "push_to_hub"}
@@ -141,12 +143,11 @@ def update(folder: Path, *, repo_id: str | None = None, results: Sequence[EvalRe
             "token: download it and open it in a browser."
         )
     block = "\n\n".join([_BEGIN, *parts, _END])
-    text, count = re.subn(f"<!-- Results: [^>]*-->.*?{_END}", lambda _: block, card.text, count=1, flags=re.DOTALL)
+    text, count = _RESULTS.subn(lambda _: block, card.text, count=1)
     if parts and not count:
         text = f"{text.rstrip()}\n\n{block}\n"
     if repo_id:
-        quick_start = r'(pipeline\("text-generation", model=)"(?:[^"\\\n]|\\.)*"'
-        text = re.sub(quick_start, lambda found: found[1] + _quoted(repo_id), text, count=1)
+        text = _QUICK_START.sub(lambda found: found[1] + _quoted(repo_id), text, count=1)
     card.text = text
     _save(card, path)
 

@@ -60,26 +60,26 @@ def write_report(source: str | Path, output: str | Path, max_groups: int = MAX_G
     shown = collect((records.read(path) for path in progress(paths, "Reading records")), share)
     metrics = records.read_metrics(folder)
     panels = curves(metrics or shown.by_step, shown.recorded)
-    if panels and not _has_plotly(shown.notes):
+    if panels and (missing := _without_plotly()):
         panels = []
+        shown.notes.append(missing)
     if panels and not metrics:
         shown.notes.append("The curves are means over the groups of this page: there are no metrics of the trainer.")
     return write(output, name, shown, panels)
 
 
-def _has_plotly(notes: list[str]) -> bool:
-    """Say in the notes, and in a warning, what a page without it lacks."""
+def _without_plotly() -> str:
+    """Return what a page without Plotly says, and warn; empty if it is installed."""
     try:
         need("plotly", "report")
     except NotImportedError as error:
-        notes.append(f"The run's curves are not on this page: {error}")
         logger.warning("The page is without the run's curves: %s", error)
-        return False
-    return True
+        return f"The run's curves are not on this page: {error}"
+    return ""
 
 
 def write(output: str | Path, name: str, shown: Shown, panels: Sequence[dict[str, Any]] = ()) -> Path:
-    """Write a page; who opens it at the same time sees the old one or the new."""
+    """Write a page, atomically."""
     output = Path(output)
     if output.is_dir():
         raise UserError(f"{output} is a folder: name a file, such as {output / 'report.html'}")
@@ -100,7 +100,6 @@ def render(name: str, shown: Shown, panels: Sequence[dict[str, Any]] = ()) -> st
     css, javascript = ((Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     scripts = [script(javascript)]
     if panels:
-        need("plotly", "report")
         from plotly.offline import get_plotlyjs
 
         scripts.insert(0, script(get_plotlyjs()))

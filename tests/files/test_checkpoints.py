@@ -201,7 +201,7 @@ def test_which_checkpoints_are_meant(tmp_path, clock):
             candidates(asked, str(tmp_path))
     for checkpoint in (eight, nine):
         shutil.rmtree(checkpoint)
-    with pytest.raises(ResumeError, match=f"{ten} is no whole .*There is no whole one"):
+    with pytest.raises(ResumeError, match=f"{ten} is not a whole .*There is no whole one"):
         candidates("true", str(tmp_path))
     assert [checkpoints.wants_to_resume(asked) for asked in (None, False, "false", "", True, ten)] == 4 * [False] + [
         True

@@ -684,7 +684,7 @@ def test_a_tree_counts_what_several_rows_share(tmp_path):
     rows = rows_of_group([["s", "x"], ["s", "y"], ["t", "x"], ["t", "z"]], [True, True, False, False])
     for row, mask in zip(rows, trained, strict=True):
         row |= {"trained": mask, "credit": [0.5 * kept for kept in mask]}
-    tree = KTAE._replace(credit="tree", how="replace")
+    tree = method_of(find_method("tree"), "replace", {})
     group = describe(tree, rows)
     counts = {text: (a, b) for text, a, b in zip(*(group["tokens"][name] for name in ("text", "a", "b")), strict=True)}
     assert counts == {"s": (2, 0), "t": (0, 2), "x": (1, 1), "y": (1, 0), "z": (0, 1)}
