@@ -206,6 +206,16 @@ def _as_reward_functions_read(trainer, prompts: list, completion_ids: list[list[
         return generate(trainer, prompts).completions
 
 
+def recomputes(layer: nn.Module) -> bool:
+    """Return whether a layer of transformers, where it trains, is run again in the backward pass.
+
+    Not with `use_reentrant`, which knows no `torch.autograd.grad`.
+    """
+    checkpoint = getattr(layer, "_gradient_checkpointing_func", None)  # a partial
+    wanted = getattr(layer, "gradient_checkpointing", False) and checkpoint is not None
+    return wanted and not checkpoint.keywords.get("use_reentrant")
+
+
 def frozen_model(trainer, name: str) -> nn.Module:
     """Load a second model as TRL loads its reference model, prepared for the device, ZeRO-3 and FSDP2."""
     policy, args = trainer.model, trainer.args
@@ -258,7 +268,12 @@ def older_checkpoints_stay() -> Iterator[None]:
         yield
 
 
-# The Hub.
+# Saving, and the Hub.
+
+
+def gather_when_saving(trainer) -> None:
+    """Let DeepSpeed put the weights together when it saves a model, also without `zero3_save_16bit_model`."""
+    trainer.deepspeed._config.zero_config.gather_16bit_weights_on_model_save = True
 
 
 def wait_for_upload(trainer) -> None:
@@ -302,7 +317,9 @@ class _Probe(GRPOTrainer):
     """
 
     def __init__(self, trainer):
-        vars(self).update(vars(trainer))
+        # Not what somebody put in the place of TRL's own methods.
+        own = {name: value for name, value in vars(trainer).items() if not hasattr(GRPOTrainer, name)}
+        vars(self).update(own)
         tokens = [self._tokenizer.eos_token_id] * 4
         self.rows = [{"prompt": [{"role": "user", "content": "1"}], "noted": "x"}]
         self.prompts = [row["prompt"] for row in self.rows]
@@ -362,17 +379,18 @@ def _makes_batches(probe: _Probe) -> str:
 
 
 def _takes_token_advantages(probe: _Probe) -> str:
+    probe.importance_sampling_level = "token"
     batch = probe._generate_and_score_completions(probe.rows)
     logps_BT = probe.model.logps_BT
-    advantages_1T = torch.linspace(1.0, 2.0, logps_BT.shape[1], device=logps_BT.device)[None]
+    advantages_BT = torch.linspace(1.0, 2.0, logps_BT.shape[1], device=logps_BT.device)[None]
     gradients = []
-    for advantages in (torch.ones_like(advantages_1T[:, 0]), torch.ones_like(advantages_1T), advantages_1T):
+    for advantages in (torch.ones_like(advantages_BT[:, 0]), advantages_BT):
         loss = probe._compute_loss(probe.model, {**batch, "advantages": advantages})
         gradients += torch.autograd.grad(loss, logps_BT)
-    of_rollout, of_equal_tokens, of_tokens = gradients
-    if not torch.allclose(of_equal_tokens, of_rollout):
-        return "_compute_loss takes equal advantages of tokens (B, T) otherwise than those of rollouts (B,)"
-    return "" if not torch.allclose(of_tokens, of_rollout) else "_compute_loss does not read the advantage of a token"
+    of_rollout, of_tokens = gradients
+    if torch.allclose(of_tokens, of_rollout * advantages_BT):
+        return ""
+    return "_compute_loss does not weigh each token by its advantage where they are of shape (B, T)"
 
 
 def _tells_of_tokens(probe: _Probe) -> str:
@@ -483,7 +501,12 @@ FEATURES = {
     ),
     "push_to_hub": _Feature(
         "push_to_hub",
-        (_takes("init_hf_repo", None), _takes("_push_from_checkpoint", ""), _takes("_finish_current_push")),
+        (
+            _has(transformers.trainer, "hf_api"),
+            _takes("init_hf_repo", None),
+            _takes("_push_from_checkpoint", ""),
+            _takes("_finish_current_push"),
+        ),
     ),
 }
 passed: set[str] = set()  # features that were found whole in this process

@@ -20,7 +20,7 @@ from ktae_trl.credit.method import Card
 from ktae_trl.files.model_files import CARD, without_links
 from ktae_trl.hub import card as model_card
 from ktae_trl.hub import upload as hub
-from ktae_trl.trl_seam import model_name, uploading_by, wait_for_upload
+from ktae_trl.trl_seam import gather_when_saving, model_name, uploading_by, wait_for_upload
 
 
 @contextmanager
@@ -89,7 +89,7 @@ def save_whole_model(trainer: GRPOTrainer) -> None:
         plugin.set_state_dict_type(sharded)
         return
     if trainer.is_deepspeed_enabled:  # ZeRO-3 without `zero3_save_16bit_model`
-        trainer.deepspeed._config.zero_config.gather_16bit_weights_on_model_save = True
+        gather_when_saving(trainer)
     trainer.save_model(_internal_call=True)
 
 
