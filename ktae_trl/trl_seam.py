@@ -41,6 +41,11 @@ def model_name(model) -> str:
     return model.config._name_or_path
 
 
+def introduced_in(trainer) -> dict[str, Any]:
+    """Return the name and the paper of TRL's method: `title`, `id` (arXiv) and `citation`."""
+    return {"name": trainer._name, "paper": trainer._paper}
+
+
 def checkpoint_folder(trainer, trial=None) -> Path:
     """Return where the trainer saves the checkpoint of this step."""
     return Path(trainer._get_output_dir(trial=trial), f"checkpoint-{trainer.state.global_step}")

@@ -97,7 +97,7 @@ def write(
         datasets=data if is_hub_id(data) else None,
         library_name="peft" if adapter else "transformers",
         model_name=" ".join(model_name.split()),
-        tags=sorted({"generated_from_trainer", *method.tags, *tags}),
+        tags=sorted({"generated_from_trainer", "trl", "grpo", *method.tags, *tags}),
     )
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=1000)
     card = ModelCard.from_template(  # it gives the template the metadata too
