@@ -54,7 +54,7 @@ def replaying(tmp_path):
     "settings",
     [
         {},
-        {"max_steps": 5, "per_device_train_batch_size": 64, "steps_per_generation": 1},  # a batch of 8 prompts
+        {"max_steps": 3, "per_device_train_batch_size": 64, "steps_per_generation": 1},  # a batch of 8 prompts
         {"num_iterations": 2, "per_device_train_batch_size": 8, "steps_per_generation": 2, "max_steps": 6},
     ],
 )
