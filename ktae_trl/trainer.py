@@ -73,9 +73,10 @@ class KTAEGRPOTrainer(GRPOTrainer):
             raise TypeError(
                 f"args must be a KTAEGRPOConfig, which takes the same arguments, not a {type(args).__name__}"
             )
-        card = find_method(args.credit).card or Card(GRPOTrainer._name)
-        self._tag_names, self._name = [*GRPOTrainer._tag_names, *card.tags], card.name
-        self._paper, self._does = card.paper or GRPOTrainer._paper, card.does
+        card = find_method(args.credit).card
+        self._tag_names, self._does = [*GRPOTrainer._tag_names, *card.tags], card.does
+        if card.paper:
+            self._name, self._paper = card.name, card.paper
         if args.use_vllm and not is_vllm_available():
             raise NotImportedError(
                 "use_vllm is set, but vLLM is not installed. Install it, for GPUs: pip install 'ktae-trl[vllm]'. "

@@ -3,7 +3,7 @@
 from ktae_trl.arguments import UserError, imported, nearest
 from ktae_trl.credit.combine import HOW
 from ktae_trl.credit.ktae.method import KTAE
-from ktae_trl.credit.method import GRPO, Method, from_function
+from ktae_trl.credit.method import GRPO, Card, Method, from_function
 from ktae_trl.credit.oar import OARG, OARP
 from ktae_trl.credit.tree import TreeRPO
 
@@ -33,6 +33,7 @@ def find_method(credit: str) -> type[Method]:
         )
     own = credit.rpartition(".")[2]
     method.name, method.family, method.title = credit, method.family or own, method.title or own
+    method.card = method.card or Card(own, " ".join((method.__doc__ or "").split("\n\n")[0].split()))
     return method
 
 

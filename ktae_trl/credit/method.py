@@ -86,16 +86,16 @@ class Card(NamedTuple):
 class Tools(Protocol):
     """A method's way to the model and the rewards.
 
-    Unless it says otherwise, a call is collective: all processes must make as many, in the same order, each with its
-    own rollouts. Nothing here gives a parameter a gradient, and nothing is logged.
+    Unless it says otherwise, a call is collective: all processes must make the same calls in the same order, each with
+    its own rollouts. Nothing here gives a parameter a gradient, and nothing is logged.
     """
 
     tokenizer: Any  # of transformers
     device: Any  # torch.device of this process
     eos_ids: tuple[int, ...]  # ids that end a text
-    tokens_per_logits: float  # a logit vector takes as much memory as the hidden states of so many tokens
+    tokens_per_logits: float  # memory of a logit vector, in hidden states of one token
 
-    def token_stats(self, groups: Groups, model: nn.Module | None = None) -> tuple[Tensor, Tensor | None]:
+    def token_stats(self, groups: Groups, model: nn.Module | None = None) -> tuple[Tensor, Tensor]:
         """Return the log-probability and the entropy of each own token, (B, T) float32 each; 0 for padding.
 
         In evaluation mode, at the run's temperature, by TRL's own pass, which keeps no logits.
@@ -154,7 +154,7 @@ class Tools(Protocol):
         """Return a cache for `logits` to fill. Not collective."""
 
     def beginning(self, cache: Any, length: int, rows: int) -> tuple[Any, int]:
-        """Return the first `length` tokens of a cache of one row, for so many rows, and how many tokens these are.
+        """Return the first `length` tokens of a cache of one row, repeated for `rows` rows, and their number.
 
         None and 0 for a model whose layers (sliding windows, recurrent ones) do not keep what came before in a form
         that can be cut. Not collective.

@@ -66,8 +66,8 @@ class OAR(Method):
                 Standard deviation of the noise on the embeddings (`oar_g`). In bf16 the effect of so little is lost in
                 rounding: take 0.01.
             oar_span (`int`, *optional*, defaults to `1`):
-                Perturb so many tokens in a row together; they share their weight (`oar_p`). 4 costs about a quarter of
-                1.
+                Tokens in a row that are perturbed together and share their weight (`oar_p`). 4 costs about a quarter
+                of 1.
             oar_token_budget (`int`, *optional*, defaults to `16384`):
                 Tokens, with those of prompts, that a forward pass of OAR holds at most. Lower it if memory runs out:
                 `oar_g` keeps all activations where there are no checkpoints, or reentrant ones (PEFT under ZeRO-3).
@@ -82,7 +82,7 @@ class OAR(Method):
         )
         oar_beta: float = field(default=1.0, metadata={"help": "How much the most influential token gains."})
         oar_noise_std: float = field(default=1e-3, metadata={"help": "Noise on the embeddings (oar_g)."})
-        oar_span: int = field(default=1, metadata={"help": "Perturb so many tokens in a row together (oar_p)."})
+        oar_span: int = field(default=1, metadata={"help": "Tokens in a row that are perturbed together (oar_p)."})
         oar_token_budget: int = field(default=16384, metadata={"help": "Tokens in a forward pass of OAR at most."})
 
         def check(self) -> None:

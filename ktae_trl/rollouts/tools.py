@@ -108,7 +108,7 @@ class TrainerTools(Policy):
         self.eos_ids = tuple(trainer.eos_token_ids)
         self._frozen: dict[str, nn.Module] = {}
 
-    def token_stats(self, groups: Groups, model: nn.Module | None = None) -> tuple[Tensor, Tensor | None]:
+    def token_stats(self, groups: Groups, model: nn.Module | None = None) -> tuple[Tensor, Tensor]:
         """Return log-probabilities and entropies of the own tokens: see `Tools`."""
         trl_seam.need("token_stats", self.trainer)
         T = groups.ids_PGT.shape[2]

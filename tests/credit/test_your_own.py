@@ -359,6 +359,8 @@ def test_a_class_trains_resumes_and_shows_itself(here):
     card = (here / "run/README.md").read_text()
     assert "credit: own_credit.Window" in card
     assert "window: 5" in card
+    assert "trained with GRPO" in card
+    assert "\nTrust the first tokens.\n" in card
     again = subprocess.run(
         [*command, "--window", "6", "--resume_from_checkpoint", "run/checkpoint-2"],
         cwd=here,

@@ -22,7 +22,7 @@ from huggingface_hub.utils import close_session
 from huggingface_hub.utils._runtime import is_xet_available
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
 from trl import ModelConfig
 
 import ktae_trl
@@ -663,8 +663,8 @@ def test_hostile_files_stay_here_during_training(server, report, tmp_path, monke
         (checkpoint / "scaler.pt").symlink_to(tmp_path / "outside" / "id_rsa")
         (checkpoint / "global_step1").symlink_to(tmp_path / "outside" / "private_folder")
 
-    save_rng_state = trainer._save_rng_state
-    monkeypatch.setattr(trainer, "_save_rng_state", lambda output: (save_rng_state(output), add_to_checkpoint()))
+    save = TrainerState.save_to_json  # into a checkpoint that is not sent yet
+    monkeypatch.setattr(TrainerState, "save_to_json", lambda *arguments: (save(*arguments), add_to_checkpoint()))
     before = snapshot(tmp_path / "outside")
     trainer.train()
     (repo,) = server.repos.values()

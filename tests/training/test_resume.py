@@ -9,7 +9,7 @@ import torch
 from datasets import IterableDataset
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainerCallback
 
 from ktae_trl import KTAEGRPOConfig, tiny, trl_seam
 from ktae_trl.files import checkpoints
@@ -433,7 +433,12 @@ def test_what_trl_writes_last_is_a_part_and_an_older_checkpoint_stays_until_then
 def test_checkpoint_of_the_same_step_is_not_written_twice(uninterrupted, tmp_path):
     """As when a scheduler asks for one right after the last: the time may be over before it is whole again."""
     folder, _ = uninterrupted
-    trainer, _ = resumed_from(folder / "checkpoint-17", tmp_path)
-    before = (tmp_path / "checkpoint-18" / MANIFEST).stat().st_mtime_ns
-    trainer._save_checkpoint(trainer.model, None)
-    assert (tmp_path / "checkpoint-18" / MANIFEST).stat().st_mtime_ns == before
+    manifest, written = tmp_path / "checkpoint-18" / MANIFEST, []
+
+    class AsksAgain(TrainerCallback):
+        def on_epoch_end(self, args, state, control, **_):
+            written.append(manifest.stat().st_mtime_ns)
+            control.should_save = True
+
+    resumed_from(folder / "checkpoint-17", tmp_path, callbacks=[AsksAgain()])
+    assert written == [manifest.stat().st_mtime_ns]
