@@ -136,10 +136,11 @@ class KTAEGRPOTrainer(GRPOTrainer):
             chosen = self.dynamic_sampling.batch(self.state.global_step)
             trl_seam.log_metrics(self, chosen.metrics)
             trl_seam.log_state(self, chosen.state)
-            self._chosen_rewards = chosen.rewards
-            with trl_seam.rollouts_given(self, chosen.rollouts):
+            with (
+                trl_seam.rollouts_given(self, chosen.rollouts),
+                trl_seam.changed(self, _chosen_rewards=chosen.rewards),
+            ):
                 batch = super()._generate_and_score_completions(chosen.rows)
-            self._chosen_rewards = None
         else:
             batch = super()._generate_and_score_completions(inputs)
         rewards, judged = self._gathered_rewards, self._judged(self._gathered_rewards)

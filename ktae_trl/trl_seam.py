@@ -16,12 +16,11 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers.trainer
-import trl
+import trl.models
+import trl.trainer.utils
 from packaging.specifiers import SpecifierSet
 from torch import Tensor, nn
 from trl import GRPOTrainer
-from trl.models import prepare_deepspeed, prepare_fsdp
-from trl.trainer.utils import RepeatSampler, add_fused_lm_head, create_model_from_path
 
 from ktae_trl.arguments import NotImportedError, UserError, loading
 
@@ -228,7 +227,7 @@ def frozen_model(trainer, name: str) -> nn.Module:
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         how["device_map"] = None
     with loading(f"the frozen model {name!r}"):
-        model = create_model_from_path(name, trust_remote_code=args.trust_remote_code, **how)
+        model = trl.trainer.utils.create_model_from_path(name, trust_remote_code=args.trust_remote_code, **how)
     tokens = len(trainer._tokenizer)
     if model.config.get_text_config().vocab_size < tokens:
         raise UserError(
@@ -236,11 +235,11 @@ def frozen_model(trainer, name: str) -> nn.Module:
             f"tokenizer has {tokens}: choose a model with the same tokens"
         )
     model.requires_grad_(False)
-    add_fused_lm_head(model, temperature=trainer.temperature, outputs=("log_probs", "entropy"))
+    trl.trainer.utils.add_fused_lm_head(model, temperature=trainer.temperature, outputs=("log_probs", "entropy"))
     if trainer.is_deepspeed_enabled:
-        model = prepare_deepspeed(model, trainer.accelerator)
+        model = trl.models.prepare_deepspeed(model, trainer.accelerator)
     elif trainer.is_fsdp_enabled:
-        model = prepare_fsdp(model, trainer.accelerator)
+        model = trl.models.prepare_fsdp(model, trainer.accelerator)
     else:
         model = trainer.accelerator.prepare_model(model, evaluation_mode=True)
     return model.eval()
@@ -435,12 +434,13 @@ def _grades(probe: _Probe) -> str:
 
 def _samples_by_permutation(_) -> str:
     # Resuming begins one pass of the sampler per past epoch: right as long as the sampler is not told its epoch.
-    whole, resumed = (RepeatSampler(range(9), mini_repeat_count=1, seed=1) for _ in range(2))
+    sampler = trl.trainer.utils.RepeatSampler
+    whole, resumed = (sampler(range(9), mini_repeat_count=1, seed=1) for _ in range(2))
     first, second = list(whole), list(whole)
     next(iter(resumed))
     if first == second or list(resumed) != second:
         return "RepeatSampler no longer draws a permutation when a pass begins"
-    return "RepeatSampler.set_epoch is new" if hasattr(RepeatSampler, "set_epoch") else ""
+    return "RepeatSampler.set_epoch is new" if hasattr(sampler, "set_epoch") else ""
 
 
 def _limits_tokens(probe: _Probe) -> str:
@@ -481,6 +481,13 @@ FEATURES = {
     ),
     "credit": _Feature("credit other than none", (_takes_token_advantages,)),
     "token_stats": _Feature("a credit method that reads log-probabilities", (_tells_of_tokens,)),
+    "frozen": _Feature(
+        "a credit method with a second model",
+        (
+            _has(trl.models, "prepare_deepspeed", "prepare_fsdp"),
+            _has(trl.trainer.utils, "add_fused_lm_head", "create_model_from_path"),
+        ),
+    ),
     "sampling": _Feature(
         "a credit method that samples",
         (
@@ -501,6 +508,7 @@ FEATURES = {
             _takes("_get_output_dir", trial=None),
             _takes("_get_train_sampler", None),
             _takes("_init_training_state", 1, 1, 1, None, None),
+            _has(trl.trainer.utils, "RepeatSampler"),
             _samples_by_permutation,
         ),
     ),

@@ -191,6 +191,7 @@ class TrainerTools(Policy):
 
     def frozen(self, model_name: str) -> nn.Module:
         """Return a second model: see `Tools`."""
+        trl_seam.need("frozen", self.trainer)
         if model_name not in self._frozen:
             self._frozen[model_name] = trl_seam.frozen_model(self.trainer, model_name)
         return self._frozen[model_name]

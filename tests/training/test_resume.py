@@ -384,9 +384,7 @@ def test_an_adapter_is_merged_for_a_new_run(tmp_path):
     settings = {**CYCLES, "max_steps": 1, "save_only_model": True}
     adapter = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
     make_trainer(tmp_path / "out", train_dataset=prompts(12), peft_config=adapter, **settings).train()
-    with pytest.raises(
-        ResumeError, match=r"ktae_trl\.merge .*checkpoint-1 -o FOLDER, then --model_name_or_path FOLDER"
-    ):
+    with pytest.raises(ResumeError, match=r"ktae merge .*checkpoint-1 -o FOLDER, then --model_name_or_path FOLDER"):
         resumed_from(tmp_path / "out" / "checkpoint-1", tmp_path, peft_config=adapter)
 
 

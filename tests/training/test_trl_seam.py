@@ -3,6 +3,7 @@
 import ast
 import random
 import re
+import runpy
 import time
 import warnings
 from pathlib import Path
@@ -10,6 +11,9 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+import transformers.trainer
+import trl.models
+import trl.trainer.utils
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
@@ -169,6 +173,24 @@ def test_trl_no_longer_calls_what_is_overridden(anew, trainer, monkeypatch):
             patch.setattr(GRPOTrainer, name, by_another_name)
             with pytest.raises(ImportError, match=f"{name} no longer calls {called}"):
                 need("training", trainer)
+
+
+@pytest.mark.parametrize(
+    ("feature", "owner", "name"),
+    [
+        ("checkpoints", trl.trainer.utils, "RepeatSampler"),
+        ("frozen", trl.trainer.utils, "add_fused_lm_head"),
+        ("frozen", trl.models, "prepare_fsdp"),
+        ("push_to_hub", transformers.trainer, "hf_api"),
+    ],
+)
+def test_what_a_module_no_longer_has_is_missed_by_the_feature_alone(anew, trainer, monkeypatch, feature, owner, name):
+    monkeypatch.delattr(owner, name)
+    runpy.run_path(trl_seam.__file__)  # it can be imported
+    for other in FEATURES.keys() - {feature}:
+        need(other, trainer)
+    with pytest.raises(ImportError, match=f"{FEATURES[feature].what.partition(' (')[0]}.* needs: {name} is gone"):
+        need(feature, trainer)
 
 
 def test_a_sampler_that_is_told_its_epoch_would_break_resuming(anew, trainer, monkeypatch):
