@@ -32,11 +32,11 @@ test-faults: $(VENV)/dev.installed
 
 # The newest versions that setup.cfg allows; torch is the tested one.
 test-newest: $(NEWEST_VENV)/installed
-	$(NEWEST_VENV)/bin/pytest -m "not slow" -n 2
+	$(NEWEST_VENV)/bin/pytest -m "not slow" -n 2 --dist worksteal
 
 test-trl-next: $(TRL_VENV)/installed
 	$(TRL_VENV)/bin/python -m pip install --quiet --upgrade --pre --no-deps $(TRL)
-	$(TRL_VENV)/bin/pytest -m "not slow" -n 2
+	$(TRL_VENV)/bin/pytest -m "not slow" -n 2 --dist worksteal
 
 $(NEWEST_VENV)/installed $(TRL_VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)

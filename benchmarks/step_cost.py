@@ -107,6 +107,7 @@ def train(credit: str, steps: int, model: str) -> dict:
     from ktae_trl import KTAEGRPOConfig
     from ktae_trl import trainer as hooks
     from ktae_trl.arguments import parse
+    from ktae_trl.training.recorder import Recorder
     from ktae_trl.training.run import RunArguments, build_trainer
 
     on_gpu = torch.cuda.is_available()
@@ -163,7 +164,7 @@ def train(credit: str, steps: int, model: str) -> dict:
     for name, phase in watched.items():
         clock.watch(trainer, name, phase)
     clock.watch(trainer.token_credit, "add_to", "credit")
-    clock.watch(trainer._recorder, "look", "credit")
+    clock.watch(Recorder, "look", "credit")
     clock.watch(hooks, "combine", "credit")
     clock.watch(trainer.accelerator, "backward", "backward")
     for name in ("gather", "reduce"):

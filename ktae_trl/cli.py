@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ktae_trl import __version__
-from ktae_trl.arguments import NotFoundError, UserError, loading, nearest, need, user_errors
+from ktae_trl.arguments import NotFoundError, UserError, loading, nearest, user_errors
 
 CONFIGS = Path(__file__).parent / "configs"
 _HELP = {"-h", "--help"}
@@ -109,7 +109,6 @@ def grade(words: list[str]) -> None:
 
 
 def _evaluation(words: list[str], program: str) -> None:
-    need("scipy", "eval")
     from ktae_trl.evaluation.run import main as run
 
     run(words, program)

@@ -12,7 +12,6 @@ from ktae_trl.arguments import NotImportedError
 from ktae_trl.config import KTAEGRPOConfig
 from ktae_trl.credit import find_method
 from ktae_trl.credit.combine import combine
-from ktae_trl.credit.method import Card
 from ktae_trl.data.columns import with_free_names
 from ktae_trl.files import checkpoints
 from ktae_trl.hub import saving
@@ -73,10 +72,7 @@ class KTAEGRPOTrainer(GRPOTrainer):
             raise TypeError(
                 f"args must be a KTAEGRPOConfig, which takes the same arguments, not a {type(args).__name__}"
             )
-        card = find_method(args.credit).card
-        self._tag_names, self._does = [*GRPOTrainer._tag_names, *card.tags], card.does
-        if card.paper:
-            self._name, self._paper = card.name, card.paper
+        self._tag_names = [*GRPOTrainer._tag_names, *find_method(args.credit).card.tags]  # of the model
         if args.use_vllm and not is_vllm_available():
             raise NotImportedError(
                 "use_vllm is set, but vLLM is not installed. Install it, for GPUs: pip install 'ktae-trl[vllm]'. "
@@ -140,10 +136,11 @@ class KTAEGRPOTrainer(GRPOTrainer):
             chosen = self.dynamic_sampling.batch(self.state.global_step)
             trl_seam.log_metrics(self, chosen.metrics)
             trl_seam.log_state(self, chosen.state)
-            self._chosen_rewards = chosen.rewards
-            with trl_seam.rollouts_given(self, chosen.rollouts):
+            with (
+                trl_seam.rollouts_given(self, chosen.rollouts),
+                trl_seam.changed(self, _chosen_rewards=chosen.rewards),
+            ):
                 batch = super()._generate_and_score_completions(chosen.rows)
-            self._chosen_rewards = None
         else:
             batch = super()._generate_and_score_completions(inputs)
         rewards, judged = self._gathered_rewards, self._judged(self._gathered_rewards)
@@ -230,9 +227,7 @@ class KTAEGRPOTrainer(GRPOTrainer):
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         if self.is_world_process_zero():
-            card = Card(name=self._name, does=self._does, tags=self._tag_names, paper=self._paper)
-            tags = [tags] if isinstance(tags, str) else tags or []
-            saving.write_card(self, card, model_name, dataset_name, tags)
+            saving.write_card(self, model_name, dataset_name, tags)
 
     def _save(self, output_dir=None, state_dict=None):
         with saving.own_files(self, output_dir):

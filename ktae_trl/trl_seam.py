@@ -16,12 +16,11 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers.trainer
-import trl
+import trl.models
+import trl.trainer.utils
 from packaging.specifiers import SpecifierSet
 from torch import Tensor, nn
 from trl import GRPOTrainer
-from trl.models import prepare_deepspeed, prepare_fsdp
-from trl.trainer.utils import RepeatSampler, add_fused_lm_head, create_model_from_path
 
 from ktae_trl.arguments import NotImportedError, UserError, loading
 
@@ -39,6 +38,11 @@ def tokenizer_of(trainer) -> Any:
 def model_name(model) -> str:
     """Return the folder or the name on the Hub that a model was loaded from."""
     return model.config._name_or_path
+
+
+def introduced_in(trainer) -> dict[str, Any]:
+    """Return the name and the paper of TRL's method: `title`, `id` (arXiv) and `citation`."""
+    return {"name": trainer._name, "paper": trainer._paper}
 
 
 def checkpoint_folder(trainer, trial=None) -> Path:
@@ -206,6 +210,16 @@ def _as_reward_functions_read(trainer, prompts: list, completion_ids: list[list[
         return generate(trainer, prompts).completions
 
 
+def recomputes(layer: nn.Module) -> bool:
+    """Return whether a layer of transformers, where it trains, is run again in the backward pass.
+
+    Not with `use_reentrant`, which knows no `torch.autograd.grad`.
+    """
+    checkpoint = getattr(layer, "_gradient_checkpointing_func", None)  # a partial
+    wanted = getattr(layer, "gradient_checkpointing", False) and checkpoint is not None
+    return wanted and not checkpoint.keywords.get("use_reentrant")
+
+
 def frozen_model(trainer, name: str) -> nn.Module:
     """Load a second model as TRL loads its reference model, prepared for the device, ZeRO-3 and FSDP2."""
     policy, args = trainer.model, trainer.args
@@ -213,7 +227,7 @@ def frozen_model(trainer, name: str) -> nn.Module:
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         how["device_map"] = None
     with loading(f"the frozen model {name!r}"):
-        model = create_model_from_path(name, trust_remote_code=args.trust_remote_code, **how)
+        model = trl.trainer.utils.create_model_from_path(name, trust_remote_code=args.trust_remote_code, **how)
     tokens = len(trainer._tokenizer)
     if model.config.get_text_config().vocab_size < tokens:
         raise UserError(
@@ -221,11 +235,11 @@ def frozen_model(trainer, name: str) -> nn.Module:
             f"tokenizer has {tokens}: choose a model with the same tokens"
         )
     model.requires_grad_(False)
-    add_fused_lm_head(model, temperature=trainer.temperature, outputs=("log_probs", "entropy"))
+    trl.trainer.utils.add_fused_lm_head(model, temperature=trainer.temperature, outputs=("log_probs", "entropy"))
     if trainer.is_deepspeed_enabled:
-        model = prepare_deepspeed(model, trainer.accelerator)
+        model = trl.models.prepare_deepspeed(model, trainer.accelerator)
     elif trainer.is_fsdp_enabled:
-        model = prepare_fsdp(model, trainer.accelerator)
+        model = trl.models.prepare_fsdp(model, trainer.accelerator)
     else:
         model = trainer.accelerator.prepare_model(model, evaluation_mode=True)
     return model.eval()
@@ -258,7 +272,12 @@ def older_checkpoints_stay() -> Iterator[None]:
         yield
 
 
-# The Hub.
+# Saving, and the Hub.
+
+
+def gather_when_saving(trainer) -> None:
+    """Let DeepSpeed put the weights together when it saves a model, also without `zero3_save_16bit_model`."""
+    trainer.deepspeed._config.zero_config.gather_16bit_weights_on_model_save = True
 
 
 def wait_for_upload(trainer) -> None:
@@ -302,7 +321,9 @@ class _Probe(GRPOTrainer):
     """
 
     def __init__(self, trainer):
-        vars(self).update(vars(trainer))
+        # Not what somebody put in the place of TRL's own methods.
+        own = {name: value for name, value in vars(trainer).items() if not hasattr(GRPOTrainer, name)}
+        vars(self).update(own)
         tokens = [self._tokenizer.eos_token_id] * 4
         self.rows = [{"prompt": [{"role": "user", "content": "1"}], "noted": "x"}]
         self.prompts = [row["prompt"] for row in self.rows]
@@ -362,17 +383,18 @@ def _makes_batches(probe: _Probe) -> str:
 
 
 def _takes_token_advantages(probe: _Probe) -> str:
+    probe.importance_sampling_level = "token"
     batch = probe._generate_and_score_completions(probe.rows)
     logps_BT = probe.model.logps_BT
-    advantages_1T = torch.linspace(1.0, 2.0, logps_BT.shape[1], device=logps_BT.device)[None]
+    advantages_BT = torch.linspace(1.0, 2.0, logps_BT.shape[1], device=logps_BT.device)[None]
     gradients = []
-    for advantages in (torch.ones_like(advantages_1T[:, 0]), torch.ones_like(advantages_1T), advantages_1T):
+    for advantages in (torch.ones_like(advantages_BT[:, 0]), advantages_BT):
         loss = probe._compute_loss(probe.model, {**batch, "advantages": advantages})
         gradients += torch.autograd.grad(loss, logps_BT)
-    of_rollout, of_equal_tokens, of_tokens = gradients
-    if not torch.allclose(of_equal_tokens, of_rollout):
-        return "_compute_loss takes equal advantages of tokens (B, T) otherwise than those of rollouts (B,)"
-    return "" if not torch.allclose(of_tokens, of_rollout) else "_compute_loss does not read the advantage of a token"
+    of_rollout, of_tokens = gradients
+    if torch.allclose(of_tokens, of_rollout * advantages_BT):
+        return ""
+    return "_compute_loss does not weigh each token by its advantage where they are of shape (B, T)"
 
 
 def _tells_of_tokens(probe: _Probe) -> str:
@@ -412,12 +434,13 @@ def _grades(probe: _Probe) -> str:
 
 def _samples_by_permutation(_) -> str:
     # Resuming begins one pass of the sampler per past epoch: right as long as the sampler is not told its epoch.
-    whole, resumed = (RepeatSampler(range(9), mini_repeat_count=1, seed=1) for _ in range(2))
+    sampler = trl.trainer.utils.RepeatSampler
+    whole, resumed = (sampler(range(9), mini_repeat_count=1, seed=1) for _ in range(2))
     first, second = list(whole), list(whole)
     next(iter(resumed))
     if first == second or list(resumed) != second:
         return "RepeatSampler no longer draws a permutation when a pass begins"
-    return "RepeatSampler.set_epoch is new" if hasattr(RepeatSampler, "set_epoch") else ""
+    return "RepeatSampler.set_epoch is new" if hasattr(sampler, "set_epoch") else ""
 
 
 def _limits_tokens(probe: _Probe) -> str:
@@ -458,6 +481,13 @@ FEATURES = {
     ),
     "credit": _Feature("credit other than none", (_takes_token_advantages,)),
     "token_stats": _Feature("a credit method that reads log-probabilities", (_tells_of_tokens,)),
+    "frozen": _Feature(
+        "a credit method with a second model",
+        (
+            _has(trl.models, "prepare_deepspeed", "prepare_fsdp"),
+            _has(trl.trainer.utils, "add_fused_lm_head", "create_model_from_path"),
+        ),
+    ),
     "sampling": _Feature(
         "a credit method that samples",
         (
@@ -478,12 +508,18 @@ FEATURES = {
             _takes("_get_output_dir", trial=None),
             _takes("_get_train_sampler", None),
             _takes("_init_training_state", 1, 1, 1, None, None),
+            _has(trl.trainer.utils, "RepeatSampler"),
             _samples_by_permutation,
         ),
     ),
     "push_to_hub": _Feature(
         "push_to_hub",
-        (_takes("init_hf_repo", None), _takes("_push_from_checkpoint", ""), _takes("_finish_current_push")),
+        (
+            _has(transformers.trainer, "hf_api"),
+            _takes("init_hf_repo", None),
+            _takes("_push_from_checkpoint", ""),
+            _takes("_finish_current_push"),
+        ),
     ),
 }
 passed: set[str] = set()  # features that were found whole in this process

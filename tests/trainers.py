@@ -50,6 +50,41 @@ def make_trainer(output_dir, *, trainer=KTAEGRPOTrainer, config=KTAEGRPOConfig, 
     return trainer(args=args, **arguments)
 
 
+# Where tests look into a training. TRL's names of these methods stand here only.
+HOOKS = {
+    "batch": "_generate_and_score_completions",  # rows of a dataset -> a batch
+    "generation": "_generate",  # prompts -> what the model, or a rollout_func, makes of them
+    "sampling": "_generate_single_turn",  # token ids of prompts -> those of completions, and log-probabilities
+    "loss": "_compute_loss",  # model, batch -> loss
+}
+
+
+def hook(owner, what: str):
+    return getattr(owner, HOOKS[what])
+
+
+def around(owner, what: str, instead, patch=setattr) -> None:
+    """Call `instead` with the original method of a trainer, or of a class of trainers, and its arguments."""
+    original = hook(owner, what)
+    patch(owner, HOOKS[what], lambda *arguments, **more: instead(original, *arguments, **more))
+
+
+def watch_batches(trainer) -> list[dict]:
+    """Collect the batch of each generation."""
+    batches = []
+
+    def keep(original, rows):
+        batches.append(original(rows))
+        return batches[-1]
+
+    around(trainer, "batch", keep)
+    return batches
+
+
+def first_batch(trainer) -> dict:
+    return hook(trainer, "batch")(list(next(iter(trainer.get_train_dataloader()))))
+
+
 def weights(trainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 

@@ -1,6 +1,4 @@
 """How good is a model, how sure is that, and is it better than another one?
 
-    benchmarks -> sampling (vLLM or transformers) -> samples (files) -> grading -> summary -> comparison
-
-`held_out` is the short measurement that `train.py` makes before and after training.
+benchmarks -> sampling (vLLM or transformers) -> samples (files) -> grading -> summary -> comparison
 """

@@ -59,8 +59,8 @@ def load_run(folder: str, name: str | None = None) -> Run:
         name: of the model in the comparison. Default: the folder's.
 
     Raises:
-        FileNotFoundError: no such folder, or no samples in it.
-        ValueError: a corrupt line, or samples that are not graded.
+        NotFoundError: no such folder, or no samples in it.
+        UserError: a corrupt line, or samples that are not graded.
     """
     path = Path(folder)
     files = sorted(path.glob("*.jsonl"))
@@ -90,7 +90,7 @@ def compare(runs: Sequence[Run], seed: int = 0) -> list[Comparison]:
     """Compare every run with the first one, per benchmark and on the mean of benchmarks.
 
     Raises:
-        ValueError: fewer than two runs, two of one name, or runs on different problems (which are named).
+        UserError: fewer than two runs, two of one name, or runs on different problems (which are named).
     """
     if len(runs) < 2:
         raise UserError("Give two or more folders to compare")

@@ -64,7 +64,7 @@ Write = Callable[[list[tuple[Request, Completion]]], None]
 
 
 def check_model(name: str) -> None:
-    """Raise FileNotFoundError for a model path that is not there or holds no model."""
+    """Raise NotFoundError for a model path that is not there or holds no model."""
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
@@ -77,7 +77,7 @@ def stop_token_ids(model: str, tokenizer: PreTrainedTokenizerBase, ends: Sequenc
     """Return every token that ends a completion: of the tokenizer, of the model's generation settings, and `ends`.
 
     Raises:
-        ValueError: the tokenizer does not have one of `ends`.
+        UserError: the tokenizer does not have one of `ends`.
     """
     found = {tokenizer.eos_token_id}
     try:
@@ -298,7 +298,7 @@ def _lora_rank(folder: str) -> int:
     """Return the rank to reserve for an adapter, which vLLM wants from a list of its own.
 
     Raises:
-        ValueError: an adapter that is not LoRA, or of too high a rank.
+        UserError: an adapter that is not LoRA, or of too high a rank.
     """
     config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
     if config.get("peft_type") != "LORA":

@@ -219,8 +219,17 @@ def _without_unfinished(
     return [request for request in requests if request.benchmark not in missing]
 
 
-def _sample(args, model, tokenizer, sampling, waiting, total, texts, store) -> None:
-    """Sample what is not there yet, and add each sample to the store as soon as it is generated."""
+def _sample(
+    args: EvalArguments,
+    model: str,
+    tokenizer: PreTrainedTokenizerBase,
+    sampling: Sampling,
+    waiting: list[Request],
+    total: int,
+    texts: dict[tuple[str, str], tuple[str, str]],
+    store: Store,
+) -> None:
+    """Sample what waits of the total, and add each sample to the store as soon as it is generated."""
     if not waiting:
         print(f"All {total} samples are in {store.folder} already")
         return

@@ -14,10 +14,8 @@ from pathlib import Path
 
 import rich
 
-from ktae_trl.arguments import NotImportedError, UserError, nearest, parse, user_errors
-from ktae_trl.evaluation import comparison, summary
+from ktae_trl.arguments import NotImportedError, UserError, nearest, need, parse, user_errors
 from ktae_trl.evaluation.outputs import Columns, read_outputs
-from ktae_trl.evaluation.plot import plot
 from ktae_trl.evaluation.samples import graded, safe_name
 from ktae_trl.files.writing import replace_json, replace_json_lines
 from ktae_trl.grading import ANSWER_FORMATS
@@ -34,6 +32,7 @@ def main(words: Sequence[str], program: str = "eval.py") -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s")
     commands = {"compare": compare, "grade": grade}
     with user_errors(program):
+        need("scipy", "eval")  # which the commands import themselves
         if not words or words[0].startswith("-"):
             evaluate(words, program)
         elif words[0] in commands:
@@ -68,6 +67,10 @@ def compare(words: Sequence[str], program: str) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap and the permutations")
     options = parser.parse_args(words)
+
+    from ktae_trl.evaluation import comparison
+    from ktae_trl.evaluation.plot import plot
+
     names = comparison.labels(options.folders)
     runs = [comparison.load_run(*pair) for pair in zip(options.folders, names, strict=True)]
     compared = comparison.compare(runs, options.seed)
@@ -113,6 +116,9 @@ def grade(words: Sequence[str], program: str) -> None:
     parser.add_argument("--k", type=int, nargs="*", default=[], help="of pass@k and maj@k")
     parser.add_argument("--output_dir", type=Path, default=None, help="default: runs/graded/FILE")
     options = parser.parse_args(words)
+
+    from ktae_trl.evaluation import summary
+
     file: Path = options.file
     folder = options.output_dir or Path("runs/graded") / safe_name(file.name.removesuffix(".gz").removesuffix(".jsonl"))
     columns = Columns(options.completion_column, options.answer_column, options.benchmark_column, options.id_column)

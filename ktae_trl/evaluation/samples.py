@@ -41,7 +41,7 @@ class Store:
             free: names of settings that change no sample: they may differ, and the new values are written down.
 
         Raises:
-            ValueError: the folder's samples were made with other settings, by version 0.1 or by another program, or
+            UserError: the folder's samples were made with other settings, by version 0.1 or by another program, or
                 another process is writing to it.
         """
         self.folder = folder
@@ -192,7 +192,7 @@ def read_samples(path: Path) -> list[dict]:
     """Read a file of samples.
 
     Raises:
-        ValueError: a line that is not a sample (with its number, and how to go on), or two of one problem and number.
+        UserError: a line that is not a sample (with its number, and how to go on), or two of one problem and number.
     """
     remedy = "Move that line to another file and run eval.py with the same settings: it generates what is missing"
     rows: dict[tuple[str, int], dict] = {}
@@ -225,7 +225,7 @@ def read_settings(folder: Path) -> dict | None:
     with others are never added to a folder.
 
     Raises:
-        ValueError: the file is damaged, and the summary has no settings.
+        UserError: the file is damaged, and the summary has no settings.
     """
     file = folder / SETTINGS
     try:

@@ -51,7 +51,7 @@ def share(values: Sequence[float], samples: int) -> Estimate:
         samples: independent samples behind each value: n for a share of n samples, n // k for pass@k and maj@k.
 
     Raises:
-        ValueError: no problem.
+        UserError: no problem.
     """
     x = np.asarray(values, float)
     if not len(x):
@@ -97,7 +97,7 @@ def pass_at_k(right: int, samples: int, k: int) -> float:
     The unbiased estimate of Chen et al. (2021), section 2.1, for one problem with c right of n samples.
 
     Raises:
-        ValueError: k is above n or below 1.
+        UserError: k is above n or below 1.
     """
     if not 1 <= k <= samples:
         raise UserError(f"pass@{k} needs between 1 and n samples; there are n = {samples}")

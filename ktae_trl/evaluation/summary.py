@@ -40,7 +40,7 @@ def results(name: str, rows: Sequence[dict]) -> Results:
     """Arrange the graded samples of a benchmark by problem; problems that cannot be scored are only listed.
 
     Raises:
-        ValueError: problems with different numbers of samples, samples without a verdict, or no scorable problem.
+        UserError: problems with different numbers of samples, samples without a verdict, or no scorable problem.
     """
     if any("verdict" not in row for row in rows):
         raise UserError(f"{name} is not finished: some samples are not graded yet. Run eval.py again to complete it")

@@ -41,7 +41,7 @@ def parse_benchmarks(entries: Sequence[dict], only: Sequence[str] | None = None)
     """Read the `benchmarks:` of a config, all of them or those named in `only`.
 
     Raises:
-        ValueError: an entry with an unknown or a missing key, two of one name, or a name in `only` that is not there.
+        UserError: an entry with an unknown or a missing key, two of one name, or a name in `only` that is not there.
     """
     known = [field.name for field in fields(Benchmark)]
     benchmarks: dict[str, Benchmark] = {}
@@ -77,8 +77,8 @@ def load_problems(benchmark: Benchmark, folder: str | None = None, limit: int | 
         limit: only the first so many.
 
     Raises:
-        FileNotFoundError: the file is not there.
-        ValueError: no problem in it, a column that is missing, two problems of one id, or one without text or answer,
+        NotFoundError: the file is not there.
+        UserError: no problem in it, a column that is missing, two problems of one id, or one without text or answer,
             or with a value that is neither.
     """
     if folder is not None:
@@ -135,7 +135,7 @@ def prompts(
         template_kwargs, system_in_user: of `chat` only: see `prompts.texts` and `prompts.conversation`.
 
     Raises:
-        ValueError: an unknown template, one that cannot say what is asked of it, or `chat` with a tokenizer whose chat
+        UserError: an unknown template, one that cannot say what is asked of it, or `chat` with a tokenizer whose chat
             template is missing, refuses, or leaves something out.
     """
     if template not in TEMPLATES:

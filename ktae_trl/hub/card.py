@@ -27,7 +27,7 @@ from ktae_trl.report.markdown import escaped
 
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
 _BEGIN, _END = "<!-- Results: ktae push FOLDER writes them -->", "<!-- End of results -->"
-_RESULTS = re.compile(rf"<!-- Results: [^>]*-->.*?{_END}", re.DOTALL)
+_BEGINNING = re.compile(r"<!-- Results: [^<>]*-->")  # an earlier version named another command
 _QUICK_START = re.compile(r'(pipeline\("text-generation", model=)"(?:[^"\\\n]|\\.)*"')
 # Where the run was and what it was allowed to do: of no use to who reads the card.
 _LEFT_OUT = {"output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm"}
@@ -97,7 +97,7 @@ def write(
         datasets=data if is_hub_id(data) else None,
         library_name="peft" if adapter else "transformers",
         model_name=" ".join(model_name.split()),
-        tags=sorted({"generated_from_trainer", *method.tags, *tags}),
+        tags=sorted({"generated_from_trainer", "trl", "grpo", *method.tags, *tags}),
     )
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=1000)
     card = ModelCard.from_template(  # it gives the template the metadata too
@@ -143,8 +143,10 @@ def update(folder: Path, *, repo_id: str | None = None, results: Sequence[EvalRe
             "token: download it and open it in a browser."
         )
     block = "\n\n".join([_BEGIN, *parts, _END])
-    text, count = _RESULTS.subn(lambda _: block, card.text, count=1)
-    if parts and not count:
+    text, begins = card.text, _BEGINNING.search(card.text)
+    if begins and (end := text.find(_END, begins.end())) >= 0:
+        text = text[: begins.start()] + block + text[end + len(_END) :]
+    elif parts:
         text = f"{text.rstrip()}\n\n{block}\n"
     if repo_id:
         text = _QUICK_START.sub(lambda found: found[1] + _quoted(repo_id), text, count=1)

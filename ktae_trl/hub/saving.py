@@ -16,11 +16,10 @@ from trl import GRPOTrainer
 from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url
 
 from ktae_trl.credit import find_method
-from ktae_trl.credit.method import Card
 from ktae_trl.files.model_files import CARD, without_links
 from ktae_trl.hub import card as model_card
 from ktae_trl.hub import upload as hub
-from ktae_trl.trl_seam import model_name, uploading_by, wait_for_upload
+from ktae_trl.trl_seam import gather_when_saving, introduced_in, model_name, uploading_by, wait_for_upload
 
 
 @contextmanager
@@ -37,25 +36,26 @@ def own_files(trainer: GRPOTrainer, folder: str | None = None) -> Iterator[None]
         yield
 
 
-def write_card(trainer: GRPOTrainer, method: Card, name: str | None, data: str | None, tags: list[str]) -> None:
+def write_card(trainer: GRPOTrainer, name: str | None, data: str | None, tags: str | list[str] | None) -> None:
     """Write the model card to `output_dir`, with results once the training has ended.
 
     Args:
-        method: what the credit method says of itself.
         name: the model's; default: that of its repository or folder.
         data: the training data; default: those of the recipe.
     """
     args, model, output = trainer.args, trainer.model, Path(trainer.args.output_dir)
     known = {"credit": args.credit, "reward_funcs": trainer.reward_func_names}
-    known |= find_method(args.credit).settings_of(args)
+    method = find_method(args.credit)
+    known |= method.settings_of(args)
     known |= {"num_generations": trainer.num_generations, "num_processes": trainer.accelerator.num_processes}
     runs = _runs()
+    tags = [tags] if isinstance(tags, str) else tags or []
     tags = [*tags, *(getattr(model, "model_tags", None) or []), *(["hf_jobs"] if "JOB_ID" in os.environ else [])]
     if "Trackio" in runs:  # its own tag does not say which run it was
         tags = [*(tag for tag in tags if not tag.startswith("trackio:")), f"trackio:{runs['Trackio']}"]
     model_card.write(
         output / CARD,
-        method=method,
+        method=method.card if method.card.paper else method.card._replace(**introduced_in(trainer)),
         model_name=name or (args.hub_model_id or output.name).split("/")[-1],
         place=trainer.hub_model_id or str(output),
         base=model_name(model),
@@ -89,7 +89,7 @@ def save_whole_model(trainer: GRPOTrainer) -> None:
         plugin.set_state_dict_type(sharded)
         return
     if trainer.is_deepspeed_enabled:  # ZeRO-3 without `zero3_save_16bit_model`
-        trainer.deepspeed._config.zero_config.gather_16bit_weights_on_model_save = True
+        gather_when_saving(trainer)
     trainer.save_model(_internal_call=True)
 
 

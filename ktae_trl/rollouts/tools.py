@@ -48,9 +48,7 @@ class Policy:
         self.model.eval()
         if torch.is_grad_enabled():
             for module in modules:
-                checkpoint = getattr(module, "_gradient_checkpointing_func", None)  # a partial
-                if getattr(module, "gradient_checkpointing", False) and checkpoint is not None:
-                    module.training = not checkpoint.keywords.get("use_reentrant")
+                module.training = trl_seam.recomputes(module)
         try:
             yield
         finally:
@@ -193,6 +191,7 @@ class TrainerTools(Policy):
 
     def frozen(self, model_name: str) -> nn.Module:
         """Return a second model: see `Tools`."""
+        trl_seam.need("frozen", self.trainer)
         if model_name not in self._frozen:
             self._frozen[model_name] = trl_seam.frozen_model(self.trainer, model_name)
         return self._frozen[model_name]

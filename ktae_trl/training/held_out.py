@@ -1,16 +1,22 @@
 """How often is a model right on held-out problems? Sampling with `transformers`, judged by the run's own reward."""
 
+import hashlib
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl.models import unwrap_model_for_generation
 
+from ktae_trl.files.writing import replace_json
 from ktae_trl.prompts import token_ids
 from ktae_trl.rollouts.verdicts import AUTO, verdicts
+
+BEFORE = "held_out_before.json"  # in the folder of the run
 
 
 class Accuracy(NamedTuple):
@@ -143,3 +149,56 @@ def generate(
     model.train(was_training)
     model.generation_config = own_settings
     return completions
+
+
+class HeldOutAccuracy(TrainerCallback):
+    """Measures the accuracy before training, once the model is prepared; a resumed run keeps its first figure."""
+
+    def __init__(self, trainer, samples: int):
+        self.trainer, self.samples = trainer, samples
+        self.before: Accuracy | None = None
+
+    def measure(self) -> Accuracy:
+        return held_out_accuracy(
+            self.trainer,
+            self.trainer.eval_dataset,
+            samples=self.samples,
+            batch_size=self.trainer.args.per_device_eval_batch_size,
+        )
+
+    def problems(self) -> str:
+        """Return a mark of what is measured: the problems, their answers, and the samples of each."""
+        rows = self.trainer.eval_dataset.select_columns(["prompt", "solution"]).to_list()
+        return hashlib.sha256(
+            json.dumps([rows, self.samples, self.trainer.args.answer_format], default=str).encode()
+        ).hexdigest()[:16]
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            self.before = self.measure()
+        else:
+            self.before = self.of_this_run(Path(self.trainer.resumed_from))
+        if self.before and state.is_world_process_zero:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            kept = {"accuracy": self.before, "problems": self.problems()}
+            replace_json(Path(args.output_dir, BEFORE), kept)
+        what = measured(self.trainer.correctness_reward, args.correctness_threshold)
+        self.trainer.accelerator.print(f"\nHeld-out {what}, before: {self.before or 'not measured'}\n")
+
+    def of_this_run(self, checkpoint: Path) -> Accuracy | None:
+        """Return what the run that left `checkpoint` measured before training, if it was on these problems."""
+        file = checkpoint.parent / BEFORE
+        if not file.exists():
+            return None
+        try:
+            kept = json.loads(file.read_text())
+        except ValueError:
+            kept = None
+        if not isinstance(kept, dict) or kept["problems"] != self.problems():
+            self.trainer.accelerator.print(f"{file} is not of these held-out problems and samples: not used")
+            return None
+        before, args = Accuracy(*kept["accuracy"]), self.trainer.args
+        if (before.reward, before.threshold) != (self.trainer.correctness_reward, args.correctness_threshold):
+            self.trainer.accelerator.print(f"{file} has the {before.what}, which this run does not measure: not used")
+            return None
+        return before

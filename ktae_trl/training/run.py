@@ -4,8 +4,6 @@ read the settings -> load data, rewards, tokenizer -> build the trainer -> measu
 """
 
 import dataclasses
-import hashlib
-import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -15,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, ProgressCallback, TrainerCallback
+from transformers import AutoTokenizer, ProgressCallback
 from trl import GRPOConfig, ModelConfig, get_peft_config, get_quantization_config
 from trl.trainer.utils import get_callable_name
 
@@ -25,7 +23,6 @@ from ktae_trl.credit import METHODS
 from ktae_trl.data import DataArguments, load_prompts
 from ktae_trl.files.checkpoints import ResumeError, candidates, wants_to_resume
 from ktae_trl.files.lock import locked
-from ktae_trl.files.writing import replace_json
 from ktae_trl.hub.card import PAGE, settings_of
 from ktae_trl.hub.upload import HubError, create_repo, repo_name, upload_command
 from ktae_trl.rewards import load_rewards
@@ -33,10 +30,9 @@ from ktae_trl.rollouts.verdicts import correctness_index
 from ktae_trl.training import plan
 from ktae_trl.training.batches import check_processes
 from ktae_trl.training.console import MetricsTable
-from ktae_trl.training.held_out import Accuracy, held_out_accuracy, measured
+from ktae_trl.training.held_out import HeldOutAccuracy
 from ktae_trl.training.stopping import Advice, advice_at_the_end, end_with_launcher
 
-HELD_OUT_BEFORE = "held_out_before.json"
 logger = logging.getLogger(__name__)
 
 
@@ -63,59 +59,6 @@ class RunArguments(DataArguments):
         default=False,
         metadata={"help": "Show the settings, the batches, the data and the memory of the run, and train nothing."},
     )
-
-
-class HeldOutAccuracy(TrainerCallback):
-    """Measures the accuracy before training, once the model is prepared; a resumed run keeps its first figure."""
-
-    def __init__(self, trainer, run: RunArguments):
-        self.trainer, self.samples = trainer, run.held_out_samples
-        self.before: Accuracy | None = None
-
-    def measure(self) -> Accuracy:
-        return held_out_accuracy(
-            self.trainer,
-            self.trainer.eval_dataset,
-            samples=self.samples,
-            batch_size=self.trainer.args.per_device_eval_batch_size,
-        )
-
-    def problems(self) -> str:
-        """Return a mark of what is measured: the problems, their answers, and the samples of each."""
-        rows = self.trainer.eval_dataset.select_columns(["prompt", "solution"]).to_list()
-        return hashlib.sha256(
-            json.dumps([rows, self.samples, self.trainer.args.answer_format], default=str).encode()
-        ).hexdigest()[:16]
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.global_step == 0:
-            self.before = self.measure()
-        else:
-            self.before = self.of_this_run(Path(self.trainer.resumed_from))
-        if self.before and state.is_world_process_zero:
-            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            kept = {"accuracy": self.before, "problems": self.problems()}
-            replace_json(Path(args.output_dir, HELD_OUT_BEFORE), kept)
-        what = measured(self.trainer.correctness_reward, args.correctness_threshold)
-        self.trainer.accelerator.print(f"\nHeld-out {what}, before: {self.before or 'not measured'}\n")
-
-    def of_this_run(self, checkpoint: Path) -> Accuracy | None:
-        """Return what the run that left `checkpoint` measured before training, if it was on these problems."""
-        file = checkpoint.parent / HELD_OUT_BEFORE
-        if not file.exists():
-            return None
-        try:
-            kept = json.loads(file.read_text())
-        except ValueError:
-            kept = None
-        if not isinstance(kept, dict) or kept["problems"] != self.problems():
-            self.trainer.accelerator.print(f"{file} is not of these held-out problems and samples: not used")
-            return None
-        before, args = Accuracy(*kept["accuracy"]), self.trainer.args
-        if (before.reward, before.threshold) != (self.trainer.correctness_reward, args.correctness_threshold):
-            self.trainer.accelerator.print(f"{file} has the {before.what}, which this run does not measure: not used")
-            return None
-        return before
 
 
 def load(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig):
@@ -216,7 +159,7 @@ def start(trainer, run: RunArguments, program: str = "train.py") -> None:
     """Train, and end with one line where that says all."""
     held_out = None
     if trainer.eval_dataset is not None and run.held_out_samples > 0:
-        held_out = HeldOutAccuracy(trainer, run)
+        held_out = HeldOutAccuracy(trainer, run.held_out_samples)
         trainer.add_callback(held_out)
     try:
         with advice_at_the_end(trainer, program) as advice:

@@ -19,7 +19,7 @@ from ktae_trl import tiny
 from ktae_trl.credit import oar
 from ktae_trl.rollouts.tools import Policy
 from tests.reference.oar_loop import influences
-from tests.trainers import difference, logged, make_trainer, prompts, replay, weights
+from tests.trainers import difference, first_batch, logged, make_trainer, prompts, replay, watch_batches, weights
 
 # Where the answer is
 
@@ -367,8 +367,7 @@ def right_box(text: str) -> bool:
 @pytest.mark.parametrize("credit", ["oar_g", "oar_p"])
 def test_training_by_its_weights(tmp_path, credit):
     trainer = make_trainer(tmp_path, credit=credit, **OAR)
-    batches, generate = [], trainer._generate_and_score_completions
-    trainer._generate_and_score_completions = lambda inputs: batches.append(generate(inputs)) or batches[-1]
+    batches = watch_batches(trainer)
     before = weights(trainer)
     trainer.train()
     assert difference(before, weights(trainer)) > 0
@@ -399,7 +398,7 @@ def test_training_by_its_weights(tmp_path, credit):
 def test_the_weights_of_a_rollout_are_those_of_the_loop(tmp_path, how):
     """From TRL's padded batch to weights: prompt, reasoning and answer are where they should be."""
     trainer = make_trainer(tmp_path, credit="oar_p", oar_answer=how, train_dataset=prompts(16), **OAR)
-    batch = trainer._generate_and_score_completions(list(next(iter(trainer.get_train_dataloader()))))
+    batch = first_batch(trainer)
     tokenizer, checked = trainer.processing_class, 0
     tolerance = 0.1 if how == "answer_joint" else 1e-3  # a lost log-probability of 1e-6 is rounding
     for row in batch["advantages"].nonzero().squeeze(1).tolist():
@@ -427,8 +426,7 @@ def test_training_in_mixed_precision(tmp_path, credit):
     found = {}
     for bf16 in (True, False):
         trainer = make_trainer(tmp_path, credit=credit, bf16=bf16, oar_noise_std=0.01, **OAR)
-        batches, generate = [], trainer._generate_and_score_completions
-        trainer._generate_and_score_completions = lambda i, g=generate, b=batches: b.append(g(i)) or b[-1]
+        batches = watch_batches(trainer)
         trainer.train()
         assert all(np.isfinite(logged(trainer, "loss")))
         found[bf16] = batches[0]["credit"]
@@ -445,7 +443,7 @@ def test_one_process_gives_a_rollout_the_same_weights_in_any_batch(tmp_path):
         trainer = make_trainer(
             tmp_path, credit="oar_g", per_device_train_batch_size=size, train_dataset=prompts(16), **OAR
         )
-        batch = trainer._generate_and_score_completions(list(next(iter(trainer.get_train_dataloader()))))
+        batch = first_batch(trainer)
         found.append({tuple(ids): w for ids, w in zip(batch["completion_ids"].tolist(), batch["credit"], strict=True)})
     shared = found[0].keys() & found[1].keys()
     assert shared
@@ -470,9 +468,7 @@ def test_every_setting_reaches_the_weights(tmp_path, monkeypatch, credit, settin
         calls, logits = [], Policy.logits
         monkeypatch.setattr(Policy, "logits", lambda *a, f=logits, c=calls, **k: c.append(1) or f(*a, **k))
         trainer = make_trainer(tmp_path, credit=credit, **changed, **OAR)
-        found.append(
-            trainer._generate_and_score_completions(list(next(iter(trainer.get_train_dataloader()))))["credit"]
-        )
+        found.append(first_batch(trainer)["credit"])
         passes.append(len(calls))
         monkeypatch.undo()
     if "oar_token_budget" in setting:  # smaller passes, the same weights

@@ -16,7 +16,7 @@ from ktae_trl.grading import INSTRUCTIONS
 from ktae_trl.prompts import check_template, conversation, texts, token_ids
 from ktae_trl.training import plan
 from ktae_trl.training.held_out import held_out_accuracy
-from tests.trainers import make_trainer
+from tests.trainers import hook, make_trainer
 
 SYSTEM = {"role": "system", "content": "Box it."}
 ASKED = {"role": "user", "content": "1 + 1?"}
@@ -58,7 +58,12 @@ def test_everything_asks_the_prompt_that_is_trained_on(tokenizer_with, tmp_path,
     train, held_out = data.load_prompts(arguments, tokenizer, kwargs)
     settings = {"chat_template_kwargs": kwargs, "processing_class": tokenizer, "train_dataset": train}
     trainer = make_trainer(tmp_path, per_device_train_batch_size=8, num_generations=8, **settings)
-    trained_on, *_ = trainer._tokenize_prompts(train["prompt"][:])
+    rows = [row for row in train for _ in range(8)]
+    batch = hook(trainer, "batch")(rows)
+    trained_on = [
+        ids[mask.bool()].tolist() for ids, mask in zip(batch["prompt_ids"], batch["prompt_mask"], strict=True)
+    ]
+    trained_on = trained_on[::8]
     closed = tokenizer("<think>\n\n</think>\n\n")["input_ids"]
     assert all((ids[-len(closed) :] == closed) == bool(kwargs) for ids in trained_on)
 

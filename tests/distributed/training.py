@@ -19,7 +19,7 @@ from ktae_trl import tiny
 from ktae_trl.training.held_out import held_out_accuracy
 from tests.distributed import cpu
 from tests.rollouts.test_dynamic_sampling import third
-from tests.trainers import make_trainer, prompts, replay
+from tests.trainers import around, make_trainer, prompts, replay, watch_batches
 from tests.training.test_guard import poison
 
 
@@ -35,19 +35,19 @@ def watch_calls(trainer, grow: bool, end_at_once: int | None) -> list[int]:
     With `grow`, continuations depend on the text and on which of its continuations they are, so one process and two see
     the same; those of the process `end_at_once` end at once.
     """
-    calls, generate = [], trainer._generate_single_turn
+    calls = []
 
-    def spy(prompt_ids, *arguments, **more):
+    def spy(generate, prompt_ids, *arguments, **more):
         calls.append(len(prompt_ids))
         if grow:
             seen = Counter()
             return [continuation(trainer, ids, seen) for ids in prompt_ids], None
         completion_ids, logprobs = generate(prompt_ids, *arguments, **more)
         if trainer.accelerator.process_index == end_at_once:
-            completion_ids = [[trainer._tokenizer.eos_token_id] for _ in completion_ids]
+            completion_ids = [[trainer.processing_class.eos_token_id] for _ in completion_ids]
         return completion_ids, logprobs
 
-    trainer._generate_single_turn = spy
+    around(trainer, "sampling", spy)
     return calls
 
 
@@ -55,7 +55,9 @@ def continuation(trainer, ids: list[int], seen: Counter) -> list[int]:
     seen[tuple(ids)] += 1
     rng = random.Random(f"{ids} {seen[tuple(ids)]}")
     tokens = [rng.randrange(3, 40) for _ in range(trainer.generation_config.max_new_tokens)]
-    return tokens if rng.random() < 0.7 else [*tokens[: rng.randrange(len(tokens))], trainer._tokenizer.eos_token_id]
+    return (
+        tokens if rng.random() < 0.7 else [*tokens[: rng.randrange(len(tokens))], trainer.processing_class.eos_token_id]
+    )
 
 
 def by_tokens(completion_ids, **kwargs):
@@ -93,15 +95,7 @@ def main(settings: dict, folder: str, checkpoint: str | None = None) -> None:
     trainer = make_trainer(folder, train_dataset=data, **settings)
     if poisoned and trainer.accelerator.process_index == 1:
         poison(trainer, *poisoned)
-    credits, advantages, generate = [], [], trainer._generate_and_score_completions
-
-    def spy(inputs):
-        batch = generate(inputs)
-        credits.append(batch["credit"].clone())
-        advantages.append(batch["advantages"].clone())
-        return batch
-
-    trainer._generate_and_score_completions = spy
+    batches = watch_batches(trainer)
     calls = watch_calls(trainer, grow, end_at_once)
     trainer.train(resume_from_checkpoint=checkpoint)
     accelerator = trainer.accelerator
@@ -115,8 +109,8 @@ def main(settings: dict, folder: str, checkpoint: str | None = None) -> None:
             "distributed_type": str(accelerator.distributed_type.value),
             "wrapped": type(trainer.model_wrapped).__name__,
             "gradient_checkpointing": accelerator.unwrap_model(trainer.model_wrapped).is_gradient_checkpointing,
-            "credits": credits,
-            "advantages": advantages,
+            "credits": [batch["credit"].clone() for batch in batches],
+            "advantages": [batch["advantages"].clone() for batch in batches],
             "calls": calls,
             "held_out": held_out,
             "weights": whole_weights(trainer),

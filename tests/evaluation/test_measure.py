@@ -54,7 +54,7 @@ def test_the_summary_goes_into_a_model_card(evaluated):
     rows = samples(evaluated)
     assert accuracy.metric_value == pytest.approx(sum(row["verdict"] for row in rows) / 96, abs=1e-5)
     assert accuracy.metric_name == "accuracy, mean of 4 samples at temperature 1, top_p 1"
-    assert (accuracy.dataset_type, accuracy.dataset_name, accuracy.dataset_split) == ("held_out", "sums", "test")
+    assert (accuracy.dataset_type, accuracy.dataset_name, accuracy.dataset_split) == ("tiny", "sums", "test")
     low, high = accuracy.metric_args["interval_95"]
     assert low < accuracy.metric_value < high
     assert [r.metric_name for r in others] == [f"{kind}@{k} of 4 samples" for kind in ("pass", "maj") for k in (2, 4)]
@@ -206,7 +206,6 @@ def test_greedy_samples_depend_on_no_seed(tmp_path, capsys):
 
 def test_each_config_has_a_folder_of_its_own(model, tmp_path, monkeypatch, capsys):
     config = yaml.safe_load((ROOT / "configs" / "eval" / "quickstart.yaml").read_text())
-    config["benchmarks"][0]["dataset"] = str(ROOT / config["benchmarks"][0]["dataset"])
     monkeypatch.chdir(tmp_path)
     for name, change in (("sampled", {}), ("greedy", {"temperature": 0.0, "samples": 1})):
         settings = config | {"limit": 2, "model_name_or_path": "model/"} | change
@@ -234,7 +233,6 @@ def test_results_of_version_0_1(evaluated, model, tmp_path, monkeypatch, caplog)
     assert "holds samples of version 0.1, which did not read all of the model's weights" in said
     assert "Choose another output_dir, or move that folder away" in said
     config = yaml.safe_load((ROOT / "configs" / "eval" / "quickstart.yaml").read_text())
-    config["benchmarks"][0]["dataset"] = str(ROOT / config["benchmarks"][0]["dataset"])
     (tmp_path / "quick.yaml").write_text(yaml.safe_dump(config | {"limit": 2, "samples": 1}))
     monkeypatch.chdir(tmp_path)
     before = (old / "sums.jsonl").read_bytes()

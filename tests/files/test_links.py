@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -16,13 +17,15 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from ktae_trl import tiny
-from ktae_trl.evaluation import comparison
+from ktae_trl.evaluation.comparison import Run
+from ktae_trl.evaluation.plot import plot
 from ktae_trl.evaluation.samples import Store
 from ktae_trl.evaluation.summary import Results
 from ktae_trl.files.fingerprint import fingerprint
 from ktae_trl.hub import card as model_card
 from ktae_trl.hub import merge
 from ktae_trl.report import records, write_report
+from ktae_trl.training.held_out import Accuracy, HeldOutAccuracy
 from tests.report.test_records import METHOD, row
 from tests.trainers import difference, make_trainer
 
@@ -272,26 +275,21 @@ def test_plots(tmp_path, outside):
     two = np.ones((2, 1))
     texts = [[""], [""]]
     part = Results("sums.jsonl", ["1", "2"], ["", ""], texts, two > 0, texts, two, two > 1, Counter(), [])
-    files = comparison.plot([comparison.Run("a", {}, {"sums": part})], tmp_path / "compare")
+    files = plot([Run("a", {}, {"sums": part})], tmp_path / "compare")
     assert [path.is_symlink() for path in files] == [False, False]
     assert files[0].read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_figures_before_training(tmp_path, outside):
-    """train.py's own file, as its callback writes it."""
-    code = (
-        "import types; from ktae_trl.training import run as training; from pathlib import Path\n"
-        "from ktae_trl.training.held_out import Accuracy\n"
-        "callback = training.HeldOutAccuracy.__new__(training.HeldOutAccuracy)\n"
-        "callback.measure, callback.problems = lambda: Accuracy(0.5, 0.5, 1), lambda: 'mark'\n"
-        "accelerator = types.SimpleNamespace(print=lambda *_: None)\n"
-        "callback.trainer = types.SimpleNamespace(accelerator=accelerator, correctness_reward='math_accuracy')\n"
-        "state = types.SimpleNamespace(global_step=0, is_world_process_zero=True)\n"
-        f"args = types.SimpleNamespace(output_dir={str(tmp_path / 'run')!r}, correctness_threshold=0.0)\n"
-        "callback.on_train_begin(args, state, None)\n"
-    )
+def test_the_figures_before_training(tmp_path, outside, monkeypatch):
+    """As the callback of a training writes them."""
+    monkeypatch.setattr(HeldOutAccuracy, "measure", lambda self: Accuracy(0.5, 0.5, 1))
+    monkeypatch.setattr(HeldOutAccuracy, "problems", lambda self: "mark")
     file = link(tmp_path / "run" / "held_out_before.json", outside / "lines.jsonl")
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    accelerator = types.SimpleNamespace(print=lambda *_: None)
+    trainer = types.SimpleNamespace(accelerator=accelerator, correctness_reward="math_accuracy")
+    args = types.SimpleNamespace(output_dir=tmp_path / "run", correctness_threshold=0.0)
+    state = types.SimpleNamespace(global_step=0, is_world_process_zero=True)
+    HeldOutAccuracy(trainer, samples=1).on_train_begin(args, state, None)
     assert not file.is_symlink()
     assert json.loads(file.read_text())["problems"] == "mark"
 

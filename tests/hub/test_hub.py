@@ -22,7 +22,7 @@ from huggingface_hub.utils import close_session
 from huggingface_hub.utils._runtime import is_xet_available
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
 from trl import ModelConfig
 
 import ktae_trl
@@ -253,7 +253,7 @@ def test_what_is_on_the_hub(tmp_path, monkeypatch):
     (tmp_path / "data" / "own").mkdir(parents=True)
     assert is_hub_id("gsm8k")
     assert is_hub_id("nlile/hendrycks-MATH-benchmark")
-    for name in (None, "", "data/own", "data/own.jsonl", "/data/own", "a/b/c", "../own", "a b"):
+    for name in (None, "", "tiny", "data/own", "data/own.jsonl", "/data/own", "a/b/c", "../own", "a b"):
         assert not is_hub_id(name), name
 
 
@@ -663,8 +663,8 @@ def test_hostile_files_stay_here_during_training(server, report, tmp_path, monke
         (checkpoint / "scaler.pt").symlink_to(tmp_path / "outside" / "id_rsa")
         (checkpoint / "global_step1").symlink_to(tmp_path / "outside" / "private_folder")
 
-    save_rng_state = trainer._save_rng_state
-    monkeypatch.setattr(trainer, "_save_rng_state", lambda output: (save_rng_state(output), add_to_checkpoint()))
+    save = TrainerState.save_to_json  # into a checkpoint that is not sent yet
+    monkeypatch.setattr(TrainerState, "save_to_json", lambda *arguments: (save(*arguments), add_to_checkpoint()))
     before = snapshot(tmp_path / "outside")
     trainer.train()
     (repo,) = server.repos.values()
@@ -820,7 +820,7 @@ def test_train_py_pushes(server, tmp_path):
         "accuracy by math_accuracy, mean of 1 samples at temperature 1, measured in training",
     ]
     assert all("before_training" in r.metric_args for r in data.eval_results)
-    assert "on local data (train.jsonl)" in text
+    assert "on local data (tiny)" in text
     (tmp_path / "copy").mkdir()
     (tmp_path / "copy" / "model.safetensors").write_bytes(repo["files"]["model.safetensors"])
     assert load_file(tmp_path / "copy" / "model.safetensors")

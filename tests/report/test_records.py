@@ -1,5 +1,6 @@
 """Records of rollouts: what the trainer writes down is what it trained on, in files that others can read."""
 
+import functools
 import json
 import logging
 import math
@@ -16,36 +17,36 @@ from ktae_trl import KTAEGRPOConfig
 from ktae_trl.credit.ktae.method import KTAE
 from ktae_trl.credit.ktae.values import key_token_values
 from ktae_trl.report import records
-from tests.trainers import make_trainer, replay
+from tests.trainers import around, make_trainer, replay, watch_batches
 
 RECORDING = {"rollout_func": replay, "record_steps": 1, "max_steps": 2, "per_device_train_batch_size": 32}
 
 
-def spy(trainer):
-    """Keep what TRL hands to the buffer: the batches of each generation, of which the records speak."""
-    seen = []
-    original = trainer._generate_and_score_completions
+def spy(trainer) -> tuple[list[dict], list[list[float]]]:
+    """Keep what TRL hands to the buffer, of which the records speak: each generation's batch; and its rewards."""
+    batches, given = watch_batches(trainer), []
+    (reward,) = trainer.reward_funcs
 
-    def generate(inputs):
-        batch = original(inputs)
-        seen.append({**batch, "rewards": trainer._gathered_rewards.clone()})
-        return batch
+    @functools.wraps(reward)
+    def keep(**arguments):
+        given.append(reward(**arguments))
+        return given[-1]
 
-    trainer._generate_and_score_completions = generate
-    return seen
+    trainer.reward_funcs = [keep]
+    return batches, given
 
 
 def spy_on_loss(monkeypatch) -> list[dict]:
     """Keep the advantages that TRL's loss gets, by prompt and completion: a dictionary for each step."""
-    seen, original = [], GRPOTrainer._compute_loss
+    seen = []
 
-    def loss(self, model, inputs):
+    def loss(original, self, model, inputs):
         texts = zip(inputs["prompt_ids"].tolist(), inputs["completion_ids"].tolist(), strict=True)
         keys = [(tuple(prompt), tuple(completion)) for prompt, completion in texts]
         seen.append(dict(zip(keys, inputs["advantages"].clone(), strict=True)))
         return original(self, model, inputs)
 
-    monkeypatch.setattr(GRPOTrainer, "_compute_loss", loss)
+    around(GRPOTrainer, "loss", loss, monkeypatch.setattr)
     return seen
 
 
@@ -62,11 +63,11 @@ def spy_on_loss(monkeypatch) -> list[dict]:
 )
 def test_a_record_holds_what_was_trained_on(tmp_path, monkeypatch, settings, how):
     trainer = make_trainer(tmp_path, **RECORDING | settings)
-    batches, losses = spy(trainer), spy_on_loss(monkeypatch)
+    (batches, rewards), losses = spy(trainer), spy_on_loss(monkeypatch)
     trainer.train()
     found = records.files(tmp_path)
     assert [path.name for path in found] == ["step_000001.parquet", "step_000002.parquet"]
-    for path, batch, step in zip(found, batches, (1, 2), strict=True):
+    for path, batch, given, step in zip(found, batches, rewards, (1, 2), strict=True):
         method, rows = records.read(path)
         assert (method.credit, method.how, method.generated_groups) == (settings.get("credit", "ktae"), how, 4)
         assert [(r["step"], r["group"], r["rollout"]) for r in rows] == [(step, *divmod(i, 8)) for i in range(32)]
@@ -78,8 +79,8 @@ def test_a_record_holds_what_was_trained_on(tmp_path, monkeypatch, settings, how
             assert row["prompt"] == tokenizer.decode(batch["prompt_ids"][i][batch["prompt_mask"][i].bool()])
             mask = batch["tool_mask"][i, :n].bool().tolist() if "tool_mask" in batch else [True] * n
             assert row["trained"] == mask
-            assert row["rewards"] == {"math_accuracy": batch["rewards"][i, 0].item()}
-            assert row["correct"] is (batch["rewards"][i, 0].item() > 0)
+            assert row["rewards"] == {"math_accuracy": given[i]}
+            assert row["correct"] is (given[i] > 0)
             assert row["advantage"] == batch["advantages"][i].item()
             assert row["credit"] == (None if how is None else batch["credit"][i, :n].tolist())
             if how != "replace":  # rows of a tree can have the same ids and other advantages

@@ -462,17 +462,13 @@ def test_explained_rows_have_the_values_of_training(tokenizer):
 
 
 def test_advantages_are_those_of_trl(tmp_path):
-    from tests.trainers import make_trainer
+    from tests.trainers import hook, make_trainer
 
     rewards = [1.0, 0.0, None, 1.0, 0.0, 0.0, 1.0, 0.0] * 2
     trainer = make_trainer(tmp_path, reward_funcs=lambda completions, **_: rewards, credit="none")
-    seen = {}
-    original = trainer._generate_and_score_completions
-    trainer._generate_and_score_completions = lambda inputs: seen.setdefault("batch", original(inputs))
-    batch = [trainer.train_dataset[i // 8] for i in range(16)]
-    trainer._generate_and_score_completions(batch)
+    batch = hook(trainer, "batch")([trainer.train_dataset[i // 8] for i in range(16)])
     verdicts = [None if reward is None else bool(reward) for reward in rewards[:8]]
-    assert seen["batch"]["advantages"].tolist() == pytest.approx(group_advantages(verdicts) * 2, abs=1e-6)
+    assert batch["advantages"].tolist() == pytest.approx(group_advantages(verdicts) * 2, abs=1e-6)
     assert group_advantages([True]) == [0]
     assert group_advantages([True, None]) == [0, 0]
     assert group_advantages([True, True]) == [0, 0]

@@ -128,8 +128,8 @@ def test_published_recipe_builds_with_the_offline_model(path, tmp_path):
         if key not in here and key not in ("output_dir", "report_to", "dtype", *batch):
             assert getattr(reached[key], "value", reached[key]) == value, key
     assert (trainer.ref_model is not None) == (recipe["beta"] > 0)
-    assert trainer.reward_func_names[trainer._correctness_index] == "math_accuracy"
-    assert (trainer._prompt_stream is not None) == recipe.get("dynamic_sampling", False)
+    assert trainer.correctness_reward == "math_accuracy"
+    assert (trainer.dynamic_sampling is not None) == recipe.get("dynamic_sampling", False)
     if "dataset_filter" in recipe:
         assert set(trainer.train_dataset["level"]) == {3, 4, 5}
 

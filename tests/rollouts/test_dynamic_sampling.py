@@ -15,7 +15,7 @@ from ktae_trl import trl_seam
 from ktae_trl.rewards import boxed_format, math_accuracy
 from ktae_trl.rollouts.dynamic import DynamicSampling, PromptStream
 from ktae_trl.rollouts.verdicts import verdicts
-from tests.trainers import difference, logged, make_trainer, prompts, replay, weights
+from tests.trainers import around, difference, logged, make_trainer, prompts, replay, weights
 
 # 8 rollouts of 2 prompts a generation.
 SAMPLING = {"dynamic_sampling": True, "max_completion_length": 12}
@@ -42,15 +42,15 @@ def third(prompts, completions, **kwargs):
 
 def watch(trainer) -> list[dict]:
     """Collect each generation batch with the numbers of its prompts."""
-    batches, generate = [], trainer._generate_and_score_completions
+    batches = []
 
-    def spy(inputs):
+    def spy(generate, inputs):
         batch = generate(inputs)
         asked, _ = trl_seam.last_texts(trainer, len(batch["completion_ids"]))
         batches.append({**batch, "numbers": [number(prompt) for prompt in asked]})
         return batch
 
-    trainer._generate_and_score_completions = spy
+    around(trainer, "batch", spy)
     return batches
 
 
@@ -383,15 +383,14 @@ def test_tools_are_refused(tmp_path):
         make_trainer(tmp_path, train_dataset=images, **SAMPLING)
 
 
-def test_images_inside_of_prompts_are_refused(tmp_path, monkeypatch):
+def test_images_inside_of_prompts_are_refused(tmp_path):
     trainer = make_trainer(tmp_path, **SAMPLING)
-    generate = trainer._generate
 
-    def with_images(asked):
+    def with_images(generate, asked):
         *rest, _, tool_images = generate(asked)
         return *rest, [["an image"]] * len(asked), tool_images
 
-    monkeypatch.setattr(trainer, "_generate", with_images)
+    around(trainer, "generation", with_images)
     with pytest.raises(ValueError, match="does not go with images"):
         trainer.train()
 

@@ -13,7 +13,7 @@ from ktae_trl.rollouts.credited import check_sampler
 from ktae_trl.rollouts.tools import TrainerTools
 from tests.reference.tree_loop import Node, compare, nodes
 from tests.rollouts.test_dynamic_sampling import number, watch
-from tests.trainers import difference, logged, make_trainer, prompts, replay, weights
+from tests.trainers import HOOKS, around, difference, hook, logged, make_trainer, prompts, replay, weights
 
 # 2 prompts a generation, segments of 20 tokens: guesses end in the first, careful solutions in the second or third.
 TREE = {"credit": "tree", "max_completion_length": 60}
@@ -21,14 +21,14 @@ TREE = {"credit": "tree", "max_completion_length": 60}
 
 def recorded(trainer) -> list[tuple[list[list[int]], list[list[int]]]]:
     """Collect what TRL is asked to continue, and what it generates."""
-    calls, generate = [], trainer._generate_single_turn
+    calls = []
 
-    def spy(prompt_ids, *rest, **more):
+    def spy(generate, prompt_ids, *rest, **more):
         output = generate(prompt_ids, *rest, **more)
         calls.append(([list(ids) for ids in prompt_ids], [list(ids) for ids in output[0]]))
         return output
 
-    trainer._generate_single_turn = spy
+    around(trainer, "sampling", spy)
     return calls
 
 
@@ -52,15 +52,15 @@ def generated(trainer, rows: int = 16):
     calls, args = recorded(trainer), trainer.args
     trainer.model.train()
     inputs = [dict(trainer.train_dataset[i // args.num_generations]) for i in range(rows)]
-    batch = trainer._generate_and_score_completions(inputs)
+    batch = hook(trainer, "batch")(inputs)
     segment_tokens = args.tree_segment_tokens or args.max_completion_length // args.tree_depth
     count = rows // args.num_generations
-    roots = grown(calls, count, args.tree_branching, segment_tokens, trainer._tokenizer.eos_token_id)
+    roots = grown(calls, count, args.tree_branching, segment_tokens, trainer.processing_class.eos_token_id)
     first = [calls[0][0][i * args.tree_branching] for i in range(count)]
     for i, root in enumerate(roots):
         for before, node in nodes(root):
             if not node.children:
-                text = trainer._tokenizer.decode([*before, *node.tokens], skip_special_tokens=True)
+                text = trainer.processing_class.decode([*before, *node.tokens], skip_special_tokens=True)
                 completion = [{"role": "assistant", "content": text}]
                 (node.reward,) = math_accuracy(
                     completions=[completion],
@@ -101,7 +101,7 @@ def test_the_limit_is_restored_after_a_failure(tmp_path):
         limits.append(trainer.generation_config.max_new_tokens)
         raise RuntimeError("no memory")
 
-    trainer._generate_single_turn = fail
+    around(trainer, "sampling", fail)
     with pytest.raises(RuntimeError, match="no memory"):
         trainer.train()
     assert limits == [20]
@@ -146,7 +146,7 @@ def test_a_process_asks_for_what_the_backend_needs(vllm, own, elsewhere, asked, 
         eos_token_ids=[0],
         vllm_generation=backend,
         generation_config=backend,
-        _generate_single_turn=generate,
+        **{HOOKS["sampling"]: generate},
     )
     ids, logprobs = TrainerTools(trainer).generate([[5]] * own, 20)
     assert seen == [(asked, limit)]
@@ -181,10 +181,11 @@ def test_a_tree_of_depth_one_is_grpo(tmp_path, loss_type, settings):
 def test_other_normalisers_scale_the_advantages_of_a_group(tmp_path, normalizer):
     shape = {"tree_branching": 8, "tree_depth": 1, "tree_normalizer": normalizer, "max_completion_length": 24}
     trainer = make_trainer(tmp_path, credit="tree", **shape)
-    batch, _ = generated(trainer)
+    batch, trees = generated(trainer)
     informative = 0
+    leaves = [[child.reward for child in root.children] for _, root in trees]
     for rewards, of_group, values in zip(
-        (trainer._gathered_rewards[:, 0] > 0).float().view(-1, 8),
+        torch.tensor(leaves),
         batch["advantages"].view(-1, 8),
         batch["credit"][:, 0].view(-1, 8),
         strict=True,
@@ -233,7 +234,7 @@ def test_every_segment_is_in_the_loss_once(tmp_path, loss_type, settings):
     assert batch["num_items_in_batch"] == (batch["completion_mask"] * batch["tool_mask"]).sum() == tokens
 
     model = trainer.model
-    loss = trainer._compute_loss(model, batch)
+    loss = hook(trainer, "loss")(model, batch)
     loss.backward()
     gradient = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()

@@ -13,16 +13,15 @@ from transformers import TrainerCallback
 from ktae_trl.files import checkpoints
 from ktae_trl.rewards import math_accuracy
 from ktae_trl.training.guard import Guard, NotFiniteError, check_rewards, check_weights, or_nan
-from tests.trainers import difference, logged, make_trainer, weights
+from tests.trainers import around, difference, logged, make_trainer, weights
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_completion_length": 12, "per_device_train_batch_size": 8}
 
 
 def poison(trainer, steps: set[int], where: str, value: float = math.nan) -> None:
     """Make the loss or a gradient of these optimizer steps, counted from 1, not finite."""
-    compute = trainer._compute_loss
 
-    def compute_loss(model, inputs):
+    def compute_loss(compute, model, inputs):
         loss = compute(model, inputs)
         if trainer.state.global_step + 1 not in steps:
             return loss
@@ -31,7 +30,7 @@ def poison(trainer, steps: set[int], where: str, value: float = math.nan) -> Non
         loss.register_hook(lambda gradient: gradient * value)
         return loss
 
-    trainer._compute_loss = compute_loss
+    around(trainer, "loss", compute_loss)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -141,12 +140,13 @@ def test_train_script_ends_with_one_line(tmp_path):
     script = f"""
 import runpy, sys
 from ktae_trl import KTAEGRPOTrainer
+from tests.trainers import around
 
-def compute(self, model, inputs, original=KTAEGRPOTrainer._compute_loss):
+def compute(original, self, model, inputs):
     loss = original(self, model, inputs)
     return loss * float("nan") if self.state.global_step >= 2 else loss
 
-KTAEGRPOTrainer._compute_loss = compute
+around(KTAEGRPOTrainer, "loss", compute)
 sys.argv = ["train.py", "--config", "configs/quickstart.yaml", "--output_dir", {str(tmp_path)!r}, "--max_steps", "9",
     "--save_strategy", "steps", "--save_steps", "1", "--held_out_samples", "0", "--max_completion_length", "12",
     "--per_device_train_batch_size", "8", "--num_generations", "8", "--gradient_accumulation_steps", "1",

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from ktae_trl import tiny
-from ktae_trl.training import run as training
-from ktae_trl.training.held_out import Accuracy, generate, held_out_accuracy
+from ktae_trl.training.held_out import Accuracy, HeldOutAccuracy, generate, held_out_accuracy
 from tests.trainers import make_trainer, prompts
 
 
@@ -73,7 +72,7 @@ def test_sampling_settings_of_the_model_are_not_taken_over(tmp_path):
 def before(folder, *, step=0, checkpoint=None, problems=6, samples=2, measured=None):
     """Return the accuracy before training that a run shows, which measures `measured` if it measures."""
     trainer = make_trainer(folder, eval_dataset=prompts(problems, tiny.HELD_OUT))
-    callback = training.HeldOutAccuracy(trainer, types.SimpleNamespace(held_out_samples=samples))
+    callback = HeldOutAccuracy(trainer, samples)
     callback.measure = lambda: measured
     trainer.resumed_from = checkpoint and str(checkpoint)
     callback.on_train_begin(trainer.args, types.SimpleNamespace(global_step=step, is_world_process_zero=True), None)

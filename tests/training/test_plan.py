@@ -13,7 +13,7 @@ from ktae_trl import KTAEGRPOConfig, tiny
 from ktae_trl.training import plan
 from ktae_trl.training import run as training
 from ktae_trl.training.batches import Batches, check_processes
-from tests.trainers import SETTINGS, logged, make_trainer, prompts
+from tests.trainers import SETTINGS, around, logged, make_trainer, prompts
 
 GIB = 2**30
 
@@ -56,7 +56,7 @@ def test_training_makes_the_steps_that_are_announced(tmp_path, settings):
     )
     batches = Batches.of(trainer.args, 1)
     seen = []
-    trainer._generate, generate = lambda p: seen.append(p) or generate(p), trainer._generate
+    around(trainer, "generation", lambda generate, prompts: seen.append(prompts) or generate(prompts))
     trainer.train()
     assert trainer.state.global_step == settings["num_train_epochs"] * batches.steps_per_epoch(n)
     assert {len(asked) for asked in seen} == {batches.rollouts}

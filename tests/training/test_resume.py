@@ -9,7 +9,7 @@ import torch
 from datasets import IterableDataset
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainerCallback
 
 from ktae_trl import KTAEGRPOConfig, tiny, trl_seam
 from ktae_trl.files import checkpoints
@@ -186,11 +186,10 @@ def test_a_training_that_version_0_1_began_is_ended_exactly(tmp_path):
     trainer.train(resume_from_checkpoint=str(tmp_path / make.CHECKPOINT.name))
     assert trainer.state.global_step == 10
     whole = load_file(make.WEIGHTS)
-    assert (
-        difference({name: weights(trainer)[name] for name in whole}, whole) < 1e-6
-    )  # other processors round otherwise
+    ended = {name: value for name, value in weights(trainer).items() if name in whole}
+    assert difference(ended, whole) < 1e-6  # other processors round otherwise
     before = load_file(make.CHECKPOINT / "model.safetensors")
-    assert difference(before, whole) > 1e-2
+    assert difference(before, whole) > 5e-3
 
 
 def without_manifest(checkpoint: Path, folder: Path) -> Path:
@@ -385,9 +384,7 @@ def test_an_adapter_is_merged_for_a_new_run(tmp_path):
     settings = {**CYCLES, "max_steps": 1, "save_only_model": True}
     adapter = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
     make_trainer(tmp_path / "out", train_dataset=prompts(12), peft_config=adapter, **settings).train()
-    with pytest.raises(
-        ResumeError, match=r"ktae_trl\.merge .*checkpoint-1 -o FOLDER, then --model_name_or_path FOLDER"
-    ):
+    with pytest.raises(ResumeError, match=r"ktae merge .*checkpoint-1 -o FOLDER, then --model_name_or_path FOLDER"):
         resumed_from(tmp_path / "out" / "checkpoint-1", tmp_path, peft_config=adapter)
 
 
@@ -434,7 +431,12 @@ def test_what_trl_writes_last_is_a_part_and_an_older_checkpoint_stays_until_then
 def test_checkpoint_of_the_same_step_is_not_written_twice(uninterrupted, tmp_path):
     """As when a scheduler asks for one right after the last: the time may be over before it is whole again."""
     folder, _ = uninterrupted
-    trainer, _ = resumed_from(folder / "checkpoint-17", tmp_path)
-    before = (tmp_path / "checkpoint-18" / MANIFEST).stat().st_mtime_ns
-    trainer._save_checkpoint(trainer.model, None)
-    assert (tmp_path / "checkpoint-18" / MANIFEST).stat().st_mtime_ns == before
+    manifest, written = tmp_path / "checkpoint-18" / MANIFEST, []
+
+    class AsksAgain(TrainerCallback):
+        def on_epoch_end(self, args, state, control, **_):
+            written.append(manifest.stat().st_mtime_ns)
+            control.should_save = True
+
+    resumed_from(folder / "checkpoint-17", tmp_path, callbacks=[AsksAgain()])
+    assert written == [manifest.stat().st_mtime_ns]

@@ -12,7 +12,7 @@ from ktae_trl.credit.combine import combine
 from ktae_trl.credit.ktae.method import KTAE
 from ktae_trl.credit.ktae.values import key_token_values
 from ktae_trl.rewards import boxed_format, math_accuracy
-from tests.trainers import difference, logged, make_trainer, prompts, replay, weights
+from tests.trainers import around, difference, hook, logged, make_trainer, prompts, replay, weights
 
 LOSS_TYPES = ["grpo", "dapo", "bnpo", "dr_grpo", "luspo", "cispo", "sapo", "vespo"]
 
@@ -21,7 +21,18 @@ def generate(trainer, rows: int = 16):
     """Generate and score one batch of `rows` prompts repeated per group, as the training loop would."""
     G = trainer.num_generations
     inputs = [dict(trainer.train_dataset[i // G]) for i in range(rows)]
-    return trainer._generate_and_score_completions(inputs)
+    return hook(trainer, "batch")(inputs)
+
+
+def rewards(trainer, batch, G: int = 8, function=math_accuracy) -> torch.Tensor:
+    """What a reward function says of the completions of a batch of `generate`."""
+    texts = trainer.processing_class.batch_decode(batch["completion_ids"], skip_special_tokens=True)
+    solutions = [trainer.train_dataset[i // G]["solution"] for i in range(len(texts))]
+    return torch.tensor(function(completions=texts, solution=solutions))
+
+
+def special_ids(trainer) -> list[int]:
+    return [trainer.processing_class.pad_token_id, trainer.processing_class.eos_token_id]
 
 
 @pytest.fixture
@@ -43,7 +54,7 @@ def replaying(tmp_path):
     "settings",
     [
         {},
-        {"max_steps": 5, "per_device_train_batch_size": 64, "steps_per_generation": 1},  # a batch of 8 prompts
+        {"max_steps": 3, "per_device_train_batch_size": 64, "steps_per_generation": 1},  # a batch of 8 prompts
         {"num_iterations": 2, "per_device_train_batch_size": 8, "steps_per_generation": 2, "max_steps": 6},
     ],
 )
@@ -117,9 +128,10 @@ def test_metrics_by_hand(replaying):
     trainer = replaying(reward_funcs=first_group_all_right)
     batch = generate(trainer)
     values, mask, advantages = batch["credit"], batch["completion_mask"].bool(), batch["advantages"]
-    right = trainer._gathered_rewards[:, 0] > 0
+    right = torch.tensor(first_group_all_right(batch["completion_ids"], None)) > 0
     final = combine(advantages, values, "multiply")
-    own = {name.removeprefix("ktae/"): value[-1] for name, value in trainer._metrics["train"].items()}
+    trainer.log({})
+    own = {name.removeprefix("ktae/"): value for name, value in trainer.state.log_history[-1].items()}
     valued = mask & (torch.arange(16) >= 8)[:, None]  # the first group has no values
     assert own["value_right"] == pytest.approx(values[right][valued[right]].mean().item(), rel=1e-5)
     assert own["value_wrong"] == pytest.approx(values[~right][valued[~right]].mean().item(), rel=1e-5)
@@ -148,14 +160,14 @@ def test_credit_is_that_of_the_pure_function_with_the_options_of_the_config(repl
     ):
         trainer = replaying(reward_funcs=[math_accuracy, boxed_format], **change)
         batch = generate(trainer)
-        column = 1 if change.get("correctness_reward") else 0
-        correct = trainer._gathered_rewards[:, column] > change.get("correctness_threshold", 0.0)
+        function = boxed_format if "correctness_reward" in change else math_accuracy
+        correct = rewards(trainer, batch, function=function) > change.get("correctness_threshold", 0.0)
         options = {k.removeprefix("ktae_"): v for k, v in change.items() if k.startswith("ktae_")}
         expected = key_token_values(
             batch["completion_ids"].view(2, 8, -1),
             batch["completion_mask"].view(2, 8, -1),
             correct.view(2, 8),
-            ignore_ids=[trainer._tokenizer.pad_token_id, trainer._tokenizer.eos_token_id],
+            ignore_ids=special_ids(trainer),
             **options,
         )
         torch.testing.assert_close(batch["credit"], expected.view(16, -1), atol=1e-6, rtol=0)
@@ -170,12 +182,12 @@ def test_the_loss_gets_combined_advantages_and_leaves_the_buffer_alone(replaying
     before = {k: v.clone() for k, v in batch.items()}
     given = {}
 
-    def spy(self, model, inputs):
+    def spy(compute, self, model, inputs):
         given.update(inputs)
         return torch.zeros(())
 
-    monkeypatch.setattr(GRPOTrainer, "_compute_loss", spy)
-    trainer._compute_loss(trainer.model, batch)
+    around(GRPOTrainer, "loss", spy, monkeypatch.setattr)
+    hook(trainer, "loss")(trainer.model, batch)
     torch.testing.assert_close(given["advantages"], combine(batch["advantages"], batch["credit"], how))
     assert batch.keys() == before.keys()
     assert all(torch.equal(batch[k], before[k]) for k in batch)
@@ -186,13 +198,12 @@ def test_the_loss_gets_combined_advantages_and_leaves_the_buffer_alone(replaying
 
 def test_num_iterations_reuse_the_same_batch(tmp_path, monkeypatch):
     used = []
-    compute_loss = GRPOTrainer._compute_loss
 
-    def spy(self, model, inputs):
+    def spy(compute_loss, self, model, inputs):
         used.append((inputs["completion_ids"].clone(), inputs["advantages"].clone()))
         return compute_loss(self, model, inputs)
 
-    monkeypatch.setattr(GRPOTrainer, "_compute_loss", spy)
+    around(GRPOTrainer, "loss", spy, monkeypatch.setattr)
     trainer = make_trainer(
         tmp_path, num_iterations=2, steps_per_generation=2, per_device_train_batch_size=8, max_steps=4
     )
@@ -216,17 +227,18 @@ def test_evaluation_has_groups_of_its_own_size(replaying):
     trainer = replaying(num_generations_eval=4, credit_in_evaluation=True)
     trainer.model.eval()
     inputs = [dict(trainer.train_dataset[i // 4]) for i in range(32)]
-    batch = trainer._generate_and_score_completions(inputs)
+    batch = hook(trainer, "batch")(inputs)
     expected = key_token_values(
         batch["completion_ids"].view(8, 4, -1),
         batch["completion_mask"].view(8, 4, -1),
-        (trainer._gathered_rewards[:, 0] > 0).view(8, 4),
-        ignore_ids=[trainer._tokenizer.pad_token_id, trainer._tokenizer.eos_token_id],
+        (rewards(trainer, batch, G=4) > 0).view(8, 4),
+        ignore_ids=special_ids(trainer),
     )
     torch.testing.assert_close(batch["credit"], expected.view(32, -1))
     assert (expected != 0).any()
-    assert "ktae/value_right" in trainer._metrics["eval"]
-    assert "ktae/value_right" not in trainer._metrics["train"]
+    trainer.log({})
+    assert "eval_ktae/value_right" in trainer.state.log_history[-1]
+    assert "ktae/value_right" not in trainer.state.log_history[-1]
 
 
 def test_credit_is_not_computed_in_evaluation_unless_it_is_asked_for(tmp_path, monkeypatch):
@@ -277,8 +289,8 @@ def test_tool_output_is_neither_counted_nor_valued(replaying):
     expected = key_token_values(
         batch["completion_ids"].view(2, 8, -1),
         mask.view(2, 8, -1),
-        (trainer._gathered_rewards[:, 0] > 0).view(2, 8),
-        ignore_ids=[trainer._tokenizer.pad_token_id, trainer._tokenizer.eos_token_id],
+        (rewards(trainer, batch) > 0).view(2, 8),
+        ignore_ids=special_ids(trainer),
     )
     torch.testing.assert_close(batch["credit"], expected.view(16, -1))
 
@@ -287,9 +299,7 @@ def test_truncated_rollouts_vote_only_if_they_are_trained_on(replaying):
     for mask_truncated in (False, True):
         trainer = replaying(mask_truncated_completions=mask_truncated)
         batch = generate(trainer, rows=64)
-        cut = (batch["completion_ids"][:, -1] != trainer._tokenizer.eos_token_id) & (
-            batch["completion_ids"][:, -1] != trainer._tokenizer.pad_token_id
-        )
+        cut = ~torch.isin(batch["completion_ids"][:, -1], torch.tensor(special_ids(trainer)))
         assert cut.any()
         assert (batch["credit"][cut] != 0).any().item() == (not mask_truncated)
 
@@ -304,7 +314,8 @@ def test_unscorable_rollouts_and_uninformative_groups_get_no_credit(replaying):
     assert (batch["credit"][:4] == 0).all()
     assert (batch["credit"][4:8] != 0).any()
     assert (batch["credit"][8:] == 0).all()
-    assert trainer._metrics["train"]["ktae/informative_groups"] == [0.5]
+    trainer.log({})
+    assert logged(trainer, "ktae/informative_groups") == [0.5]
 
 
 def test_training_goes_on_when_no_group_says_anything(tmp_path):

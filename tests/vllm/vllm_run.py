@@ -16,7 +16,7 @@ from peft import LoraConfig
 from trl.generation import vllm_generation
 from trl.generation.vllm_client import VLLMClient
 
-from tests.trainers import difference, make_trainer, prompts, weights
+from tests.trainers import around, difference, make_trainer, prompts, weights
 
 
 def patch(mode: str) -> None:
@@ -100,9 +100,8 @@ def main(settings: dict, folder: Path) -> None:
         settings["peft_config"] = LoraConfig(r=8, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM")
     trainer = make_trainer(folder, train_dataset=prompts(settings.pop("prompts", 16)), use_vllm=True, **settings)
     result = {"rollouts": []}
-    generate = trainer._generate_and_score_completions
 
-    def spy(inputs):
+    def spy(generate, inputs):
         batch = generate(inputs)
         unpadded = [
             [row[kept.bool()].tolist() for row, kept in zip(batch[name], batch[mask], strict=True)]
@@ -123,7 +122,7 @@ def main(settings: dict, folder: Path) -> None:
         )
         return batch
 
-    trainer._generate_and_score_completions = spy
+    around(trainer, "batch", spy)
     if trainer.vllm_mode == "colocate":
         result["calls"] = watch_cache(trainer)
     elif trainer.accelerator.is_main_process:  # it alone knows the server
