@@ -144,7 +144,7 @@ def test_a_process_asks_for_what_the_backend_needs(vllm, own, elsewhere, asked, 
         accelerator=SimpleNamespace(device="cpu", gather=lambda x: torch.tensor(next(told))),
         _tokenizer=None,
         eos_token_ids=[0],
-        vllm_generation=backend,
+        **({"vllm_generation": backend} if vllm else {}),
         generation_config=backend,
         **{HOOKS["sampling"]: generate},
     )
