@@ -82,6 +82,7 @@ def watch_batches(trainer) -> list[dict]:
 
 
 def first_batch(trainer) -> dict:
+    trainer.model.train()  # in evaluation there is no credit
     return hook(trainer, "batch")(list(next(iter(trainer.get_train_dataloader()))))
 
 

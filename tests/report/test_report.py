@@ -650,7 +650,7 @@ def test_errors_are_one_line(tmp_path, words, message):
     (tmp_path / "good.jsonl").write_text(json.dumps(rollouts()[0]))
     with pytest.raises(SystemExit) as stopped:
         main([word.format(tmp_path) for word in words])
-    assert stopped.value.code.startswith("report: ")
+    assert stopped.value.code.startswith(("ktae report: ", "ktae explain: "))
     assert message.format(tmp_path) in stopped.value.code
     assert "\n" not in stopped.value.code
 
