@@ -639,7 +639,7 @@ def test_the_command_line(tmp_path, capsys):
         (["explain", "{}/empty.jsonl", "--tokenizer", str(tiny.MODEL)], "{}/empty.jsonl holds no rollouts"),
         (["explain", "{}/bad.parquet", "--tokenizer", str(tiny.MODEL)], "{}/bad.parquet, line 1: not JSON"),
         (["explain", "{}/binary.jsonl.gz", "--tokenizer", str(tiny.MODEL)], "binary.jsonl.gz is a damaged gzip file"),
-        (["explain", "{}/good.jsonl", "--tokenizer", "{}/none"], "The tokenizer '{}/none' (--tokenizer) could not be loaded"),
+        (["explain", "{}/good.jsonl", "--tokenizer", "{}/none"], "'{}/none' (--tokenizer) could not be loaded"),
         (["explain", "{}/good.jsonl", "--tokenizer", str(tiny.MODEL), "-o", "{}"], "{}"),
     ],
 )  # fmt: skip
