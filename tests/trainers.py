@@ -82,11 +82,23 @@ def watch_batches(trainer) -> list[dict]:
 
 
 def first_batch(trainer) -> dict:
+    trainer.model.train()  # in evaluation there is no credit
     return hook(trainer, "batch")(list(next(iter(trainer.get_train_dataloader()))))
 
 
 def weights(trainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def other_model(folder) -> str:
+    """Save a model like the offline one with other weights; return where it is."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(tiny.MODEL, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    model.save_pretrained(folder)
+    return str(folder)
 
 
 def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:

@@ -36,9 +36,13 @@ def locked(folder: Path, program: str) -> Iterator[None]:
 
     Raises:
         FolderInUseError: another process has locked it.
+        UserError: it cannot be made.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # a file has its name, or the disk is read-only
+        raise UserError(f"The folder {folder} cannot be made: {error.strerror}. Choose another output_dir") from error
     key = folder.resolve()
     with _held_lock:
         if key not in _held:

@@ -24,7 +24,7 @@ from ktae_trl.training.run import read_arguments
 from tests.credit import examples
 from tests.distributed.launching import environment
 from tests.reporting import Page
-from tests.trainers import difference, logged, make_trainer, prompts, replay, weights
+from tests.trainers import difference, logged, make_trainer, other_model, prompts, replay, weights
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/methods/your_own.md").read_text()
@@ -125,14 +125,11 @@ def test_segment_values_are_those_of_a_loop(tmp_path, watched, monkeypatch):
 
 
 def test_the_second_opinion_is_that_of_single_passes(tmp_path, watched):
-    torch.manual_seed(0)
-    other = AutoModelForCausalLM.from_pretrained(tiny.MODEL, dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    other.save_pretrained(tmp_path / "second")
-    _, groups, weights_BT = watched(tmp_path, "SecondOpinion", second_model=str(tmp_path / "second"))
-    policy = AutoModelForCausalLM.from_pretrained(tiny.MODEL, dtype=torch.float32)
+    second_model = other_model(tmp_path / "second")
+    _, groups, weights_BT = watched(tmp_path, "SecondOpinion", second_model=second_model)
+    policy, other = (
+        AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32) for name in (tiny.MODEL, second_model)
+    )
     for prompt, completion, row in zip(groups.prompts, groups.completions, weights_BT, strict=True):
         own, second = (of_model(m, prompt, completion)[range(len(completion)), completion] for m in (policy, other))
         raw_T = 1 + (own - second).abs()
@@ -173,9 +170,14 @@ def test_grades_are_those_of_the_answers(tmp_path):
 
 
 def test_tools_leave_training_and_its_metrics_alone(tmp_path):
+    def noting(completions, log_metric, log_extra, **kwargs):
+        log_metric("completions", len(completions))
+        log_extra("place", list(range(len(completions))))
+        return [float(i % 2) for i in range(len(completions))]
+
     logs = []
     for asked in (False, True):
-        trainer = make_trainer(tmp_path, max_steps=2)
+        trainer = make_trainer(tmp_path, max_steps=2, reward_funcs=noting)
         if asked:
             tools, rows = trainer.token_credit.tools, [dict(row) for row in prompts(3)]
             tools.grade(rows, [[5, 6]] * 3)

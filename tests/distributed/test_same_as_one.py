@@ -15,7 +15,7 @@ from ktae_trl import tiny
 from tests.distributed import training
 from tests.distributed.launching import MODES, ROOT, TWO_PROCESSES, accelerate, environment, read
 from tests.processes import started
-from tests.trainers import difference
+from tests.trainers import difference, other_model
 
 pytestmark = TWO_PROCESSES
 
@@ -73,12 +73,7 @@ KINDS = {
         "generation_kwargs": {"do_sample": False},  # the processes' random numbers differ
         "save_strategy": "no",
     },
-    "second": {
-        "credit": "tests.credit.examples.SecondOpinion",
-        "second_model": str(tiny.MODEL),
-        "learning_rate": 1.0,  # the policy is the second model until it has moved
-        "save_strategy": "no",
-    },
+    "second": {"credit": "tests.credit.examples.SecondOpinion", "save_strategy": "no"},
 }
 
 
@@ -89,7 +84,8 @@ def trained(crews, tmp_path_factory):
     @functools.cache
     def train(mode: str | None = None, processes: int = 2, kind: str = "plain"):
         folder = tmp_path_factory.mktemp("run")
-        settings = {**REPLAYED, **KINDS[kind], "per_device_train_batch_size": 24 // processes if mode else 24}
+        second = {"second_model": other_model(folder / "second")} if kind == "second" else {}
+        settings = {**REPLAYED, **KINDS[kind], **second, "per_device_train_batch_size": 24 // processes if mode else 24}
         return folder, crews.train(folder, settings, mode, processes=processes)
 
     return train
@@ -171,6 +167,8 @@ def test_the_model_is_read_by_several_processes(trained, mode, kind):
 @pytest.mark.parametrize(("kind", "padding"), [("entropy", 1), ("entropy lora", 1), ("segments", 0), ("second", 1)])
 def test_a_method_of_one_s_own(trained, mode, kind, padding):
     """What it asks of the tools is the same on two processes, whose rollouts are of different lengths."""
+    if (kind, mode) == ("second", "zero3"):
+        pytest.skip("a second model is refused under ZeRO-3")
     _, (one,) = trained(kind=kind)
     _, two = trained(mode, kind=kind)
     assert_same_as_one(two, one, credit=1e-3, weights=1e-5, padding=padding)

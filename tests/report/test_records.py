@@ -167,7 +167,7 @@ def test_a_masked_rollout_keeps_its_tokens(tmp_path):
 
 def test_a_tree_marks_what_other_rows_train(tmp_path):
     trainer = make_trainer(tmp_path, credit="tree", record_steps=1, max_steps=1, max_completion_length=24)
-    batches = spy(trainer)
+    batches, _ = spy(trainer)
     trainer.train()
     method, rows = records.read(records.files(tmp_path)[0])
     assert method.how == "replace"

@@ -639,7 +639,7 @@ def test_the_command_line(tmp_path, capsys):
         (["explain", "{}/empty.jsonl", "--tokenizer", str(tiny.MODEL)], "{}/empty.jsonl holds no rollouts"),
         (["explain", "{}/bad.parquet", "--tokenizer", str(tiny.MODEL)], "{}/bad.parquet, line 1: not JSON"),
         (["explain", "{}/binary.jsonl.gz", "--tokenizer", str(tiny.MODEL)], "binary.jsonl.gz is a damaged gzip file"),
-        (["explain", "{}/good.jsonl", "--tokenizer", "{}/none"], "the tokenizer '{}/none' could not be loaded"),
+        (["explain", "{}/good.jsonl", "--tokenizer", "{}/none"], "'{}/none' (--tokenizer) could not be loaded"),
         (["explain", "{}/good.jsonl", "--tokenizer", str(tiny.MODEL), "-o", "{}"], "{}"),
     ],
 )  # fmt: skip
@@ -650,7 +650,7 @@ def test_errors_are_one_line(tmp_path, words, message):
     (tmp_path / "good.jsonl").write_text(json.dumps(rollouts()[0]))
     with pytest.raises(SystemExit) as stopped:
         main([word.format(tmp_path) for word in words])
-    assert stopped.value.code.startswith("report: ")
+    assert stopped.value.code.startswith(("ktae report: ", "ktae explain: "))
     assert message.format(tmp_path) in stopped.value.code
     assert "\n" not in stopped.value.code
 

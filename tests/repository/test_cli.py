@@ -134,7 +134,8 @@ def test_train_starts_accelerate_with_its_file(launched, tmp_path):
 def test_an_accelerate_file_that_is_none_is_one_line(launched, tmp_path, monkeypatch):
     assert "no config 'zero-3' (did you mean 'zero3'?)" in refusal("train", "quickstart", "--accelerate", "zero-3")
     bad = tmp_path / "bad.yaml"
-    bad.write_text("num_process: 8\n")
+    settings = ["compute_environment: LOCAL_MACHINE", "distributed_type: 'NO'", "num_process: 8"]
+    bad.write_text("\n".join(settings))
     said = refusal("train", "quickstart", "--accelerate", str(bad))
     assert said.startswith(f"ktae train: The accelerate file {bad} (--accelerate) could not be loaded: ")
     assert "num_process" in said

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ktae_trl import tiny
+from ktae_trl import tiny, trl_seam
 from ktae_trl.credit.tree import TreeRPO
 from ktae_trl.rewards import math_accuracy
 from ktae_trl.rollouts.credited import check_sampler
@@ -121,7 +121,8 @@ def test_the_limit_is_restored_after_a_failure(tmp_path):
         ({"vllm_mode": "colocate", "tensor_parallel": 2}, 3, 7, 7, 20),
     ],
 )
-def test_a_process_asks_for_what_the_backend_needs(vllm, own, elsewhere, asked, limit):
+def test_a_process_asks_for_what_the_backend_needs(monkeypatch, vllm, own, elsewhere, asked, limit):
+    monkeypatch.setattr(trl_seam, "passed", {"sampling"})  # this trainer has nothing else
     seen = []
     backend = SimpleNamespace(max_completion_length=60, max_new_tokens=60)
 
@@ -144,7 +145,7 @@ def test_a_process_asks_for_what_the_backend_needs(vllm, own, elsewhere, asked, 
         accelerator=SimpleNamespace(device="cpu", gather=lambda x: torch.tensor(next(told))),
         _tokenizer=None,
         eos_token_ids=[0],
-        vllm_generation=backend,
+        **({"vllm_generation": backend} if vllm else {}),
         generation_config=backend,
         **{HOOKS["sampling"]: generate},
     )

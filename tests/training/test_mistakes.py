@@ -22,7 +22,7 @@ def folder(tmp_path, monkeypatch):
     Path("empty.yaml").write_text("")
     Path("lines.jsonl").write_text('{"problem": "1 + 1", "answer": 2}\nno json\n')
     Path("my_rewards.py").write_text("import no_such_module\n")
-    Qwen2Config().save_pretrained("without_weights")
+    Qwen2Config(architectures=["Qwen2ForCausalLM"]).save_pretrained("without_weights")
     AutoTokenizer.from_pretrained(tiny.MODEL).save_pretrained("without_weights")
     Path("damaged").mkdir()
     Path("damaged/config.json").write_text("{")

@@ -16,7 +16,7 @@ from ktae_trl.files import checkpoints
 from ktae_trl.files.checkpoints import MANIFEST, ResumeError
 from ktae_trl.rewards import boxed_format
 from ktae_trl.training import resume
-from ktae_trl.training.changes import HASH, ROWS, SETTINGS, fingerprint
+from ktae_trl.training.changes import HASH, OWN, ROWS, SETTINGS, fingerprint
 from tests.samples.version_0_1 import make
 from tests.trainers import difference, logged, make_trainer, prompts, weights
 
@@ -147,7 +147,7 @@ def test_dynamic_sampling_that_is_turned_on_begins_with_the_first_prompts_and_sa
 
 def test_every_setting_of_the_table_is_there_and_once():
     assert len(set(SETTINGS)) == len(SETTINGS)
-    others = {ROWS, HASH, "num_processes", "reward_funcs", "overlong_buffer"}
+    others = {ROWS, HASH, OWN, "num_processes", "reward_funcs", "overlong_buffer"}
     assert set(SETTINGS) - set(KTAEGRPOConfig.__dataclass_fields__) == others
     assert {"ktae_combine", "tree_depth", "correctness_threshold", "answer_format"} <= set(SETTINGS)
 
