@@ -53,8 +53,16 @@ def test_the_published_table_is_what_the_command_prints(shared):
 
 
 def test_every_file_that_is_named_is_there():
-    for path in re.findall(r"\]\(([^)h#][^)]*)\)", README):
-        assert (ROOT / path.partition("#")[0]).exists(), path
+    """By a whole address: a package index shows this page, too."""
+    links = re.findall(r"\]\(([^)#][^)]*)\)", README)
+    files = [link for link in links if "/ktae-trl/ktae-trl/" in link]
+    assert len(files) > 50
+    assert all(link.startswith("https://") for link in links)
+    for link in files:
+        path = re.sub(r"^https://(github|raw.githubusercontent).com/ktae-trl/ktae-trl/(blob/)?main/", "", link)
+        assert (ROOT / path.partition("#")[0]).exists(), link
+    for link in re.findall(r"!\[[^]]*\]\(([^)]*)\)", README):
+        assert link.startswith("https://raw.githubusercontent.com/"), link  # the picture, not a page about it
 
 
 def test_the_python_of_the_readme_compiles():
@@ -78,7 +86,7 @@ def test_the_table_of_recipes_is_what_they_say():
     rows = re.findall(r"^\| (\[`.*?) \| .* \| ([\d,]+) x (\d+), (\d) \| (\d) (GPU|CPU)", README, re.MULTILINE)
     shown = {}
     for links, prompts, rollouts, steps, devices, device in rows:
-        for name in re.findall(r"\(configs/(\S+)\.yaml\)", links):
+        for name in re.findall(r"/configs/([^/)]+)\.yaml\)", links):
             shown[name] = (
                 int(prompts.replace(",", "")),
                 int(rollouts),
