@@ -132,5 +132,6 @@ def read(folder: Path, mode: str | None, processes: int = 2) -> list[dict]:
     for result in results:
         assert result["processes"] == len(results)
         assert result["distributed_type"] == distributed_type
-        assert result["wrapped"] in (wrapped, wrapped.replace("Qwen2ForCausalLM", "PeftModelForCausalLM"))
+        adapted = [wrapped.replace("Qwen2ForCausalLM", peft) for peft in ("PeftModelForCausalLM", "PeftModel")]
+        assert result["wrapped"] in (wrapped, *adapted)
     return results
