@@ -16,7 +16,7 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HTTPError  # of httpx, with huggingface_hub 2 of httpx2
 
 from ktae_trl.arguments import NotFoundError, UserError, first_line, model_path
-from ktae_trl.files.lock import FolderInUseError, locked
+from ktae_trl.files.lock import locked
 from ktae_trl.files.writing import replace_json
 
 ADAPTER = "adapter_config.json"
@@ -221,5 +221,5 @@ def _write_cache(cache: Path | None, entries: dict[str, list]) -> None:
         with locked(cache.parent, "ktae_trl.files.fingerprint"):
             known = {path: entry for path, entry in _read_cache(cache).items() if os.path.exists(path)}
             replace_json(cache, known | entries)
-    except (OSError, FolderInUseError) as error:
+    except (OSError, UserError) as error:  # another process writes, or the folder cannot be made
         logger.debug("No cache of digests at %s: %s", cache, error)
