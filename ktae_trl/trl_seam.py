@@ -221,14 +221,12 @@ def recomputes(layer: nn.Module) -> bool:
 
 
 def frozen_model(trainer, name: str) -> nn.Module:
-    """Load a second model as TRL loads its reference model, prepared for the device, ZeRO-1 and -2, and FSDP2.
+    """Load a second model as TRL loads its reference model, prepared for the device, DeepSpeed and FSDP2.
 
     Raises:
-        UserError: it has too few token ids, or the run is under ZeRO-3, where it gives other values than elsewhere.
+        UserError: it cannot be loaded, or has too few token ids.
     """
     policy, args = trainer.model, trainer.args
-    if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
-        raise UserError("A second model does not give the right values under ZeRO-3 yet: use ZeRO-2, DDP or FSDP2")
     how = {"dtype": policy.dtype, "attn_implementation": policy.config._attn_implementation}
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         how["device_map"] = None
@@ -248,7 +246,8 @@ def frozen_model(trainer, name: str) -> nn.Module:
         model = trl.models.prepare_fsdp(model, trainer.accelerator)
     else:
         model = trainer.accelerator.prepare_model(model, evaluation_mode=True)
-    return model.eval()
+    model.eval()  # returns nothing where DeepSpeed wraps it
+    return model
 
 
 # Checkpoints.

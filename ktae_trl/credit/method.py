@@ -128,8 +128,8 @@ class Tools(Protocol):
     def frozen(self, model_name: str) -> nn.Module:
         """Return a second causal language model, for `token_stats`: in evaluation mode, without gradients.
 
-        Loaded once a run, and prepared for the device, ZeRO-1 and -2, and FSDP2; refused under ZeRO-3, where its values
-        are not right yet. Call it in the method's `__init__`. Its tokens must be those of the policy.
+        Loaded once a run, and prepared for the device, DeepSpeed and FSDP2. Call it in the method's `__init__`. Its
+        tokens must be those of the policy.
 
         Args:
             model_name: a folder or a name on the Hub.

@@ -167,8 +167,6 @@ def test_the_model_is_read_by_several_processes(trained, mode, kind):
 @pytest.mark.parametrize(("kind", "padding"), [("entropy", 1), ("entropy lora", 1), ("segments", 0), ("second", 1)])
 def test_a_method_of_one_s_own(trained, mode, kind, padding):
     """What it asks of the tools is the same on two processes, whose rollouts are of different lengths."""
-    if (kind, mode) == ("second", "zero3"):
-        pytest.skip("a second model is refused under ZeRO-3")
     _, (one,) = trained(kind=kind)
     _, two = trained(mode, kind=kind)
     assert_same_as_one(two, one, credit=1e-3, weights=1e-5, padding=padding)

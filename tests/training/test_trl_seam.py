@@ -7,7 +7,6 @@ import runpy
 import time
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -19,7 +18,6 @@ from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from ktae_trl import trl_seam
-from ktae_trl.arguments import UserError
 from ktae_trl.rewards import math_accuracy
 from ktae_trl.trl_seam import FEATURES, TESTED_TRL, need
 from tests.trainers import logged, make_trainer
@@ -288,15 +286,3 @@ def test_no_other_file_names_what_is_private(file):
         assert private_names(file)  # the test sees some
     else:
         assert private_names(file) == []
-
-
-def test_a_second_model_is_refused_under_zero3():
-    plugin = SimpleNamespace(zero_stage=3)
-    run = SimpleNamespace(
-        model=None,
-        args=None,
-        is_deepspeed_enabled=True,
-        accelerator=SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)),
-    )
-    with pytest.raises(UserError, match="under ZeRO-3 yet: use ZeRO-2, DDP or FSDP2"):
-        trl_seam.frozen_model(run, "any")
