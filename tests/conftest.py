@@ -1,6 +1,7 @@
 """What several tests share: the offline model, and the folder of reference material if it is there."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,19 @@ from ktae_trl import tiny
 SHARED = Path(__file__).parents[2] / "shared"
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Tests that start processes in the same way follow each other, for one crew is there at a time."""
+    """Sort and mark tests.
+
+    Of a test with `slow_after(n)` the first n cases are in the fast lane, the others in the slow one. Tests that start
+    processes in the same way follow each other, for one crew is there at a time.
+    """
+    cases = Counter()
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        cases[test] += 1
+        if (limit := item.get_closest_marker("slow_after")) and cases[test] > limit.args[0]:
+            item.add_marker(pytest.mark.slow)
 
     def mode(item) -> str:
         settings = item.callspec.params if hasattr(item, "callspec") else {}

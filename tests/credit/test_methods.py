@@ -32,6 +32,7 @@ EXAMPLES = {
 LORA = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
 
 
+@pytest.mark.slow_after(9)
 @pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("credit", ["none", *METHODS, *EXAMPLES])
 def test_three_steps(tmp_path, credit, peft_config):

@@ -87,6 +87,7 @@ BLOWS = [signal.SIGKILL, signal.SIGSTOP]
 RIGHT = [rf"\boxed{{{i}+x}}" for i in range(6)], [f"x+{i}" for i in range(6)]
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("blow", BLOWS)
 @pytest.mark.parametrize("count", [1, 3])
 def test_idle_workers_that_are_killed_or_frozen_cost_no_verdict(blow, count):
@@ -103,6 +104,7 @@ def test_idle_workers_that_are_killed_or_frozen_cost_no_verdict(blow, count):
     assert gone(victims)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blow", BLOWS)
 def test_a_busy_worker_that_is_killed_or_frozen_costs_no_verdict(blow):
     """Neither that of the answer it worked on, nor those of the answers in its pipe."""
@@ -174,6 +176,7 @@ def test_frozen_or_slow(monkeypatch, state, active, ready, late_after):
         worker.kill()
 
 
+@pytest.mark.slow
 def test_a_timeout_kills_for_real():
     grading._close()
     grade_many([HARD], ["x+1"], workers=1)
@@ -274,6 +277,7 @@ while True:
 """
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_no_worker_outlives_the_main_process(blow):
     """Ctrl-C goes to the whole process group; a kill only to the main process, in the middle of a computation."""

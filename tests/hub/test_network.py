@@ -60,6 +60,7 @@ def asked_by_a_training(folder: Path, **environment: str) -> set[str]:
     return set((folder / "asked").read_text().split())
 
 
+@pytest.mark.slow
 def test_a_training_without_telemetry_asks_nobody(tmp_path):
     assert asked_by_a_training(tmp_path, **{SWITCH: "1"}) == set()
 

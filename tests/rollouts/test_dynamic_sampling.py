@@ -353,6 +353,7 @@ def uninterrupted(tmp_path_factory):
     return folder, trainer, batches
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("step", [4, 7, 8, 14])  # between generations and inside a cycle, in three epochs of prompts
 def test_a_resumed_run_draws_the_same_prompts(uninterrupted, tmp_path, step):
     folder, whole, batches = uninterrupted

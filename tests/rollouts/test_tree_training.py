@@ -158,6 +158,7 @@ def test_a_process_asks_for_what_the_backend_needs(monkeypatch, vllm, own, elsew
 # What it trains
 
 
+@pytest.mark.slow_after(3)
 @pytest.mark.parametrize("loss_type", ["dapo", "bnpo", "dr_grpo"])
 @pytest.mark.parametrize("settings", [{}, {"num_iterations": 2}, {"tree_branching": 8, "tree_depth": 1}])
 def test_a_tree_of_depth_one_is_grpo(tmp_path, loss_type, settings):
@@ -354,6 +355,7 @@ def test_dynamic_sampling_keeps_trees_whole(tmp_path):
             assert (mask[rows][1:, :20] * batch["completion_mask"][rows][1:, :20] == 0).all()
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_resume_is_exact(tmp_path, dynamic):
     settings = {

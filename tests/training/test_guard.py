@@ -135,6 +135,7 @@ def test_rewards_of_a_model_are_looked_at_too():
     check_rewards(rewards[:, :1], ["mine"])  # NaN: there is no reward
 
 
+@pytest.mark.slow
 def test_train_script_ends_with_one_line(tmp_path):
     """No traceback: what went wrong, and the checkpoint to resume from."""
     script = f"""

@@ -40,6 +40,7 @@ def uninterrupted(tmp_path_factory):
     return folder, trainer
 
 
+@pytest.mark.slow_after(3)
 @pytest.mark.parametrize(
     "step",
     [
@@ -295,6 +296,7 @@ def numbered(n: int):
     return rows.add_column("number", list(range(n))).to_iterable_dataset(num_shards=2), reward, asked
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("step", [3, 12, 13, 16, 30])  # 12 steps a pass, 4 a generation
 def test_a_stream_is_resumed_in_any_pass(streamed, tmp_path, step):
     folder, whole, asked_by_whole = streamed

@@ -267,6 +267,7 @@ with advice_at_the_end(trainer_in(Path(sys.argv[1]))):
 """
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("how", ["lock_in_c", "blocks", "catches_all", "pool_of_threads"])
 def test_what_cannot_be_interrupted_ends_with_its_process(tmp_path, how):
     done = run([sys.executable, "-c", RUN, str(tmp_path), how], timeout=60)
@@ -279,6 +280,7 @@ def test_what_cannot_be_interrupted_ends_with_its_process(tmp_path, how):
         assert f"in {how}" in done.stderr  # the stack
 
 
+@pytest.mark.slow
 def test_what_lets_no_python_run_ends_with_its_process(tmp_path):
     done = run([sys.executable, "-c", RUN, str(tmp_path), "no_other_python"], timeout=60)
     assert done.returncode == 1

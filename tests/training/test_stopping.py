@@ -64,6 +64,7 @@ def stops(tmp_path, error: str) -> tuple[int, list[str]]:
     return done.returncode, [line for line in done.stderr.splitlines() if line]
 
 
+@pytest.mark.slow
 def test_the_last_line_after_an_error_is_the_advice(tmp_path):
     code, lines = stops(tmp_path, "ValueError('first')")
     assert code == 1
@@ -132,6 +133,7 @@ with advice_at_the_end(trainer_in(sys.argv[1], processes=2)):
 FROM_OUTSIDE = {signal.SIGTERM: "ended from outside (SIGTERM)", signal.SIGHUP: "its terminal was closed (SIGHUP)"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blow", FROM_OUTSIDE)
 def test_signals_end_a_process_that_waits_outside_of_python(tmp_path, blow):
     command = [sys.executable, "-c", STUCK, str(tmp_path)]
@@ -143,6 +145,7 @@ def test_signals_end_a_process_that_waits_outside_of_python(tmp_path, blow):
     assert f"train.py: training stopped after step 7 (process 0): {FROM_OUTSIDE[blow]}" in errors
 
 
+@pytest.mark.slow
 def test_signals_that_are_ignored_stay_so(tmp_path):
     """A background job of a shell script ignores SIGINT, and nohup SIGHUP."""
     command = [sys.executable, "-c", STUCK, str(tmp_path)]
@@ -171,6 +174,7 @@ with advice_at_the_end(trainer_in(sys.argv[1])), ProcessPoolExecutor(2) as pool:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blow", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_processes_of_a_pool_end_with_theirs(tmp_path, blow):
     command = [sys.executable, "-c", WITH_A_POOL, str(tmp_path)]
@@ -200,6 +204,7 @@ with advice_at_the_end(trainer_in(sys.argv[1])):
 """
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_its_launcher(tmp_path):
     (tmp_path / "launched.py").write_text(LAUNCHED)
     command = [sys.executable, "-c", LAUNCHES, str(tmp_path / "launched.py"), str(tmp_path)]
@@ -212,6 +217,7 @@ def test_a_run_ends_with_its_launcher(tmp_path):
     assert "train.py: training stopped after step 7: ended from outside (SIGTERM)" in errors
 
 
+@pytest.mark.slow
 def test_a_run_outlives_a_parent_that_is_no_launcher(tmp_path):
     """As a shell is: one that is closed takes those along that it wants to, by SIGHUP."""
     (tmp_path / "launched.py").write_text(LAUNCHED)
@@ -241,6 +247,7 @@ print("trained", flush=True)
 """
 
 
+@pytest.mark.slow
 def test_workers_that_are_forked_in_training_get_their_own_sigterm(tmp_path):
     done = run([sys.executable, "-c", WITH_WORKERS, str(tmp_path)], timeout=60)
     assert done.stdout == "trained\n", done.stderr

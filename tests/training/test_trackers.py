@@ -49,6 +49,7 @@ make_trainer(
 """
 
 
+@pytest.mark.slow
 def test_every_tracker_gets_the_sample(tmp_path):
     for name in ("wandb", "trackio"):
         pytest.importorskip(name)
