@@ -32,7 +32,7 @@ EXAMPLES = {
 LORA = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
 
 
-@pytest.mark.slow_after(9)
+@pytest.mark.slow_after(5)
 @pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("credit", ["none", *METHODS, *EXAMPLES])
 def test_three_steps(tmp_path, credit, peft_config):
@@ -48,6 +48,7 @@ def test_three_steps(tmp_path, credit, peft_config):
             assert not isinstance(value, float) or math.isfinite(value), name
 
 
+@pytest.mark.slow_after(9)
 @pytest.mark.parametrize("reward", [1.0, 0.0, None], ids=["right", "wrong", "unscorable"])
 @pytest.mark.parametrize("credit", ["none", *METHODS, *EXAMPLES])
 def test_a_batch_without_any_signal_moves_nothing(tmp_path, credit, reward):

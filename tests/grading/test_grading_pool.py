@@ -212,6 +212,7 @@ def test_one_failed_start_is_no_error(monkeypatch):
     assert len(starts) == 2
 
 
+@pytest.mark.slow
 def test_a_busy_machine_makes_no_timeouts():
     """The limit is on a worker's own processor time: eight workers on these cores are slow, not wrong."""
     completions = [rf"\boxed{{(x+{i})^8 - (x+{i})^7}}" for i in range(24)]
@@ -336,6 +337,7 @@ def flood(count: int) -> tuple[list[str], list[str]]:
     return [rf"\boxed{{{i + 2}^{{9^{{9^{{9^{{9}}}}}}}}}}" for i in range(count)], ["x+1"] * count
 
 
+@pytest.mark.slow
 def test_a_flood_of_hostile_answers_costs_its_budget_and_no_right_answer(monkeypatch, caplog):
     monkeypatch.setattr(pool, "SECONDS", 0.5)
     monkeypatch.setattr(grading, "_LEAST_BUDGET", 1.0)

@@ -284,6 +284,7 @@ def test_no_pattern_is_left_out():
     assert {text for text, *_ in others} == MADE
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     ("pattern", "anchored"),
     [

@@ -50,6 +50,7 @@ def spy_on_loss(monkeypatch) -> list[dict]:
     return seen
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     ("settings", "how"),
     [
@@ -195,6 +196,7 @@ def test_informative_groups_come_first(tmp_path):
     assert [row["group"] for row in rows] == [g for g in (0, 2, 3) for _ in range(8)]
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     ("settings", "steps"),
     [

@@ -165,6 +165,7 @@ def test_other_methods_differ_in_credit_only(twin, credit):
     assert other["credit"] == credit
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("credit", ["oar_g", "oar_p", "tree"])
 def test_the_quickstart_with_another_method_trains(tmp_path, credit):
     small = {"max_steps": 1, "per_device_train_batch_size": 16, "report_to": "none", "eval_strategy": "no"}

@@ -264,6 +264,7 @@ def test_correctness_decides_not_the_sum_of_rewards(tmp_path):
     assert all(n % 3 == 0 for batch in batches for n in batch["numbers"])
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("settings", [{}, {"steps_per_generation": 2, "num_iterations": 2, "max_steps": 20}])
 def test_it_is_plain_training_if_every_group_is_informative(tmp_path, settings):
     """On 16 prompts, whole batches, over several epochs; bit for bit."""
@@ -353,7 +354,7 @@ def uninterrupted(tmp_path_factory):
     return folder, trainer, batches
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("step", [4, 7, 8, 14])  # between generations and inside a cycle, in three epochs of prompts
 def test_a_resumed_run_draws_the_same_prompts(uninterrupted, tmp_path, step):
     folder, whole, batches = uninterrupted

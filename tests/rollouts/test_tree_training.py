@@ -199,6 +199,7 @@ def test_other_normalisers_scale_the_advantages_of_a_group(tmp_path, normalizer)
     assert informative
 
 
+@pytest.mark.slow_after(3)
 @pytest.mark.parametrize(
     ("loss_type", "settings"),
     [

@@ -35,6 +35,7 @@ def test_the_paper_s_batches_by_hand():
     )
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     "settings",
     [

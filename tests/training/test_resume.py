@@ -40,7 +40,7 @@ def uninterrupted(tmp_path_factory):
     return folder, trainer
 
 
-@pytest.mark.slow_after(3)
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     "step",
     [
@@ -61,6 +61,7 @@ def test_resume_is_exact(uninterrupted, tmp_path, step):
     assert logged(resumed, "reward") == logged(whole, "reward")
 
 
+@pytest.mark.slow
 def test_resume_with_accumulated_gradients_is_exact(tmp_path):
     settings = {
         "per_device_train_batch_size": 8,
@@ -296,7 +297,7 @@ def numbered(n: int):
     return rows.add_column("number", list(range(n))).to_iterable_dataset(num_shards=2), reward, asked
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("step", [3, 12, 13, 16, 30])  # 12 steps a pass, 4 a generation
 def test_a_stream_is_resumed_in_any_pass(streamed, tmp_path, step):
     folder, whole, asked_by_whole = streamed
@@ -327,6 +328,7 @@ def test_another_stream_is_refused(streamed, tmp_path):
         resumed_from(folder / "checkpoint-16", tmp_path, train_dataset=stream.skip(4), reward_funcs=reward)
 
 
+@pytest.mark.slow
 def test_a_longer_training_on_a_stream_resumes_in_its_pass(streamed, tmp_path):
     folder, _, asked_by_whole = streamed
     stream, reward, asked = numbered(12)
@@ -398,6 +400,7 @@ def test_a_finished_run_is_not_trained_further(uninterrupted, tmp_path):
     assert difference(weights(resumed), weights(whole)) == 0
 
 
+@pytest.mark.slow_after(3)
 @pytest.mark.parametrize("lost", ["rollouts_0.pt", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
 @pytest.mark.parametrize("sealed", [True, False])  # unsealed: of version 0.1, or of another trainer
 def test_going_on_without_a_part_needs_to_be_asked_for(uninterrupted, tmp_path, caplog, lost, sealed):

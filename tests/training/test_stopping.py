@@ -75,6 +75,7 @@ def test_the_last_line_after_an_error_is_the_advice(tmp_path):
     assert lines[-1] == f"train.py: training stopped after step 7: ValueError: first. {start}"
 
 
+@pytest.mark.slow
 def test_the_last_line_after_ctrl_c_is_the_advice_and_there_is_no_traceback(tmp_path):
     six = checkpoint(tmp_path, 6)
     resume = f"Resume from the last checkpoint ({six}) with --resume_from_checkpoint true"

@@ -70,7 +70,7 @@ def test_credit_none_is_grpo_bit_for_bit(tmp_path, settings):
     assert not [key for entry in ours.state.log_history for key in entry if key.startswith("ktae/")]
 
 
-@pytest.mark.slow_after(4)
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_values_of_zero_leave_every_loss_as_it_is(tmp_path, loss_type, monkeypatch):
     """(B, T) advantages that are constant in a rollout give the same weights as TRL's (B,)."""
