@@ -483,6 +483,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow_after(4)
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_failed_upload_loses_nothing_and_says_how_to_try_again(server, report, run, monkeypatch, capsys, name):
     fault, reason = FAULTS[name]

@@ -212,6 +212,7 @@ def test_how_often(tmp_path, monkeypatch, settings, steps):
     assert [records.step_of(path) for path in records.files(tmp_path)] == steps
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_records_of_one_that_was_not_interrupted(tmp_path, caplog):
     settings = RECORDING | {"record_steps": 2, "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
     make_trainer(tmp_path / "whole", **settings).train()

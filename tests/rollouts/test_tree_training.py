@@ -330,6 +330,7 @@ def test_only_right_answers_count(tmp_path):
 # With what else there is
 
 
+@pytest.mark.slow
 def test_dynamic_sampling_keeps_trees_whole(tmp_path):
     def some(prompts, completions, **kwargs):
         """Two of three problems have right and wrong answers, by their texts; the third has wrong ones only."""

@@ -233,6 +233,7 @@ def test_a_checkpoint_of_version_0_1_is_checked_for_what_the_loss_reads(uninterr
 # Other prompts, or another order
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [

@@ -267,7 +267,7 @@ with advice_at_the_end(trainer_in(Path(sys.argv[1]))):
 """
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["lock_in_c", "blocks", "catches_all", "pool_of_threads"])
 def test_what_cannot_be_interrupted_ends_with_its_process(tmp_path, how):
     done = run([sys.executable, "-c", RUN, str(tmp_path), how], timeout=60)
