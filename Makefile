@@ -13,7 +13,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 
 .PHONY: quickstart test test-slow test-faults test-newest test-trl-next test-vllm lint bench docs clean
 
-quickstart: $(VENV)/report.installed
+quickstart: $(VENV)/eval,report.installed
 	$(BIN)/accelerate launch --cpu --num_processes 1 train.py --config configs/quickstart.yaml
 
 # One thread for each of the two workers. Tests never ask the network.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ktae_trl import __version__
-from ktae_trl.arguments import NotFoundError, UserError, loading, nearest, user_errors
+from ktae_trl.arguments import NotFoundError, UserError, loading, nearest, need, user_errors
 
 CONFIGS = Path(__file__).parent / "configs"
 _HELP = {"-h", "--help"}
@@ -95,23 +95,25 @@ def train(words: list[str]) -> None:
 
 def evaluate(words: list[str]) -> None:
     """Measure a model on benchmarks: ktae eval CONFIG [--model_name_or_path MODEL] [--field value ...]"""
-    _evaluation(with_config(words, "eval") or ["--help"], "ktae eval")
+    from ktae_trl.evaluation import run
+
+    run.main(with_config(words, "eval") or ["--help"], "ktae eval")
 
 
 def compare(words: list[str]) -> None:
     """Compare models by the results of ktae eval: ktae compare FOLDER FOLDER [FOLDER ...]"""
-    _evaluation(["compare", *words], "ktae")
+    need("scipy", "eval")
+    from ktae_trl.evaluation import run
+
+    run.compare(words, "ktae compare")
 
 
 def grade(words: list[str]) -> None:
     """Grade outputs of any program: ktae grade FILE"""
-    _evaluation(["grade", *words], "ktae")
+    need("scipy", "eval")
+    from ktae_trl.evaluation import run
 
-
-def _evaluation(words: list[str], program: str) -> None:
-    from ktae_trl.evaluation.run import main as run
-
-    run(words, program)
+    run.grade(words, "ktae grade")
 
 
 def report(words: list[str]) -> None:

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from trl.rewards import get_soft_overlong_punishment
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from ktae_trl import prompts as rendering
@@ -147,11 +146,11 @@ def load_rewards(names: str | Sequence[str], *, max_completion_length: int, over
             f"to leave some lengths unpunished, not {overlong_buffer}"
         )
     builtin = {
-        "math_accuracy": math_accuracy,
-        "boxed_format": boxed_format,
-        "soft_overlong": get_soft_overlong_punishment(max_completion_length, overlong_buffer),
+        "math_accuracy": lambda: math_accuracy,
+        "boxed_format": lambda: boxed_format,
+        "soft_overlong": lambda: _soft_overlong(max_completion_length, overlong_buffer),
     }
-    functions = [builtin[name] if name in builtin else _imported(name, builtin) for name in names]
+    functions = [builtin[name]() if name in builtin else _imported(name, builtin) for name in names]
     called: dict[str, str] = {}  # by its name in metrics: its name in the recipe
     for name, function in zip(names, functions, strict=True):
         own = get_callable_name(function)
@@ -164,7 +163,13 @@ def load_rewards(names: str | Sequence[str], *, max_completion_length: int, over
     return functions
 
 
-def _imported(path: str, builtin: dict[str, Callable]) -> Callable:
+def _soft_overlong(max_completion_length: int, overlong_buffer: int) -> Callable:
+    from trl.rewards import get_soft_overlong_punishment  # a run without it needs no such function in TRL
+
+    return get_soft_overlong_punishment(max_completion_length, overlong_buffer)
+
+
+def _imported(path: str, builtin: Iterable[str]) -> Callable:
     if "." not in path:
         raise UserError(
             f"Unknown reward function {path!r}{nearest(path, builtin)}. "

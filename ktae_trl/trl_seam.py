@@ -550,7 +550,7 @@ def need(feature: str, trainer, version: str = trl.__version__) -> None:
         cause = None
         try:
             problem = check(_Probe(trainer))
-        except Exception as error:  # whatever comes of code that has changed
+        except (TypeError, ValueError, AttributeError, LookupError) as error:  # what comes of code that has changed
             problem, cause = f"{type(error).__name__}: {error}", error
         if problem:
             raise NotImportedError(

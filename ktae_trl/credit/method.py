@@ -9,7 +9,7 @@ import dataclasses
 import inspect
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -95,14 +95,17 @@ class Tools(Protocol):
     eos_ids: tuple[int, ...]  # ids that end a text
     tokens_per_logits: float  # memory of a logit vector, in hidden states of one token
 
-    def token_stats(self, groups: Groups, model: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+    def token_stats(self, groups: Groups, model: nn.Module | Literal["policy"] = "policy") -> tuple[Tensor, Tensor]:
         """Return the log-probability and the entropy of each own token, (B, T) float32 each; 0 for padding.
 
         In evaluation mode, at the run's temperature, by TRL's own pass, which keeps no logits.
 
         Args:
             groups: with text only.
-            model: the policy, or what `frozen` returned.
+            model: by default the policy; or what `frozen` returned.
+
+        Raises:
+            TypeError: the model is None.
         """
 
     def generate(self, prefixes: list[list[int]], limit: int) -> tuple[list[list[int]], list[list[float]] | None]:
@@ -207,9 +210,12 @@ class Method:
         """
         self.settings, self.tools = settings, tools
 
-    def sample(self, prompts: list[list[int]]) -> Samples | None:
-        """Sample a rollout for each prompt (token ids), the G rows of a prompt side by side; None: TRL samples."""
-        return None
+    def sample(self, prompts: list[list[int]]) -> Samples:
+        """Sample a rollout for each prompt (token ids), the G rows of a prompt side by side.
+
+        TRL samples for a method that does not override this.
+        """
+        raise NotImplementedError
 
     def credit(self, groups: Groups) -> Credit | Tensor:
         """Value every token of the own rollouts; a tensor (B, T) is a `Credit` without metrics of its own."""

@@ -67,7 +67,7 @@ def load_run(folder: str, name: str | None = None) -> Run:
     if not files:
         below = ", ".join(str(file.parent) for file in sorted(path.glob(f"*/{SETTINGS}")))
         raise NotFoundError(
-            f"{folder} holds no results of eval.py (looked in {Path.cwd()})"
+            f"{folder} holds no results of ktae eval (looked in {Path.cwd()})"
             + (f". There are: {below}" if below else "")
         )
     try:

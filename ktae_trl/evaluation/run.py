@@ -43,7 +43,7 @@ def main(words: Sequence[str], program: str = "eval.py") -> None:
 
 def evaluate(words: Sequence[str], program: str) -> None:
     """Measure one model on benchmarks."""
-    if not words or words[0] in ("-h", "--help"):
+    if program == "eval.py" and (not words or words[0] in ("-h", "--help")):
         print(__doc__)
     # These load torch and transformers, which the other commands do without.
     from ktae_trl.evaluation.measure import measure
@@ -61,7 +61,7 @@ def evaluate(words: Sequence[str], program: str) -> None:
 def compare(words: Sequence[str], program: str) -> None:
     """Say which of several models is better on the same problems, and plot their accuracy and length."""
     parser = argparse.ArgumentParser(prog=program, description="Compare models on the same problems.")
-    parser.add_argument("folders", nargs="+", help="results of eval.py; every other one is compared with the first")
+    parser.add_argument("folders", nargs="+", help="results of ktae eval; every other one is compared with the first")
     parser.add_argument(
         "--output_dir", type=Path, default=Path("runs/compare"), help="for comparison.json and the plots"
     )
@@ -166,5 +166,5 @@ def _check_graded_folder(folder: Path, file: Path, paths: dict[str, Path]) -> No
         except (OSError, ValueError, KeyError, TypeError):
             before = None
         if before != str(file):
-            whose = f"the results of {before}" if before else f"{there[0].name}, which eval.py grade did not write"
+            whose = f"the results of {before}" if before else f"{there[0].name}, which ktae grade did not write"
             raise UserError(f"{folder} holds {whose}. Choose another --output_dir")

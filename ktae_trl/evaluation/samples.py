@@ -64,7 +64,7 @@ class Store:
         if before is None:
             raise UserError(
                 f"{file} is there already, and no {SETTINGS} says how it was made: it may hold outputs of another "
-                f"program. Choose another output_dir. To grade what is in it: python eval.py grade {file}"
+                f"program. Choose another output_dir. To grade what is in it: ktae grade {file}"
             )
         if "fingerprint" in before and is_old(before["fingerprint"]):
             raise UserError(
@@ -194,7 +194,7 @@ def read_samples(path: Path) -> list[dict]:
     Raises:
         UserError: a line that is not a sample (with its number, and how to go on), or two of one problem and number.
     """
-    remedy = "Move that line to another file and run eval.py with the same settings: it generates what is missing"
+    remedy = "Move that line to another file and run ktae eval with the same settings: it generates what is missing"
     rows: dict[tuple[str, int], dict] = {}
     for number, row in read_json_lines(path, remedy=remedy):
         if missing := _missing(row):

@@ -43,7 +43,7 @@ def results(name: str, rows: Sequence[dict]) -> Results:
         UserError: problems with different numbers of samples, samples without a verdict, or no scorable problem.
     """
     if any("verdict" not in row for row in rows):
-        raise UserError(f"{name} is not finished: some samples are not graded yet. Run eval.py again to complete it")
+        raise UserError(f"{name} is not finished: some samples are not graded yet. Run ktae eval again to complete it")
     by_problem: dict[str, list[dict]] = {}
     for row in rows:
         by_problem.setdefault(row["id"], []).append(row)

@@ -8,7 +8,6 @@ then taken. All is done on the CPU, in single precision.
 
 import argparse
 import logging
-import sys
 import tempfile
 from pathlib import Path
 
@@ -214,8 +213,3 @@ def main(words: list[str]) -> None:
     with user_errors("ktae merge"):
         merge(options.source, options.output, base=options.base, dtype=options.dtype)
     print(f"Written: {options.output}\nServe it: vllm serve {options.output}")
-
-
-if __name__ == "__main__":
-    logging.basicConfig(format="%(levelname)s: %(message)s")
-    main(sys.argv[1:])

@@ -27,19 +27,19 @@ def of_evaluation(path: Path, folder: Path) -> list[EvalResult]:
     """
     file = path / "summary.json" if path.is_dir() else path
     if not file.is_file():
-        raise NotFoundError(f"{path} holds no summary.json: is it a folder that eval.py wrote?")
+        raise NotFoundError(f"{path} holds no summary.json: is it a folder that ktae eval wrote?")
     try:
         summary = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(
-            f"{file} is damaged ({error}). The samples beside it are kept: run eval.py again with the same settings, "
+            f"{file} is damaged ({error}). The samples beside it are kept: run ktae eval again with the same settings, "
             "which grades them and writes it anew"
         ) from None
     known = isinstance(summary, dict) and {"benchmarks", "model", "settings"} <= summary.keys()
     if not known or not isinstance(summary["settings"], dict):
-        raise UserError(f"{file} does not say which model it is of: only what eval.py sampled can go into a card")
+        raise UserError(f"{file} does not say which model it is of: only what ktae eval sampled can go into a card")
     mark = summary["settings"].get("fingerprint")
-    again = f"Measure again: python eval.py --config ... --model_name_or_path {folder}"
+    again = f"Measure again: ktae eval CONFIG --model_name_or_path {folder}"
     if is_old(mark):
         raise UserError(
             f"{file} is of version 0.1 of eval.py, which did not read all of a model's weights: whether it is of those "

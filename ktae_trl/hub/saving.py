@@ -13,7 +13,6 @@ from accelerate.utils import is_peft_model
 from huggingface_hub import CommitInfo
 from transformers import is_wandb_available
 from trl import GRPOTrainer
-from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url
 
 from ktae_trl.credit import find_method
 from ktae_trl.files.model_files import CARD, without_links
@@ -71,6 +70,8 @@ def write_card(trainer: GRPOTrainer, name: str | None, data: str | None, tags: s
 
 def _runs() -> dict[str, str]:
     """Return where trackers show the run, if they do."""
+    from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url  # for cards only
+
     urls = {"Trackio": get_trackio_space_url(), "Comet": get_comet_experiment_url()}
     if is_wandb_available():
         import wandb

@@ -11,7 +11,6 @@ import argparse
 import glob
 import logging
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import cache
@@ -271,8 +270,3 @@ def main(words: list[str]) -> None:
     with user_errors("ktae push"):
         done = publish(**options)
     print(f"Uploaded {options['folder']}: {done.repo_url}")
-
-
-if __name__ == "__main__":
-    logging.basicConfig(format="%(levelname)s: %(message)s")
-    main(sys.argv[1:])

@@ -85,6 +85,7 @@ class TokenCredit:
         if self.method is None or not wanted or judged.correct_PG.shape[1] == 1:
             return {}
         started = time.perf_counter()
+        self.tools.model = self.trainer.model  # which transformers replaces under FSDP1
         self.tools.images = "pixel_values" in batch
         groups = whole_groups(batch, judged, rows, self.special_ids, self.trainer.accelerator)
         credit = self.method.credit(groups)

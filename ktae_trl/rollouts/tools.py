@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -28,8 +28,12 @@ class Policy:
         self.model, self.tokenizer, self.accelerator = model, tokenizer, accelerator
         self.device = accelerator.device
         self.images = False  # whether the rollouts have any
-        config = model.config.get_text_config()
-        self.tokens_per_logits = config.vocab_size / config.hidden_size
+
+    @property
+    def tokens_per_logits(self) -> float:
+        """Return how many tokens' hidden states take as much memory as one logit vector."""
+        config = self.model.config.get_text_config()
+        return config.vocab_size / config.hidden_size
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -108,8 +112,10 @@ class TrainerTools(Policy):
         self.eos_ids = tuple(trainer.eos_token_ids)
         self._frozen: dict[str, nn.Module] = {}
 
-    def token_stats(self, groups: Groups, model: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+    def token_stats(self, groups: Groups, model: nn.Module | Literal["policy"] = "policy") -> tuple[Tensor, Tensor]:
         """Return log-probabilities and entropies of the own tokens: see `Tools`."""
+        if model is None:
+            raise TypeError("token_stats needs a model: leave it out for the policy, or give what `frozen` returned")
         trl_seam.need("token_stats", self.trainer)
         T = groups.ids_PGT.shape[2]
         mask_BT = torch.arange(T, device=self.device) < groups.lengths_B[:, None]
@@ -117,7 +123,7 @@ class TrainerTools(Policy):
         with torch.no_grad(), self.reading():
             logps_BT, entropies_BT = trl_seam.token_stats(
                 self.trainer,
-                self.trainer.model if model is None else model,
+                self.trainer.model if model == "policy" else model,
                 torch.cat([groups.prompt_ids_BL, groups.ids_BT.to(groups.prompt_ids_BL.dtype)], 1),
                 torch.cat([groups.prompt_mask_BL, mask_BT.to(groups.prompt_mask_BL.dtype)], 1),
                 completion_length=T,

@@ -9,6 +9,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from transformers import TrainerCallback
 
+from ktae_trl.arguments import UserError
 from ktae_trl.credit import find_method
 from ktae_trl.credit.combine import combine
 from ktae_trl.files.model_files import PAGE
@@ -39,7 +40,7 @@ class Recorder(TrainerCallback):
         self.folder = Path(args.output_dir) / records.FOLDER
         for folder in (self.folder, self.folder.with_name("completions")):  # the second is TRL's, of `log_completions`
             if folder.is_symlink():
-                raise ValueError(
+                raise UserError(
                     f"{folder} is a link to {folder.readlink()}, perhaps of another run: this one would write and "
                     "remove files there. Remove the link, or choose another output_dir (which may be a link as a whole)"
                 )

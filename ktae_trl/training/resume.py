@@ -73,6 +73,7 @@ class Resume:
             "step": step,
             "settings": self._settings(trainer.state.max_steps),
             "rollouts": rollouts if inside else None,
+            "how": trainer.token_credit.how,
             "prompts": trainer.dynamic_sampling and trainer.dynamic_sampling.state(),
         }
 
@@ -168,7 +169,7 @@ class Resume:
         if incomplete:
             self._warn(f"{checkpoint} lacks rollouts of a process: all start with a new generation.")
         elif inside:
-            _check_rollouts(checkpoint, changes, saved, first)
+            _check_rollouts(checkpoint, changes, saved, first, trainer.token_credit.how)
         if notes := list(changes.notes()):
             self._warn("\n  ".join([f"Settings have changed since {checkpoint} was saved:", *notes]))
         if not changes.among(LAYOUT) and not incomplete:
@@ -244,13 +245,15 @@ def _check_changes(checkpoint: str, changes: Changes, ignore_data_skip: bool) ->
         )
 
 
-def _check_rollouts(checkpoint: str, changes: Changes, saved: list, first: "_Saved") -> None:
+def _check_rollouts(checkpoint: str, changes: Changes, saved: list, first: "_Saved", how: str | None) -> None:
     cycle = first.settings["steps_per_generation"] * first.settings["num_iterations"]
     other = (
         "resume from a checkpoint whose forward passes are a multiple of "
         f"{cycle} (optimizer steps x gradient_accumulation_steps)"
     )
     lacking = [f"{why}, for which they hold no {name}" for name, why in first.lacks.items()]
+    if first.how not in (how, UNKNOWN):
+        lacking.append(f"their credit meets the advantages by {first.how!r}, and this run's by {how!r}")
     if problem := changes.refused("inside a generation cycle") or ", ".join(lacking):
         raise ResumeError(
             f"{checkpoint} lies inside a generation cycle: {first.step} forward passes were done, and {first.step} "
@@ -264,6 +267,9 @@ def _check_rollouts(checkpoint: str, changes: Changes, saved: list, first: "_Sav
         )
 
 
+UNKNOWN = "unknown"
+
+
 class _Saved(NamedTuple):
     """What a process's file in a checkpoint says, without its rollouts."""
 
@@ -272,6 +278,7 @@ class _Saved(NamedTuple):
     settings: dict
     holds_rollouts: bool
     lacks: dict[str, str]  # of what this run reads
+    how: str | None  # how the credit of its rollouts meets their advantages; or UNKNOWN
 
     @classmethod
     def of(cls, file: dict | None, reads: dict[str, str]) -> "_Saved | None":
@@ -280,7 +287,7 @@ class _Saved(NamedTuple):
         rollouts = file["rollouts"]
         lacks = {name: why for name, why in reads.items() if rollouts and name not in rollouts[0]}
         settings = file["settings"] if "settings" in file else _settings_of_0_1(file)
-        return cls(file["step"], file["prompts"], settings, rollouts is not None, lacks)
+        return cls(file["step"], file["prompts"], settings, rollouts is not None, lacks, file.get("how", UNKNOWN))
 
 
 def _settings_of_0_1(file: dict) -> dict:

@@ -50,8 +50,9 @@ class SegmentValues(Method):
         prompts, completions = groups.prompts, groups.completions
         starts = [(row, at) for row, ids in enumerate(completions) for at in range(0, len(ids), L)]
         asked = [(row, completions[row][:at]) for row, at in starts for _ in range(n)]
-        more, _ = self.tools.generate([prompts[row] + ids for row, ids in asked], self.settings.max_completion_length)
-        whole = [ids + new for (_, ids), new in zip(asked, more, strict=True)]
+        most = self.settings.max_completion_length  # of a whole rollout: what comes later is cut
+        more, _ = self.tools.generate([prompts[row] + ids for row, ids in asked], most)
+        whole = [(ids + new)[:most] for (_, ids), new in zip(asked, more, strict=True)]
         right, _ = self.tools.grade([groups.rows[row] for row, _ in asked], whole)
         chances = iter(right.float().view(-1, n).mean(1).tolist())
         values_BT = torch.zeros(groups.mask_BT.shape, device=self.tools.device)

@@ -355,7 +355,7 @@ def test_compare_without_matplotlib(evaluated, tmp_path, capsys, monkeypatch):
 
 
 def test_folders_without_results(evaluated, tmp_path):
-    assert "nowhere holds no results of eval.py" in complaint(["compare", str(evaluated), "nowhere"])
+    assert "nowhere holds no results of ktae eval" in complaint(["compare", str(evaluated), "nowhere"])
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "sums.jsonl").write_text("{}\n")

@@ -399,7 +399,7 @@ def test_advice_on_damaged_settings_loses_nothing(evaluated, tmp_path, capsys, k
     assert {path.name: path.read_bytes() for path in folder.glob("*.json*")} == before
     assert "delete" not in said.lower()
     if kind == "missing":  # it could be anybody's
-        assert f"To grade what is in it: python eval.py grade {folder / 'sums.jsonl'}" in said
+        assert f"To grade what is in it: ktae grade {folder / 'sums.jsonl'}" in said
         main(["grade", str(folder / "sums.jsonl"), "--output_dir", str(tmp_path / "graded")])
         return
     assert "settings.json is damaged (" in said

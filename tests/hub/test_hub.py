@@ -333,7 +333,7 @@ def test_results_of_another_model_are_refused(run, tmp_path):
         of_evaluation(tmp_path, run)
     for old in (None, "0123456789abcdef"):  # None: of a Hub id, under which there may be another model by now
         before = measured(tmp_path / "c", run, settings={**summary["settings"], "fingerprint": old})
-        with pytest.raises(ValueError, match=r"is of version 0.1 of eval.py, .* Measure again: python eval.py"):
+        with pytest.raises(ValueError, match=r"is of version 0.1 of eval.py, .* Measure again: ktae eval"):
             of_evaluation(before, run)
     change_middle_layer(run)
     with pytest.raises(ValueError, match="does not hold the weights that are in"):
@@ -849,7 +849,7 @@ def test_train_py_says_how_to_go_on_when_the_upload_fails(server, tmp_path):
     assert last.startswith("train.py: The upload to ann/sums failed: the connection broke (")
     before = snapshot(tmp_path / "sums")
     server.faults.clear()
-    command = [sys.executable, "-m", "ktae_trl.hub.upload", *retry_command(last)]
+    command = [sys.executable, "-m", "ktae_trl", "push", *retry_command(last)]
     again = processes.run(command, cwd=ROOT, env=client(server))
     assert again.returncode == 0, again.stderr
     assert server.repos["ann/sums"]["private"]

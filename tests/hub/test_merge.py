@@ -217,7 +217,7 @@ def test_a_checkpoint_in_shards(crews, tmp_path, mode, lora):
             with pytest.raises(ValueError, match=r"holds an adapter in shards, without its adapter_config\.json"):
                 merge(checkpoint, tmp_path / "merged", base=str(tiny.MODEL))
             return
-    command = [sys.executable, "-m", "ktae_trl.hub.merge", str(tmp_path / "run"), "-o", str(tmp_path / "merged")]
+    command = [sys.executable, "-m", "ktae_trl", "merge", str(tmp_path / "run"), "-o", str(tmp_path / "merged")]
     command += ["--base", str(tiny.MODEL)] if mode == "fsdp2_sharded" else []
     done = run([*command, "--dtype", "float32"], cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
