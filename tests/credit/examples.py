@@ -47,11 +47,10 @@ class SegmentValues(Method):
 
     def credit(self, groups: Groups) -> Tensor:
         L, n = self.settings.segment_tokens, self.settings.segment_samples
-        prompts, completions = groups.prompts, groups.completions
+        completions, most = groups.completions, self.settings.max_completion_length  # of a whole rollout
         starts = [(row, at) for row, ids in enumerate(completions) for at in range(0, len(ids), L)]
         asked = [(row, completions[row][:at]) for row, at in starts for _ in range(n)]
-        most = self.settings.max_completion_length  # of a whole rollout: what comes later is cut
-        more, _ = self.tools.generate([prompts[row] + ids for row, ids in asked], most)
+        more, _ = self.tools.generate([groups.prompts[row] + ids for row, ids in asked], most)
         whole = [(ids + new)[:most] for (_, ids), new in zip(asked, more, strict=True)]
         right, _ = self.tools.grade([groups.rows[row] for row, _ in asked], whole)
         chances = iter(right.float().view(-1, n).mean(1).tolist())

@@ -264,7 +264,7 @@ def test_other_settings_need_another_folder(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("not json", r"line 2: not JSON: .*Move that line to another file and run eval.py with the same settings"),
+        ("not json", r"line 2: not JSON: .*Move that line to another file and run ktae eval with the same settings"),
         ("17", r"line 2: an object was expected, not 17\. Move that line to another file"),
         ('{"id": "1"}', "line 2 is not a sample .no sample, problem, prompt, completion, tokens, truncated"),
         (json.dumps(row(["1"], 0, "x")), r"line 2 is not a sample \(no id\)"),
@@ -282,7 +282,7 @@ def test_unfinished_results_are_not_compared(tmp_path):
     Store(tmp_path, {}).add("b", [row("1", 0, "x")])
     with pytest.raises(ValueError, match="is not finished: some samples are not graded yet"):
         load_run(str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"nowhere holds no results of eval\.py"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere holds no results of ktae eval"):
         load_run("nowhere")
 
 

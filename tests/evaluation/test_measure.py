@@ -450,7 +450,7 @@ def test_settings_are_there_before_the_first_sample(tmp_path, monkeypatch):
 def test_a_damaged_summary_is_written_anew(evaluated, tmp_path, kind):
     folder = Path(shutil.copytree(evaluated, tmp_path / "tiny"))
     damage(folder / "summary.json", kind)
-    with pytest.raises(ValueError, match=r"run eval\.py again|does not say which model"):
+    with pytest.raises(ValueError, match=r"run ktae eval again|does not say which model"):
         of_evaluation(folder, folder)
     main([*QUICK, "--output_dir", str(folder)])
     was = json.loads((evaluated / "summary.json").read_text())
