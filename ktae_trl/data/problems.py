@@ -7,6 +7,7 @@ from datasets import Dataset
 
 from ktae_trl.arguments import UserError
 from ktae_trl.data.columns import IMAGES, RESERVED, column_values, free_names, has_image
+from ktae_trl.data.few_shot import worked_examples
 from ktae_trl.grading import gradable
 from ktae_trl.grading.golds import gold_answers, is_prose
 from ktae_trl.prompts import AUTO, Conversation, conversation, instruction, token_ids
@@ -21,6 +22,7 @@ def to_prompts(
     answer_column: str = "answer",
     system_prompt: str | None = AUTO,
     system_prompt_in_user: bool = False,
+    few_shot: str | None = None,
     answer_format: str = "boxed",
     gradable_only: bool = True,
     rows: Sequence[int] | None = None,
@@ -35,6 +37,7 @@ def to_prompts(
         problem_column, answer_column: names; a field of a nested column as a dotted path. For the values, see
             `prompts.conversation` and `grading.golds.gold_answers`.
         system_prompt, system_prompt_in_user: see `prompts.conversation`. "auto" asks for an answer in `answer_format`.
+        few_shot: worked examples that come before each problem: see `few_shot.worked_examples`.
         answer_format: that of the run (`KTAEGRPOConfig.answer_format`).
         gradable_only: leave out answers on which `math_accuracy` has no verdict. False for a reward function that has.
         rows: take only the rows of these numbers.
@@ -43,7 +46,7 @@ def to_prompts(
         ValueError: a column that is not there, a value (with its row) that is no problem or no answer, or no row left.
     """
     taken = range(len(dataset)) if rows is None else rows
-    system_prompt = instruction(system_prompt, answer_format)
+    system_prompt, examples = instruction(system_prompt, answer_format), worked_examples(few_shot, answer_format)
     try:
         problems, golds = column_values(dataset, problem_column), column_values(dataset, answer_column)
     except ValueError as error:
@@ -53,7 +56,9 @@ def to_prompts(
         try:
             golds[row] = gold_answers(golds[row])
             if not isinstance(problems[row], str) or problems[row].strip():
-                prompts[row] = conversation(problems[row], system_prompt, in_user=system_prompt_in_user)
+                prompts[row] = conversation(
+                    problems[row], system_prompt, in_user=system_prompt_in_user, examples=examples
+                )
         except (TypeError, ValueError) as error:
             raise UserError(f"row {row + 1} ({problem_column}, {answer_column}): {error}") from None
     kept = _kept([row for row in prompts if golds[row]], len(taken), "no problem or answer")

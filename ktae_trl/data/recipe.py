@@ -7,6 +7,7 @@ from datasets import Dataset
 
 from ktae_trl.arguments import UserError
 from ktae_trl.data.columns import matching_rows
+from ktae_trl.data.few_shot import FEW_SHOT_HELP
 from ktae_trl.data.loading import load
 from ktae_trl.data.problems import drop_long, to_prompts, without_images
 from ktae_trl.prompts import AUTO, SYSTEM_PROMPT_HELP, check_template
@@ -62,6 +63,7 @@ class DataArguments:
         default=False,
         metadata={"help": "Put it at the head of the problem: for models without a system role, such as Gemma."},
     )
+    few_shot: str | None = field(default=None, metadata={"help": FEW_SHOT_HELP})
     max_prompt_length: int | None = field(
         default=1024, metadata={"help": "Leave out prompts of more tokens. Default 1024; null for no limit."}
     )
@@ -108,6 +110,7 @@ def load_prompts(
                 system_prompt=arguments.system_prompt,
                 answer_format=answer_format,
                 system_prompt_in_user=arguments.system_prompt_in_user,
+                few_shot=arguments.few_shot,
                 gradable_only=gradable_only,
                 rows=matching_rows(dataset, values),
             )

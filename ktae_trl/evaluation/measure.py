@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedTokenizerBase
 
 from ktae_trl.arguments import UserError
+from ktae_trl.data.few_shot import worked_examples
 from ktae_trl.evaluation import summary
 from ktae_trl.evaluation.generate import (
     Completion,
@@ -159,6 +160,7 @@ def _ask(
     A request has no more new tokens than the model's context has room for.
     """
     texts, requests = {}, []
+    examples = worked_examples(args.few_shot, args.answer_format)
     for members in problems.values():
         rendered = prompts(
             members,
@@ -167,6 +169,7 @@ def _ask(
             tokenizer,
             args.chat_template_kwargs,
             system_in_user=args.system_prompt_in_user,
+            examples=examples,
         )
         for problem, prompt, ids in zip(members, *rendered, strict=True):
             room = args.max_new_tokens if context is None else min(args.max_new_tokens, context - len(ids))

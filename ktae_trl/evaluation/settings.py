@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from ktae_trl.arguments import UserError, nearest
+from ktae_trl.data.few_shot import FEW_SHOT_HELP
 from ktae_trl.grading import ANSWER_FORMATS, check_budget, check_format
 from ktae_trl.prompts import AUTO, SYSTEM_PROMPT_HELP, TEMPLATES, instruction
 
@@ -45,6 +46,7 @@ class EvalArguments:
         default=False,
         metadata={"help": "Put it at the head of the problem: for models without a system role, such as Gemma."},
     )
+    few_shot: str | None = field(default=None, metadata={"help": FEW_SHOT_HELP})
     chat_template_kwargs: dict | str | None = field(
         default=None,
         metadata={"help": "For the chat template, as JSON on the command line: '{\"enable_thinking\": false}'."},

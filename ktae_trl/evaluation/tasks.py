@@ -128,11 +128,12 @@ def prompts(
     template_kwargs: dict | None = None,
     *,
     system_in_user: bool = False,
+    examples: Sequence[dict[str, str]] = (),
 ) -> tuple[list[str], list[list[int]]]:
     """Return each problem's prompt as text and as token ids.
 
     Args:
-        template_kwargs, system_in_user: of `chat` only: see `prompts.texts` and `prompts.conversation`.
+        template_kwargs, system_in_user, examples: of `chat` only: see `prompts.texts` and `prompts.conversation`.
 
     Raises:
         UserError: an unknown template, one that cannot say what is asked of it, or `chat` with a tokenizer whose chat
@@ -141,10 +142,10 @@ def prompts(
     if template not in TEMPLATES:
         raise UserError(f"Unknown prompt {template!r}{nearest(template, TEMPLATES)}. There are: {', '.join(TEMPLATES)}")
     if template != "chat":
-        if template_kwargs or system_in_user:
+        if template_kwargs or system_in_user or examples:
             raise UserError(
-                f"chat_template_kwargs and system_prompt_in_user are for the model's own chat template (prompt: chat), "
-                f"not for prompt: {template}"
+                "chat_template_kwargs, system_prompt_in_user and few_shot are for the model's own chat template "
+                f"(prompt: chat), not for prompt: {template}"
             )
         if long := [problem for problem in problems if problem.messages and len(problem.messages) > 1]:
             raise UserError(
@@ -158,6 +159,9 @@ def prompts(
             f"{tokenizer.name_or_path} has no chat template. Set prompt to one of: "
             f"{', '.join(name for name in TEMPLATES if name != 'chat')}"
         )
-    asked = [conversation(problem.messages or problem.text, system, in_user=system_in_user) for problem in problems]
+    asked = [
+        conversation(problem.messages or problem.text, system, in_user=system_in_user, examples=examples)
+        for problem in problems
+    ]
     check_template(asked, tokenizer, template_kwargs)
     return texts(asked, tokenizer, template_kwargs), token_ids(asked, tokenizer, template_kwargs)
