@@ -2,6 +2,7 @@
 
 python benchmarks/step_cost.py [ktae oar_g oar_p tree] [--steps 20] [--rounds 3]       # the quickstart
 python benchmarks/step_cost.py ktae oar_g --model 100m --steps 3 --rounds 1            # 100M parameters
+python benchmarks/step_cost.py ktae --config configs/NAME.yaml [--field value ...]     # any recipe
 
 The learning rate is 0, so that all runs sample from the same model (a tree takes other samples). Each run is a process
 of its own; the methods take turns. Where there is a GPU it runs there, in bf16. The model of 100M parameters has random
@@ -97,7 +98,7 @@ def substitute(trainer) -> None:
     trainer._generate_single_turn = solutions
 
 
-def train(credit: str, steps: int, model: str) -> dict:
+def train(credit: str, steps: int, model: str, recipe: list[str]) -> dict:
     """Train and return, per step, the seconds in all and in each phase, and the peak memory of this process."""
     sys.path.insert(0, str(ROOT))
     import torch
@@ -124,13 +125,13 @@ def train(credit: str, steps: int, model: str) -> dict:
             "output_dir": "runs/step_cost",  # the quickstart's holds what a person may want to keep
             "record_steps": 0,
             "use_cpu": not on_gpu,
-            "bf16": on_gpu,
+            **({"bf16": True} if on_gpu else {}),
             **MODELS[model],
         }
         if model == "100m":
             large_model(folder)
             settings["model_name_or_path"] = folder
-        words = ["--config", "configs/quickstart.yaml", *(str(x) for k, v in settings.items() for x in (f"--{k}", v))]
+        words = [*recipe, *(str(x) for k, v in settings.items() for x in (f"--{k}", v))]
         trainer = build_trainer(*parse((RunArguments, KTAEGRPOConfig, ModelConfig), "train.py", words))
     if model == "100m":
         substitute(trainer)
@@ -195,10 +196,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--model", choices=MODELS, default="quickstart")
+    parser.add_argument("--config", default="configs/quickstart.yaml", help="recipe; its settings may follow")
     parser.add_argument("--credit", help=argparse.SUPPRESS)  # set in the processes that this one starts
-    arguments = parser.parse_args()
+    arguments, settings = parser.parse_known_args()
+    recipe = ["--config", arguments.config, *settings]
     if arguments.credit:
-        print(json.dumps(train(arguments.credit, arguments.steps, arguments.model)))
+        print(json.dumps(train(arguments.credit, arguments.steps, arguments.model, recipe)))
         return
 
     runs: dict[str, list[dict]] = {"none": [], **{method: [] for method in arguments.methods}}
@@ -206,7 +209,7 @@ def main() -> None:
         for credit, done in runs.items():
             print(f"round {number + 1} of {arguments.rounds}: {credit}", file=sys.stderr)
             command = [sys.executable, __file__, "--credit", credit, "--steps", str(arguments.steps)]
-            command += ["--model", arguments.model]
+            command += ["--model", arguments.model, *recipe]
             output = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
             done.append(json.loads(output.splitlines()[-1]))
     first = runs["none"][0]

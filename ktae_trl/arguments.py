@@ -17,6 +17,8 @@ from typing import get_args, get_type_hints
 RETIRED = {"record_files": "remove it. A run has at most 100 records, as before"}
 # Stands for the package's own model (`model_name_or_path`) and problems (`dataset_name`; splits train and test).
 TINY = "tiny"
+# Stands for the package's own problems in words (`dataset_name`) and worked examples of them (`few_shot`).
+WORD_PROBLEMS = "word_problems"
 _BUGS = (AssertionError, AttributeError, NameError, TypeError)
 
 

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from ktae_trl.arguments import UserError, nearest
+from ktae_trl.arguments import WORD_PROBLEMS, UserError, nearest
 from ktae_trl.data.columns import column_values
 from ktae_trl.data.files import ENDINGS, ending, read
 from ktae_trl.grading.extraction import find_answer
 from ktae_trl.prompts import Conversation
 
-_EXAMPLES = {path.stem: path for path in (Path(__file__).parent / "examples").glob("*.jsonl")}  # of the package
+_EXAMPLES = {WORD_PROBLEMS: Path(__file__).parent / WORD_PROBLEMS / "examples.jsonl"}  # of the package
 FEW_SHOT_HELP = (
     "Worked examples that come before each problem, as earlier turns: a .jsonl, .json, .csv or .parquet file with the "
     f"columns problem and solution, or the package's own: {', '.join(sorted(_EXAMPLES))}."

@@ -5,10 +5,15 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict, ReadInstruction, concatenate_datasets, load_dataset, load_from_disk
 
-from ktae_trl.arguments import TINY, NotFoundError, UserError, loading
+from ktae_trl.arguments import TINY, WORD_PROBLEMS, NotFoundError, UserError, loading
 from ktae_trl.data import files as data_files
 
-_TINY = Path(__file__).parents[1] / "tiny" / "data"
+_HERE = Path(__file__).parent
+# The package's own problems: the files of their splits.
+_OWN = {
+    TINY: {"train": _HERE.parent / "tiny/data/train.jsonl", "test": _HERE.parent / "tiny/data/held_out.jsonl"},
+    WORD_PROBLEMS: {split: _HERE / WORD_PROBLEMS / f"{split}.jsonl" for split in ("train", "test")},
+}
 logger = logging.getLogger(__name__)
 
 
@@ -17,7 +22,7 @@ def load(name: str, config: str | None = None, split: str = "train") -> Dataset:
 
     Args:
         name: Hub id, or the path of a JSON Lines, JSON, CSV or Parquet file (`.gz` too; see `data_files.read`) or of a
-            `save_to_disk` folder, or `tiny` for the package's own problems (splits train and test).
+            `save_to_disk` folder, or `tiny` or `word_problems` for the package's own problems (splits train and test).
         config: of a Hub dataset.
         split: of a Hub dataset or of a saved `DatasetDict`, or a part of it, such as `train[:100]`. A file, or a folder
             with a single dataset, is one split of any name.
@@ -28,9 +33,8 @@ def load(name: str, config: str | None = None, split: str = "train") -> Dataset:
     """
     path = Path(name)
     ending = data_files.ending(path)
-    if name == TINY:
-        splits = {"train": data_files.read(_TINY / "train.jsonl"), "test": data_files.read(_TINY / "held_out.jsonl")}
-        dataset = _part(splits, split, name)
+    if name in _OWN:
+        dataset = _part({part: data_files.read(file) for part, file in _OWN[name].items()}, split, name)
     elif path.is_dir():
         with loading(f"The folder {name}"):
             saved = load_from_disk(name)

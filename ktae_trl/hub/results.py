@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from ktae_trl.arguments import TINY, NotFoundError, UserError
+from ktae_trl.arguments import TINY, WORD_PROBLEMS, NotFoundError, UserError
 from ktae_trl.files.fingerprint import is_of, is_old
 from ktae_trl.files.model_files import HELD_OUT
 from ktae_trl.report import markdown
@@ -148,7 +148,7 @@ def table(results: Sequence[EvalResult]) -> str:
 def is_hub_id(name: str | None) -> bool:
     """Return whether a model's or dataset's name is one on the Hub: no file or folder, nor the offline task."""
     files = (".jsonl", ".json", ".parquet", ".csv", ".gz")
-    if not name or name == TINY or Path(name).exists() or Path(name).suffix in files:
+    if not name or name in (TINY, WORD_PROBLEMS) or Path(name).exists() or Path(name).suffix in files:
         return False
     return re.fullmatch(r"([\w-]+/)?\w[\w.-]*", name, re.ASCII) is not None
 
