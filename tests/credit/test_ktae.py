@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import fisher_exact
+from torch.overrides import TorchFunctionMode
 
 from ktae_trl.credit.ktae import counting
 from ktae_trl.credit.ktae import values as ktae
@@ -349,7 +350,10 @@ def test_counts(pairs, how, threads, monkeypatch):
         for text, row, marks in zip(group, ids[p].tolist(), counted[p].tolist(), strict=True)
         for token, m in zip(row, marks, strict=True)
     ]
-    found = as_dict(ids, counted, right, getattr(counting, how)(ids, counted, right, pairs))
+    sizes = torch.arange(2 * len(ids)).view(2, -1)
+    counts, listed = getattr(counting, how)(ids, counted, right, sizes, pairs)
+    assert listed == sizes.tolist()
+    found = as_dict(ids, counted, right, counts)
     assert found == ((expected, own) if pairs else expected)
 
 
@@ -360,11 +364,12 @@ def test_ids_out_of_range_are_counted_too(shift, pairs, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     ids, counted, right = random_counting()
     ids = torch.where(counted, ids, -100 - shift)
-    found = counting.count(ids + shift, counted, right, pairs=pairs)
+    sizes = torch.zeros(2, len(ids), dtype=torch.int64)
+    found, _ = counting.count(ids + shift, counted, right, sizes, pairs=pairs)
     found = found._replace(token=found.token - shift)
     figures = [
         as_dict(torch.where(counted, ids, -1), counted, right, c)
-        for c in (found, counting.count(ids.clamp(0), counted, right, pairs=pairs))
+        for c in (found, counting.count(ids.clamp(0), counted, right, sizes, pairs=pairs)[0])
     ]
     assert figures[0] == figures[1]
 
@@ -420,3 +425,45 @@ def test_bad_input(change, error, words):
     }
     with pytest.raises(error, match=words):
         key_token_values(**{**good, **change})
+
+
+class Waits(TorchFunctionMode):
+    """Collects the operations that make the host wait for a device, or copy from it."""
+
+    ALWAYS = {
+        "tolist",
+        "item",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__index__",
+        "cpu",
+        "numpy",
+        "nonzero",
+        "unique",
+    } | {*("masked_select", "argwhere", "bincount", "equal", "allclose", "is_nonzero", "unique_consecutive")}
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = function.__name__
+        of_mask = name in ("__getitem__", "__setitem__") and "bool" in str([getattr(a, "dtype", a) for a in args[1:2]])
+        of_lengths = name == "repeat_interleave" and isinstance((args[1:2] or [0])[0], torch.Tensor)
+        if name in self.ALWAYS or of_mask or of_lengths:
+            self.seen.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("leave_one_out", [False, True])
+def test_a_gpu_is_waited_for_once(leave_one_out, monkeypatch):
+    """The way that GPUs take, run on the CPU. tests/gpu counts it with CUDA's own warnings."""
+    monkeypatch.setattr(counting, "NUMBA", False)
+    ids, mask, correct = random_groups(3, P=5)
+    with Waits() as waits:
+        key_token_values(ids, mask, correct, leave_one_out=leave_one_out, ignore_ids=[0])
+    assert waits.seen == ["tolist"]
+    with Waits() as waits:
+        ids[mask].sum().item()
+    assert waits.seen == ["__getitem__", "item"]

@@ -55,15 +55,20 @@ class Counts(NamedTuple):
             torch.index_select(values, 0, self.entry, out=out.view(-1))
 
 
-def count(ids: Tensor, counted: Tensor, right: Tensor, *, pairs: bool) -> Counts:
+def count(ids: Tensor, counted: Tensor, right: Tensor, sizes: Tensor, *, pairs: bool) -> tuple[Counts, list[list[int]]]:
     """Count what is marked as `counted` (P, G, T) of `ids` (P, G, T).
 
     Args:
         right: (P, G) bool, the side of each rollout.
+        sizes: (2, P) integers that are wanted on the host. They come with the number of tokens, so that a GPU is waited
+            for once.
         pairs: whether to count per rollout as well.
+
+    Returns:
+        The counts, and `sizes` as lists.
     """
     how = _count_by_loop if NUMBA and ids.device.type == "cpu" else _count_by_sort
-    return how(ids, counted, right, pairs)
+    return how(ids, counted, right, sizes, pairs)
 
 
 # A compiled loop
@@ -82,7 +87,7 @@ def _on_threads(length: int, work: Callable[[slice], object], least: int) -> lis
         return list(threads.map(work, parts))
 
 
-def _count_by_loop(ids: Tensor, counted: Tensor, right: Tensor, with_pairs: bool) -> Counts:
+def _count_by_loop(ids: Tensor, counted: Tensor, right: Tensor, sizes: Tensor, with_pairs: bool):
     from ktae_trl.credit.ktae import loops
 
     P, G, T = ids.shape
@@ -115,13 +120,14 @@ def _count_by_loop(ids: Tensor, counted: Tensor, right: Tensor, with_pairs: bool
     token, group, a, b, count_right, count_wrong = torch.from_numpy(np.concatenate([p[0] for p in parts], axis=1))
     of_rollout = Pairs(*torch.from_numpy(np.concatenate([p[1] for p in parts], axis=1))) if with_pairs else None
     token = token.to(ids.dtype) if names is None else names.index_select(0, token)
-    return Counts(group, token, a, b, count_right, count_wrong, of_rollout, torch.from_numpy(entry).view(-1))
+    counts = Counts(group, token, a, b, count_right, count_wrong, of_rollout, torch.from_numpy(entry).view(-1))
+    return counts, sizes.tolist()
 
 
 # A sort
 
 
-def _count_by_sort(ids: Tensor, counted: Tensor, right: Tensor, with_pairs: bool) -> Counts:
+def _count_by_sort(ids: Tensor, counted: Tensor, right: Tensor, sizes: Tensor, with_pairs: bool):
     P, G, T = ids.shape
     # The sort is stable, so the occurrences of an id in one rollout stay together.
     last_id = torch.iinfo(ids.dtype).max
@@ -131,7 +137,8 @@ def _count_by_sort(ids: Tensor, counted: Tensor, right: Tensor, with_pairs: bool
     new_token, new_pair = is_counted.clone(), is_counted.clone()
     new_token[:, 1:] &= sorted_ids[:, 1:] != sorted_ids[:, :-1]
     new_pair[:, 1:] &= new_token[:, 1:] | (rollout[:, 1:] != rollout[:, :-1])
-    n_tokens, n_pairs = torch.stack([new_token.sum(), new_pair.sum()]).tolist()  # waits for the device
+    totals = torch.stack([new_token.sum(), new_pair.sum()])
+    n_tokens, n_pairs, *sizes = torch.cat([totals, sizes.flatten()]).tolist()  # waits for the device
 
     start = torch.nonzero_static(new_pair.view(-1), size=n_pairs).squeeze(1).int()
     pair_is_new = new_token.view(-1).index_select(0, start)
@@ -152,7 +159,7 @@ def _count_by_sort(ids: Tensor, counted: Tensor, right: Tensor, with_pairs: bool
 
     a, count_right = total(is_right), total(times * is_right)
     run = (new_pair if with_pairs else new_token).view(-1).cumsum(0, dtype=torch.int32).view_as(order) * is_counted
-    return Counts(
+    counts = Counts(
         group=rollout.index_select(0, first) // G,
         token=token,
         a=a,
@@ -162,3 +169,4 @@ def _count_by_sort(ids: Tensor, counted: Tensor, right: Tensor, with_pairs: bool
         pairs=Pairs(pair_is_new.cumsum(0, dtype=torch.int32) - 1, rollout, times) if with_pairs else None,
         entry=torch.empty_like(run).scatter_(1, order, run).view(-1),  # in the order before the sort
     )
+    return counts, [sizes[:P], sizes[P:]]

@@ -122,9 +122,6 @@ def _value(ids, mask, correct, scored, weights, leave_one_out, ignore_ids, *, ke
     right, wrong = votes & correct, votes & ~correct  # (P, G)
     n_right, n_wrong = right.sum(1), wrong.sum(1)  # (P,)
     voting = votes & ((n_right > 0) & (n_wrong > 0))[:, None]
-    splits = set(zip(*torch.stack([n_right, n_wrong]).tolist(), strict=True))  # waits for the device
-    tables = _Tables(splits, leave_one_out, G, *weights[:2], ids.device)
-
     values = torch.empty(P, G, T, device=ids.device)
     columns = []
     step = max(1, _ROUND // max(G * T, 1)) if ids.device.type == "cpu" else max(P, 1)
@@ -133,7 +130,9 @@ def _value(ids, mask, correct, scored, weights, leave_one_out, ignore_ids, *, ke
         counted = mask[some] & voting[some, :, None]
         for special in ignore_ids:
             counted &= ids[some] != special
-        counts = count(ids[some], counted, right[some], pairs=leave_one_out)
+        sizes = torch.stack([n_right[some], n_wrong[some]])
+        counts, sizes = count(ids[some], counted, right[some], sizes, pairs=leave_one_out)
+        tables = _Tables(set(zip(*sizes, strict=True)), leave_one_out, G, *weights[:2], ids.device)
         sides = _Sides(right[some], wrong[some], lengths[some])
         cell = tables.cell(*sides.sizes(), counts.group, counts.a, counts.b)
         D = _direction(tables, weights[2], cell, counts.group, sides.tokens(), (counts.count_right, counts.count_wrong))
@@ -143,13 +142,10 @@ def _value(ids, mask, correct, scored, weights, leave_one_out, ignore_ids, *, ke
             K = _key_value(tables.strength.index_select(0, cell), D)
         counts.spread(K, values[some])
         if keep:
-            columns.append((counts.group + begin, counts.token, counts.a, counts.b, cell, D))
-    if keep:
-        group, token, a, b, cell, D = map(torch.cat, zip(*columns, strict=True))
-    else:
-        group, token, a, b, cell, D = (n_right.new_empty(0) for _ in range(6))
-    p, fisher, gain = (table.index_select(0, cell) for table in (tables.p, tables.fisher, tables.gain))
-    return KeyTokenTable(values, n_right, n_wrong, group, token, a, b, p, fisher, gain, D)
+            statistics = (table.index_select(0, cell) for table in (tables.p, tables.fisher, tables.gain))
+            columns.append((counts.group + begin, counts.token, counts.a, counts.b, *statistics, D))
+    columns = map(torch.cat, zip(*columns, strict=True)) if keep else [values.new_empty(0)] * 8
+    return KeyTokenTable(values, n_right, n_wrong, *columns)
 
 
 class _Sides(NamedTuple):
