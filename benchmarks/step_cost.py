@@ -5,9 +5,9 @@ python benchmarks/step_cost.py ktae oar_g --model 100m --steps 3 --rounds 1     
 python benchmarks/step_cost.py ktae --config configs/NAME.yaml [--field value ...]     # any recipe
 
 The learning rate is 0, so that all runs sample from the same model (a tree takes other samples). Each run is a process
-of its own; the methods take turns. Where there is a GPU it runs there, in bf16. The model of 100M parameters has random
-weights: what it generates is timed, and then replaced by solutions of the offline task, right and wrong ones, so that
-there is something to grade and to credit.
+of its own; the methods take turns. Where there is a GPU it runs there, in bf16. The models of 100M and
+500M parameters have random weights: what they generate is timed, and then replaced by solutions of the offline task,
+right and wrong ones, so that there is something to grade and to credit.
 """
 
 import argparse
@@ -20,11 +20,36 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PHASES = ("generation", "grading", "credit", "forward", "backward", "optimizer", "synchronisation")
-MODELS = {"quickstart": {}, "100m": {"per_device_train_batch_size": 16, "max_completion_length": 48}}
+MODELS = {
+    "quickstart": {},
+    "100m": {"per_device_train_batch_size": 16, "max_completion_length": 48},
+    "500m": {"per_device_train_batch_size": 16, "max_completion_length": 1024, "gradient_checkpointing": True},
+}
+# Of Qwen2, with random weights. The larger one is Qwen2.5-0.5B's.
+SHAPES = {
+    "100m": {
+        "hidden_size": 768,
+        "num_hidden_layers": 11,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 12,
+        "intermediate_size": 3072,
+        "max_position_embeddings": 512,
+    },
+    "500m": {
+        "vocab_size": 151_936,
+        "hidden_size": 896,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "intermediate_size": 4864,
+        "max_position_embeddings": 2048,
+    },
+}
 
 
 class Clock:
@@ -53,8 +78,8 @@ class Clock:
         setattr(owner, name, timed)
 
 
-def large_model(folder: str) -> None:
-    """Save a Qwen2 of 100M parameters with random weights and the tokenizer of the offline model."""
+def large_model(folder: str, shape: dict) -> None:
+    """Save a Qwen2 with random weights and the tokenizer of the offline model."""
     import torch
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
@@ -64,13 +89,7 @@ def large_model(folder: str) -> None:
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(
         Qwen2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=768,
-            num_hidden_layers=11,
-            num_attention_heads=12,
-            num_key_value_heads=12,
-            intermediate_size=3072,
-            max_position_embeddings=512,
+            **{"vocab_size": len(tokenizer), **shape},
             tie_word_embeddings=True,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -89,10 +108,11 @@ def substitute(trainer) -> None:
     tokenizer, generate = trainer.processing_class, trainer._generate_single_turn
     rows = list(load(str(tiny.TRAIN)))
     texts = iter(task.draw_solutions(rows * 20, seed=0))
+    joined = max(1, trainer.max_completion_length // 48)  # solutions one after the other fill a long completion
 
     def solutions(prompt_ids, *args, **kwargs):
         completion_ids, *rest = generate(prompt_ids, *args, **kwargs)
-        drawn = [tokenizer(next(texts) + tokenizer.eos_token)["input_ids"] for _ in completion_ids]
+        drawn = [tokenizer("\n".join(islice(texts, joined)) + tokenizer.eos_token)["input_ids"] for _ in completion_ids]
         return [new[: len(old)] for new, old in zip(drawn, completion_ids, strict=True)], *rest
 
     trainer._generate_single_turn = solutions
@@ -128,12 +148,12 @@ def train(credit: str, steps: int, model: str, recipe: list[str]) -> dict:
             **({"bf16": True} if on_gpu else {}),
             **MODELS[model],
         }
-        if model == "100m":
-            large_model(folder)
+        if model in SHAPES:
+            large_model(folder, SHAPES[model])
             settings["model_name_or_path"] = folder
         words = [*recipe, *(str(x) for k, v in settings.items() for x in (f"--{k}", v))]
         trainer = build_trainer(*parse((RunArguments, KTAEGRPOConfig, ModelConfig), "train.py", words))
-    if model == "100m":
+    if model in SHAPES:
         substitute(trainer)
     wait = torch.cuda.synchronize if on_gpu else lambda: None
     clock, generate, tokens, steps_taken = Clock(wait), trainer._generate_single_turn, [], []

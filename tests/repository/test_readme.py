@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+from benchmarks import tested_where
 from benchmarks.published import gains
 from ktae_trl.credit.combine import combine
 from ktae_trl.credit.ktae.values import key_token_values
@@ -50,6 +51,19 @@ def test_the_group_at_the_top(tokenizer):
 def test_the_published_table_is_what_the_command_prints(shared):
     results = json.loads((shared / "published_results.json").read_text())
     assert gains(results) in README
+
+
+def test_the_gpus_are_those_of_the_files():
+    assert f"\n\n{tested_where.table()}\n\n" in README
+
+
+def test_a_file_of_a_gpu_is_a_row(tmp_path):
+    tests = [{"outcome": outcome} for outcome in ("passed", "passed", "skipped")]
+    found = {"gpu": "NVIDIA H100", "gpus": 2, "gib": 79.6, "python": "3.12.1", "tests": tests}
+    found["packages"] = {"torch": "2.13.0", "vllm": None}
+    (tmp_path / "gpu_nvidia_h100.json").write_text(json.dumps(found))
+    row = tested_where.table(tmp_path).splitlines()[2]
+    assert row.startswith("| 2 x NVIDIA H100, 80 GiB | python 3.12.1, torch 2.13.0 | [2 passed, 1 skipped, 0 failed](")
 
 
 def test_every_file_that_is_named_is_there():

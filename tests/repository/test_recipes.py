@@ -84,7 +84,15 @@ def test_there_are_recipes():
     others = {
         f"{twin}_{credit}" for twin in ("quickstart", "qwen2.5_math_1.5b") for credit in ("oar_g", "oar_p", "tree")
     }
-    assert {path.stem for path in RECIPES} == {"quickstart", "lora_24gb", "own_data", *EXPECTED, *others}
+    assert {path.stem for path in RECIPES} == {
+        "quickstart",
+        "lora_24gb",
+        "own_data",
+        "smollm2_135m",
+        "smollm2_135m_lora",
+        *EXPECTED,
+        *others,
+    }
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import torch
-import vllm.model_executor.layers.utils as layers
 from peft import LoraConfig
 from trl.generation import vllm_generation
 from trl.generation.vllm_client import VLLMClient
@@ -20,14 +19,18 @@ from tests.trainers import around, difference, make_trainer, prompts, weights
 
 
 def patch(mode: str) -> None:
-    """Let TRL use vLLM on a CPU. For tests only."""
+    """Let vLLM compute as the model in training does, and let TRL use it on a CPU. For tests only."""
+    # float32 like the model in training: then what is left of a gap is a fault, not rounding.
+    # Small blocks, as on a GPU: the CPU build's own of 128 tokens are never full here, so nothing would be cached.
+    vllm_generation.LLM = functools.partial(vllm_generation.LLM, enforce_eager=True, dtype="float32", block_size=32)
+    if torch.cuda.is_available():
+        return
+    import vllm.model_executor.layers.utils as layers
+
     # The CPU build packs a layer's weight into its own layout and frees it, so that no new weight can be loaded.
     layers.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: setattr(
         layer, "cpu_linear", torch.nn.functional.linear
     )
-    # float32 like the model in training: then what is left of a gap is a fault, not rounding.
-    # Small blocks, as on a GPU: the CPU build's own of 128 tokens are never full here, so nothing would be cached.
-    vllm_generation.LLM = functools.partial(vllm_generation.LLM, enforce_eager=True, dtype="float32", block_size=32)
     if mode == "server":  # a server gets its weights over NCCL, which needs a GPU
         VLLMClient.init_communicator = lambda self, device: None
         vllm_generation.VLLMGeneration.sync_weights = lambda self: None
@@ -41,7 +44,8 @@ def gaps(trainer, prompt_ids, completion_ids, logprobs) -> list[float]:
     result = []
     for prompt, completion, theirs in zip(prompt_ids, completion_ids, logprobs, strict=True):
         with torch.no_grad():
-            logits = trainer.model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+            ids = torch.tensor([prompt + completion], device=trainer.model.device)
+            logits = trainer.model(ids).logits[0, len(prompt) - 1 : -1].cpu()
         mine = logits.float().log_softmax(-1)[range(len(completion)), completion]
         result.append((mine - torch.tensor(theirs)).abs().mean().item())
     return result
@@ -79,7 +83,7 @@ def ask_server(trainer) -> dict:
     greedy = client.generate(ids, n=1, temperature=0, max_tokens=32)["completion_ids"]
     expected = []
     for prompt in ids:
-        prompt = torch.tensor([prompt])
+        prompt = torch.tensor([prompt], device=trainer.model.device)
         mask = torch.ones_like(prompt)
         whole = trainer.model.generate(prompt, attention_mask=mask, do_sample=False, max_new_tokens=32)
         expected.append(whole[0, prompt.shape[1] :].tolist())
