@@ -2,7 +2,7 @@
 
 python benchmarks/step_cost.py [ktae oar_g oar_p tree] [--steps 20] [--rounds 3]       # the quickstart
 python benchmarks/step_cost.py ktae oar_g --model 100m --steps 3 --rounds 1            # 100M parameters
-python benchmarks/step_cost.py ktae --config configs/NAME.yaml [--field value ...]     # any recipe
+python benchmarks/step_cost.py ktae --config configs/NAME.yaml [-- --field value ...]  # any recipe
 
 The learning rate is 0, so that all runs sample from the same model (a tree takes other samples). Each run is a process
 of its own; the methods take turns. Where there is a GPU it runs there, in bf16. The models of 100M and
@@ -216,9 +216,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--model", choices=MODELS, default="quickstart")
-    parser.add_argument("--config", default="configs/quickstart.yaml", help="recipe; its settings may follow")
+    parser.add_argument("--config", default="configs/quickstart.yaml", help="recipe; settings may follow after --")
     parser.add_argument("--credit", help=argparse.SUPPRESS)  # set in the processes that this one starts
-    arguments, settings = parser.parse_known_args()
+    end = (sys.argv + ["--"]).index("--")
+    words, settings = sys.argv[1:end], sys.argv[end + 1 :]
+    arguments = parser.parse_args(words)
     recipe = ["--config", arguments.config, *settings]
     if arguments.credit:
         print(json.dumps(train(arguments.credit, arguments.steps, arguments.model, recipe)))
@@ -229,7 +231,7 @@ def main() -> None:
         for credit, done in runs.items():
             print(f"round {number + 1} of {arguments.rounds}: {credit}", file=sys.stderr)
             command = [sys.executable, __file__, "--credit", credit, "--steps", str(arguments.steps)]
-            command += ["--model", arguments.model, *recipe]
+            command += ["--model", arguments.model, "--config", arguments.config, "--", *settings]
             output = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
             done.append(json.loads(output.splitlines()[-1]))
     first = runs["none"][0]

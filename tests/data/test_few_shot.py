@@ -1,10 +1,13 @@
 """Worked examples before each problem: the same in training, the held-out measurement and `ktae eval`."""
 
 import json
+import random
+from string import Formatter
 
 import pytest
 from transformers import AutoTokenizer
 
+from benchmarks import word_problems
 from ktae_trl import data, tiny
 from ktae_trl.data.few_shot import worked_examples
 from ktae_trl.evaluation.tasks import Problem, prompts
@@ -67,7 +70,7 @@ def test_training_and_evaluation_ask_the_same(tmp_path, shown):
 def test_the_package_brings_examples_that_are_right():
     examples = worked_examples("word_problems")
     assert [message["role"] for message in examples] == ["user", "assistant"] * 3
-    answers = ["60", "14", "14"]
+    answers = ["13", "18", "9"]
     assert all(grade(message["content"], answer) for message, answer in zip(examples[1::2], answers, strict=True))
     assert worked_examples(None) == []
 
@@ -100,3 +103,23 @@ def test_the_answers_of_examples_follow_the_format(shown):
 def test_unknown_examples(name, message):
     with pytest.raises(ValueError, match=message):
         worked_examples(name)
+
+
+def test_word_problems_are_what_their_command_makes():
+    made = word_problems.problems()
+    for split, size in word_problems.SIZES.items():
+        rows = data.load("word_problems", split=split)
+        assert len(rows) == size
+        assert list(rows) == made[split]
+    assert not {row["problem"] for row in made["train"]} & {row["problem"] for row in made["test"]}
+
+
+@pytest.mark.parametrize("form", word_problems.FORMS, ids=lambda form: form.text[:30])
+def test_answers_of_word_problems_are_positive_and_fit_their_form(form):
+    rng = random.Random(0)
+    for _ in range(50):
+        numbers = [rng.randint(2, most) for most in form.largest]
+        if form.holds(*numbers):
+            assert form.answer(*numbers) > 0
+    names = {name for _, name, _, _ in Formatter().parse(form.text) if name}
+    assert names & set("abc") == set("abc"[: len(form.largest)])

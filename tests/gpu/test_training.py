@@ -54,7 +54,7 @@ def test_step_of_smollm2_135m(gpu, figures, credit):
         if not LOCAL_MODEL.is_dir():
             pytest.skip(f"{HUB_MODEL} is neither in the Hub's cache nor at models/smollm2_135m (make real-model)")
     batch = ("--per_device_train_batch_size", "32", "--gradient_accumulation_steps", "1", "--model_name_or_path", model)
-    note(figures, cost(credit, 8, "--config", "configs/smollm2_135m.yaml", *batch))
+    note(figures, cost(credit, 8, "--config", "configs/smollm2_135m.yaml", "--", *batch))
 
 
 @pytest.mark.parametrize("credit", ["none", "ktae"])
