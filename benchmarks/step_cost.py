@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="quickstart")
     parser.add_argument("--config", default="configs/quickstart.yaml", help="recipe; settings may follow after --")
     parser.add_argument("--credit", help=argparse.SUPPRESS)  # set in the processes that this one starts
-    end = (sys.argv + ["--"]).index("--")
+    end = [*sys.argv, "--"].index("--")
     words, settings = sys.argv[1:end], sys.argv[end + 1 :]
     arguments = parser.parse_args(words)
     recipe = ["--config", arguments.config, *settings]

@@ -71,7 +71,7 @@ FORMS = (
 
 
 def problem(rng: random.Random) -> dict[str, str | int]:
-    """Draw a problem `{"problem", "answer", "steps"}`, one in five of two steps, which so small a model hardly solves."""
+    """Draw a problem `{"problem", "answer", "steps"}`, one in five of two steps, which a small model hardly solves."""
     steps = 1 + (rng.random() < 0.2)
     form = rng.choice([form for form in FORMS if form.steps == steps])
     while True:
