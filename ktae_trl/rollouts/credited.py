@@ -104,8 +104,9 @@ class TokenCredit:
             stacked = torch.stack([torch.stack(pair).float() for pair in credit.sums.values()])
             pooled = self.trainer.accelerator.reduce(stacked, "sum").tolist()
             sums = dict(zip(credit.sums, map(tuple, pooled), strict=True))
-        # TRL leaves NaN out of its means. Reading the sums has waited for the device.
-        means = {name: total / count if count else float("nan") for name, (total, count) in sums.items()}
+        # Reading the sums has waited for the device. A mean over nothing is left out: TRL would log None, of which
+        # TensorBoard's writer complains at every step.
+        means = {name: total / count for name, (total, count) in sums.items() if count}
         trl_seam.log_metrics(self.trainer, means | {f"{self.kind.family}/seconds": time.perf_counter() - started})
         return sums
 
