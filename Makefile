@@ -26,7 +26,7 @@ test: $(VENV)/dev.installed
 
 # Tests of two processes run one at a time, on one of the two workers.
 test-slow: $(VENV)/dev.installed
-	$(BIN)/pytest -m slow -n 2 --dist loadgroup
+	$(BIN)/pytest -m "slow and not gpu" -n 2 --dist loadgroup
 
 # Kills, a full disk, damaged files: a part of test-slow.
 test-faults: $(VENV)/dev.installed
@@ -57,7 +57,8 @@ $(VLLM_VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	touch $@
 
 # What a GPU shows. The machine's own torch is used. Without a network WHEELS names a folder with the wheels that it lacks.
-# deepspeed, vllm and bitsandbytes are wanted, not needed: what cannot be installed is skipped, and the table says so.
+# deepspeed, vllm and bitsandbytes are wanted, not needed: what cannot be installed beside that torch is skipped, and the
+# table says so.
 test-gpu: $(GPU_VENV)/installed
 	$(GPU_VENV)/bin/python -m pytest tests/gpu
 
@@ -65,9 +66,10 @@ $(GPU_VENV)/installed: setup.cfg pyproject.toml
 	test -x $(GPU_VENV)/bin/python || $(PYTHON) -m venv --system-site-packages $(GPU_VENV)
 	$(GPU_PIP) setuptools wheel
 	$(GPU_PIP) --no-build-isolation --editable '.[test]'
-	-$(GPU_PIP) 'deepspeed>=0.19.8'
-	-$(GPU_PIP) bitsandbytes
-	-$(GPU_PIP) 'vllm>=0.31,<0.32'
+	$(GPU_VENV)/bin/python -m pip freeze | grep -E '^(torch|transformers)==' > $(GPU_VENV)/there.txt
+	-$(GPU_PIP) --constraint $(GPU_VENV)/there.txt 'deepspeed>=0.19.8'
+	-$(GPU_PIP) --constraint $(GPU_VENV)/there.txt bitsandbytes
+	-$(GPU_PIP) --constraint $(GPU_VENV)/there.txt 'vllm>=0.31,<0.32'
 	touch $@
 
 lint: $(VENV)/dev.installed

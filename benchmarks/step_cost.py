@@ -118,8 +118,16 @@ def substitute(trainer) -> None:
     trainer._generate_single_turn = solutions
 
 
-def train(credit: str, steps: int, model: str, recipe: list[str]) -> dict:
-    """Train and return, per step, the seconds in all and in each phase, and the peak memory of this process."""
+def _words(settings: dict) -> list[str]:
+    return [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
+
+
+def train(credit: str, steps: int, model: str, config: str, own: list[str]) -> dict:
+    """Train and return, per step, the seconds in all and in each phase, and the peak memory of this process.
+
+    Args:
+        own: words of the command line, for what is not measured here.
+    """
     sys.path.insert(0, str(ROOT))
     import torch
     from transformers import TrainerCallback
@@ -146,12 +154,11 @@ def train(credit: str, steps: int, model: str, recipe: list[str]) -> dict:
             "record_steps": 0,
             "use_cpu": not on_gpu,
             **({"bf16": True} if on_gpu else {}),
-            **MODELS[model],
         }
         if model in SHAPES:
             large_model(folder, SHAPES[model])
             settings["model_name_or_path"] = folder
-        words = [*recipe, *(str(x) for k, v in settings.items() for x in (f"--{k}", v))]
+        words = ["--config", config, *_words(MODELS[model]), *own, *_words(settings)]
         trainer = build_trainer(*parse((RunArguments, KTAEGRPOConfig, ModelConfig), "train.py", words))
     if model in SHAPES:
         substitute(trainer)
@@ -221,9 +228,8 @@ def main() -> None:
     end = [*sys.argv, "--"].index("--")
     words, settings = sys.argv[1:end], sys.argv[end + 1 :]
     arguments = parser.parse_args(words)
-    recipe = ["--config", arguments.config, *settings]
     if arguments.credit:
-        print(json.dumps(train(arguments.credit, arguments.steps, arguments.model, recipe)))
+        print(json.dumps(train(arguments.credit, arguments.steps, arguments.model, arguments.config, settings)))
         return
 
     runs: dict[str, list[dict]] = {"none": [], **{method: [] for method in arguments.methods}}

@@ -3,8 +3,8 @@
 python benchmarks/word_problems.py [ktae_trl/data/word_problems]
 
 For models of 100 to 500 million parameters, which GSM8K asks too much of: SmolLM2-135M-Instruct solves none of it in 96
-attempts at its problems of at most two steps. Training and held-out problems have the same forms, with other names,
-things and numbers.
+attempts at its problems of at most two steps. Training and held-out problems have the same forms, and no form the same
+numbers in both.
 """
 
 import argparse
@@ -70,8 +70,11 @@ FORMS = (
 )  # fmt: skip
 
 
-def problem(rng: random.Random) -> dict[str, str | int]:
-    """Draw a problem `{"problem", "answer", "steps"}`, one in five of two steps, which a small model hardly solves."""
+def problem(rng: random.Random) -> tuple[tuple, dict[str, str | int]]:
+    """Draw a problem `{"problem", "answer", "steps"}`; return its form and numbers, and the problem.
+
+    One in five has two steps, which a small model hardly solves.
+    """
     steps = 1 + (rng.random() < 0.2)
     form = rng.choice([form for form in FORMS if form.steps == steps])
     while True:
@@ -80,17 +83,21 @@ def problem(rng: random.Random) -> dict[str, str | int]:
             break
     name, other = rng.sample(NAMES, 2)
     words = {"name": name, "other": other, "things": rng.choice(THINGS), **dict(zip("abc", numbers, strict=False))}
-    return {"problem": form.text.format(**words), "answer": str(form.answer(*numbers)), "steps": form.steps}
+    row = {"problem": form.text.format(**words), "answer": str(form.answer(*numbers)), "steps": form.steps}
+    return (form.text, *numbers), row
 
 
 def problems() -> dict[str, list[dict[str, str | int]]]:
-    """Return the problems of each split; none comes twice."""
-    rng, drawn = random.Random(0), {}
-    while len(drawn) < sum(SIZES.values()):
-        found = problem(rng)
-        drawn[found["problem"]] = found
-    rows = list(drawn.values())
-    return {"test": rows[: SIZES["test"]], "train": rows[SIZES["test"] :]}
+    """Return the problems of each split; none comes twice, and none of one split with its numbers in the other."""
+    rng, test, train = random.Random(0), {}, {}
+    while len(test) < SIZES["test"]:
+        numbers, row = problem(rng)
+        test[numbers] = row
+    while len(train) < SIZES["train"]:
+        numbers, row = problem(rng)
+        if numbers not in test:
+            train[row["problem"]] = row
+    return {"test": list(test.values()), "train": list(train.values())}
 
 
 def main() -> None:

@@ -34,8 +34,8 @@ def worked_examples(name: str | None, answer_format: str = "boxed") -> Conversat
             f"few_shot must be a file ({', '.join(ENDINGS)}) or one of {', '.join(_EXAMPLES)}, not {name!r}"
             f"{nearest(name, _EXAMPLES)}"
         )
-    rows = read(_EXAMPLES.get(name, Path(name)))
     try:
+        rows = read(_EXAMPLES.get(name, Path(name)))
         pairs = list(zip(column_values(rows, "problem"), column_values(rows, "solution"), strict=True))
     except UserError as error:
         raise UserError(f"few_shot {name}: {error}") from None

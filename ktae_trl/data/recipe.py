@@ -18,7 +18,10 @@ class DataArguments:
     """Which problems to train and evaluate on, and how to ask them."""
 
     dataset_name: str = field(
-        metadata={"help": "Hub dataset id, or a local .jsonl, .json, .csv or .parquet file, or a save_to_disk folder."}
+        metadata={
+            "help": "Hub dataset id, a local .jsonl, .json, .csv or .parquet file, a save_to_disk folder, or the "
+            "package's own: tiny, word_problems."
+        }
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_split: str = field(

@@ -110,6 +110,7 @@ def write(
         results=f"{_BEGIN}\n{_END}",
         runs=runs,
         settings=text,
+        few_shot=settings.get("few_shot"),
         fence="`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0)),
         version=version,
         ktae_trl_version=__version__,

@@ -61,6 +61,9 @@ def _of_summary(summary: dict) -> list[EvalResult]:
     if settings["temperature"] > 0:
         each = f"mean of {samples} samples" if samples > 1 else "one sample"
         how = f"{each} at temperature {settings['temperature']:g}, top_p {settings['top_p']:g}"
+    few_shot = settings.get("few_shot")  # not in the summaries of older versions
+    if few_shot:
+        how = f"{how}, after worked examples"
     for name, figures in summary["benchmarks"].items():
         source = summary.get("datasets", {}).get(name, {})
         metrics = [("accuracy", f"accuracy, {how}", figures["accuracy"])]
@@ -72,6 +75,7 @@ def _of_summary(summary: dict) -> list[EvalResult]:
             if math.isfinite(low) and math.isfinite(high):
                 arguments["interval_95"] = [round(low, 5), round(high, 5)]
             arguments |= {key: settings[key] for key in ("temperature", "top_p", "max_new_tokens", "seed")}
+            arguments["few_shot"] = few_shot
             data = (source.get("dataset") or name, name, source.get("config"), source.get("split"))
             found.append(_result(data, kind, metric, value, arguments))
     return found
@@ -146,7 +150,7 @@ def table(results: Sequence[EvalResult]) -> str:
 
 
 def is_hub_id(name: str | None) -> bool:
-    """Return whether a model's or dataset's name is one on the Hub: no file or folder, nor the offline task."""
+    """Return whether a model's or dataset's name is one on the Hub: no file or folder, nor the package's own."""
     files = (".jsonl", ".json", ".parquet", ".csv", ".gz")
     if not name or name in (TINY, WORD_PROBLEMS) or Path(name).exists() or Path(name).suffix in files:
         return False

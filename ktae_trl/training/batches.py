@@ -74,13 +74,16 @@ class Batches(NamedTuple):
 
 
 def check_processes(args: KTAEGRPOConfig, expected: int | None, program: str = "train.py") -> str | None:
-    """Return a warning, with the arithmetic, if the run is not spread over processes as the recipe is written for."""
+    """Return a warning, with the arithmetic, if the run is not spread over processes as the recipe is written for.
+
+    Raises:
+        UserError: one process sees several GPUs, which TRL refuses.
+    """
     here = args.world_size
     if args.n_gpu > 1:
-        return (
-            f"One process sees {args.n_gpu} GPUs and spreads its batches over them (torch's DataParallel), which is "
-            "slow and untested. For one GPU, set CUDA_VISIBLE_DEVICES=0; for all, accelerate launch --num_processes "
-            f"{args.n_gpu}."
+        raise UserError(
+            f"One process sees {args.n_gpu} GPUs, which TRL refuses (torch's DataParallel). For one "
+            f"GPU, set CUDA_VISIBLE_DEVICES=0; for all, accelerate launch --num_processes {args.n_gpu}"
         )
     if expected in (None, here):
         return None

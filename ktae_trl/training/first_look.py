@@ -120,7 +120,11 @@ def no_answer(seen: Seen, args, correctness: str, reads_answers: bool) -> str | 
     who = f"credit: {args.credit} looks for, so that all tokens count the same"
     if unread:
         who = f"{correctness} reads, so that all are wrong"
-    remedies = ["ask for this form in system_prompt", "or set answer_format to the form that the model writes"]
+    remedies = [
+        "ask for this form in system_prompt",
+        "show it by few_shot",
+        "or set answer_format to the form that the model writes",
+    ]
     if seen.cut_off >= _MANY * seen.rollouts:
         remedies.insert(0, f"raise max_completion_length ({args.max_completion_length} tokens)")
     return (

@@ -383,24 +383,6 @@ def test_groups_are_valued_in_rounds(leave_one_out, monkeypatch):
         assert torch.equal(found, expected)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu_values_agree_and_the_host_waits_twice():
-    ids, mask, correct = random_groups(6, P=8, G=16, T=200)
-    scored = torch.tensor(np.random.default_rng(6).random(correct.shape) < 0.9)
-    for leave_one_out in (False, True):
-        options = {"leave_one_out": leave_one_out, "ignore_ids": (3, 5)}
-        on_gpu = [x.cuda() for x in (ids, mask, correct, scored)]
-        key_token_values(*on_gpu[:3], scored=on_gpu[3], **options)
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with pytest.warns(UserWarning, match="synchroniz") as caught:
-                values = key_token_values(*on_gpu[:3], scored=on_gpu[3], **options)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        assert len(caught) == 2
-        torch.testing.assert_close(values.cpu(), key_token_values(ids, mask, correct, scored=scored, **options))
-
-
 # Bad input
 
 

@@ -3,6 +3,7 @@
 A test notes what it measured in the fixture `figures`. Without a GPU the tests are skipped.
 """
 
+import os
 import platform
 import re
 from datetime import date
@@ -14,15 +15,23 @@ import torch
 
 from ktae_trl.files.writing import replace_json
 
-RESULTS = Path(__file__).parents[2] / "benchmarks/results"
+HERE = Path(__file__).parent
+RESULTS = HERE.parents[1] / "benchmarks/results"
 PACKAGES = ("torch", "trl", "transformers", "accelerate", "deepspeed", "vllm", "peft", "bitsandbytes")
 ROWS: list[dict] = []
+# TRL refuses a single process that sees several GPUs. Those that are to use more get ALL_GPUS in their environment.
+ALL_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+if ALL_GPUS:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ALL_GPUS.partition(",")[0]
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the same sums each time; it is read once
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if Path(__file__).parent in item.path.parents:
+        if HERE in item.path.parents:
             item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.gpu)
+            item.add_marker(pytest.mark.timeout(2400))
 
 
 @pytest.fixture
@@ -33,9 +42,9 @@ def gpu() -> torch.device:
 
 
 @pytest.fixture
-def two_gpus(gpu):
-    if torch.cuda.device_count() < 2:
-        pytest.skip("there is one GPU, and this takes two")
+def all_gpus(gpu) -> list[str]:
+    """The names of the GPUs that are there, for CUDA_VISIBLE_DEVICES."""
+    return ALL_GPUS.split(",")
 
 
 @pytest.fixture
@@ -48,7 +57,7 @@ def figures(request) -> dict:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
-    if report.when == "call" or report.outcome != "passed":
+    if HERE in item.path.parents and (report.when == "call" or report.outcome != "passed"):
         reason = ""
         if report.skipped:
             reason = report.longrepr[2].removeprefix("Skipped: ")
@@ -66,24 +75,26 @@ def installed(package: str) -> str | None:
         return None
 
 
-def pytest_terminal_summary(terminalreporter):
+def pytest_terminal_summary(terminalreporter, exitstatus, config):
     if not ROWS:
         return
     terminalreporter.section("what was tested")
     for row in ROWS:
-        told = ", ".join(f"{name} {value}" for name, value in row["figures"].items()) or row["reason"]
+        told = ", ".join([row["reason"]] * bool(row["reason"]) + [f"{k} {v}" for k, v in row["figures"].items()])
         terminalreporter.write_line(f"{row['outcome']:8}{row['test']:58}{told}")
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
+    whole = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and not config.option.keyword
+    if torch.cuda.is_available() and whole and [Path(word).resolve() for word in config.args] == [HERE]:
+        properties, gpus = torch.cuda.get_device_properties(0), len(ALL_GPUS.split(","))
         found = {
             "gpu": properties.name,
-            "gpus": torch.cuda.device_count(),
+            "gpus": gpus,
             "gib": round(properties.total_memory / 2**30, 1),
             "date": date.today().isoformat(),
             "python": platform.python_version(),
             "packages": {package: installed(package) for package in PACKAGES},
             "tests": ROWS,
         }
-        file = RESULTS / f"gpu_{re.sub(r'[^a-z0-9]+', '_', properties.name.lower()).strip('_')}.json"
+        name = re.sub(r"[^a-z0-9]+", "_", f"{gpus}_{properties.name}".lower()).strip("_")
+        file = RESULTS / f"gpu_{name}.json"
         replace_json(file, found, indent=2)
         terminalreporter.write_line(f"\nWritten: {file}. Please send it: see CONTRIBUTING.md")

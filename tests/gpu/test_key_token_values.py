@@ -15,9 +15,11 @@ both_ways = pytest.mark.parametrize("leave_one_out", [False, True], ids=["", "le
 
 @both_ways
 def test_values_are_those_of_the_cpu(gpu, figures, leave_one_out):
-    ids, mask, correct = make(Size(groups=64), seed=0)
-    expected = key_token_values(ids, mask, correct, leave_one_out=leave_one_out, ignore_ids=[0])
-    found = key_token_values(ids.to(gpu), mask.to(gpu), correct.to(gpu), leave_one_out=leave_one_out, ignore_ids=[0])
+    inputs = (*make(Size(groups=64), seed=0), torch.rand(64, 16) < 0.9)
+    options = {"leave_one_out": leave_one_out, "ignore_ids": [0]}
+    expected = key_token_values(*inputs[:3], scored=inputs[3], **options)
+    on_gpu = [x.to(gpu) for x in inputs]
+    found = key_token_values(*on_gpu[:3], scored=on_gpu[3], **options)
     assert found.device.type == "cuda"
     figures["largest difference"] = f"{(found.cpu() - expected).abs().max().item():.1e}"
     assert torch.allclose(found.cpu(), expected, rtol=0, atol=1e-6)

@@ -4,7 +4,9 @@ The model is skipped without its folder (`make real-model`), GSM8K without the f
 """
 
 import json
+import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -38,7 +40,7 @@ def test_two_steps_of_a_pretrained_model(tmp_path, recipe):
     said = ktae("train", ROOT / f"configs/{recipe}.yaml", "--model_name_or_path", MODEL, "--output_dir", trained, *few)
     assert "word_problems" in said
     log = json.loads((trained / "checkpoint-2/trainer_state.json").read_text())["log_history"]
-    assert [entry["completions/mean_length"] <= 24 for entry in log if "loss" in entry] == [True, True]
+    assert [math.isfinite(entry["grad_norm"]) for entry in log if "loss" in entry] == [True, True]
 
     model = trained
     if recipe.endswith("lora"):
@@ -72,8 +74,7 @@ def test_gsm8k_as_the_hub_has_it(shared, tmp_path):
     recipe = [ROOT / "configs/quickstart.yaml", *data, *few]
 
     said = ktae("train", *recipe, "--dry_run", "true", "--output_dir", tmp_path / "none")
-    assert "96" in said
-    assert "72" in said  # the first problem's answer, as understood
+    assert re.search(r"gold answer: 72\b", said)
     entry = f"benchmarks:\n  - {{name: gsm8k, dataset: {tmp_path / 'test.jsonl'}, problem: question, answer: answer}}\n"
     (tmp_path / "gsm8k.yaml").write_text(f"{entry}backend: transformers\nmax_new_tokens: 16\n")
     for credit in ("none", "ktae"):

@@ -70,8 +70,8 @@ def test_the_wheel_has_all_that_a_user_needs(wheel):
     for path in (ROOT / "configs").rglob("*.yaml"):
         name = f"ktae_trl/{path.relative_to(ROOT).as_posix()}"
         assert archive.read(name) == path.read_bytes()
-    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "ktae_trl").rglob("*.py")}
-    assert modules <= set(names)
+    files = [path for path in (ROOT / "ktae_trl").rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    assert {path.relative_to(ROOT).as_posix() for path in files} <= set(names)
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
     (info,) = {name.partition("/")[0] for name in names if ".dist-info/" in name}
     assert "ktae = ktae_trl.cli:main" in archive.read(f"{info}/entry_points.txt").decode()

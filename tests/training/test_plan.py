@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from trl import ModelConfig
 
 from ktae_trl import KTAEGRPOConfig, tiny
+from ktae_trl.arguments import UserError
 from ktae_trl.training import plan
 from ktae_trl.training import run as training
 from ktae_trl.training.batches import Batches, check_processes
@@ -99,11 +100,11 @@ def test_a_generation_batch_that_is_given_stays_what_it_is(tmp_path):
     assert warning.endswith("add behind train.py: --num_processes 1 --gradient_accumulation_steps 16")
 
 
-def test_one_process_on_several_gpus_is_warned_of(tmp_path):
+def test_one_process_on_several_gpus_is_refused(tmp_path):
     args = config(tmp_path)
     args._n_gpu = 4
-    assert "One process sees 4 GPUs" in check_processes(args, 1)
-    assert "accelerate launch --num_processes 4" in check_processes(args, 1)
+    with pytest.raises(UserError, match=r"One process sees 4 GPUs, which TRL refuses .* launch --num_processes 4"):
+        check_processes(args, 1)
 
 
 # Data and memory

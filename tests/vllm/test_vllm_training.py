@@ -41,7 +41,7 @@ def environment(**more: str) -> dict[str, str]:
     return os.environ | ENVIRONMENT | {"PYTHONPATH": str(TESTS.parents[1])} | more
 
 
-def train(folder: Path, settings: dict, processes: int = 1) -> list[dict]:
+def train(folder: Path, settings: dict, processes: int = 1, seconds: float = 200) -> list[dict]:
     (folder / "settings.json").write_text(json.dumps(settings))
     command, more = [sys.executable], {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     if processes > 1:
@@ -52,7 +52,7 @@ def train(folder: Path, settings: dict, processes: int = 1) -> list[dict]:
         command += ["--main_process_port", "0"]
         more["ACCELERATE_USE_CPU"] = "true"
     command += [str(TESTS / "vllm_run.py"), str(folder / "settings.json"), str(folder)]
-    done = run(command, env=environment(**more), timeout=200)
+    done = run(command, env=environment(**more), timeout=seconds)
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(folder / f"process_{i}.pt", weights_only=True) for i in range(processes)]
 
@@ -72,8 +72,7 @@ def check(
         assert rollouts["gap"] < TINY
         assert rollouts["credit"].isfinite().all()
         assert all(metrics[name] > 0 for name in (("grad_norm", *names) if moves else names))
-        # TRL logs None for a mean over nothing, such as siblings of a depth that no text has reached.
-        assert all(math.isfinite(value) for value in metrics.values() if moves or value is not None)
+        assert all(map(math.isfinite, metrics.values()))
 
 
 def check_sync(result: dict) -> None:
