@@ -53,7 +53,7 @@ def test_two_steps_of_a_pretrained_model(tmp_path, recipe):
     assert all(row["prompt"].count("<|im_start|>user") == 4 for row in rows)  # three examples and the problem
     assert {row["verdict"] for row in rows} <= {True, False}
 
-    ktae("explain", trained, "-o", page)
+    ktae("report", trained, "--output", page)
     assert "<html" in page.read_text()[:500]
     with serving() as hub:
         network = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
@@ -83,5 +83,5 @@ def test_gsm8k_as_the_hub_has_it(shared, tmp_path):
         ktae("eval", "--config", tmp_path / "gsm8k.yaml", *measured)
     said = ktae("compare", tmp_path / "eval_none", tmp_path / "eval_ktae", "--output_dir", tmp_path / "compared")
     assert "gsm8k" in said
-    ktae("explain", tmp_path / "ktae", "-o", tmp_path / "page.html")
+    ktae("report", tmp_path / "ktae", "--output", tmp_path / "page.html")
     assert (tmp_path / "page.html").stat().st_size > 10_000

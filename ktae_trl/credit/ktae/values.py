@@ -123,7 +123,7 @@ def _value(ids, mask, correct, scored, weights, leave_one_out, ignore_ids, *, ke
     n_right, n_wrong = right.sum(1), wrong.sum(1)  # (P,)
     voting = votes & ((n_right > 0) & (n_wrong > 0))[:, None]
     values = torch.empty(P, G, T, device=ids.device)
-    columns = []
+    columns, tables = [], None
     step = max(1, _ROUND // max(G * T, 1)) if ids.device.type == "cpu" else max(P, 1)
     for begin in range(0, max(P, 1), step):
         some = slice(begin, begin + step)
@@ -132,7 +132,9 @@ def _value(ids, mask, correct, scored, weights, leave_one_out, ignore_ids, *, ke
             counted &= ids[some] != special
         sizes = torch.stack([n_right[some], n_wrong[some]])
         counts, sizes = count(ids[some], counted, right[some], sizes, pairs=leave_one_out)
-        tables = _Tables(set(zip(*sizes, strict=True)), leave_one_out, G, *weights[:2], ids.device)
+        splits = set(zip(*sizes, strict=True))
+        if tables is None or not splits <= tables.splits:  # later rounds mostly have those of the first
+            tables = _Tables(splits, leave_one_out, G, *weights[:2], ids.device)
         sides = _Sides(right[some], wrong[some], lengths[some])
         cell = tables.cell(*sides.sizes(), counts.group, counts.a, counts.b)
         D = _direction(tables, weights[2], cell, counts.group, sides.tokens(), (counts.count_right, counts.count_wrong))
@@ -222,6 +224,7 @@ class _Tables:
     """
 
     def __init__(self, splits: set[tuple[int, int]], leave_one_out: bool, G: int, h1: float, h2: float, device):
+        self.splits = splits
         wanted = {(t, f) for t, f in splits if t and f}
         if leave_one_out:
             wanted |= {(t - 1, f) for t, f in wanted if t > 1} | {(t, f - 1) for t, f in wanted if f > 1}
