@@ -203,5 +203,12 @@ def main(words: Sequence[str] | None = None) -> None:
         if name not in COMMANDS:
             raise UserError(f"unknown command {name!r}{nearest(name, COMMANDS)}. There are: {', '.join(COMMANDS)}")
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    with user_errors(f"ktae {name}"):
-        COMMANDS[name](rest)
+    try:
+        with user_errors(f"ktae {name}"):
+            COMMANDS[name](rest)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if name == "train":  # which says what it saved
+            raise
+        # Who reads, such as `head`, has enough. Python would complain once more as it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

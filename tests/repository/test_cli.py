@@ -83,6 +83,13 @@ def test_recipes_are_listed_with_hardware_and_time_and_printed_as_they_are(capsy
     assert "  ddp             8 GPUs, each with the whole model and its optimizer states\n" in out
 
 
+def test_a_list_is_cut_off_by_who_reads_it():
+    code = "import time; from ktae_trl import cli; time.sleep(1); cli.main(['recipes'])"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as listing:
+        listing.stdout.close()
+        assert listing.stderr.read() == b""
+
+
 def test_a_config_is_a_file_or_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.with_config(["quickstart", "--seed", "2"])[1:] == [str(cli.CONFIGS / "quickstart.yaml"), "--seed", "2"]
