@@ -57,7 +57,7 @@ $(VLLM_VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	touch $@
 
 # What a GPU shows. The machine's own torch is used. Without a network WHEELS names a folder with the wheels that it lacks.
-# deepspeed, vllm and bitsandbytes are wanted, not needed: what cannot be installed beside that torch is skipped, and the
+# deepspeed, vllm and bitsandbytes are wanted, not needed: what cannot be installed with that torch is skipped, and the
 # table says so.
 test-gpu: $(GPU_VENV)/installed
 	$(GPU_VENV)/bin/python -m pytest tests/gpu

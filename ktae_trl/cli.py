@@ -208,7 +208,7 @@ def main(words: Sequence[str] | None = None) -> None:
             COMMANDS[name](rest)
         sys.stdout.flush()
     except BrokenPipeError:
-        if name == "train":  # which says what it saved
+        if name in ("train", "eval"):  # not a list: work is cut off, which must be seen
             raise
-        # Who reads, such as `head`, has enough. Python would complain once more as it ends.
+        # The reader, such as `head`, has closed the pipe. Python would complain once more as it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

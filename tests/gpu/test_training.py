@@ -115,7 +115,7 @@ def test_resume_is_exact(gpu, figures, tmp_path):
 
 
 def test_ten_minutes_of_the_learning_benchmark(gpu, figures, tmp_path):
-    """Resumable: run again, it goes on from there. Passes if it ends or is still running."""
+    """Resumable: the same command resumes from there. Passes if it ends or is still running."""
     command = [sys.executable, "benchmarks/learning.py", "--config", "benchmarks/learning_gpu.yaml"]
     began, log = time.monotonic(), tmp_path / "log"
     with log.open("w") as said, started(command, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT) as process:
