@@ -137,5 +137,5 @@ def _kept(kept: list[int], total: int, reason: str) -> list[int]:
     if len(kept) < total:
         logger.warning("Left out %d of %d rows: %s", total - len(kept), total, reason)
     if not kept:
-        raise UserError(f"All {total} rows were left out: {reason}")
+        raise UserError(f"No rows are left. Left out {total} of {total} rows: {reason}")
     return kept
