@@ -163,7 +163,7 @@ def test_answers_without_a_verdict_are_left_out_and_counted(write, tokenizer, ca
         assert len(data.to_prompts(Dataset.from_list([*ROWS, prose]))) == 2
     assert "Left out 1 of 3 rows: answers in prose that do not end with a line ####, a box or 'The" in caplog.text
     assert len(data.to_prompts(rows, gradable_only=False)) == 3  # for a reward function that does not grade
-    with pytest.raises(ValueError, match="No rows are left. Left out 1 of 1 rows: answers that cannot be graded, such as"):
+    with pytest.raises(ValueError, match=r"No rows are left. Left out 1 of 1 rows: answers that cannot be graded"):
         data.to_prompts(rows.select([2]))
 
 
