@@ -100,9 +100,7 @@ def main() -> None:
         ]
         print(f"{labels:14}{'yes' if leave_one_out else 'no':>14}" + "".join(f"{cell:>22}" for cell in cells))
     whole, chance = (np.mean(found[labels, False]["for the own side"]) for labels in ("as they are", "shuffled"))
-    print(
-        f"\nWith shuffled labels, mean K for a rollout's own side is {chance / whole:.0%} of that with true labels."
-    )
+    print(f"\nWith shuffled labels, mean K for a rollout's own side is {chance / whole:.0%} of that with true labels.")
 
 
 if __name__ == "__main__":
