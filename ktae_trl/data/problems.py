@@ -45,8 +45,8 @@ def to_prompts(
         rows: indices of the rows to use. Default: all.
 
     Raises:
-        ValueError: a column does not exist, a value is not a problem or not an answer (the message has the row), or no
-            row is left.
+        ValueError: a column does not exist, a value cannot be read as a problem or an answer (the message has its row),
+            or no row is left.
     """
     taken = range(len(dataset)) if rows is None else rows
     system_prompt, examples = instruction(system_prompt, answer_format), worked_examples(few_shot, answer_format)

@@ -113,7 +113,7 @@ def grade_many(
     slow, such as powers of powers, are compared last.
 
     The last 100,000 verdicts are cached: an answer that this process has already compared with the same accepted
-    answers is not compared again, even if it timed out. An answer that ended its worker in another way is.
+    answers is not compared again, even if it timed out. Answers that ended their worker in another way are not cached.
 
     Args:
         workers: number of processes that compare in parallel. Default: this process's share of the cores (all cores,
@@ -131,8 +131,8 @@ def grade_many(
 def gradable(answers: Sequence[str | Sequence[str]], workers: int | None = None) -> list[bool]:
     """Return for each accepted answer, or list of accepted answers, whether it can be parsed.
 
-    Of a list, one is enough. If it is False, `grade` returns None for every completion, and the problem is of no use
-    for training or evaluation.
+    A list is True if any of its answers can be parsed. For False, `grade` returns None for every completion, so the
+    problem is of no use for training or evaluation.
     """
     return [verdict is not None for verdict in grade_many([""] * len(answers), answers, workers, budget=None)]
 

@@ -3,7 +3,7 @@
 A worker runs a large parser on text written by a model. If such text ever makes the parser run code, that code can
 compute and return a verdict, but nothing else. Resource limits apply on every platform that supports them (the limit
 on processes does not apply to root). On Linux with a 64-bit x86 or ARM processor, a seccomp filter also refuses the
-system calls. On a platform that supports neither, the worker is not confined.
+corresponding system calls. On a platform that supports neither, the worker is not confined.
 """
 
 import contextlib

@@ -49,7 +49,7 @@ def gold_answers(value) -> list[str]:
 
 
 def describe(value) -> str:
-    """Return in which form `gold_answers` finds the answer in `value` (`Gold.how`); raises the same errors."""
+    """Return the form in which `gold_answers` finds the answer in `value` (`Gold.how`); raises the same errors."""
     return read_gold(value).how
 
 

@@ -36,7 +36,7 @@ _SILENT_SECONDS = 1.5  # after this a silent worker counts as frozen; with a new
 _LOOK_SECONDS = 0.25
 MEGABYTES = 500
 _START_SECONDS = 120
-_STARTS = 3  # failed starts in a row that raise an error; a single one may be a coincidence, such as a lack of memory
+_STARTS = 3  # failed starts in a row that raise an error; a single failure may be temporary (no memory)
 _AHEAD = 4  # tasks sent to a worker in advance, so that it never waits for the main process
 # Powers of powers, and powers and factorials of large numbers: most answers that time out have one of these forms.
 _COSTLY = re.compile(r"\^\{[^{}^]*\^|\^\{?\d{4}|\d{4}!")

@@ -3,8 +3,8 @@ r"""Compare what needs computer algebra: expressions, equations and sets, read i
 - Before parsing, each name gets its own symbol (`names`), and mixed numbers and degrees are written out.
 - Exact constants are equal if their difference is 0; decimal ones if their relative difference is small. A decimal
   fraction does not equal an irrational number.
-- Formulas are equal if their values agree at eight points where both are real, to far more digits than chance would
-  give. Roots and logarithms therefore need no assumptions about the signs of variables: `\sqrt{ab}` equals
+- Formulas are equal if their values agree at eight points where both are real, to far more digits than chance could
+  explain. Roots and logarithms therefore need no assumptions about the signs of variables: `\sqrt{ab}` equals
   `\sqrt{a}\sqrt{b}`, and `\sqrt{x^2}` does not equal x.
 - Equations and inequalities are equal if the differences of their sides are multiples of each other.
 
