@@ -85,7 +85,7 @@ def brevity(completions, **kwargs):
 
 def test_bad_names():
     options = {"max_completion_length": 10, "overlong_buffer": 2}
-    with pytest.raises(ValueError, match=r"between 0 and max_completion_length \(10\).*not 10"):
+    with pytest.raises(ValueError, match=r"above 0 and below max_completion_length \(10\).*not 10"):
         rewards.load_rewards(["soft_overlong"], **{**options, "overlong_buffer": 10})
     with pytest.raises(
         ValueError, match=r"'math_acuracy' \(did you mean 'math_accuracy'\?\). Choose from math_accuracy, "
