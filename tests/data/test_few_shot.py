@@ -80,9 +80,9 @@ def test_the_package_brings_examples_that_are_right():
     ("row", "message"),
     [
         ({"problem": "1 + 1 = ?"}, r"shown\.jsonl: The dataset has no column 'solution'"),
-        ({"problem": "1 + 1 = ?", "solution": " "}, r"row 1: the solution must be a text, not ' '"),
-        ({"problem": None, "solution": r"\boxed{2}"}, r"row 1: the problem must be a text, not None"),
-        ({"problem": "1 + 1 = ?", "solution": "#### 2"}, "no answer in the format of the run, answer_format: boxed"),
+        ({"problem": "1 + 1 = ?", "solution": " "}, r"row 1: the solution must be text, not ' '"),
+        ({"problem": None, "solution": r"\boxed{2}"}, r"row 1: the problem must be text, not None"),
+        ({"problem": "1 + 1 = ?", "solution": "#### 2"}, r"no answer in .* \(answer_format: boxed\)"),
     ],
 )
 def test_bad_examples_are_named(shown, row, message):

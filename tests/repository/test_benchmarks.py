@@ -40,7 +40,7 @@ def test_answers_and_problems_of_any_kind(tmp_path):
     with pytest.raises(ValueError, match=r"problem '1' \(row 2\): An answer must be .* not a dict"):
         load_problems(Benchmark("mine", write(tmp_path, rows), problem="q", answer="gold.value"))
     rows[2]["q"] = 5
-    with pytest.raises(ValueError, match=r"problem '0' \(row 1\): a problem must be a text or a list .* not int: 5"):
+    with pytest.raises(ValueError, match=r"problem '0' \(row 1\): a problem must be text or a list .* not int: 5"):
         load_problems(Benchmark("mine", write(tmp_path, rows[2:]), problem="q", answer="gold.value"))
 
 
@@ -109,7 +109,7 @@ def test_bad_benchmarks(tmp_path):
         (
             [{"id": "a", "question": "?", "answers": ["1"]}],
             ValueError,
-            r"benchmark 'mine' .*no column 'problem'.* There are",
+            r"benchmark 'mine' .*no column 'problem'.* Its columns",
         ),
         ([*ROWS, ROWS[0]], ValueError, "benchmark 'mine' .*two problems have the id 'a'"),
         ([ROWS[0], {"id": "b", "problem": "?", "answers": []}], ValueError, "problem 'b': no answer"),

@@ -219,7 +219,7 @@ def test_bad_data_and_settings_are_one_line(tmp_path, capsys):
     offline = ["--config", "configs/quickstart.yaml", "--output_dir", str(tmp_path / "out")]
     for words, said in (
         (["--dataset_name", "nowhere.jsonl"], "There is no data file nowhere.jsonl"),
-        (["--dataset_filter", '{"level": [3]}'], r"there is no column 'level'.*For all rows: --dataset_filter null"),
+        (["--dataset_filter", '{"level": [3]}'], r"has no column 'level'.*To use all rows: --dataset_filter null"),
         (["--model_name_or_path", str(tmp_path / "no_model")], "no_model"),
     ):
         with pytest.raises(SystemExit, match=f"^train.py: .*{said}"):
