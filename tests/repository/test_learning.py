@@ -71,7 +71,7 @@ def test_difference_is_paired_by_seed_and_its_p_value_is_that_of_all_flips():
 # The config
 
 
-def test_every_method_of_the_issue_is_compared():
+def test_every_method_is_compared():
     tiers = {name: method["tier"] for name, method in CONFIG["methods"].items()}
     assert [name for name, tier in tiers.items() if tier == "a"] == [
         "grpo",
