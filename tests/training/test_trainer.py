@@ -382,7 +382,7 @@ def test_names_and_defaults():
     [
         ({"credit": "ktea"}, r"credit='ktea' is unknown \(did you mean 'ktae'\?\). Choose from: none, ktae"),
         ({"ktae_combine": "times"}, "ktae_combine='times' is unknown. Choose from: multiply, add"),
-        ({"ktae_tf_weight": -1.0}, "tf_weight must be a finite number of at least 0, not -1.0"),
+        ({"ktae_tf_weight": -1.0}, "tf_weight must be a finite number >= 0, not -1.0"),
         ({"ktae_fisher_weight": 0.0, "ktae_ig_weight": 0.0}, "both 0"),
         ({"num_generations": 1}, "at least 2 generations"),
         (
