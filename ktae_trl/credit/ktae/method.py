@@ -73,8 +73,8 @@ class KTAE(Method):
     title = "KTAE (key tokens)"
     card = Card(
         "KTAE",
-        "The advantage of a token is the advantage of its rollout, raised or lowered by how strongly the token is "
-        "associated with the correct or the wrong rollouts of its prompt (Fisher's exact test, information gain, term "
+        "The advantage of a token is that of its rollout, raised or lowered by how strongly the token is associated "
+        "with the correct or the wrong rollouts of its prompt (Fisher's exact test, information gain, term "
         "frequencies).",
         ("ktae",),
         {
