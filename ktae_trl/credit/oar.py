@@ -448,7 +448,7 @@ def perturbation_influence(questions: list[Question], settings: Any, tools: Tool
 
     With `answer_joint`, I_t is the log-probability lost, or 0 if the answer becomes more likely. With `oar_span` k > 1,
     k consecutive reasoning tokens are replaced together and share their influence. The keys and values before the first
-    replaced token are taken from the pass that computes P, so the prompt is computed once per question.
+    replaced token are reused from the pass that computes P, if the model's cache allows it (`Tools.beginning`).
 
     Source: the authors' code (Valsure/Outcome-Grounded-Advantage-Reshaping) of arXiv 2601.07408, without spans.
     """

@@ -315,7 +315,7 @@ def test_in_yaml_and_on_the_command_line(here):
         ("own_credit.crooked", "credit='own_credit.crooked': how must be one of multiply, .*, not 'times'"),
         (
             "own_credit.Taken",
-            "credit='own_credit.Taken' has settings .* already: learning_rate. Rename",
+            "credit='own_credit.Taken' has settings .* in the config: learning_rate. Rename",
         ),
     ],
 )
