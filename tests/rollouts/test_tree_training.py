@@ -421,7 +421,7 @@ def test_bad_settings(tmp_path, settings, words):
     "arguments", [{"rollout_func": replay}, {"train_dataset": prompts(8).add_column("image", ["a picture"] * 8)}]
 )
 def test_rollouts_of_another_kind_are_refused(tmp_path, arguments):
-    with pytest.raises(ValueError, match="credit='tree' samples its rollouts itself, from text: it does not go with a"):
+    with pytest.raises(ValueError, match="credit='tree' samples its own rollouts from text, so a rollout_func"):
         make_trainer(tmp_path, **arguments, **TREE)
 
 
@@ -431,5 +431,5 @@ def test_tools_and_environments_are_refused(what):
     trainer = SimpleNamespace(rollout_func=None, tools=[], environment_factories=None, train_dataset=prompts(8))
     check_sampler(TreeRPO, trainer)
     setattr(trainer, what, [print])
-    with pytest.raises(ValueError, match="does not go with a rollout_func, tools, environments or images"):
+    with pytest.raises(ValueError, match="a rollout_func, tools, environments and images are not supported"):
         check_sampler(TreeRPO, trainer)

@@ -387,8 +387,8 @@ def test_names_and_defaults():
         ({"num_generations": 1}, "at least 2 generations"),
         (
             {"correctness_reward": "math_acuracy", "reward_funcs": [math_accuracy, boxed_format]},
-            r"'math_acuracy' is none of the reward functions \(did you mean 'math_accuracy'\?\). "
-            "There are: math_accuracy, boxed_format",
+            r"'math_acuracy' is not one of the reward functions \(did you mean 'math_accuracy'\?\). "
+            "Choose from: math_accuracy, boxed_format",
         ),
     ],
 )
