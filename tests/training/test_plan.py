@@ -262,7 +262,7 @@ def test_fewer_prompts_than_a_generation_takes_are_refused(tmp_path):
 def test_vllm_that_is_not_installed_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr("ktae_trl.trainer.is_vllm_available", lambda: False)
     with pytest.raises(
-        ImportError, match=r"use_vllm is set, but vLLM is not installed.*pip install 'ktae-trl\[vllm\]'"
+        ImportError, match=r"use_vllm is true, but vLLM is not installed.*pip install 'ktae-trl\[vllm\]'"
     ):
         make_trainer(tmp_path, use_vllm=True)
 

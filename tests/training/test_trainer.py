@@ -398,7 +398,7 @@ def test_bad_settings(tmp_path, settings, words):
 
 
 def test_a_plain_grpo_config_is_refused(tmp_path):
-    with pytest.raises(TypeError, match="must be a KTAEGRPOConfig, which takes the same arguments, not a GRPOConfig"):
+    with pytest.raises(TypeError, match=r"must be a KTAEGRPOConfig, not a GRPOConfig\. KTAEGRPOConfig takes the same"):
         make_trainer(tmp_path, config=GRPOConfig)
 
 
