@@ -293,7 +293,10 @@ def wait_for_upload(trainer) -> None:
 
 @contextmanager
 def uploading_by(api: Callable[[], object]) -> Iterator[None]:
-    """Make transformers upload checkpoints with the client that `api` returns. It has no setting for file patterns."""
+    """Make transformers upload checkpoints with the client that `api` returns.
+
+    This is the only way to choose which files it uploads.
+    """
     with changed(transformers.trainer, hf_api=api):
         yield
 
