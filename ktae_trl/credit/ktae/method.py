@@ -1,8 +1,11 @@
 """KTAE as a credit method: settings, model card and metrics (arXiv 2505.16826). The formulas are in `values`.
 
-Departures from the authors' code (xiaolizh1/KTAE) in use, besides those in `values`: credit is computed once per
-generation, not at each call of the loss; one reward function decides which rollouts are correct, not the sum of all;
-the loss is TRL's; `multiply` and `ktae_leave_one_out` are additions.
+Departures from the authors' code (xiaolizh1/KTAE), in addition to those in `values`:
+
+- Credit is computed once per generation, not at each call of the loss.
+- One reward function decides which rollouts are correct, not the weighted sum of all.
+- The loss is TRL's (`loss_type`).
+- `ktae_combine: multiply` and `ktae_leave_one_out` are additions.
 """
 
 import dataclasses
