@@ -1,10 +1,11 @@
 """The interface of a credit method: its base class, its input and its output.
 
 A method receives whole groups (`Groups`) and returns a value for each token of this process's rollouts (`Credit`). Its
-file holds everything that belongs to it: settings, model card, console columns, panels of the page and, if it samples
-its rollouts itself, the sampling. It accesses the model, the rewards and other processes only through `Tools`.
+file holds everything that belongs to it: settings, model card, console columns, panels of the page, and sampling if the
+method samples its own rollouts. It accesses the model, the rewards and other processes only through `Tools`.
 
-Shape suffixes: P prompts, G rollouts in a group, B rollouts of this process, T completion tokens, L prompt tokens.
+Shape suffixes: P prompts, G rollouts in a group, B rollouts of this process, T completion tokens, L prompt tokens (or
+tokens of prompt and completion, in `Tools.logits`), A positions.
 """
 
 import dataclasses
@@ -80,7 +81,7 @@ class Card(NamedTuple):
     """The method's entry in a model card. Without a paper, the card cites GRPO's."""
 
     name: str  # "KTAE"
-    does: str = ""  # one sentence
+    does: str = ""  # one or two sentences
     tags: tuple[str, ...] = ()
     paper: dict[str, str] | None = None  # title, id (arXiv), citation (BibTeX)
 
