@@ -35,15 +35,15 @@ class KTAEGRPOTrainer(GRPOTrainer):
 
     It replaces TRL's `GRPOTrainer` and takes the same arguments, with a `KTAEGRPOConfig` instead of a `GRPOConfig`.
     After each generation, the credit method (`args.credit`) computes a value for every token from whole groups of
-    correct and wrong rollouts. The loss combines these values with the rollout advantages. With `credit="none"`,
-    training is bit for bit that of TRL's GRPO.
+    correct and wrong rollouts. The loss combines these values with the rollout advantages. With `credit="none"`, the
+    trainer is identical to TRL's, bit for bit.
 
     A resumed run trains exactly like an uninterrupted one, from any optimizer step and epoch, with streamed datasets
-    too. (TRL generates again in the middle of a generation cycle, and repeats the prompt order of the first epoch.)
-    For this, each checkpoint holds the rollouts of each process that are still to be trained on, and the settings that
-    affect training. On resume, a changed setting is reported with the value in effect, or refused
-    (`ktae_trl.training.changes`). The state of a vLLM sampler and a reference model updated by `sync_ref_model` are not
-    restored.
+    too. (When TRL's trainer resumes within a generation cycle, it generates new rollouts, and it repeats the prompt
+    order of the first epoch.) For this, each checkpoint stores the rollouts of each process that are still to be
+    trained on, and the settings that affect training. When a run resumes with a changed setting, the setting is
+    reported with the value in effect, or refused (`ktae_trl.training.changes`). The state of a vLLM sampler and a
+    reference model updated by `sync_ref_model` are not restored.
 
     Example:
 
@@ -123,8 +123,8 @@ class KTAEGRPOTrainer(GRPOTrainer):
     # Credit: computed from whole groups after each generation, combined with the advantages in the loss.
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        # (rollouts of all processes, reward functions). Correctness needs the single rewards: TRL's advantages come
-        # from their weighted sum.
+        # (rollouts of all processes, reward functions). Correctness comes from one of the functions, whereas TRL's
+        # advantages come from the weighted sum of all.
         rewards = self._chosen_rewards
         if rewards is None:
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
