@@ -35,7 +35,8 @@ class KTAEGRPOConfig(*_settings_of_methods(), GRPOConfig):
     - `loss_type` `sapo` and `vespo`: the sign of the token's A' selects temperature, k and lambda.
     - `off_policy_mask_threshold`: tokens with A' >= 0 are always kept. Tokens with A' < 0 are kept only if their
       rollout is close to the policy. TRL keeps or drops whole rollouts.
-    - `importance_sampling_level="sequence"`: the ratio is one per rollout, but is clipped by each token's A'.
+    - `importance_sampling_level="sequence"`: the ratio is one per rollout, but the sign of each token's
+      A' decides how it is clipped.
     - `scale_rewards` and `reward_weights` change the rollout advantage, before credit is applied.
 
     Parameters:
