@@ -158,6 +158,6 @@ def test_the_cells_of_a_real_model_run(tmp_path):
         },
     )
     assert f"answer: {rows[0]['answer']}" in re.sub(r" +", " ", printed(cells["data"]))
-    assert "% of 512 answers are right" in printed(cells["sample"])
+    assert "% of 512 answers are correct" in printed(cells["sample"])
     assert re.search(r"before +[\d.]+%\nafter +[\d.]+%", printed(cells["compare"]))
     assert "Not pushed" in printed(cells["hub"])

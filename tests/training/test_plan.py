@@ -243,8 +243,8 @@ def test_every_setting_that_is_shown_is_a_setting(tmp_path):
 
 
 def test_a_generation_of_broken_groups_is_refused_with_the_arithmetic(tmp_path, monkeypatch):
-    words = r"whole groups of 8 rollouts.* 4 .*x 1 \(processes\) x 3 \(steps_per_generation\) = 12 rollouts; with "
-    with pytest.raises(ValueError, match=words + "steps_per_generation=6 they would"):
+    words = r"whole groups of 8 rollouts.* 4 .*x 1 \(processes\) x 3 \(steps_per_generation\) = 12 rollouts. Set "
+    with pytest.raises(ValueError, match=words + "steps_per_generation=6$"):
         config(tmp_path, per_device_train_batch_size=4, steps_per_generation=3)
     assert config(tmp_path, per_device_train_batch_size=4, steps_per_generation=6).generation_batch_size == 24
     monkeypatch.setenv("WORLD_SIZE", "3")
@@ -262,7 +262,7 @@ def test_fewer_prompts_than_a_generation_takes_are_refused(tmp_path):
 def test_vllm_that_is_not_installed_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr("ktae_trl.trainer.is_vllm_available", lambda: False)
     with pytest.raises(
-        ImportError, match=r"use_vllm is set, but vLLM is not installed.*pip install 'ktae-trl\[vllm\]'"
+        ImportError, match=r"use_vllm is true, but vLLM is not installed.*pip install 'ktae-trl\[vllm\]'"
     ):
         make_trainer(tmp_path, use_vllm=True)
 
