@@ -194,8 +194,7 @@ def show(summary: dict, title: str, console: Console) -> None:
         cells += [f"{f['truncated']:.1%}"] if ends else []
         stopped = f["timeouts"] + f["worker_deaths"]
         completions.add_row(name, *cells, f"{f['boxed']:.1%}", str(stopped), str(f["unparsable"]))
-    lines = ["answer: the share that states one", "timeout: grading took too long", "unread: could not be parsed"]
-    console.print(f"Completions ({'; '.join(lines)})", highlight=False)
+    console.print("Completions (answer: share with one; timeout: grading took too long; unread: cannot be parsed)")
     console.print(completions)
     if left := {name: f["over_budget"] for name, f in summary["benchmarks"].items() if f["over_budget"]}:
         counts = ", ".join(f"{count} of {name}" for name, count in left.items())
