@@ -195,7 +195,7 @@ def append_metrics(folder: Path, entry: dict[str, Any]) -> None:
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, float]]:
-    """Return the trainer's logs, with one entry per step and one per evaluation. For repeated values, the last counts."""
+    """Return the trainer's logs, one entry per step and one per evaluation. Of repeated values, the last counts."""
     path = folder_of(folder) / METRICS
     if not path.exists():
         return []
