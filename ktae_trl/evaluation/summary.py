@@ -50,7 +50,7 @@ def results(name: str, rows: Sequence[dict]) -> Results:
     unscorable = [i for i, samples in by_problem.items() if any(row["verdict"] is None for row in samples)]
     scorable = {i: samples for i, samples in by_problem.items() if i not in set(unscorable)}
     if not scorable:
-        raise UserError(f"{name}: the gold answers of all {len(by_problem)} problems cannot be parsed. Correct them")
+        raise UserError(f"{name}: none of the gold answers of its {len(by_problem)} problems can be parsed")
     counts = {i: len(samples) for i, samples in scorable.items()}
     if len(set(counts.values())) > 1:
         few, many = min(counts, key=counts.get), max(counts, key=counts.get)

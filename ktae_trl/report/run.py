@@ -45,8 +45,8 @@ def _report(words: list[str]) -> Path:
 def _explain(words: list[str]) -> Path:
     parser = argparse.ArgumentParser(
         prog="ktae explain",
-        description="Write one HTML page with the key tokens of rollouts from any source. Rows with the same prompt form "
-        "a group.",
+        description="Write one HTML page with the key tokens of rollouts from any source. Rollouts with the same "
+        "prompt form a group.",
     )
     parser.add_argument(
         "file",

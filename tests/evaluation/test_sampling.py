@@ -50,7 +50,9 @@ def test_end_tokens(model, tmp_path, tokenizer):
     assert stop_token_ids(str(model), tokenizer, ()) == expected
     assert stop_token_ids(adapter(tmp_path / "adapter", model), tokenizer, ()) == expected
     assert set(stop_token_ids(str(model), tokenizer, ("7",))) == {*expected, tokenizer.convert_tokens_to_ids("7")}
-    with pytest.raises(ValueError, match=r"has no <\|turn\|>: this prompt is not for it. Set prompt: chat"):
+    with pytest.raises(
+        ValueError, match=r"has no token <\|turn\|>, which this prompt template needs. Set prompt: chat"
+    ):
         stop_token_ids(str(model), tokenizer, ("<|turn|>",))
 
 
