@@ -10,7 +10,7 @@ from ktae_trl.arguments import UserError
 from ktae_trl.files.lines import read_json_lines
 from ktae_trl.grading.golds import gold_answers
 
-_REMEDY = "Correct that line, or grade a copy of the file without it"
+_REMEDY = "Correct this line, or grade a copy of the file without it"
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,9 @@ def read_outputs(file: Path, columns: Columns) -> list[dict]:
         one = isinstance(outputs, str)
         outputs = [outputs] if one else outputs
         if not isinstance(outputs, list) or not all(isinstance(output, str) for output in outputs):
-            raise UserError(f"{line.where}: an output must be a string or a list of strings, not {str(outputs)[:60]}")
+            raise UserError(
+                f"{line.where}: an output must be a string or a list of strings, not {str(outputs)[:60]}. {_REMEDY}"
+            )
         if not outputs:
             raise UserError(
                 f"{line.where}: problem {key[1]!r} has no outputs. To exclude it, grade a copy of the file without "
@@ -123,7 +125,7 @@ def _tokens(value, where: str) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal) or not (value >= 0 and value % 1 == 0):
-        raise UserError(f"{where}: tokens must be a whole number, not {value!r}")
+        raise UserError(f"{where}: tokens must be a whole number, not {value!r}. {_REMEDY}")
     return int(value)
 
 
@@ -131,5 +133,5 @@ def _truncated(value, where: str) -> bool | None:
     known = {True: True, False: False, "true": True, "false": False, None: None}  # 1 and 0 equal True and False
     key = value.lower() if isinstance(value, str) else value
     if isinstance(key, list | dict) or key not in known:
-        raise UserError(f"{where}: truncated must be true or false, not {value!r}")
+        raise UserError(f"{where}: truncated must be true or false, not {value!r}. {_REMEDY}")
     return known[key]
