@@ -178,7 +178,7 @@ def show(summary: dict, title: str, console: Console) -> None:
         for name, f in rows.items():
             for k in ks:
                 several.add_row(name, k, percent(f["pass"][k]), percent(f["maj"][k]), end_section=k == ks[-1])
-        console.print("pass@k: at least one of k samples is correct. maj@k: the most frequent answer of k is correct")
+        console.print("pass@k: any of k samples is correct; maj@k: their most frequent answer is")
         console.print(several)
 
     lengths = all(f["tokens"] for f in rows.values())
@@ -194,7 +194,7 @@ def show(summary: dict, title: str, console: Console) -> None:
         cells += [f"{f['truncated']:.1%}"] if ends else []
         stopped = f["timeouts"] + f["worker_deaths"]
         completions.add_row(name, *cells, f"{f['boxed']:.1%}", str(stopped), str(f["unparsable"]))
-    console.print("Completions (answer: share with one; timeout: grading took too long; unread: cannot be parsed)")
+    console.print("Completions with an answer, and answers that timed out or could not be parsed")
     console.print(completions)
     if left := {name: f["over_budget"] for name, f in summary["benchmarks"].items() if f["over_budget"]}:
         counts = ", ".join(f"{count} of {name}" for name, count in left.items())

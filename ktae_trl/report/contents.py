@@ -61,7 +61,7 @@ def collect(some: Iterable[Record], most: int | None = None) -> Shown:
             step = shown.groups[begin]["step"]
             shown.by_step.append({"step": step, **means_of(means, shown.groups[begin:])})
     if known < generated:
-        shown.notes.append(f"The run recorded {known} of the {generated} groups of these generations.")
+        shown.notes.append(f"The run recorded {known} of the {generated} groups generated in these steps.")
     if len(shown.groups) < recorded:
         shown.notes.append(
             f"This page shows {len(shown.groups)} of {recorded} recorded groups: for each step, those closest to an "

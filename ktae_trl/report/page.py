@@ -36,9 +36,9 @@ def write_report(source: str | Path, output: str | Path, max_groups: int = MAX_G
     Args:
         source: A run's folder, its folder of records, or one record.
         output: The HTML file. Its folder is created if it does not exist.
-        max_groups: Maximum number of groups. If the run recorded more, each record contributes an equal share (at least
-            one group), namely the groups closest to equal numbers of correct and wrong rollouts. A note on the page
-            says so.
+        max_groups: Maximum number of groups on the page. If the run recorded more, each record contributes an equal
+            share, but at least one group: those closest to equal numbers of correct and wrong rollouts. A note on the
+            page says so.
 
     Returns:
         The path of the page.

@@ -34,7 +34,11 @@ def _report(words: list[str]) -> Path:
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("report.html"), help="the HTML file (default: report.html)"
     )
-    parser.add_argument("--max_groups", type=int, help="maximum number of groups on the page (default: 400)")
+    parser.add_argument(
+        "--max_groups",
+        type=int,
+        help="maximum number of groups on the page, but at least one per record (default: 400)",
+    )
     options = vars(parser.parse_args(words))
 
     from ktae_trl.report.page import write_report

@@ -63,5 +63,5 @@ def test_adapters(model, tmp_path):
     assert _lora_rank(adapter(tmp_path / "c", model, r=8, rank_pattern={"q_proj": 65})) == 128
     with pytest.raises(ValueError, match=r"LoRA ranks up to 512, not 600\. Set backend: transformers"):
         _lora_rank(adapter(tmp_path / "d", model, r=600))
-    with pytest.raises(ValueError, match="LoRA adapters only, not IA3"):
+    with pytest.raises(ValueError, match="supports only LoRA adapters, not IA3"):
         _lora_rank(adapter(tmp_path / "e", model, peft_type="IA3"))

@@ -175,7 +175,7 @@ def test_the_page_of_a_run(tmp_path):
     train, held_out = index["panels"][0]["traces"]
     assert (train["x"], train["y"], train["evaluated"]) == ([1, 2], [0.1, 0.2], False)
     assert (held_out["x"], held_out["y"], held_out["evaluated"]) == ([2, 4], [0.25, 0.5], True)
-    assert "The run recorded 4 of the 16 groups of these generations" in page.text
+    assert "The run recorded 4 of the 16 groups generated in these steps" in page.text
     assert len(page.code) == 2  # Plotly's and ours
 
     one = Page(write_report(sources[1] / "step_000020.parquet", tmp_path / "one.html").read_text())
