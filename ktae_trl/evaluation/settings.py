@@ -57,9 +57,7 @@ class EvalArguments:
         default=None,
         metadata={"help": "Values of k for pass@k and maj@k, at most n. None: the powers of two up to n."},
     )
-    temperature: float = field(
-        default=0.0, metadata={"help": "Sampling temperature. 0: greedy decoding, which needs samples: 1."}
-    )
+    temperature: float = field(default=0.0, metadata={"help": "Sampling temperature. 0: greedy, needs samples: 1."})
     top_p: float = field(default=1.0, metadata={"help": "Cumulative probability for nucleus sampling."})
     max_new_tokens: int = field(default=3000, metadata={"help": "Maximum number of tokens per completion."})
     seed: int = field(default=0, metadata={"help": "Random seed for sampling."})
