@@ -448,7 +448,9 @@ def test_adding_a_method_touches_its_file_its_line_its_page_and_its_tests(tmp_pa
     text = methods.read_text().replace("(KTAE, OARG", "(KTAE, Early, OARG")
     place = "from ktae_trl.credit.oar"
     methods.write_text(text.replace(place, f"from ktae_trl.credit.early import Early\n{place}"))
-    (tmp_path / "docs/methods/early.md").write_text("# Early\n\nThe first tokens: [metrics](../metrics.md).\n")
+    (tmp_path / "docs/methods/early.md").write_text(
+        "# Early\n\nThe first tokens: [metrics](../reference/metrics.md).\n"
+    )
     (tmp_path / "tests/credit").mkdir(parents=True)
     (tmp_path / "tests/credit/test_early.py").write_text("")
     after = files_of(tmp_path)

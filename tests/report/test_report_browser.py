@@ -91,7 +91,7 @@ def information_gain(a: int, b: int, c: int, d: int) -> float:
 
 
 def direction(token: int, right: list[dict], wrong: list[dict]) -> float:
-    """D by the formulas of docs/how_ktae_works.md."""
+    """D by the formulas of docs/methods/ktae.md."""
     sides = [[ids for row in side for ids in row["token_ids"]] for side in (right, wrong)]
     mean = sum(map(len, sides)) / 2
     shares = [sum(token in row["token_ids"] for row in side) / len(side) for side in (right, wrong)]
