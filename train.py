@@ -2,5 +2,5 @@
 
 from ktae_trl.training.run import main
 
-if __name__ == "__main__":  # a process that is spawned imports this file, too
+if __name__ == "__main__":  # spawned processes import this file too
     main()

@@ -62,9 +62,7 @@ def test_training_and_evaluation_ask_the_same(tmp_path, shown):
     problem = Problem("b", "1", "2 + 2 = ?", ("4",))
     (text,), _ = prompts([problem], "chat", "Box it.", tokenizer, examples=worked_examples(few_shot))
     assert text == tokenizer.apply_chat_template(train["prompt"][0], tokenize=False, add_generation_prompt=True)
-    with pytest.raises(
-        ValueError, match=r"few_shot are for the model's own chat template \(prompt: chat\), not .* qwen"
-    ):
+    with pytest.raises(ValueError, match=r"few_shot need the model's own chat template \(prompt: chat\), not .* qwen"):
         prompts([problem], "qwen", "Box it.", tokenizer, examples=worked_examples(few_shot))
 
 

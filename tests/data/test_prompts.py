@@ -177,10 +177,10 @@ def test_an_argument_that_the_template_does_not_have(tokenizer_with, caplog):
 def test_prompts_that_are_no_chat_take_no_settings_of_a_chat(tokenizer):
     problem = Problem("m", "1", "1 + 1?", ("2",))
     for options in ({"template_kwargs": {"enable_thinking": False}}, {"system_in_user": True}):
-        with pytest.raises(ValueError, match=r"are for the model's own chat template \(prompt: chat\)"):
+        with pytest.raises(ValueError, match=r"need the model's own chat template \(prompt: chat\)"):
             benchmarks.prompts([problem], "qwen", "Box it.", tokenizer, **options)
     several = problem._replace(messages=[SYSTEM, ASKED])
-    with pytest.raises(ValueError, match="problem '1' has several chat messages, which need prompt: chat, not r1"):
+    with pytest.raises(ValueError, match="problem '1' has several chat messages, which prompt: r1 does not support"):
         benchmarks.prompts([several], "r1", "Box it.", tokenizer)
 
 

@@ -122,7 +122,7 @@ def test_it_runs_and_shows_what_it_says(tmp_path):
         assert blue
         assert min(blue) > 0
         assert max(orange, default=-1) < 0
-        assert re.search(r"Right \(\d\)", html)
+        assert re.search(r"Correct \(\d\)", html)
         assert re.search(r"Wrong \(\d\)", html)
         assert re.search(r"<td[^>]*>\d of \d</td>", html)
     assert ">That</span>" in shown(cells["key-tokens"], "text/html")  # the careless habit
