@@ -86,5 +86,5 @@ def _object(path: Path, number: int, text: str, parse_float: Callable[[str], Any
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}, line {number}: not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}, line {number}: expected a JSON object, not {text.strip()[:80]}")
+        raise UserError(f"{path}, line {number}: an object was expected, not {text.strip()[:80]}")
     return value

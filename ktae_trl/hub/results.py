@@ -47,7 +47,7 @@ def of_evaluation(path: Path, folder: Path) -> list[EvalResult]:
         )
     if not is_of(mark, folder):
         raise UserError(
-            f"{file} was measured on {summary['model']}, and its weights differ from those in {folder}. {again}"
+            f"{file} was measured on {summary['model']}, whose weights differ from those in {folder}. {again}"
         )
     return _of_summary(summary)
 

@@ -145,7 +145,7 @@ def send(
         ) from error
     if left_out:
         logger.warning(
-            "Not uploaded from %s, because they are not part of the model: %s. To add files, use ktae push --include",
+            "Files in %s that are not part of the model were not uploaded: %s. To add files, use ktae push --include",
             folder,
             model_files.in_words(left_out),
         )

@@ -1,4 +1,4 @@
-"""Handles NaN and infinite values: skips such optimizer steps, never saves such weights, rejects such rewards."""
+"""Guards against NaN and infinite values in gradients (skips the step), weights (saves nothing) and rewards (rejects)."""
 
 import logging
 import math

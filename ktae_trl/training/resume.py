@@ -138,11 +138,11 @@ class Resume:
         if lacks and self.trainer.args.allow_inexact_resume and not deepspeed:
             self._warn(f"{checkpoint} lacks training state ({', '.join(lacks)}), which starts from scratch.")
         elif lacks:
-            anew = "" if deepspeed else ". To resume without the missing state, add --allow_inexact_resume true"
+            anew = "" if deepspeed else ". Or resume without the missing state: --allow_inexact_resume true"
             raise ResumeError(
                 f"{checkpoint} contains a model, but lacks training state ({', '.join(lacks)}). It was saved with "
-                "save_only_model or with another backend (DeepSpeed, FSDP), or it was not copied completely. Do not "
-                f"resume, but {_new_run(checkpoint)}{anew}"
+                "save_only_model or with another backend (DeepSpeed, FSDP), or it was not copied completely. Instead, "
+                f"{_new_run(checkpoint)}{anew}"
             )
 
     def restore(self, checkpoint: str, max_steps: int) -> None:

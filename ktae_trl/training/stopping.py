@@ -78,9 +78,9 @@ def advice_at_the_end(trainer, program: str = "train.py") -> Iterator[Advice]:
     without a traceback, SIGTERM and SIGHUP end it at once. `ResumeError` and `HubError` contain their own advice and
     get no line.
 
-    Signals are not handled on other threads than the main one, where Python cannot set handlers. Signals that are
+    Signals are handled only if this runs on the main thread, since Python can set handlers only there. Signals that are
     already handled (SIGTERM by transformers' `enable_jit_checkpoint`) or ignored (SIGINT in a background job of a
-    shell, SIGHUP by nohup) stay so.
+    shell, SIGHUP by nohup) are left as they are.
     """
     advice = Advice(trainer, program)
     reasons: list[str] = []  # at most one; removed when printed

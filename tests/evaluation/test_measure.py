@@ -314,7 +314,10 @@ def test_damaged_models_are_named(model, tmp_path):
         (["--chat_template_kwargs", "{enable_thinking"], "chat_template_kwargs is not JSON"),
         (["--chat_template_kwargs", "[1]"], "chat_template_kwargs must be an object"),
         (["--prompt", "none", "--chat_template_kwargs", '{"a": 1}'], "are for the model's own chat template"),
-        (["--model_name_or_path", "ktae_trl/no_such_model"], "ktae_trl/no_such_model is no folder here"),
+        (
+            ["--model_name_or_path", "ktae_trl/no_such_model"],
+            "ktae_trl/no_such_model is neither a folder nor on the Hub",
+        ),
         (["--only", "sum"], "There is no benchmark 'sum' (did you mean 'sums'?)"),
         (["--model_name_or_path", "./no/model"], "There is no model ./no/model"),
         (["--model_name_or_path", "configs"], "configs holds neither config.json nor adapter_config.json"),
