@@ -1,4 +1,4 @@
-"""Guards against NaN and infinite values in gradients (skips the step), weights (saves nothing) and rewards (rejects)."""
+"""Guards against NaN and infinite values: skips optimizer steps, refuses to save weights, rejects rewards."""
 
 import logging
 import math

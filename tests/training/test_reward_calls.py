@@ -206,8 +206,8 @@ def test_what_is_waited_for_is_said(how, monkeypatch, caplog):
         assert len(said) == 3  # after 0.1, 0.2 and 0.4 seconds
     for line in said:
         assert re.fullmatch(
-            r"The reward function 'mine' \(process 1\) has been running for \d s\. Set reward_timeout to end the run in "
-            "such a case, with an error that names the completion",
+            r"The reward function 'mine' \(process 1\) has been running for \d s\. Set reward_timeout to end the run "
+            "in such a case, with an error that names the completion",
             line,
         )
     assert said
