@@ -317,7 +317,10 @@ def test_damaged_models_are_named(model, tmp_path):
         (["--chat_template_kwargs", "{enable_thinking"], "chat_template_kwargs is not valid JSON"),
         (["--chat_template_kwargs", "[1]"], "chat_template_kwargs must be a JSON object, not [1]"),
         (["--prompt", "none", "--chat_template_kwargs", '{"a": 1}'], "need the model's own chat template"),
-        (["--model_name_or_path", "ktae_trl/no_such_model"], "ktae_trl/no_such_model is no folder here"),
+        (
+            ["--model_name_or_path", "ktae_trl/no_such_model"],
+            "ktae_trl/no_such_model is neither a folder nor on the Hub",
+        ),
         (["--only", "sum"], "Unknown benchmark 'sum' in only (did you mean 'sums'?)"),
         (["--model_name_or_path", "./no/model"], "The model ./no/model does not exist"),
         (

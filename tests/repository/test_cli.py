@@ -79,8 +79,8 @@ def test_recipes_are_listed_with_hardware_and_time_and_printed_as_they_are(capsy
         assert re.search(rf"^  {re.escape(path.stem)}\s", out, re.MULTILINE)
         name = path.relative_to(ROOT / "configs").with_suffix("").as_posix()
         assert said(capsys, "recipes", name) == path.read_text()
-    assert "  quickstart\n      For 2 CPU cores, without a network; under 4 minutes.\n      A 0.8M-param" in out
-    assert "  ddp             8 GPUs, each with the whole model and its optimizer states\n" in out
+    assert "  quickstart\n      For 2 CPU cores, no network needed; under 4 minutes.\n      A 0.8M-param" in out
+    assert "  ddp             8 GPUs, each with the full model and its optimizer states\n" in out
 
 
 def test_a_list_is_cut_off_by_who_reads_it():

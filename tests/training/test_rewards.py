@@ -253,7 +253,9 @@ def test_the_dry_run_calls_the_reward_functions(own_data, capfd):
 def test_a_dry_run_ends_with_a_reward_function_that_hangs(own_data):
     Path("my_rewards.py").write_text("import time\ndef my_verdict(**kwargs):\n    time.sleep(100)\n")
     words = [*own_data, "--dry_run", "true", "--reward_timeout", "0.2"]
-    with pytest.raises(SystemExit, match=r"'my_verdict' fails: TimeoutError: .* Completion 0 of 6 takes that long by"):
+    with pytest.raises(
+        SystemExit, match=r"'my_verdict' fails: TimeoutError: .* Completion 0 of 6 alone takes that long"
+    ):
         training.train(*training.read_arguments(words))
 
 

@@ -86,7 +86,7 @@ def test_what_fails_after_training_is_done_again_by_resuming(tmp_path):
     assert failed.returncode == 1
     assert "Traceback" in failed.stderr
     last = failed.stderr.splitlines()[-1]
-    assert last.startswith("train.py: stopped after the last training step (2), before all was saved: ")
+    assert last.startswith("train.py: stopped after the last training step (2), before everything was saved: ")
     checkpoint = tmp_path / "checkpoint-2"
     assert last.endswith(f"Resume from the last checkpoint ({checkpoint}) with --resume_from_checkpoint true")
     (tmp_path / "model.safetensors").rmdir()
@@ -100,4 +100,6 @@ def test_what_fails_after_training_is_done_again_by_resuming(tmp_path):
     refused = train(tmp_path, *settings, "--resume_from_checkpoint", "true", "--seed", "7", launcher=())
     assert refused.returncode == 1
     assert "Traceback" not in refused.stderr
-    assert refused.stderr.splitlines()[-1].startswith(f"train.py: {checkpoint} stopped at a certain place")
+    assert refused.stderr.splitlines()[-1].startswith(
+        f"train.py: The training prompts or their order have changed since {checkpoint} was saved: "
+    )
