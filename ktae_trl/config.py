@@ -81,6 +81,9 @@ class KTAEGRPOConfig(*_settings_of_methods(), GRPOConfig):
             recorded less often.
         record_groups (`int`, *optional*, defaults to `16`):
             Groups in a record at most; those whose right and wrong rollouts are nearest to half and half come first.
+        console (`bool`, *optional*, defaults to `True`):
+            Print the metrics as a table, a line per log, and explain its columns. `False` prints the dictionaries of
+            transformers instead. The progress bar is shown in terminals only; `disable_tqdm` turns it off there too.
     """
 
     credit: str = field(
@@ -131,6 +134,10 @@ class KTAEGRPOConfig(*_settings_of_methods(), GRPOConfig):
         default=0, metadata={"help": "Record rollouts once in so many optimizer steps; 0 records none."}
     )
     record_groups: int = field(default=16, metadata={"help": "Groups in a record at most."})
+    console: bool = field(
+        default=True,
+        metadata={"help": "Print the metrics as a table; false: as the dictionaries of transformers."},
+    )
 
     def __new__(cls, *args, credit: str | None = None, **kwargs):
         # A user's method brings its own fields.

@@ -193,7 +193,7 @@ class Method:
     title: ClassVar[str] = ""  # for the page
     card: ClassVar[Card | None] = None
     value: ClassVar[str] = ""  # what a token's value is called, its symbol last: "weight w"
-    columns: ClassVar[dict[str, tuple[str, str]]] = {}  # console: column -> (metric, format)
+    columns: ClassVar[dict[str, tuple[str, ...]]] = {}  # console: column -> (metric, format, what it means)
     panels: ClassVar[dict[str, list[str]]] = {}  # page: title of a curve -> its metrics, `*` for any letters
 
     needs_both_sides: ClassVar[bool] = True  # a group teaches nothing unless it has right and wrong rollouts

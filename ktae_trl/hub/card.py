@@ -30,7 +30,7 @@ _BEGIN, _END = "<!-- Results: ktae push FOLDER writes them -->", "<!-- End of re
 _BEGINNING = re.compile(r"<!-- Results: [^<>]*-->")  # an earlier version named another command
 _QUICK_START = re.compile(r'(pipeline\("text-generation", model=)"(?:[^"\\\n]|\\.)*"')
 # Where the run was and what it was allowed to do: of no use to who reads the card.
-_LEFT_OUT = {"output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm"}
+_LEFT_OUT = {"output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "console"}
 _LEFT_OUT |= {"resume_from_checkpoint", "push_to_hub"}
 _SECRET_NAME = re.compile(r"(^|_)(token|password|secret|key)$", re.IGNORECASE)
 _SECRET_VALUE = re.compile(r"\bhf_\w{16,}|(?<=://)[^/\s@][^/\s@:]*+:[^/\s@]++(?=@)")
