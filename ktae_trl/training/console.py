@@ -164,7 +164,7 @@ class MetricsTable(TrainerCallback):
             meanings["N eval"] = "the same after step N, on the held-out problems"
         width = max(map(len, meanings))
         lines = [f"  {name:<{width}}  {meaning}" for name, meaning in meanings.items()]
-        return "\n".join(["Each line is a mean over the steps since the last one:", *lines])
+        return "\n".join(["Each line is a mean over the steps since the previous line:", *lines])
 
     def _write(self, label: str, width: int, cells) -> None:
         cells = (f"{cell:>{max(6, len(name)) + 2}}" for name, cell in zip(self.columns, cells, strict=True))

@@ -1,5 +1,6 @@
 """The last lines of a training."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -101,8 +102,6 @@ def test_the_command_of_an_environment_that_is_not_activated(tmp_path, monkeypat
 
 def test_the_recipe_for_own_data_is_printed(tmp_path):
     command = f"{shlex.quote(sys.executable)} -m ktae_trl recipes own_data > my.yaml  # comment"
-    root = Path(__file__).parents[2]
-    subprocess.run(
-        command, shell=True, check=True, cwd=tmp_path, env={"PYTHONPATH": str(root), "PATH": "/usr/bin:/bin"}
-    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path, env=environment)
     assert "CHANGE" in (tmp_path / "my.yaml").read_text()

@@ -45,9 +45,8 @@ def test_train_saves_what_a_user_needs_and_resumes(tmp_path):
     done = train(tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Held-out accuracy by math_accuracy before training: greedy" in done.stdout
-    assert re.search(
-        r"^ +before +after\n  greedy +[\d.]+% +[\d.]+%\n  sampled +[\d.]+% +[\d.]+%$", done.stdout, re.MULTILINE
-    )
+    closing = r"^ +before +after\n  greedy +[\d.]+% +[\d.]+%\n  sampled +[\d.]+% +[\d.]+%$"
+    assert re.search(closing, done.stdout, re.MULTILINE)
     header = next(line for line in done.stdout.splitlines() if line.startswith("step "))
     assert "K correct" in header
     # Neither output is a terminal: no bar is redrawn.
