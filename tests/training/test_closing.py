@@ -30,9 +30,9 @@ def test_accuracies_that_were_not_measured_or_are_no_shares():
     after = Accuracy(None, 2.5, 1, "mine", "auto", 4)
     assert closing.accuracies(None, after, 4).splitlines() == [
         "Held-out mean reward by mine (4 problems; sampled: 1 per problem at temperature 1)",
-        "                before       after",
-        "  greedy   not measured  not scored",
-        "  sampled  not measured       2.500",
+        "                  before       after",
+        "  greedy    not measured  not scored",
+        "  sampled   not measured       2.500",
         "  after: 4 completions without a score are left out",
     ]
 

@@ -121,16 +121,17 @@ def test_what_an_output_cannot_encode_ends_no_training(monkeypatch):
 # Where the table is shown
 
 
-def train(folder, **settings):
+def train(folder, capfd, **settings):
+    """Train, and return what the training printed and the trainer."""
     trainer = make_trainer(folder, rollout_func=replay, max_steps=2, per_device_train_batch_size=32, **settings)
+    capfd.readouterr()  # of loading the model
     trainer.train()
-    return trainer
+    return capfd.readouterr(), trainer
 
 
 @pytest.mark.parametrize("disable_tqdm", [True, False])
 def test_a_trainer_in_python_shows_the_table(tmp_path, capfd, disable_tqdm):
-    train(tmp_path, credit="ktae", disable_tqdm=disable_tqdm)
-    said = capfd.readouterr()
+    said, _ = train(tmp_path, capfd, credit="ktae", disable_tqdm=disable_tqdm)
     assert [line.split()[0] for line in said.out.splitlines() if line[:1].isdigit()] == ["1", "2"]
     assert said.out.count("  K correct  mean key-token value K") == 1
     assert "'loss'" not in said.out
@@ -138,17 +139,15 @@ def test_a_trainer_in_python_shows_the_table(tmp_path, capfd, disable_tqdm):
 
 
 def test_the_table_can_be_switched_off(tmp_path, capfd):
-    trainer = train(tmp_path, console=False)
-    said = capfd.readouterr().out
-    assert said.count("'loss'") == 2
-    assert "step of 2" not in said
+    said, trainer = train(tmp_path, capfd, console=False)
+    assert said.out.count("'loss'") == 2
+    assert "step of 2" not in said.out
     assert not any(isinstance(callback, MetricsTable) for callback in trainer.callback_handler.callbacks)
 
 
 def test_a_terminal_has_one_bar_as_well(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(console, "shows_bars", lambda: True)
-    train(tmp_path, disable_tqdm=False)
-    said = capfd.readouterr()
+    said, _ = train(tmp_path, capfd, disable_tqdm=False)
     assert "| 2/2 [" in said.err
     assert "step of 2" in said.out
     assert "'loss'" not in said.out + said.err
