@@ -165,7 +165,14 @@ class HeldOutAccuracy(TrainerCallback):
         self.trainer, self.samples = trainer, samples
         self.before: Accuracy | None = None
 
-    def measure(self) -> Accuracy:
+    @property
+    def what(self) -> str:
+        """Return what is measured, such as `accuracy by math_accuracy`."""
+        return measured(self.trainer.correctness_reward, self.trainer.args.correctness_threshold)
+
+    def measure(self, when: str = "before") -> Accuracy:
+        """Measure the model as it is now, `when` ("before" or "after") training. Collective."""
+        self._say(f"\nMeasuring the held-out {self.what} on {len(self.trainer.eval_dataset)} problems {when} training")
         return held_out_accuracy(
             self.trainer,
             self.trainer.eval_dataset,
@@ -181,9 +188,7 @@ class HeldOutAccuracy(TrainerCallback):
         ).hexdigest()[:16]
 
     def on_train_begin(self, args, state, control, **kwargs):
-        what = measured(self.trainer.correctness_reward, args.correctness_threshold)
         if state.global_step == 0:
-            self._say(f"Measuring the held-out {what} on {len(self.trainer.eval_dataset)} problems before training")
             self.before = self.measure()
         else:
             self.before = self.of_this_run(Path(self.trainer.resumed_from))
@@ -191,7 +196,7 @@ class HeldOutAccuracy(TrainerCallback):
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
             kept = {"accuracy": self.before, "problems": self.problems()}
             replace_json(Path(args.output_dir, BEFORE), kept)
-        self._say(f"Held-out {what} before training: {self.before or 'not measured'}\n")
+        self._say(f"Held-out {self.what} before training: {self.before or 'not measured'}\n")
 
     def _say(self, text: str) -> None:
         if self.trainer.accelerator.is_main_process:
@@ -207,7 +212,7 @@ class HeldOutAccuracy(TrainerCallback):
         except ValueError:
             kept = None
         if not isinstance(kept, dict) or kept["problems"] != self.problems():
-            self._say(f"{file} is not used: it was measured on other held-out problems or another number of samples")
+            self._say(f"{file} is not used: it was measured on other held-out problems or by other settings")
             return None
         before, args = Accuracy(*kept["accuracy"]), self.trainer.args
         if (before.reward, before.threshold) != (self.trainer.correctness_reward, args.correctness_threshold):

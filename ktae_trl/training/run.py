@@ -179,7 +179,7 @@ def train_and_save(trainer, run: RunArguments, held_out: HeldOutAccuracy | None,
         say(f"\nTrained to step {trainer.state.global_step} in {minutes} min {seconds:02d} s")
 
     if held_out is not None:
-        before, after = held_out.before, held_out.measure()
+        before, after = held_out.before, held_out.measure("after")
         if is_first:
             say(f"\n{closing.accuracies(before, after, len(trainer.eval_dataset))}")
         results = {f"after_{name}": value for name, value in after._asdict().items()}
