@@ -41,7 +41,9 @@ _COLUMNS = {
     "entropy": Column("entropy", "{:.3f}", "mean entropy of the next-token distribution, in nats"),
     "s/step": Column("step_time", "{:.2f}", "seconds per optimizer step"),
 }
-_LENGTH_WITH_SHARED_TOKENS = "mean number of tokens trained in a completion; a shared token counts in one of them"
+_LENGTH_WITH_SHARED_TOKENS = (
+    "mean number of tokens trained in a completion; a shared token counts in one of them (evaluations: all tokens)"
+)
 _SAMPLING_COLUMNS = {
     "batches": Column("dynamic_sampling/generations", "{:.1f}", "batches generated to fill one with mixed groups"),
     "mixed": Column(
@@ -124,6 +126,7 @@ class MetricsTable(TrainerCallback):
         self.columns = {name: Column(*column) for name, column in columns.items()}
         if method.shares_tokens:
             self.columns["length"] = self.columns["length"]._replace(meaning=_LENGTH_WITH_SHARED_TOKENS)
+        self._kept = ", of the groups that were kept" if dynamic_sampling else ""
         self._explained = False
         self._begin()
 
@@ -164,7 +167,7 @@ class MetricsTable(TrainerCallback):
             meanings["N eval"] = "the same after step N, on the held-out problems"
         width = max(map(len, meanings))
         lines = [f"  {name:<{width}}  {meaning}" for name, meaning in meanings.items()]
-        return "\n".join(["Each line is a mean over the steps since the previous line:", *lines])
+        return "\n".join([f"Each line is a mean over the steps since the previous line{self._kept}:", *lines])
 
     def _write(self, label: str, width: int, cells) -> None:
         cells = (f"{cell:>{max(6, len(name)) + 2}}" for name, cell in zip(self.columns, cells, strict=True))

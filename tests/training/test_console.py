@@ -83,6 +83,9 @@ def test_the_legend_says_what_is_counted():
     assert meanings["length"].meaning == "mean number of tokens in a completion"
     assert "replaced ones too" in MetricsTable("ktae", True).columns["mixed"].meaning
     assert "a shared token counts in one of them" in MetricsTable("tree", False).columns["length"].meaning
+    assert (
+        MetricsTable("ktae", True).legend(evaluates=False).splitlines()[0].endswith(", of the groups that were kept:")
+    )
     assert re.search("N eval +the same after step N", MetricsTable("none", False).legend(evaluates=True))
 
 
