@@ -128,13 +128,10 @@ class MetricsTable(TrainerCallback):
             self.columns["length"] = self.columns["length"]._replace(meaning=_LENGTH_WITH_SHARED_TOKENS)
         self._kept = ", of the groups that were kept" if dynamic_sampling else ""
         self._explained = False
-        self._begin()
-
-    def _begin(self) -> None:
-        self._lines_below_head = _LINES_PER_HEAD
+        self._lines_below_head: int | None = None  # None: the next line needs a head
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._begin()
+        self._lines_below_head = None
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero:
@@ -145,7 +142,7 @@ class MetricsTable(TrainerCallback):
             return
         steps = f" of {state.max_steps}" if state.max_steps > 0 else ""
         width = max(len(f"step{steps}"), len(f"{state.max_steps} eval")) + 2
-        if self._lines_below_head == _LINES_PER_HEAD:
+        if self._lines_below_head in (None, _LINES_PER_HEAD):
             self._lines_below_head = 0
             self._write(f"step{steps}", width, self.columns)
         cells = ["" if value is None else form.format(value) for value, form in values]
@@ -154,7 +151,7 @@ class MetricsTable(TrainerCallback):
         if not self._explained:
             self._explained = True
             say(f"\n{self.legend(evaluates=args.eval_strategy != 'no')}\n")
-            self._begin()
+            self._lines_below_head = None
 
     def legend(self, *, evaluates: bool) -> str:
         """Return what each column means, a line each.
