@@ -30,7 +30,7 @@ _BEGIN, _END = "<!-- Results: written by ktae push FOLDER -->", "<!-- End of res
 _BEGINNING = re.compile(r"<!-- Results: [^<>]*-->")  # earlier versions had another text here
 _QUICK_START = re.compile(r'(pipeline\("text-generation", model=)"(?:[^"\\\n]|\\.)*"')
 # Settings of where and how the run was executed, which do not help readers of the card.
-_LEFT_OUT = {"output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm"}
+_LEFT_OUT = {"output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "console"}
 _LEFT_OUT |= {"resume_from_checkpoint", "push_to_hub"}
 _SECRET_NAME = re.compile(r"(^|_)(token|password|secret|key)$", re.IGNORECASE)
 _SECRET_VALUE = re.compile(r"\bhf_\w{16,}|(?<=://)[^/\s@][^/\s@:]*+:[^/\s@]++(?=@)")

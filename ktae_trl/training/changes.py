@@ -31,6 +31,7 @@ _FOR_NO_ROLLOUT = (
     "record_groups",
     "allow_inexact_resume",
     "reward_timeout",
+    "console",
     *_FOR_SAMPLING,
 )
 _OF_METHODS = tuple(

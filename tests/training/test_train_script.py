@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -43,10 +44,14 @@ def train(
 def test_train_saves_what_a_user_needs_and_resumes(tmp_path):
     done = train(tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "Held-out accuracy by math_accuracy, before: greedy" in done.stdout
-    assert "after:  greedy" in done.stdout
-    header = next(line for line in done.stdout.splitlines() + done.stderr.splitlines() if line.startswith("step "))
-    assert "K right" in header
+    assert "Held-out accuracy by math_accuracy before training: greedy" in done.stdout
+    closing = r"^ +before +after\n  greedy +[\d.]+% +[\d.]+%\n  sampled +[\d.]+% +[\d.]+%$"
+    assert re.search(closing, done.stdout, re.MULTILINE)
+    header = next(line for line in done.stdout.splitlines() if line.startswith("step "))
+    assert "K correct" in header
+    # Neither output is a terminal: no bar is redrawn.
+    assert "\r" not in done.stdout + done.stderr
+    assert "%|" not in done.stdout + done.stderr
     results = json.loads((tmp_path / "held_out_results.json").read_text())
     assert set(results) >= {"before_greedy", "before_sampled", "after_greedy", "after_sampled"}
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
