@@ -8,7 +8,7 @@ from trl import GRPOTrainer
 from trl.import_utils import is_vllm_available
 
 from ktae_trl import trl_seam
-from ktae_trl.arguments import NotImportedError
+from ktae_trl.arguments import NotImportedError, pip_install
 from ktae_trl.config import KTAEGRPOConfig
 from ktae_trl.credit import find_method
 from ktae_trl.credit.combine import combine
@@ -75,7 +75,7 @@ class KTAEGRPOTrainer(GRPOTrainer):
         self._tag_names = [*GRPOTrainer._tag_names, *find_method(args.credit).card.tags]  # of the model
         if args.use_vllm and not is_vllm_available():
             raise NotImportedError(
-                "use_vllm is set, but vLLM is not installed. Install it, for GPUs: pip install 'ktae-trl[vllm]'. "
+                f"use_vllm is set, but vLLM is not installed. Install it, for GPUs: {pip_install('vllm')}. "
                 "Or set use_vllm to false, to generate with transformers"
             )
         super().__init__(model, reward_funcs, args, *positional, **kwargs)

@@ -27,7 +27,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ktae_trl.arguments import NotFoundError, UserError, loading
+from ktae_trl.arguments import UserError, loading
 from ktae_trl.files.fingerprint import adapter_base
 
 
@@ -61,16 +61,6 @@ class Completion(NamedTuple):
 
 
 Write = Callable[[list[tuple[Request, Completion]]], None]
-
-
-def check_model(name: str) -> None:
-    """Raise NotFoundError for a model path that is not there or holds no model."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
-            raise NotFoundError(f"{name} holds neither config.json nor adapter_config.json: it is no saved model")
-    elif name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise NotFoundError(f"There is no model {name} (looked in {Path.cwd()})")
 
 
 def stop_token_ids(model: str, tokenizer: PreTrainedTokenizerBase, ends: Sequence[str]) -> tuple[int, ...]:

@@ -19,7 +19,6 @@ from ktae_trl.evaluation.generate import (
     Completion,
     Request,
     Sampling,
-    check_model,
     context_length,
     load_tokenizer,
     sample_with_transformers,
@@ -30,6 +29,7 @@ from ktae_trl.evaluation.samples import Store, read_settings, safe_name
 from ktae_trl.evaluation.settings import EvalArguments
 from ktae_trl.evaluation.tasks import Benchmark, Problem, load_problems, parse_benchmarks, prompts, unscorable
 from ktae_trl.files.fingerprint import fingerprint, is_old, model_folder
+from ktae_trl.preflight import check_model
 from ktae_trl.prompts import TEMPLATES
 
 # What changes no sample: which samples are asked for (written down with them), and the rest (not).
@@ -52,7 +52,7 @@ def measure(args: EvalArguments, config: str = "default") -> None:
         UserError: settings, data or a model that cannot be used, or a folder with other samples.
         KeyboardInterrupt: sampling was stopped; the samples that were generated are in the folder.
     """
-    check_model(args.model_name_or_path)
+    check_model(args.model_name_or_path, args.model_revision, "model_name_or_path")
     folder = Path(args.output_dir or _default_folder(args.model_name_or_path) / safe_name(config))
     benchmarks, wanted = parse_benchmarks(args.benchmarks), parse_benchmarks(args.benchmarks, args.only)
     # Those measured before stay in the summary.

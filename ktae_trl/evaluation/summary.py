@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import rich
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -146,7 +145,7 @@ def finish(folder: Path, figures: dict, title: str) -> None:
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
     replace_json(folder / SUMMARY, figures | {"versions": versions}, indent=2)
-    show(figures, title, rich.get_console())
+    show(figures, title, Console(markup=False, emoji=False))  # benchmarks may be named [like this]
     print(f"Samples and {SUMMARY} are in {folder}")
 
 
@@ -166,7 +165,7 @@ def show(summary: dict, title: str, console: Console) -> None:
     for name, f in rows.items():
         left_out = str(len(f["unscorable"])) if "unscorable" in f else ""
         accuracy.add_row(name, str(f["problems"]), left_out, str(f["samples"]), percent(f["accuracy"]))
-    console.print(f"\n{title}\nPercent, with 95% intervals over problems", highlight=False, markup=False)
+    console.print(f"\n{title}\nPercent, with 95% intervals over problems", highlight=False)
     console.print(accuracy)
 
     if ks:
@@ -198,7 +197,6 @@ def show(summary: dict, title: str, console: Console) -> None:
             f"Answers that were not compared, and count as wrong, because grading_budget was used up: {counts}. These "
             "accuracies are too low. The same command with --grading_budget null grades all",
             highlight=False,
-            markup=False,
         )
 
 

@@ -17,7 +17,17 @@ from transformers import AutoTokenizer, ProgressCallback
 from trl import GRPOConfig, ModelConfig, get_peft_config, get_quantization_config
 from trl.trainer.utils import get_callable_name
 
-from ktae_trl.arguments import UserError, first_line, loading, model_path, need, parse, settings_help, user_errors
+from ktae_trl.arguments import (
+    UserError,
+    first_line,
+    loading,
+    model_path,
+    need,
+    parse,
+    pip_install,
+    settings_help,
+    user_errors,
+)
 from ktae_trl.config import KTAEGRPOConfig, config_class
 from ktae_trl.credit import METHODS
 from ktae_trl.data import DataArguments, load_prompts
@@ -25,6 +35,7 @@ from ktae_trl.files.checkpoints import ResumeError, candidates, wants_to_resume
 from ktae_trl.files.lock import locked
 from ktae_trl.hub.card import PAGE, settings_of
 from ktae_trl.hub.upload import HubError, create_repo, repo_name, upload_command
+from ktae_trl.preflight import check_model
 from ktae_trl.rewards import load_rewards
 from ktae_trl.rollouts.verdicts import correctness_index
 from ktae_trl.training import plan
@@ -57,13 +68,20 @@ class RunArguments(DataArguments):
     )
     dry_run: bool = field(
         default=False,
-        metadata={"help": "Show the settings, the batches, the data and the memory of the run, and train nothing."},
+        metadata={
+            "help": "Show the first prompt, its rewards, and the batches, data, memory and settings of the run; train "
+            "nothing."
+        },
+    )
+    all: bool = field(
+        default=False, metadata={"help": "In a dry run, show all settings, not only those that differ from defaults."}
     )
 
 
 def load(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig):
     """Load what a recipe names: the training prompts, the held-out ones (or None), the tokenizer."""
     name = model.model_name_or_path
+    check_model(name, model.model_revision, "model_name_or_path")
     with loading(f"The tokenizer of {name!r}", by="model_name_or_path"):
         tokenizer = AutoTokenizer.from_pretrained(
             model_path(name),
@@ -223,7 +241,7 @@ def check_trackers(args: KTAEGRPOConfig) -> None:
     if "tensorboard" in args.report_to and find_spec("tensorboard") is None:
         args.report_to = [tracker for tracker in args.report_to if tracker != "tensorboard"]
         if args.process_index == 0:
-            logger.warning("No logs for TensorBoard, which is not installed: pip install 'ktae-trl[trackers]'")
+            logger.warning("No logs for TensorBoard, which is not installed: %s", pip_install("trackers"))
 
 
 def show_help(usage: str, words: Sequence[str] = ()) -> None:
