@@ -314,7 +314,10 @@ def test_damaged_models_are_named(model, tmp_path):
         (["--chat_template_kwargs", "{enable_thinking"], "chat_template_kwargs is not JSON"),
         (["--chat_template_kwargs", "[1]"], "chat_template_kwargs must be an object"),
         (["--prompt", "none", "--chat_template_kwargs", '{"a": 1}'], "are for the model's own chat template"),
-        (["--model_name_or_path", "ktae_trl/no_such_model"], "ktae_trl/no_such_model is no folder here"),
+        (
+            ["--model_name_or_path", "ktae_trl/no_such_model"],
+            "The model 'ktae_trl/no_such_model' (model_name",
+        ),
         (["--only", "sum"], "There is no benchmark 'sum' (did you mean 'sums'?)"),
         (["--model_name_or_path", "./no/model"], "There is no model ./no/model"),
         (["--model_name_or_path", "configs"], "configs holds neither config.json nor adapter_config.json"),
@@ -349,7 +352,7 @@ def test_what_is_not_there(tmp_path):
     config = {"model_name_or_path": str(tiny.MODEL), "benchmarks": [{"name": "a", "dataset": "someone/nothing"}]}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     said = complaint(["--config", str(tmp_path / "config.yaml"), "--output_dir", str(tmp_path / "out")])
-    assert said.startswith("eval.py: The dataset 'someone/nothing' could not be loaded: ")
+    assert said.startswith("eval.py: The dataset 'someone/nothing' (benchmark a) is neither in ")
 
 
 def test_unknown_command():
