@@ -147,7 +147,7 @@ def explain(words: list[str]) -> None:
 
 
 def recipes(words: list[str]) -> None:
-    """List the package's configs, or print one: ktae recipes [NAME] > my.yaml"""
+    """List the package's recipes and other configs, or print one: ktae recipes [NAME] > my.yaml"""
     parser = argparse.ArgumentParser(prog="ktae recipes", description=_description(recipes))
     parser.add_argument("name", nargs="?", help="a recipe's name, eval/NAME or accelerate/NAME; default: list all")
     name = parser.parse_args(words).name
@@ -238,10 +238,10 @@ def usage() -> str:
         "`ktae COMMAND --help` shows the arguments of a command, `ktae --version` the version.",
         "",
         "First steps:",
-        "  ktae train quickstart                   train a small model on a CPU, in minutes",
-        "  ktae recipes own_data > my.yaml         then change the lines marked CHANGE",
-        "  ktae train my.yaml --dry_run true       look at prompts, rewards, batches and memory; needs no GPU",
-        "  ktae train my.yaml",
+        "    ktae train quickstart                 trains a small model on a CPU, in minutes",
+        "    ktae recipes own_data > my.yaml       saves a recipe: change the lines marked CHANGE",
+        "    ktae train my.yaml --dry_run true     shows prompts, rewards, batches and memory; needs no GPU",
+        "    ktae train my.yaml                    trains",
     ]
     return "\n".join(lines)
 

@@ -10,7 +10,7 @@ from ktae_trl.config import KTAEGRPOConfig
 class Batches(NamedTuple):
     """The prompts and rollouts of a generation and of an optimizer step, over all processes.
 
-    A generation is the rollouts that are sampled at a time, and on which several optimizer steps can train.
+    A generation is the set of rollouts that are sampled at once. Several optimizer steps can train on it.
     """
 
     processes: int
@@ -90,7 +90,7 @@ def check_processes(args: KTAEGRPOConfig, expected: int | None, program: str = "
     if args.n_gpu > 1:
         raise UserError(
             f"One process sees {args.n_gpu} GPUs, which TRL does not support (torch's DataParallel). To use one GPU, "
-            f"set CUDA_VISIBLE_DEVICES=0. To use all, start accelerate launch --num_processes {args.n_gpu}"
+            f"set CUDA_VISIBLE_DEVICES=0. To use all, run accelerate launch --num_processes {args.n_gpu}"
         )
     if expected in (None, here):
         return None

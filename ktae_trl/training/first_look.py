@@ -22,7 +22,7 @@ _FORMS = {
     "last_number": "any number",
     "auto": r"a complete \boxed{} or <answer>...</answer>, a line that begins with ####, or any number",
 }
-_MANY = 0.5  # share of completions that were cut off, from which on this is named as the cause
+_MANY = 0.5  # from this share of cut-off completions on, max_completion_length is named as the cause
 
 
 @dataclass
@@ -168,7 +168,7 @@ def no_signal(seen: Seen, args, correctness: str) -> str | None:
         saw = f"all {wrong} rollouts are wrong"
         remedy = (
             "The problems are too hard for the model, or its answers are not recognized: read completions with "
-            f"log_completions: true, choose easier problems (dataset_filter), raise num_generations{more}."
+            f"log_completions: true, choose easier problems (dataset_filter) or raise num_generations{more}."
         )
     lacks = "both correct and wrong rollouts" if by_verdict(args) else "rollouts with different rewards"
     return f"None of {first} has {lacks}, from which credit: {args.credit} learns: {saw}. {remedy}"

@@ -35,8 +35,8 @@ def test_imports_stay_light(module, forbidden):
 # The rooms, and files with a place of their own. What a module loads as it is imported stands in its own room or above.
 ORDER = [
     "arguments", "preflight", "trl_seam", "tiny", "grading", "files", "prompts", "data", "credit",
-    "training.reward_calls", "rewards", "rollouts", "report", "hub", "evaluation", "config", "training", "trainer", "training.run",
-    "tiny.warm_start", "tiny.__main__", "cli", "__main__",
+    "training.reward_calls", "rewards", "rollouts", "report", "hub", "evaluation", "config", "training", "trainer",
+    "training.run", "tiny.warm_start", "tiny.__main__", "cli", "__main__",
 ]  # fmt: skip
 
 
