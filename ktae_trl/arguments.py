@@ -51,7 +51,7 @@ def loading(what: str, *, by: str | None = None) -> Iterator[None]:
     """Turn an error of a library that loads what a user named into a `UserError` with the first line of the error.
 
     Args:
-        what: is loaded, such as "The tokenizer of 'my-model'".
+        what: a description of what is loaded, such as "The tokenizer of 'my-model'".
         by: the setting that names it.
 
     Raises:
@@ -113,7 +113,7 @@ def imported(path: str, what: str) -> object:
 
     Args:
         path: such as `my_package.rewards.brevity`.
-        what: the object is, for messages: "The reward function".
+        what: a description of the object for messages, such as "The reward function".
 
     Raises:
         NotImportedError: the module or the name does not exist, or importing the module fails.

@@ -4,7 +4,6 @@ Without them a missing model or an unreachable Hub shows only after the heavy im
 request that `from_pretrained` and `load_dataset` make.
 """
 
-import functools
 import logging
 import os
 import threading
@@ -32,7 +31,9 @@ NOT_READ = {".tsv", ".txt", ".xls", ".xlsx", ".arrow", ".feather", ".pkl", ".pic
 _SECONDS = 4.0  # until the Hub counts as unreachable, unless HF_HUB_ETAG_TIMEOUT says otherwise
 
 logger = logging.getLogger(__name__)
+_in_command = False  # a notebook may be online again at its next call, a command does not wait for that
 _unreachable = ""  # why, once the Hub could not be reached
+_found: set[tuple] = set()  # repositories that the Hub has
 
 
 def check_command(words: Sequence[str]) -> None:
@@ -44,6 +45,8 @@ def check_command(words: Sequence[str]) -> None:
         NotFoundError: a file, a model or a dataset does not exist, or the Hub cannot be reached and it is not cached.
         UserError: the config file is not YAML, or a data file has an unknown format.
     """
+    global _in_command
+    _in_command = True
     first = os.environ.get("LOCAL_RANK", "0") == "0"  # of the processes of this machine
     try:
         _check(_settings(words))
@@ -80,7 +83,7 @@ def _check(settings: dict) -> None:
 
 
 def _settings(words: Sequence[str]) -> dict:
-    """Return the settings of the config file, and over them those of the command line, as texts or lists of texts."""
+    """Return the settings of the config file, overridden by those of the command line (texts or lists of texts)."""
     file = config_file(words)
     settings = {} if file is None else read_yaml(file)
     name = None
@@ -175,7 +178,6 @@ def _by(*parts: str | None) -> str:
 # The Hub
 
 
-@functools.cache  # which keeps no exceptions: what is missing is asked for again
 def _check_hub(name: str, kind: str, revision: str | None, by: str | None) -> None:
     """Check that a repository is on the Hub, or in the cache if the Hub must not be asked or cannot be reached.
 
@@ -187,6 +189,9 @@ def _check_hub(name: str, kind: str, revision: str | None, by: str | None) -> No
     from huggingface_hub import HfApi, constants, errors, get_token
     from huggingface_hub.utils import validate_repo_id
 
+    repository = (name, kind, None if revision == "main" else revision)
+    if repository in _found:
+        return None
     what, here = f"The {kind} {name!r}{_by(by)}", f"neither in {Path.cwd()}"
     gated = (
         f"{what} is gated: accept its terms on {constants.ENDPOINT}/{'datasets/' * (kind == 'dataset')}{name}, then "
@@ -204,8 +209,12 @@ def _check_hub(name: str, kind: str, revision: str | None, by: str | None) -> No
     for variable, off in (("HF_HUB_OFFLINE", constants.is_offline_mode()), ("HF_DATASETS_OFFLINE", _no_datasets(kind))):
         if off:
             return without_hub(f"{variable} is set", "Unset it to download, or give the path of a copy")
+    global _unreachable
+    unreachable = "Check the network and HF_ENDPOINT, or give the path of a copy"
+    if _unreachable and _in_command:
+        return without_hub(_unreachable, unreachable)
     try:
-        found = _asked(lambda: HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=_seconds()))
+        found = _asked(lambda: HfApi().repo_info(name, repo_type=kind, revision=repository[2], timeout=_seconds()))
     except errors.GatedRepoError:
         raise NotFoundError(gated) from None
     except errors.RevisionNotFoundError:
@@ -217,13 +226,13 @@ def _check_hub(name: str, kind: str, revision: str | None, by: str | None) -> No
     except errors.HfHubHTTPError:
         return None
     except (TimeoutError, errors.HTTPError) as error:  # the latter is httpx's: there was no answer
-        global _unreachable
         _unreachable = f"the Hub ({constants.ENDPOINT}) cannot be reached: {first_line(error)}"
-        return without_hub(_unreachable, "Check the network and HF_ENDPOINT, or give the path of a copy")
+        return without_hub(_unreachable, unreachable)
     except Exception:  # an answer in another form than the Hub's
         return None
     if getattr(found, "gated", False) and get_token() is None and not _cached(name, kind):
         raise NotFoundError(gated)
+    _found.add(repository)
 
 
 def _no_datasets(kind: str) -> bool:

@@ -42,7 +42,8 @@ def online(monkeypatch):
     monkeypatch.delenv("HF_HUB_ETAG_TIMEOUT", raising=False)
     monkeypatch.setattr(constants, "ENDPOINT", NOWHERE)
     monkeypatch.setattr(preflight, "_unreachable", "")
-    preflight._check_hub.cache_clear()
+    monkeypatch.setattr(preflight, "_in_command", False)
+    monkeypatch.setattr(preflight, "_found", set())
     return monkeypatch
 
 
@@ -240,9 +241,31 @@ def test_a_hub_that_does_not_answer(hub, monkeypatch):
     assert time.monotonic() - began < 2
 
 
-def test_a_refusal_is_not_remembered(hub):
+def test_a_command_asks_an_unreachable_hub_once(folder, online, caplog):
+    asked = []
+
+    def silent(ask):
+        asked.append(ask)
+        raise TimeoutError("no answer")
+
+    online.setattr(preflight, "_asked", silent)
+    online.setattr(constants, "HF_HUB_CACHE", str(cache(folder / "cache")))
+    words = ["--model_name_or_path", "nobody/tiny", "--dataset_name", "a/b"]
+    with pytest.raises(NotFoundError, match=r"The dataset 'a/b' \(dataset_name\) is neither in .* be reached: no"):
+        preflight.check_command(words)
+    preflight.check_command([*words, "--dataset_name", "tiny"])
+    assert len(asked) == 1
+    assert "Cached files are used" in caplog.text
+    assert constants.HF_HUB_OFFLINE
+
+
+def test_what_is_there_is_remembered_and_a_refusal_is_not(hub):
     hub(404, X_Error_Code="RepoNotFound")
     with pytest.raises(NotFoundError, match="The dataset 'a/b'"):
         preflight.check_dataset("a/b")
     hub(200, b'{"id": "a/b"}')
     preflight.check_dataset("a/b")
+    preflight.check_model("a/b", "main")
+    hub(404, X_Error_Code="RepoNotFound")
+    preflight.check_dataset("a/b", "dataset_name")
+    preflight.check_model("a/b")
