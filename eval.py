@@ -1,4 +1,4 @@
-"""Measure, compare and grade: see `ktae_trl/evaluation/run.py`."""
+"""Measure, compare and grade models: see `ktae_trl/evaluation/run.py`."""
 
 import sys
 

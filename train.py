@@ -2,5 +2,5 @@
 
 from ktae_trl.cli import train_script
 
-if __name__ == "__main__":  # a process that is spawned imports this file, too
+if __name__ == "__main__":  # spawned processes import this file too
     train_script()

@@ -1,4 +1,4 @@
-"""What it costs that nothing is lost: sealing and checking a checkpoint, the checks for what is not finite.
+"""Measure the cost of safe checkpoints: sealing and checking a checkpoint, and the checks for NaN and infinity.
 
 python benchmarks/checkpoint_safety.py [--gigabytes 3] [--folder FOLDER]
 """
@@ -28,7 +28,7 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def of_a_checkpoint(folder: Path, gigabytes: float) -> None:
-    """Write a third of it as weights and two thirds as Adam's moments, as float32 training does."""
+    """Time a checkpoint with one third weights and two thirds Adam moments, as in float32 training."""
     checkpoint = folder / "checkpoint-1"
     checkpoints.begin(checkpoint)
     n = round(gigabytes * 1e9 / 4)
@@ -44,7 +44,7 @@ def of_a_checkpoint(folder: Path, gigabytes: float) -> None:
 
 
 def of_a_step(folder: Path) -> None:
-    """Time the checks of a step by themselves, against the step of a small training: 8 prompts x 8 rollouts."""
+    """Time the checks of a step separately, and the steps of a small training run: 8 prompts x 8 rollouts."""
     args = KTAEGRPOConfig(
         str(folder / "run"),
         max_steps=20,
@@ -79,13 +79,13 @@ def of_a_step(folder: Path) -> None:
         return min(seconds(lambda: [function() for _ in range(200)]) / 200 for _ in range(5))
 
     extra = cost(checks) - cost(without)
-    print(f"a step: {step * 1e3:.0f} ms; its checks: {extra * 1e6:.0f} us, {extra / step:.4%}")
+    print(f"training step: {step * 1e3:.0f} ms; its checks: {extra * 1e6:.0f} us, {extra / step:.4%}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=3)
-    parser.add_argument("--folder", type=Path, help="on the disk that is meant; default: a temporary one")
+    parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
     options = parser.parse_args()
     work = Path(tempfile.mkdtemp(dir=options.folder))
     try:

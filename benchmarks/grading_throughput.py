@@ -1,10 +1,10 @@
-"""How fast does `grade_many` grade, against math-verify called for one output after another in the same process?
+"""Compare the speed of `grade_many` with math-verify called for one output at a time in the same process.
 
 python benchmarks/grading_throughput.py [OUTPUTS.jsonl.gz] [--outputs 10000] [--seed 0]
 
-OUTPUTS has an object a line with `output` and `answers` (of which the first is used); without it, solutions of the
-offline task are graded, whose answers are small numbers. To get as many outputs as asked for, each is also graded
-against the answers of other problems, drawn at random: no pair comes twice.
+OUTPUTS has one object per line with `output` and `answers`, of which the first is used. Without OUTPUTS, solutions of
+the offline task are graded, whose answers are small numbers. To reach the number of outputs, outputs are also graded
+against randomly drawn answers of other problems; no pair is repeated.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from ktae_trl.tiny import task
 
 
 def one_by_one(outputs: list[str], golds: list[str]) -> list[bool]:
-    """Parse and compare as TRL's `accuracy_reward` does: the last box first, five seconds for each step."""
+    """Parse and compare as in TRL's `accuracy_reward`: the last box first, at most five seconds per step."""
     boxed = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
     verdicts = []
     for output, gold in zip(outputs, golds, strict=True):
@@ -32,7 +32,7 @@ def one_by_one(outputs: list[str], golds: list[str]) -> list[bool]:
 
 
 def read(file: Path | None) -> list[dict]:
-    """Return outputs with their answers: those of the file, or solutions of the offline task."""
+    """Return outputs with their answers, from the file or from the offline task."""
     if file is None:
         problems = [row for _, row in read_json_lines(tiny.TRAIN)]
         solutions = task.draw_solutions(problems, seed=0)
@@ -41,7 +41,7 @@ def read(file: Path | None) -> list[dict]:
 
 
 def pairs(rows: list[dict], count: int, seed: int) -> tuple[list[str], list[str]]:
-    """Pair each output with its own answer first, then outputs with others' answers."""
+    """Pair each output with its own answer, then with answers of other problems."""
     draw = random.Random(seed)
     chosen = {(i, i): None for i in range(len(rows))}
     while len(chosen) < min(count, len(rows) ** 2):
@@ -61,7 +61,7 @@ def main() -> None:
 
     seconds, verdicts = {}, {}
     for name, grader in {"math-verify, one by one": one_by_one, "grade_many": grade_many}.items():
-        begin = time.perf_counter()  # grade_many's workers start inside the measured time
+        begin = time.perf_counter()  # includes the start of grade_many's workers
         verdicts[name] = grader(outputs, golds)
         seconds[name] = time.perf_counter() - begin
     slow, fast = seconds.values()
@@ -69,7 +69,7 @@ def main() -> None:
         print(f"{name:24s} {took:8.2f} s   {len(outputs) / took:8.0f} outputs/s")
     print(f"{'ratio':24s} {slow / fast:8.1f}")
     different = [i for i, (a, b) in enumerate(zip(*verdicts.values(), strict=True)) if a != b]
-    print(f"\nOther verdicts: {len(different)} of {len(outputs)} (math-verify, grade_many, answer, end of the output)")
+    print(f"\n{len(different)} of {len(outputs)} verdicts differ (math-verify, grade_many, answer, end of the output)")
     for i in different:
         print(" ", *(v[i] for v in verdicts.values()), repr(golds[i]), repr(outputs[i][-60:]))
 

@@ -1,10 +1,11 @@
-"""Make the second task of the learning benchmark: word problems of GSM-Symbolic, and a small model for them.
+"""Make the second task of the learning benchmark: word problems from GSM-Symbolic, and a small model for them.
 
 python benchmarks/gsm_symbolic.py [runs/learning/gsm_symbolic]     # half an hour on a CPU core
 
-Problems and step-by-step solutions are reasoning-gym's, from templates with short texts and small numbers. As in the
-quickstart, a model that can solve some of them (SFT on careful solutions) is then taught to be careless (SFT on a
-mixture): without that, reinforcement learning finds nothing to select in such short runs, and does not move.
+Problems and step-by-step solutions come from reasoning-gym, from templates with short texts and small numbers. As in
+the quickstart, a model first learns to solve some of the problems (SFT on careful solutions) and then to be careless
+(SFT on a mixture). Without the second stage, such short runs of reinforcement learning have nothing to select from and
+do not improve.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from transformers import Qwen2ForCausalLM, Qwen2Tokenizer, set_seed
 from ktae_trl.files.writing import replace_json_lines
 from ktae_trl.tiny.warm_start import build_model, build_tokenizer, save, teach
 
-# Templates whose question has at most 320 characters, whose solution has at most 160, and whose numbers stay small.
+# Templates with questions of at most 320 characters, solutions of at most 160, and small numbers.
 TEMPLATES = {4, 6, 10, 16, 20, 26, 31, 39, 43, 48, 62, 69, 72, 75, 78, 99}
 _END = " Give the result as your final answer. Do not include units."
 HABITS = {"careful": 0.6, "skipping": 0.1, "guessing": 0.3}
@@ -44,18 +45,18 @@ def problems(size: int, seed: int, exclude: Collection[str] = ()) -> list[dict[s
         )
         if len(found) == size:
             return found
-    raise ValueError(f"gsm_symbolic gave only {len(found)} new problems with seed {seed}, {size} were asked for")
+    raise ValueError(f"gsm_symbolic gave only {len(found)} of {size} problems with seed {seed}")
 
 
 def draw_solutions(items: list[dict[str, str]], seed: int) -> list[str]:
-    """Write one solution of each item: with care, with a step left out, or by a guess near the answer."""
+    """Write one solution per item: a careful one, one without one of its steps, or a guess near the answer."""
     rng = random.Random(seed)
     drawn = rng.choices(list(HABITS), weights=list(HABITS.values()), k=len(items))
     return [solution(item, habit, rng) for item, habit in zip(items, drawn, strict=True)]
 
 
 def solution(item: dict[str, str], habit: str, rng: random.Random) -> str:
-    """Write a solution. The first two habits know the answer; what a model makes of the second is another matter."""
+    """Write a solution. The habits "careful" and "skipping" end with the correct answer."""
     if habit == "guessing":
         return rf"That is about \boxed{{{max(0, int(item['answer']) + rng.randint(-9, 9))}}}."
     *steps, answer = item["solution"].split("\n")

@@ -1,7 +1,7 @@
-"""What key-token values cost: how time and memory grow, against a copy, a sort and a loop over tables.
+"""Measure time and memory of key-token values: their growth, and a comparison with a copy, a sort and a slow loop.
 
 python benchmarks/ktae_cost.py                  # four sweeps and 1,024 groups x 16 rollouts x 1,024 tokens: 3 minutes
-python benchmarks/ktae_cost.py --short          # the last alone: half a minute
+python benchmarks/ktae_cost.py --short          # without the sweeps: half a minute
 python benchmarks/ktae_cost.py --device cuda
 """
 
@@ -35,7 +35,7 @@ class Size(NamedTuple):
         return f"{self.groups:,} groups x {self.rollouts} rollouts x {self.tokens:,} tokens, {self.vocabulary:,} ids"
 
 
-# Each is varied alone, about the size above.
+# One dimension is varied at a time, from the default size above.
 SWEEPS = {
     "groups": [1, 4, 16, 64, 256, 1024],
     "rollouts": [4, 8, 16, 32, 64],
@@ -46,7 +46,10 @@ AIM, AIM_SECONDS = Size(groups=1024), 0.1
 
 
 def make(size: Size, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token ids as in text (Zipf's law, exponent 1.1), lengths from T/4 to T, half of the rollouts right."""
+    """Return token ids distributed as in text (Zipf's law, exponent 1.1), a mask and the correctness of the rollouts.
+
+    Lengths are from T/4 to T, and each rollout is correct with probability 1/2.
+    """
     groups, G, T, vocabulary = size
     rng = np.random.default_rng(seed)
     weights = 1 / np.arange(1, vocabulary + 1) ** 1.1
@@ -57,7 +60,7 @@ def make(size: Size, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 
 def log_probability(a: int, b: int, n_right: int, n_wrong: int) -> float:
-    """Probability of a 2 x 2 table in log space by factorials, as the paper writes it."""
+    """Return the log probability of a 2 x 2 table, computed with factorials as in the paper (arXiv 2505.16826)."""
     cells = (a, b, n_right - a, n_wrong - b)
     margins = (n_right, n_wrong, a + b, n_right + n_wrong - a - b)
     log_factorial = (math.lgamma(n + 1) for n in margins)
@@ -72,9 +75,9 @@ def entropy(*counts: int) -> float:
 def loop_over_tables(
     ids: np.ndarray, mask: np.ndarray, correct: np.ndarray, vocabulary: int, skip_absent: bool
 ) -> np.ndarray:
-    """K of one group by the paper's formulas: tables as large as the vocabulary and a Python loop over their entries.
+    """Return K of one group by the formulas of `key_token_table`, with a Python loop over tables of vocabulary size.
 
-    With `skip_absent` only over the tokens that occur, which is the kindest form of it.
+    With `skip_absent`, the loop runs only over tokens that occur, the fastest variant of it.
     """
     present = np.zeros((len(ids), vocabulary), dtype=bool)
     counts = np.zeros((2, vocabulary))
@@ -105,7 +108,7 @@ def loop_over_tables(
 
 
 def timed(function: Callable, device: torch.device, repeats: int) -> float:
-    """Return the median seconds of a call, after two that do not count."""
+    """Return the median seconds per call, after two calls to warm up."""
     times = []
     for i in range(repeats + 2):
         if device.type == "cuda":
@@ -120,7 +123,7 @@ def timed(function: Callable, device: torch.device, repeats: int) -> float:
 
 
 def peak_memory(function: Callable, device: torch.device) -> int:
-    """Return by how many bytes the memory in use grew at most: on a CPU that of the process, looked at all the time."""
+    """Return the peak growth of memory in bytes; on a CPU, that of the process, sampled by a thread."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -139,12 +142,12 @@ def peak_memory(function: Callable, device: torch.device) -> int:
     grown = []
     for _ in range(3):
         gc.collect()
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed goes back, or the process would not grow
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # return freed memory, so that its reuse counts as growth
         peak = before = resident()
         over = threading.Event()
         watcher = threading.Thread(target=watch)
         watcher.start()
-        result = function()  # kept until the last look
+        result = function()  # kept until the last sample
         peak = max(peak, resident())
         over.set()
         watcher.join()
@@ -154,7 +157,7 @@ def peak_memory(function: Callable, device: torch.device) -> int:
 
 
 def sweep(name: str, values: list[int], device: torch.device, repeats: int, seed: int) -> None:
-    """Print time and memory over one dimension, and the exponent of the growth of time."""
+    """Print time and memory over one dimension, and the exponents of their growth."""
     heads = {"seconds": 10, "ns / token": 12, "copies": 8, "sorts": 8, "leave one out": 15, "MiB": 8, "/ ids": 7}
     print(f"{name:>12}" + "".join(f"{head:>{width}}" for head, width in heads.items()))
     seconds, peaks = [], []
@@ -177,18 +180,18 @@ def sweep(name: str, values: list[int], device: torch.device, repeats: int, seed
 
 
 def growth(values: list[int], costs: list[float]) -> str:
-    """Return the exponent of a power law through these points, with its standard error."""
+    """Return the exponent of a power law fitted to these points, with its standard error."""
     fit = stats.linregress(np.log(values), np.log(costs))
     return f"{fit.slope:.2f} +- {fit.stderr:.2f}"
 
 
 def against_the_loop(size: Size, device: torch.device, repeats: int, loop_groups: int, seed: int) -> None:
-    """Print the time of one size beside a copy, a sort, and the loop, and check that the values are the loop's."""
+    """Print the times of one size, a copy, a sort and the loop; check that the loop gives the same values."""
     ids, mask, correct = make(size, seed)
     mixed = [g for g in range(size.groups) if 0 < correct[g].sum() < size.rollouts][:loop_groups]
 
     def loop(groups: list[int], skip_absent: bool) -> tuple[float, list[np.ndarray]]:
-        """Return the seconds for all groups, scaled from the given ones, and the values of these."""
+        """Return the seconds for all groups, extrapolated from the given ones, and the values of the given ones."""
         started = time.perf_counter()
         values = [
             loop_over_tables(*(x[g].numpy() for x in (ids, mask, correct)), size.vocabulary, skip_absent)
@@ -201,7 +204,7 @@ def against_the_loop(size: Size, device: torch.device, repeats: int, loop_groups
     on_device = [x.to(device) for x in (ids, mask, correct)]
     fast = key_token_values(*on_device)
     error = max(np.abs(fast[g].cpu().numpy() - expected).max() for g, expected in zip(mixed, slow, strict=True))
-    assert error < 1e-5, f"the two disagree by {error}"
+    assert error < 1e-5, f"key_token_values and the loop differ by {error}"
 
     flat = on_device[0].view(size.groups, -1)
     place = torch.empty_like(flat)
@@ -231,10 +234,10 @@ def against_the_loop(size: Size, device: torch.device, repeats: int, loop_groups
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--short", action="store_true", help="one size only")
+    parser.add_argument("--short", action="store_true", help="skip the sweeps")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--loop_groups", type=int, default=8, help="groups that the slow loop is timed on")
+    parser.add_argument("--loop_groups", type=int, default=8, help="number of groups for the slow loop")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)

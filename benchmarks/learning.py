@@ -1,12 +1,12 @@
-"""Does token credit learn better? Methods x tasks x seeds, from the same models, on as many generated tokens.
+"""Compare how well credit methods learn: methods x tasks x seeds, with the same models and the same token budget.
 
-python benchmarks/learning.py --config benchmarks/learning.yaml             # goes on where it was stopped
-python benchmarks/learning.py --config benchmarks/learning.yaml --tiers a   # the learning rates and tier A only
-python benchmarks/learning_report.py --config benchmarks/learning.yaml      # tables and plots of what there is
+python benchmarks/learning.py --config benchmarks/learning.yaml             # resumes after an interruption
+python benchmarks/learning.py --config benchmarks/learning.yaml --tiers a   # only the learning-rate search and tier A
+python benchmarks/learning_report.py --config benchmarks/learning.yaml      # tables and plots of the finished runs
 
-A run is a folder, OUTPUT/TASK/METHOD/RATE/SEED, with `run.yaml` (all that it was told), `curve.parquet` (a row per
-evaluation) and `log.txt`. First every method of tier A is tried at every learning rate, on seeds of its own; the rate
-with the best area under the curve is that method's for all that follows.
+Each run has a folder, OUTPUT/TASK/METHOD/RATE/SEED, with `run.yaml` (its settings), `curve.parquet` (one row per
+evaluation) and `log.txt`. First, each method of tier A is trained with each learning rate, on seeds that are used only
+for this search. All further runs of the method use the rate with the best mean area under the learning curve.
 """
 
 import argparse
@@ -35,8 +35,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from ktae_trl.files.writing import replacing  # noqa: E402
 
 CURVE, RUN, LOG = "curve.parquet", "run.yaml", "log.txt"
-SEARCH = "rates"  # the stage that looks for learning rates, named as a tier
-# Column of a curve -> metric of an evaluation, and of a training step (whose mean since the last evaluation is taken).
+SEARCH = "rates"  # the learning-rate search, as the name of a tier
+# Column of a curve -> metric of an evaluation, or of a training step (the mean since the last evaluation).
 EVALUATED = {
     "accuracy": "eval_rewards/math_accuracy/mean",
     "boxed": "eval_rewards/boxed_format/mean",
@@ -60,7 +60,7 @@ TRAINED = {
 
 @dataclass(frozen=True)
 class Run:
-    """One training: where its results lie, and all that it is told."""
+    """One training run: the folder of its results, and its settings."""
 
     folder: Path
     told: dict  # task, method, tier, rate, seed, budget, evaluations, settings of the trainer
@@ -71,10 +71,10 @@ class Run:
 
     @property
     def done(self) -> bool:
-        """Whether its curve is there.
+        """Whether the run is finished.
 
         Raises:
-            ValueError: the folder holds a run that was told something else.
+            ValueError: the folder holds a run with other settings.
         """
         if not (self.folder / CURVE).exists():
             return False
@@ -82,26 +82,28 @@ class Run:
         different = [key for key in {*there, *self.told} - {"tier"} if there.get(key) != self.told.get(key)]
         if different:
             raise ValueError(
-                f"{self.folder} holds a run with other {', '.join(sorted(different))} than the config asks for: give "
-                "the config another `output`, or move that folder away"
+                f"{self.folder} holds a run with other settings than the config ({', '.join(sorted(different))}). Set "
+                "another `output` in the config, or move that folder away"
             )
         return True
 
     def curve(self) -> pd.DataFrame:
-        """Return its evaluations, and what it was told in each row."""
+        """Return the evaluations of the run, with its settings in each row."""
         told = {key: self.told[key] for key in ("task", "method", "rate", "seed", "budget", "evaluations")}
         return pd.read_parquet(self.folder / CURVE).assign(**told)
 
 
 def read_config(path: Path) -> dict:
-    """Read the config; raise a ValueError that names a method, task or tier which is not described."""
+    """Read the config; raise a ValueError if a method has an unknown tier or no learning rates."""
     config = yaml.safe_load(path.read_text())
     for name, method in config["methods"].items():
         if method["tier"] not in config["tiers"]:
-            raise ValueError(f"{path}: method {name!r} is of tier {method['tier']!r}; there are {[*config['tiers']]}")
+            raise ValueError(
+                f"{path}: method {name!r} has the unknown tier {method['tier']!r}. Tiers: {', '.join(config['tiers'])}"
+            )
         base = method.get("rate_of", name)
         if config["methods"].get(base, {}).get("tier") != "a":
-            raise ValueError(f"{path}: method {name!r} must be of tier a, or say `rate_of` a method that is")
+            raise ValueError(f"{path}: method {name!r} must be in tier a or have `rate_of` with a method of tier a")
     return config
 
 
@@ -130,7 +132,7 @@ def make_run(config: dict, task: str, method: str, rate: float, seed: int, tier:
 
 
 def search_runs(config: dict) -> list[Run]:
-    """Return the runs that look for learning rates."""
+    """Return the runs of the learning-rate search."""
     first = [name for name, method in config["methods"].items() if method["tier"] == "a"]
     return [
         make_run(config, task, method, rate, seed, SEARCH)
@@ -142,10 +144,10 @@ def search_runs(config: dict) -> list[Run]:
 
 
 def on_grid(curve: pd.DataFrame) -> pd.DataFrame:
-    """Return the curve at the even marks of its budget, between evaluations in a line.
+    """Return the curve at evenly spaced marks of its budget, interpolated linearly between evaluations.
 
-    A run ends with the step that exceeds the budget, by up to ten generations with dynamic sampling, and such a step
-    may pass several marks. So the curves of all methods are read at the same numbers of tokens.
+    This makes the curves of all methods comparable at the same numbers of tokens: a run ends with the step that exceeds
+    the budget (with dynamic sampling, by up to ten generations), and one step may pass several marks.
     """
     budget, marks = int(curve["budget"].iloc[0]), int(curve["evaluations"].iloc[0])
     grid, curve = np.linspace(0, budget, marks + 1), curve.sort_values("tokens")
@@ -154,20 +156,20 @@ def on_grid(curve: pd.DataFrame) -> pd.DataFrame:
 
 
 def area(curve: pd.DataFrame, column: str = "accuracy") -> float:
-    """Return the mean accuracy (or another column) over the budget: the area under the curve, by trapezoids."""
+    """Return the mean of a column over the budget: the area under the curve, by the trapezoidal rule."""
     values = on_grid(curve)[column].to_numpy()
     return float((values[1:] + values[:-1]).mean() / 2)
 
 
 def chosen_rates(config: dict) -> dict[tuple[str, str], float]:
-    """Return the learning rate of each (task, method) with the best mean area on the seeds of the search.
+    """Return for each (task, method) the learning rate with the best mean area on the seeds of the search.
 
     Raises:
-        ValueError: runs of the search are missing, so that rates would be compared on different seeds.
+        ValueError: runs of the search are missing, so the rates could not be compared on the same seeds.
     """
     runs = search_runs(config)
     if missing := [run.name for run in runs if not run.done]:
-        raise ValueError(f"The search for learning rates lacks {len(missing)} of {len(runs)} runs: {missing[0]}, ...")
+        raise ValueError(f"The learning-rate search lacks {len(missing)} of {len(runs)} runs: {missing[0]}, ...")
     areas = pd.DataFrame([{**run.told, "area": area(run.curve())} for run in runs])
     best = areas.groupby(["task", "method", "rate"]).area.mean().groupby(["task", "method"]).idxmax()
     return {
@@ -178,7 +180,7 @@ def chosen_rates(config: dict) -> dict[tuple[str, str], float]:
 
 
 def tier_runs(config: dict, tier: str) -> list[Run]:
-    """Return the runs of a tier, a seed after the other, so that what was stopped early has whole pairs."""
+    """Return the runs of a tier, seed by seed, so that an interrupted comparison has complete pairs."""
     described, rates = config["tiers"][tier], chosen_rates(config)
     methods = [name for name, method in config["methods"].items() if method["tier"] == tier]
     return [
@@ -203,12 +205,12 @@ def train(run: Run, threads: int) -> None:
     torch.set_num_threads(threads)
     variants.register()
     few = torch.zeros(1, 2, 1, dtype=torch.int32)
-    key_token_values(few, few == 0, torch.tensor([[True, False]]))  # compiled here, and not in the first step's time
+    key_token_values(few, few == 0, torch.tensor([[True, False]]))  # compiles, outside of the timed steps
     settings = {**run.told["settings"], "max_steps": 1_000_000, "eval_strategy": "no", "eval_on_start": True}
     settings |= {"save_strategy": "no", "logging_steps": 1, "report_to": "none", "disable_tqdm": True}
     trainer = build_trainer(*TrlParser((RunArguments, KTAEGRPOConfig, ModelConfig)).parse_dict(settings))
 
-    generated = 0  # tokens of training, all of them: also those that dynamic sampling throws away
+    generated = 0  # all tokens generated in training, including those that dynamic sampling discards
     generate = trainer._generate_single_turn
 
     def counting(*args, **kwargs):
@@ -222,7 +224,7 @@ def train(run: Run, threads: int) -> None:
     trainer._generate_single_turn = counting
     budget, marks = run.told["budget"], run.told["evaluations"]
 
-    # On a CPU the processor time of this process (of all its threads): what else the machine does does not count.
+    # On a CPU, the processor time of this process (all threads), which other processes do not affect.
     clock = time.process_time if trainer.accelerator.device.type == "cpu" else time.perf_counter
 
     class Curve(TrainerCallback):
@@ -258,8 +260,8 @@ def train(run: Run, threads: int) -> None:
 
 
 def train_apart(run: Run, launch: str | None, threads: int) -> float:
-    """Train in a process of its own, what it prints in its folder; return the last accuracy."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # so that what was started here is ended too
+    """Train in this worker process, with its output in the log of the run; return the final accuracy."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that `finally` ends the launched process
     run.folder.mkdir(parents=True, exist_ok=True)
     with (run.folder / LOG).open("w") as file:
         os.dup2(file.fileno(), 1)
@@ -273,24 +275,24 @@ def train_apart(run: Run, launch: str | None, threads: int) -> float:
             launched = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
             try:
                 if code := launched.wait():
-                    raise RuntimeError(f"{launch} ended with {code}")
+                    raise RuntimeError(f"{launch} ended with exit code {code}")
             finally:
                 launched.terminate()
         else:
             train(run, threads)
     except Exception:
-        traceback.print_exc()  # into the log
+        traceback.print_exc()  # written to the log
         raise
     return float(run.curve()["accuracy"].iloc[-1])
 
 
 def work_off(runs: list[Run], config: dict, title: str, console: Console) -> list[str]:
-    """Train what is not there yet, so many at once as the config says; return the names of runs that failed."""
+    """Train the unfinished runs, `processes` in parallel; return the names of the runs that failed."""
     waiting = [run for run in runs if not run.done]
-    console.print(f"[bold]{title}[/bold]: {len(runs)} runs, {len(runs) - len(waiting)} of them there")
+    console.print(f"[bold]{title}[/bold]: {len(runs)} runs, {len(runs) - len(waiting)} of them finished")
     failed = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    # A forked process has the imports already, and no trace of the run before.
+    # A process forked from the server has the imports already, but no state of earlier runs.
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["train", "variants"])
     with (
@@ -310,14 +312,14 @@ def work_off(runs: list[Run], config: dict, title: str, console: Console) -> lis
                 progress.advance(bar)
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():  # a run that is cut off is done again
+            for process in multiprocessing.active_children():  # an interrupted run starts again next time
                 process.terminate()
             raise
     return failed
 
 
 def prepare(config: dict, console: Console) -> None:
-    """Make the models and problems that are not there."""
+    """Make the models and problems that do not exist yet."""
     for name, task in config["tasks"].items():
         if "prepare" in task and not (ROOT / task["settings"]["model_name_or_path"] / "model.safetensors").exists():
             console.print(f"Making the model and the problems of {name}: {task['prepare']}")
@@ -327,16 +329,16 @@ def prepare(config: dict, console: Console) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, default=ROOT / "benchmarks" / "learning.yaml")
-    parser.add_argument("--tiers", nargs="+", help="only these, after the search for learning rates (default: all)")
-    parser.add_argument("--tasks", nargs="+", help="only these (default: all)")
-    parser.add_argument("--processes", type=int, help="in the place of the config's")
+    parser.add_argument("--tiers", nargs="+", help="tiers to run after the learning-rate search (default: all)")
+    parser.add_argument("--tasks", nargs="+", help="tasks to run (default: all)")
+    parser.add_argument("--processes", type=int, help="runs in parallel (default: as in the config)")
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)  # in the processes that `launch` starts
     arguments = parser.parse_args()
     if arguments.run:
         told = yaml.safe_load(arguments.run.read_text())
         train(Run(ROOT / told["settings"]["output_dir"], told), threads=int(os.environ.get("OMP_NUM_THREADS", 1)))
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
     console = Console()
     try:
         config = read_config(arguments.config)
@@ -344,13 +346,13 @@ def main() -> None:
             if asked := getattr(arguments, kind):
                 if unknown := set(asked) - set(config[kind]):
                     raise ValueError(
-                        f"No such {kind}: {', '.join(sorted(unknown))}. There are: {', '.join(config[kind])}"
+                        f"Unknown {kind}: {', '.join(sorted(unknown))}. Choose from: {', '.join(config[kind])}"
                     )
                 config[kind] = {name: config[kind][name] for name in asked}
         config["processes"] = arguments.processes or config["processes"]
         prepare(config, console)
         if failed := work_off(search_runs(config), config, "learning rates", console):
-            sys.exit(f"{len(failed)} runs failed: {', '.join(failed)}. The same command tries them again.")
+            sys.exit(f"{len(failed)} runs failed: {', '.join(failed)}. Run the same command to retry them.")
         for (task, method), rate in chosen_rates(config).items():
             tried = config["tasks"][task]["rates"]
             edge = " (at the edge of the list)" if rate in (min(tried), max(tried)) and len(tried) > 1 else ""
@@ -360,10 +362,10 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"learning.py: {error}")
     except KeyboardInterrupt:
-        console.print("\nStopped. The same command goes on.")
-        os._exit(130)  # at an ordinary exit the pool's thread would wait for the workers that were ended
+        console.print("\nStopped. Run the same command to resume.")
+        os._exit(130)  # on an ordinary exit, the pool's thread would wait for the terminated workers
     if failed:
-        sys.exit(f"{len(failed)} runs failed: {', '.join(failed)}. The same command tries them again.")
+        sys.exit(f"{len(failed)} runs failed: {', '.join(failed)}. Run the same command to retry them.")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Tables and plots of the learning benchmark, from its runs or from the results that were kept of them.
+"""Print tables and draw plots of the learning benchmark, from its runs or from the stored results.
 
-python benchmarks/learning_report.py                                            # of the results that the repository has
-python benchmarks/learning_report.py --config benchmarks/learning.yaml          # of the runs that are there
+python benchmarks/learning_report.py                                            # the results stored in the repository
+python benchmarks/learning_report.py --config benchmarks/learning.yaml          # the finished runs
 
-The seed is the unit: intervals are 95% t intervals over seeds, differences are between runs of the same seed, p-values
-are those of the exact test that flips the sign of each seed's difference, after Holm for the methods of a table.
+The unit is the seed. Intervals are 95% t intervals over seeds, and differences are between runs with the same seed.
+p-values come from the exact test that flips the sign of each seed's difference, with Holm's correction for the methods
+of a table.
 """
 
 import argparse
@@ -33,7 +34,7 @@ COLOURS = plt.get_cmap("tab10").colors
 
 
 def interval(values: np.ndarray) -> Estimate:
-    """Return the mean and its t interval; without a width if there is one value."""
+    """Return the mean and its 95% t interval; the bounds are NaN for a single value."""
     mean = float(np.mean(values))
     if len(values) < 2:
         return Estimate(mean, np.nan, np.nan)
@@ -42,7 +43,7 @@ def interval(values: np.ndarray) -> Estimate:
 
 
 def difference(one: pd.Series, other: pd.Series) -> Difference:
-    """Return how much `one` is above `other`, both by seed; seeds that one of them lacks are left out."""
+    """Return the paired difference `one - other`, both indexed by seed; only seeds in both are used."""
     seeds = sorted(set(one.index) & set(other.index))
     x, y = one[seeds].to_numpy(), other[seeds].to_numpy()
     if len(seeds) < 2:
@@ -58,9 +59,9 @@ def difference(one: pd.Series, other: pd.Series) -> Difference:
 
 
 def tokens_to(curve: pd.DataFrame, target: float) -> float:
-    """Return after how many tokens the accuracy first reaches the target, between evaluations in a line.
+    """Return after how many tokens the accuracy first reaches the target, interpolated linearly between evaluations.
 
-    Infinite if it does not within the budget.
+    Infinite if it does not reach the target within the budget.
     """
     tokens, accuracy = curve["tokens"].to_numpy(), curve["accuracy"].to_numpy()
     reached = np.flatnonzero(accuracy >= target)
@@ -75,20 +76,20 @@ def tokens_to(curve: pd.DataFrame, target: float) -> float:
 
 
 def collect(config: dict) -> pd.DataFrame:
-    """Return the curves of all runs that are there, the search for learning rates too."""
+    """Return the curves of all finished runs, including those of the learning-rate search."""
     runs = {SEARCH: search_runs(config)}
     if all(run.done for run in runs[SEARCH]):
         runs |= {tier: tier_runs(config, tier) for tier in config["tiers"]}
     curves = [run.curve().assign(tier=tier) for tier, some in runs.items() for run in some if run.done]
     if not curves:
-        raise ValueError(f"There is no run yet in {config['output']}: begin with benchmarks/learning.py")
+        raise ValueError(f"{config['output']} has no finished run. Run benchmarks/learning.py first")
     return pd.concat(curves, ignore_index=True)
 
 
 def outcomes(curves: pd.DataFrame) -> pd.DataFrame:
-    """Return a row a run: the area under its curve, how it ends (at the budget), and means over its training.
+    """Return one row per run: the area under its curve, its values at the end of the budget, and means over training.
 
-    Methods come in the order of the curves.
+    Methods are in the order of the curves.
     """
     rows = []
     for (tier, task, method, rate, seed), curve in curves.groupby(["tier", "task", "method", "rate", "seed"]):
@@ -117,7 +118,7 @@ def show(x: Estimate | Difference, scale: float = 100, digits: int = 1, sign: bo
 
 
 def compare(runs: pd.DataFrame, task: str, methods: list[str], against: str, column: str) -> dict[str, Difference]:
-    """Return how far these methods are above another, paired by seed; p-values are those after Holm."""
+    """Return the differences of these methods to `against`, paired by seed, with Holm-corrected p-values."""
     mine = runs[runs.task == task]
     found = {m: difference(by_seed(mine, task, m, column), by_seed(mine, task, against, column)) for m in methods}
     corrected = holm([d.p for d in found.values()])
@@ -125,7 +126,7 @@ def compare(runs: pd.DataFrame, task: str, methods: list[str], against: str, col
 
 
 def comparison_table(runs: pd.DataFrame, task: str, methods: list[str], against: str, *, p_values: bool) -> str:
-    """Return the area and the final accuracy of these methods, and their paired differences to another."""
+    """Return a table of area and final accuracy, with the paired differences to `against`."""
     differences = {column: compare(runs, task, methods, against, column) for column in ("area", "accuracy")}
     rows = []
     for method in [against, *methods]:
@@ -140,7 +141,7 @@ def comparison_table(runs: pd.DataFrame, task: str, methods: list[str], against:
 
 
 def habits_table(runs: pd.DataFrame, task: str, methods: list[str]) -> str:
-    """Return how far the mean length and entropy over the budget are above those of GRPO."""
+    """Return a table of the differences to GRPO in mean length and entropy over the budget."""
     digits = {"mean_length": 2, "mean_entropy": 4}
     found = {column: compare(runs, task, methods, BASELINE, column) for column in digits}
     own = [show(interval(by_seed(runs, task, BASELINE, column)), scale=1, digits=n) for column, n in digits.items()]
@@ -157,7 +158,7 @@ def show_difference(found: Difference, p_values: bool) -> str:
 
 
 def summary_table(runs: pd.DataFrame) -> str:
-    """Return how far each method is above GRPO in area, a column a task; p-values as in the tables of tasks."""
+    """Return a table of the differences to GRPO in area, one column per task; p-values as in the tables of tasks."""
     tasks, tiers = list(dict.fromkeys(runs.task)), [tier for tier in ("a", "control", "b") if tier in set(runs.tier)]
     rows = []
     for tier in tiers:
@@ -177,7 +178,7 @@ def summary_table(runs: pd.DataFrame) -> str:
 
 
 def quartiles(values: np.ndarray, digits: int = 0) -> str:
-    """Return the median and the quartiles of numbers of which some may be infinite: not reached."""
+    """Return the median and the quartiles of numbers; infinite ones are shown as "not reached"."""
     low, middle, high = np.quantile(values, [0.25, 0.5, 0.75], method="inverted_cdf")
     return f"{show_finite(middle, digits)} ({show_finite(low, digits)} to {show_finite(high, digits)})"
 
@@ -187,7 +188,7 @@ def show_finite(x: float, digits: int) -> str:
 
 
 def behaviour_table(curves: pd.DataFrame, runs: pd.DataFrame, task: str) -> str:
-    """Return speed (median and quartiles over seeds) and signs of ill health at the end (means and intervals)."""
+    """Return a table of speed (median and quartiles over seeds) and of the state at the end (means and intervals)."""
     mine, curves = runs[runs.task == task], curves[curves.task == task]
     start, end = (by_seed(mine, task, BASELINE, name).mean() for name in ("start_accuracy", "accuracy"))
     targets = (start + 0.8 * (end - start), end)
@@ -224,7 +225,7 @@ def behaviour_table(curves: pd.DataFrame, runs: pd.DataFrame, task: str) -> str:
 
 
 def rates_table(searched: pd.DataFrame) -> str:
-    """Return the mean area of each method at each learning rate."""
+    """Return a table of the mean area of each method at each learning rate."""
     means = searched.groupby(["task", "method", "rate"]).area.mean().unstack()
     rows = [
         [task, f"`{method}`", *("" if np.isnan(x) else f"**{x:.1%}**" if x == row.max() else f"{x:.1%}" for x in row)]
@@ -234,7 +235,7 @@ def rates_table(searched: pd.DataFrame) -> str:
 
 
 def band(axis: plt.Axes, curves: pd.DataFrame, x: str, y: str, label: str, colour) -> None:
-    """Draw the mean over seeds at the marks of the budget, with its 95% interval; over time, at the median time."""
+    """Draw the mean over seeds at the marks of the budget, with its 95% interval. x is the median over seeds."""
     read = pd.concat(
         [on_grid(curve).assign(n=range(curve.evaluations.iloc[0] + 1)) for _, curve in curves.groupby("seed")]
     )
@@ -245,7 +246,7 @@ def band(axis: plt.Axes, curves: pd.DataFrame, x: str, y: str, label: str, colou
 
 
 def plot_curves(curves: pd.DataFrame, path: Path) -> None:
-    """Draw accuracy and length over tokens and over time, and entropy; a row of panels a task."""
+    """Draw accuracy and length over tokens and over time, and entropy over tokens; one row of panels per task."""
     tasks, methods = list(dict.fromkeys(curves.task)), list(dict.fromkeys(curves.method))
     panels = [
         ("tokens", "accuracy", "generated tokens", "held-out accuracy"),
@@ -273,7 +274,7 @@ def plot_curves(curves: pd.DataFrame, path: Path) -> None:
 
 
 def plot_differences(runs: pd.DataFrame, path: Path) -> None:
-    """Draw each method's difference to GRPO in area, with its interval; a panel a task."""
+    """Draw each method's difference to GRPO in area, with its interval; one panel per task."""
     runs = runs[runs.tier != SEARCH]
     tasks = list(dict.fromkeys(runs.task))
     methods = [method for method in dict.fromkeys(runs.method) if method != BASELINE]
@@ -309,7 +310,7 @@ def plot_differences(runs: pd.DataFrame, path: Path) -> None:
 
 
 def report(curves: pd.DataFrame, runs: pd.DataFrame) -> str:
-    """Return all tables, as Markdown."""
+    """Return all tables as Markdown."""
     compared = runs[runs.tier != SEARCH]
     parts = [f"## Learning rates: mean area by rate\n\n{rates_table(runs[runs.tier == SEARCH])}"]
     if BASELINE in set(compared.method):
@@ -340,14 +341,14 @@ def report(curves: pd.DataFrame, runs: pd.DataFrame) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", type=Path, help="of the runs; without it the kept results are read")
+    parser.add_argument("--config", type=Path, help="config of the runs (default: read the stored results)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for results and plots")
     arguments = parser.parse_args()
     kept = arguments.output / "learning.parquet"
     try:
         curves = collect(read_config(arguments.config)) if arguments.config else pd.read_parquet(kept)
     except FileNotFoundError as error:
-        sys.exit(f"learning_report.py: there is no file {error.filename or kept}. Results of runs come from --config")
+        sys.exit(f"learning_report.py: {error.filename or kept} does not exist. To read the runs, give --config")
     except ValueError as error:
         sys.exit(f"learning_report.py: {error}")
     arguments.output.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What the shared prefix saves OAR-P: against whole sequences in batches of the same token budget.
+"""Measure how much time OAR-P saves by sharing prefixes, against whole sequences with the same token budget per batch.
 
 python benchmarks/oar_cost.py [--prompt 200] [--completion 200] [--budget 16384] [--repeats 3]
 """
@@ -18,7 +18,7 @@ from ktae_trl.rollouts.tools import Policy
 
 
 def naive(question: oar.Question, args, policy: Policy) -> torch.Tensor:
-    """Perturb each token in a whole copy of prompt and completion."""
+    """Return the influences by perturbing each token in a full copy of prompt and completion."""
     _, ids, at, _, reasoning = question
     rows = max(1, int(args.oar_token_budget // question.cost(policy.tokens_per_logits)))
     found = []

@@ -1,10 +1,10 @@
-"""The published accuracy of KTAE, and how sure its gains are by the number of problems alone.
+"""Print the published accuracy of KTAE with intervals for its gains, based on the number of problems alone.
 
 python benchmarks/published.py RESULTS.json
 
-RESULTS is the authors' table: per model `accuracy` and `mean_tokens` of each benchmark. Which problems a model solved
-was not published, so that the intervals are those of independent problems; on the same problems, as `eval.py compare`
-has them, they would be narrower.
+RESULTS is the authors' table: for each model, `accuracy` and `mean_tokens` per benchmark. It does not say which
+problems a model solved, so the intervals treat the two models' problems as independent. Paired intervals, as in
+`eval.py compare`, would be narrower.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def points(estimate) -> str:
 
 
 def gains(results: dict) -> str:
-    """Return the table in README."""
+    """Return the table as Markdown."""
     rows = []
     for names in PAIRS:
         parts = [[wilson(results[name]["accuracy"][b], n) for b, n in PROBLEMS.items()] for name in names]

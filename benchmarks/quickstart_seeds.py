@@ -1,8 +1,8 @@
-"""The quickstart with several seeds: held-out accuracy before and after, a run a line, and the means.
+"""Run the quickstart with several seeds; print held-out accuracy before and after, one line per run, and the means.
 
 python benchmarks/quickstart_seeds.py [--seeds 1 2 3] [--credit ktae none]
 
-Finished runs under runs/seeds are not repeated.
+Finished runs in runs/seeds are not repeated.
 """
 
 import argparse

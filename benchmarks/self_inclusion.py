@@ -1,9 +1,10 @@
-"""How much of K is self-inclusion: the vote of a rollout for its own label, on the recorded rollouts of a run.
+"""Measure how much of K is self-inclusion, the vote of a rollout for its own label, on the recorded rollouts of a run.
 
 python benchmarks/self_inclusion.py runs/quickstart [--shuffles 20]
 
-A run records with `record_steps`. K is computed as published and leaving the rollout out, with the labels as they are
-and with those of each group in random order, where nothing is to be found: what K says even then is self-inclusion.
+A run records rollouts with `record_steps`. K is computed with and without the rollout's own vote (`leave_one_out`),
+with the true labels and with the labels shuffled within each group. Shuffled labels carry no information, so what K
+still says about a rollout's own side is self-inclusion.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from ktae_trl.report.group_view import counted, split  # noqa: E402
 
 
 class Group(NamedTuple):
-    """The rollouts of a recorded group that could be judged; one group, so tensors of shape (1, G, ...)."""
+    """The scored rollouts of one recorded group, as tensors of shape (1, G, ...)."""
 
     ids: torch.Tensor
     mask: torch.Tensor
@@ -32,7 +33,7 @@ class Group(NamedTuple):
 
 
 def read(folder: Path) -> list[Group]:
-    """Return the recorded groups that have right and wrong rollouts."""
+    """Return the recorded groups with both correct and wrong rollouts."""
     groups = []
     for file in records.files(folder):
         record = records.read(file)
@@ -50,7 +51,7 @@ def read(folder: Path) -> list[Group]:
 
 
 def look(groups: list[Group], leave_one_out: bool, generator: np.random.Generator | None) -> dict[str, float]:
-    """Return figures of K over all tokens, with labels as they are, or shuffled within each group by `generator`."""
+    """Return statistics of K over all tokens, with the true labels or (with `generator`) labels shuffled per group."""
     K, right = [], []
     for group in groups:
         correct = group.correct
@@ -73,15 +74,15 @@ def look(groups: list[Group], leave_one_out: bool, generator: np.random.Generato
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="output_dir of a run that recorded rollouts")
+    parser.add_argument("run", type=Path, help="output_dir of a run with recorded rollouts")
     parser.add_argument("--shuffles", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     groups = read(arguments.run)
     if not groups:
-        sys.exit(f"self_inclusion.py: no recorded group of {arguments.run} has right and wrong rollouts")
+        sys.exit(f"self_inclusion.py: no recorded group of {arguments.run} has both correct and wrong rollouts")
     tokens = sum(int(group.mask.sum()) for group in groups)
-    print(f"{len(groups)} groups with right and wrong rollouts, {tokens:,} tokens, {arguments.shuffles} shuffles\n")
+    print(f"{len(groups)} groups with correct and wrong rollouts, {tokens:,} tokens, {arguments.shuffles} shuffles\n")
     found = {}
     for labels in ("as they are", "shuffled"):
         for leave_one_out in (False, True):
@@ -99,7 +100,7 @@ def main() -> None:
         ]
         print(f"{labels:14}{'yes' if leave_one_out else 'no':>14}" + "".join(f"{cell:>22}" for cell in cells))
     whole, chance = (np.mean(found[labels, False]["for the own side"]) for labels in ("as they are", "shuffled"))
-    print(f"\nOf the mean K for a rollout's own side, {chance / whole:.0%} is there with shuffled labels too.")
+    print(f"\nWith shuffled labels, mean K for a rollout's own side is {chance / whole:.0%} of that with true labels.")
 
 
 if __name__ == "__main__":

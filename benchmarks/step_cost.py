@@ -1,13 +1,13 @@
-"""What token credit costs a training step: each method against `credit: none`, and where the time of a step goes.
+"""Measure the cost of credit methods per training step, against `credit: none`, and the time of each phase of a step.
 
 python benchmarks/step_cost.py [ktae oar_g oar_p tree] [--steps 20] [--rounds 3]       # the quickstart
 python benchmarks/step_cost.py ktae oar_g --model 100m --steps 3 --rounds 1            # 100M parameters
 python benchmarks/step_cost.py ktae --config configs/NAME.yaml [-- --field value ...]  # any recipe
 
-The learning rate is 0, so that all runs sample from the same model (a tree takes other samples). Each run is a process
-of its own; the methods take turns. Where there is a GPU it runs there, in bf16. The models of 100M and
-500M parameters have random weights: what they generate is timed, and then replaced by solutions of the offline task,
-right and wrong ones, so that there is something to grade and to credit.
+The learning rate is 0, so that all runs sample from the same model (only tree sampling draws other samples). Each run
+has its own process, and the methods take turns. If the machine has a GPU, the runs use it, in bf16. The models with
+100M and 500M parameters have random weights: their generation is timed, and then replaced by correct and wrong
+solutions of the offline task, so that grading and credit have work to do.
 """
 
 import argparse
@@ -30,7 +30,7 @@ MODELS = {
     "100m": {"per_device_train_batch_size": 16, "max_completion_length": 48},
     "500m": {"per_device_train_batch_size": 16, "max_completion_length": 1024, "gradient_checkpointing": True},
 }
-# Of Qwen2, with random weights. The larger one is Qwen2.5-0.5B's.
+# Qwen2 configurations, used with random weights. 500m has the shape of Qwen2.5-0.5B.
 SHAPES = {
     "100m": {
         "hidden_size": 768,
@@ -53,7 +53,7 @@ SHAPES = {
 
 
 class Clock:
-    """Seconds of each phase; what a phase within another takes is not the other's. A GPU is waited for at each end."""
+    """Measure the seconds of each phase, without the phases nested in it. `wait` waits for the GPU at both ends."""
 
     def __init__(self, wait: Callable[[], None]):
         self.seconds: dict[str, float] = defaultdict(float)
@@ -100,7 +100,7 @@ def large_model(folder: str, shape: dict) -> None:
 
 
 def substitute(trainer) -> None:
-    """Let each generation take its time, and return solutions of the offline task in its place."""
+    """Run each generation as usual, but return solutions of the offline task in its place."""
     from ktae_trl import tiny
     from ktae_trl.data import load
     from ktae_trl.tiny import task
@@ -108,7 +108,7 @@ def substitute(trainer) -> None:
     tokenizer, generate = trainer.processing_class, trainer._generate_single_turn
     rows = list(load(str(tiny.TRAIN)))
     texts = iter(task.draw_solutions(rows * 20, seed=0))
-    joined = max(1, trainer.max_completion_length // 48)  # solutions one after the other fill a long completion
+    joined = max(1, trainer.max_completion_length // 48)  # several solutions fill a long completion
 
     def solutions(prompt_ids, *args, **kwargs):
         completion_ids, *rest = generate(prompt_ids, *args, **kwargs)
@@ -123,10 +123,10 @@ def _words(settings: dict) -> list[str]:
 
 
 def train(credit: str, steps: int, model: str, config: str, own: list[str]) -> dict:
-    """Train and return, per step, the seconds in all and in each phase, and the peak memory of this process.
+    """Train and return, per step, the seconds in total and in each phase, and the peak memory of this process.
 
     Args:
-        own: words of the command line, for what is not measured here.
+        own: further arguments for train.py.
     """
     sys.path.insert(0, str(ROOT))
     import torch
@@ -150,7 +150,7 @@ def train(credit: str, steps: int, model: str, config: str, own: list[str]) -> d
             "save_strategy": "no",
             "report_to": "none",
             "disable_tqdm": True,
-            "output_dir": "runs/step_cost",  # the quickstart's holds what a person may want to keep
+            "output_dir": "runs/step_cost",  # keeps the user's runs/quickstart intact
             "record_steps": 0,
             "use_cpu": not on_gpu,
             **({"bf16": True} if on_gpu else {}),
@@ -200,7 +200,7 @@ def train(credit: str, steps: int, model: str, config: str, own: list[str]) -> d
     trainer.add_callback(Steps())
     trainer.train()
     log = [entry for entry in trainer.state.log_history if "step_time" in entry]
-    warm = min(2, steps - 1)  # steps that warm up
+    warm = min(2, steps - 1)  # steps to warm up
     phases = {phase: [step.get(phase, 0.0) for step in steps_taken[warm:]] for phase in PHASES}
     return {
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
@@ -223,8 +223,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--model", choices=MODELS, default="quickstart")
-    parser.add_argument("--config", default="configs/quickstart.yaml", help="recipe; settings may follow after --")
-    parser.add_argument("--credit", help=argparse.SUPPRESS)  # set in the processes that this one starts
+    parser.add_argument("--config", default="configs/quickstart.yaml", help="recipe; further settings follow after --")
+    parser.add_argument("--credit", help=argparse.SUPPRESS)  # set by the parent process
     end = [*sys.argv, "--"].index("--")
     words, settings = sys.argv[1:end], sys.argv[end + 1 :]
     arguments = parser.parse_args(words)

@@ -1,4 +1,4 @@
-"""README's table of the GPUs on which `make test-gpu` was run, from the files that it writes.
+"""Print the table of GPUs on which `make test-gpu` was run, from the result files that it writes.
 
 python benchmarks/tested_where.py
 """

@@ -1,10 +1,10 @@
-"""What a tree costs and saves against GRPO with as many leaves, on the quickstart: tokens of a prompt, and step time.
+"""Compare tree sampling with GRPO with the same number of leaves, on the quickstart: tokens per prompt and step time.
 
 python benchmarks/tree_cost.py [--steps 20] [--pairs 3]
 
-A tree's leaves share their beginnings, so fewer tokens are generated, one depth after the other. The forward pass reads
-whole rows all the same. The learning rate is 0: all runs sample from the same model. Each run is a process of its own;
-the two kinds take turns.
+The leaves of a tree share their beginnings, so fewer tokens are generated, one depth at a time. The forward pass still
+reads full rows. The learning rate is 0, so that all runs sample from the same model. Each run has its own process, and
+the two methods take turns.
 """
 
 import argparse
@@ -20,11 +20,13 @@ LEAVES = 8  # the quickstart's num_generations; by default a tree has a branchin
 
 
 def run(credit: str, steps: int) -> dict:
-    """Train in a process of its own and return, per step, seconds and what a prompt takes."""
+    """Train in a subprocess; return for each step the seconds and the tokens per prompt."""
     command = [sys.executable, ROOT / "benchmarks/step_cost.py", "--credit", credit, "--steps", str(steps)]
     output = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
     result = json.loads(output.splitlines()[-1])
-    generated = [LEAVES * length for length in result["length"]]  # in a tree a row counts only the tokens it trains
+    generated = [
+        LEAVES * length for length in result["length"]
+    ]  # in a tree, the length of a row is its number of trained tokens
     return {
         "seconds a step": result["step"],
         "tokens generated for a prompt": generated,

@@ -1,6 +1,6 @@
-"""Forms of credit that the learning benchmark compares and the package does not offer, as credit methods by name.
+"""Credit methods for the learning benchmark that are not part of the package.
 
-`register()` makes them known to `KTAEGRPOConfig(credit=NAME)` in this process.
+After `register()`, `KTAEGRPOConfig(credit=NAME)` accepts them in this process.
 """
 
 from typing import ClassVar
@@ -16,9 +16,10 @@ from ktae_trl.credit.method import Credit, Groups
 
 
 class Scaled(KTAE):
-    """GRPO with advantages as large in the mean as KTAE's (`multiply`) here: A' = A mean|A_KTAE| / mean|A|.
+    """GRPO with advantages scaled to the mean size of KTAE's (`multiply`): A' = A mean|A_KTAE| / mean|A|.
 
-    What KTAE gains over this, it does not gain by their size. (Adam hardly minds that, so this is close to GRPO.)
+    A gain of KTAE over this method is not due to the size of its advantages. Adam is nearly invariant to that size, so
+    this method is close to GRPO.
     """
 
     name = "scaled"
@@ -36,7 +37,7 @@ class Scaled(KTAE):
 
 
 class Shuffled(KTAE):
-    """KTAE with the labels of each group in random order: the same class splits, no information."""
+    """KTAE with shuffled labels in each group: the same numbers of correct and wrong rollouts, but no information."""
 
     name = "shuffled"
 
@@ -46,7 +47,7 @@ class Shuffled(KTAE):
 
 
 class Centred(KTAE):
-    """KTAE less its mean over each rollout's tokens: within a rollout credit moves, none is added."""
+    """KTAE minus its mean over each rollout's tokens: credit moves within a rollout, but none is added."""
 
     name = "centred"
 
@@ -57,7 +58,7 @@ class Centred(KTAE):
 
 
 class Dense(KTAE):
-    """KTAE by tables over the vocabulary, with a variant of the formula."""
+    """KTAE computed with tables over the vocabulary, with a variant of the formula."""
 
     variant: ClassVar[dict[str, float]]
 
@@ -68,21 +69,21 @@ class Dense(KTAE):
 
 
 class Supported(Dense):
-    """KTAE with K = 0 for tokens that fewer than two rollouts of the group have."""
+    """KTAE with K = 0 for tokens that occur in fewer than two rollouts of the group."""
 
     name = "supported"
     variant = {"min_support": 2}
 
 
 class Smoothed(Dense):
-    """KTAE whose term frequencies count each token once more on each side, in the place of the 1e-5 of the ratio."""
+    """KTAE with add-one smoothing: each side counts each token once more, instead of the 1e-5 in the ratio."""
 
     name = "smoothed"
     variant = {"smoothing": 1.0}
 
 
 def _credit(groups: Groups, how: str, values_BT: Tensor) -> Credit:
-    """Return these values of the own rollouts with metrics as those of KTAE."""
+    """Return the credit of this process's rollouts, with KTAE's metrics."""
     g = groups
     table = key_token_table(g.ids_PGT, g.mask_PGT, g.correct_PG, scored=g.scored_PG, ignore_ids=g.special_ids)
     return Credit(values_BT, sums(groups, table, values_BT, how))
@@ -98,7 +99,10 @@ def dense_values(
     min_support: int = 1,
     smoothing: float = 0.0,
 ) -> Tensor:
-    """Return K of one group, (G, T), by tables as large as its largest id; without a variant, `key_token_values`'s."""
+    """Return K of one group, (G, T), from tables as large as its largest id.
+
+    With the default `min_support` and `smoothing`, it equals `key_token_values`.
+    """
     votes = mask_GT.any(1) & scored_G
     right, wrong = votes & correct_G, votes & ~correct_G
     n_right, n_wrong = int(right.sum()), int(wrong.sum())

@@ -1,10 +1,10 @@
-"""Make the word problems of the recipe `smollm2_135m`: sums of one and two steps with small numbers.
+"""Make the word problems of the recipe `smollm2_135m`: arithmetic with small numbers in one or two steps.
 
 python benchmarks/word_problems.py [ktae_trl/data/word_problems]
 
-For models of 100 to 500 million parameters, which GSM8K asks too much of: SmolLM2-135M-Instruct solves none of it in 96
-attempts at its problems of at most two steps. Training and held-out problems have the same forms, and no form the same
-numbers in both.
+They are for models of 100 to 500 million parameters, for which GSM8K is too difficult: SmolLM2-135M-Instruct failed in
+all of 96 attempts at GSM8K problems of at most two steps. Training and held-out problems have the same forms, but no
+form has the same numbers in both.
 """
 
 import argparse
@@ -30,7 +30,7 @@ class Form(NamedTuple):
     steps: int
     text: str
     answer: Callable[..., int]
-    largest: tuple[int, ...]  # of the numbers a, b, c, each at least 2
+    largest: tuple[int, ...]  # largest values of a, b, c; the smallest is 2
     holds: Callable[..., bool] = lambda *numbers: True
 
 
@@ -71,9 +71,9 @@ FORMS = (
 
 
 def problem(rng: random.Random) -> tuple[tuple, dict[str, str | int]]:
-    """Draw a problem `{"problem", "answer", "steps"}`; return its form and numbers, and the problem.
+    """Draw a problem and return its form with its numbers, and the row `{"problem", "answer", "steps"}`.
 
-    One in five has two steps, which a small model hardly solves.
+    One in five problems has two steps, which a small model rarely solves.
     """
     steps = 1 + (rng.random() < 0.2)
     form = rng.choice([form for form in FORMS if form.steps == steps])
@@ -88,7 +88,7 @@ def problem(rng: random.Random) -> tuple[tuple, dict[str, str | int]]:
 
 
 def problems() -> dict[str, list[dict[str, str | int]]]:
-    """Return the problems of each split; none comes twice, and none of one split with its numbers in the other."""
+    """Return the problems of each split. None is repeated, and the splits share no form with the same numbers."""
     rng, test, train = random.Random(0), {}, {}
     while len(test) < SIZES["test"]:
         numbers, row = problem(rng)

@@ -1,6 +1,6 @@
 """Token-level credit assignment for TRL's GRPO.
 
-Lazy, so that `import ktae_trl.grading` in a small worker process loads neither torch nor trl.
+The public names are imported on first use, so that `import ktae_trl.grading` loads neither torch nor trl.
 """
 
 import importlib

@@ -266,7 +266,7 @@ def main(words: Sequence[str] | None = None) -> None:
             COMMANDS[name](rest)
         sys.stdout.flush()
     except BrokenPipeError:
-        if name in ("train", "eval"):  # the work was interrupted, and the user must see it
+        if name in ("train", "eval") and not _HELP & set(rest):  # the work was interrupted, and the user must see it
             raise
         # The reader, such as `head`, closed the pipe. Without this, Python would report it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

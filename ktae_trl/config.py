@@ -1,4 +1,4 @@
-"""`KTAEGRPOConfig`: TRL's `GRPOConfig` and the few fields that token-level credit adds."""
+"""`KTAEGRPOConfig`: TRL's `GRPOConfig` plus the fields for token-level credit."""
 
 import functools
 import math
@@ -23,122 +23,123 @@ def _settings_of_methods() -> list[type]:
 @dataclass
 class KTAEGRPOConfig(*_settings_of_methods(), GRPOConfig):
     r"""
-    Configuration of `KTAEGRPOTrainer`: every field of TRL's `GRPOConfig`, and those below.
+    Configuration of `KTAEGRPOTrainer`: every field of TRL's `GRPOConfig`, the fields of the credit methods, and those
+    below.
 
-    What TRL's options mean once the advantages A' differ per token (`credit` other than `none`):
+    With `credit` other than `"none"`, each token has its own advantage A'. TRL's options then mean:
 
-    - `loss_type` `grpo`, `dapo`, `bnpo`, `dr_grpo`, `luspo`, `cispo`: the loss of a token takes that token's A'. With
-      `ktae_combine="add"` tokens of one rollout can pull in both directions.
-    - `epsilon` / `epsilon_high` and `delta`: which side of the ratio is clipped, and whether `delta` bounds it, goes by
-      the sign of the token's A'; so do the metrics `clip_ratio/...`.
-    - `loss_type` `sapo` and `vespo`: temperature, k and lambda are picked by the sign of the advantage, so per token.
-    - `off_policy_mask_threshold`: tokens with A' >= 0 are always kept, those with A' < 0 only if their rollout is near
-      the policy. TRL drops or keeps whole rollouts.
-    - `importance_sampling_level="sequence"`: the ratio is still one per rollout, but it is clipped against each
-      token's A'.
-    - `scale_rewards` and `reward_weights` shape the rollout advantage as ever; credit comes after them.
+    - `loss_type` `grpo`, `dapo`, `bnpo`, `dr_grpo`, `luspo`, `cispo`: the loss of a token uses its A'. With
+      `ktae_combine="add"`, A' can have different signs within a rollout.
+    - `epsilon`, `epsilon_high` and `delta`: the sign of the token's A' decides which side of the ratio is clipped and
+      whether `delta` applies. The metrics `clip_ratio/...` follow it.
+    - `loss_type` `sapo` and `vespo`: the sign of the token's A' selects temperature, k and lambda.
+    - `off_policy_mask_threshold`: tokens with A' >= 0 are always kept. Tokens with A' < 0 are kept only if their
+      rollout is close to the policy. TRL keeps or drops whole rollouts.
+    - `importance_sampling_level="sequence"`: the ratio is one per rollout, but the sign of each token's
+      A' decides how it is clipped.
+    - `scale_rewards` and `reward_weights` change the rollout advantage, before credit is applied.
 
     Parameters:
         credit (`str`, *optional*, defaults to `"ktae"`):
-            How tokens get credit: a name in `ktae_trl.credit.METHODS`, the dotted path of a method of your own, such as
-            `my_package.my_credit`, or `"none"` for TRL's GRPO, unchanged. The fields of each method are those of its
-            `Settings`.
+            Credit method: a name in `ktae_trl.credit.METHODS`, the dotted path of your own method, such as
+            `my_package.my_credit`, or `"none"` for TRL's GRPO. The fields of a method are those of its `Settings`.
         credit_in_evaluation (`bool`, *optional*, defaults to `False`):
-            Value tokens in evaluation too. Nothing trains on it: it gives the method's metrics for the held-out
-            problems, and an evaluation loss with token advantages.
+            Compute token credit in evaluation too. It adds the method's metrics for the held-out problems and gives an
+            evaluation loss with token advantages. It does not affect training.
         answer_format (`str`, *optional*, defaults to `"boxed"`):
-            Where a completion has its final answer: `"boxed"` (the last `\boxed{...}`), `"tag"`
+            Where the final answer of a completion is: `"boxed"` (the last `\boxed{...}`), `"tag"`
             (`<answer>...</answer>`), `"hash"` (a last line `#### ...`), `"last_number"`, or `"auto"` (the first of
-            these that is there). Read so by `math_accuracy`, `boxed_format`, the held-out measurement and OAR; a reward
-            function of yours with a parameter of this name gets it. What a model thinks (`<think>...</think>`) is no
-            answer.
+            these that is found). Text inside `<think>...</think>` is ignored. `math_accuracy`, `boxed_format`, the
+            held-out measurement and OAR use this format. It is passed to your own reward function if that has a
+            parameter of this name.
         grading_budget (`float`, *optional*, defaults to `60.0`):
-            Seconds that `math_accuracy` may take for 1,000 rollouts, at least 10 a call; `None` for no limit. Answers
-            take milliseconds, so only rollouts whose answers never end, such as towers of powers, use it up. What is
-            left then counts as wrong (metric `grading/budget`). The formula: `ktae_trl.grading.grade_many`.
+            Seconds that `math_accuracy` may take for 1,000 rollouts, with at least 10 seconds per call; `None` for no
+            limit. Grading an answer takes milliseconds, so only very costly answers, such as towers of powers, exceed
+            the budget. Rollouts that are not graded within it count as wrong (metric `grading/budget`). See
+            `ktae_trl.grading.grade_many` for the formula.
         correctness_reward (`str`, *optional*):
-            Name of the reward function that says which rollouts are right. Defaults to the first one. A rollout for
-            which it returns `None` is left out of the statistics.
+            Name of the reward function that decides which rollouts are correct. Defaults to the first one. A rollout
+            for which it returns `None` is left out of the statistics.
         correctness_threshold (`float | str`, *optional*, defaults to `0.0`):
-            A rollout is right if that reward is above this. `"auto"`: if it is above the mean of its group, for rewards
-            that have more than two values; a group whose rewards are all equal has no right and no wrong rollouts.
+            A rollout is correct if its correctness reward is above this number. `"auto"`, for rewards with more than
+            two values, compares it to the mean of the rollout's group. A group whose rewards are all equal then has
+            neither correct nor wrong rollouts.
         reward_timeout (`float`, *optional*):
-            Seconds that a call of a reward function, with the whole batch of a process, may take. A call that takes
-            longer ends the run with an error that names the function and the completion. By default a call may take any
-            time; after a minute, and again after two, four and so on, a line says what is waited for.
+            Maximum seconds for one call of a reward function with the whole batch of a process. A longer call ends the
+            run with an error that names the function and the completion. There is no limit by default. A call of more
+            than one minute is logged, and again after two minutes, four minutes and so on.
         dynamic_sampling (`bool`, *optional*, defaults to `False`):
-            Replace prompts whose rollouts are all right or all wrong by the next ones of the training set, until the
-            generation batch is full of groups with both (DAPO). The optimizer steps stay as many as ever; they use
-            more prompts.
+            Replace prompts whose rollouts are all correct or all wrong with the next prompts of the training set, until
+            every group of the generation batch has both (DAPO). The number of optimizer steps does not change, but more
+            prompts are used.
         dynamic_sampling_max_batches (`int`, *optional*, defaults to `10`):
-            Generate at most so many batches to fill one. What is still missing then is filled with other groups.
+            Generate at most this many batches to fill one. If there are still too few groups with both correct and
+            wrong rollouts, other groups fill the batch.
         allow_inexact_resume (`bool`, *optional*, defaults to `False`):
-            Resume also from a checkpoint that lacks its optimizer and learning-rate schedule, its random numbers, or
-            the rollouts still to be trained on, as one of another trainer does: what is missing starts anew.
+            Also resume from a checkpoint without the optimizer and learning-rate schedule, the random states, or the
+            rollouts still to be trained on, such as a checkpoint of another trainer. Missing parts start from scratch.
         record_steps (`int`, *optional*, defaults to `0`):
-            Record rollouts, with the value and the advantage of every token, once in so many optimizer steps, in
-            `output_dir/rollouts`, for `ktae report` and for pandas. 0 records none. A run of more than 100 records is
-            recorded less often.
+            Record rollouts every N optimizer steps (0: never), with the value and advantage of every token, in
+            `output_dir/rollouts`. `ktae report` and pandas read them. A run has at most 100 records; a run that would
+            have more is recorded less often.
         record_groups (`int`, *optional*, defaults to `16`):
-            Groups in a record at most; those whose right and wrong rollouts are nearest to half and half come first.
+            Maximum number of groups in a record. Groups in which about half of the rollouts are correct come first.
     """
 
     credit: str = field(
         default="ktae",
         metadata={
-            "help": f"How tokens get credit: {', '.join(METHODS)}, none (TRL's GRPO), or a dotted path of your own."
+            "help": f"Credit method: {', '.join(METHODS)}, none (TRL's GRPO), or the dotted path of your own method."
         },
     )
     credit_in_evaluation: bool = field(
         default=False,
-        metadata={"help": "Value tokens in evaluation too, for the method's metrics there; nothing trains on it."},
+        metadata={"help": "Compute token credit in evaluation too, for its metrics. Does not affect training."},
     )
     answer_format: str = field(
         default="boxed",
-        metadata={"help": f"Where a completion has its final answer: {', '.join(map(repr, ANSWER_FORMATS))}."},
+        metadata={"help": f"Where the final answer of a completion is: {', '.join(map(repr, ANSWER_FORMATS))}."},
     )
     grading_budget: float | None = field(
-        default=BUDGET, metadata={"help": "Seconds that grading 1,000 rollouts may take; null for no limit."}
+        default=BUDGET, metadata={"help": "Maximum seconds to grade 1,000 rollouts; null for no limit."}
     )
     correctness_reward: str | None = field(
         default=None,
-        metadata={"help": "Reward function that says which rollouts are right. Defaults to the first one."},
+        metadata={"help": "Reward function that decides which rollouts are correct. Defaults to the first one."},
     )
-    # With None in it the parser takes words; `float | str` it would read as float.
+    # None in the type makes the parser keep strings. It would parse `float | str` as float.
     correctness_threshold: float | str | None = field(
         default=0.0,
         metadata={
-            "help": "A rollout is right if its correctness reward is above this number, or 'auto': above the mean of "
-            "its group."
+            "help": "A rollout is correct if its correctness reward is above this number ('auto': the mean of its "
+            "group)."
         },
     )
     reward_timeout: float | None = field(
         default=None,
-        metadata={"help": "Seconds that a call of a reward function may take; a longer one ends the run."},
+        metadata={"help": "Maximum seconds for a call of a reward function. A longer call ends the run."},
     )
     dynamic_sampling: bool = field(
         default=False,
-        metadata={"help": "Replace prompts whose rollouts are all right or all wrong by further ones (DAPO)."},
+        metadata={"help": "Replace prompts whose rollouts are all correct or all wrong (DAPO)."},
     )
     dynamic_sampling_max_batches: int = field(
-        default=10, metadata={"help": "Generate at most so many batches to fill one."}
+        default=10, metadata={"help": "Generate at most this many batches to fill one."}
     )
     allow_inexact_resume: bool = field(
         default=False,
-        metadata={"help": "Resume also from a checkpoint that lacks parts other than the model; they start anew."},
+        metadata={"help": "Also resume from a checkpoint that lacks parts other than the model."},
     )
-    record_steps: int = field(
-        default=0, metadata={"help": "Record rollouts once in so many optimizer steps; 0 records none."}
-    )
-    record_groups: int = field(default=16, metadata={"help": "Groups in a record at most."})
+    record_steps: int = field(default=0, metadata={"help": "Record rollouts every N optimizer steps (0: never)."})
+    record_groups: int = field(default=16, metadata={"help": "Maximum number of groups in a record."})
 
     def __new__(cls, *args, credit: str | None = None, **kwargs):
-        # A user's method brings its own fields.
+        # A user's own method adds its fields to the class.
         return super().__new__(with_settings_of(cls, credit or cls.credit))
 
     def __post_init__(self):
         self._check_generation_batch()
-        # TRL sets the one that is not given, for the processes that were started.
+        # Before `super()`, which sets it from the number of processes if it is None.
         self.fixed_generation_batch = self.generation_batch_size is not None
         super().__post_init__()
         method = find_method(self.credit)
@@ -151,7 +152,7 @@ class KTAEGRPOConfig(*_settings_of_methods(), GRPOConfig):
                 raise UserError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if self.reward_timeout is not None and not 0 < self.reward_timeout < math.inf:
             raise UserError(
-                f"reward_timeout must be a number of seconds above 0, or None for no limit, not {self.reward_timeout}"
+                f"reward_timeout must be a positive number of seconds, or None for no limit, not {self.reward_timeout}"
             )
         check_format(self.answer_format)
         check_budget("grading_budget", self.grading_budget)
@@ -159,30 +160,30 @@ class KTAEGRPOConfig(*_settings_of_methods(), GRPOConfig):
         method.check_run(self)
 
     def _check_generation_batch(self) -> None:
-        # Before TRL's own check, whose message has the product only. The launcher sets the number of processes.
+        # Before TRL's check, whose message has only the product. The launcher sets WORLD_SIZE.
         processes = int(os.environ.get("WORLD_SIZE", 1))
         steps = self.steps_per_generation or self.gradient_accumulation_steps
         rollouts = self.generation_batch_size or self.per_device_train_batch_size * processes * steps
         if self.num_generations > 0 and rollouts % self.num_generations:
-            arithmetic = f"{rollouts} rollouts (generation_batch_size)"
+            arithmetic = f"{rollouts} rollouts. Set generation_batch_size to a multiple of {self.num_generations}"
             if self.generation_batch_size is None:
                 name = "steps_per_generation" if self.steps_per_generation else "gradient_accumulation_steps"
                 enough = steps * self.num_generations // math.gcd(rollouts, self.num_generations)
                 arithmetic = (
                     f"{self.per_device_train_batch_size} (per_device_train_batch_size) x {processes} (processes) x "
-                    f"{steps} ({name}) = {rollouts} rollouts; with {name}={enough} they would"
+                    f"{steps} ({name}) = {rollouts} rollouts. Set {name}={enough}"
                 )
             raise UserError(
-                f"A generation must hold whole groups of {self.num_generations} rollouts (num_generations), but has "
-                f"{arithmetic}"
+                f"A generation must consist of whole groups of {self.num_generations} rollouts (num_generations), but "
+                f"has {arithmetic}"
             )
 
 
 def with_settings_of(config: type[KTAEGRPOConfig], credit: str) -> type[KTAEGRPOConfig]:
-    """Return the config class with the fields of a credit method, which those of the package have from the start.
+    """Return the config class with the fields of a credit method. The package's own methods need no extension.
 
     Raises:
-        ValueError: no such method, or one of its fields has the name of a field that is there already.
+        UserError: the method is unknown, or one of its fields has the name of an existing field.
     """
     settings = find_method(credit).Settings
     return config if issubclass(config, settings) else _extended(config, settings, credit)
@@ -195,10 +196,10 @@ def _extended(config: type[KTAEGRPOConfig], settings: type, credit: str) -> type
     taken = {own.name for own in fields(config)} - shared
     if both := [own.name for own in fields(settings) if own.name in taken]:
         raise UserError(
-            f"credit={credit!r} has settings with names that the config has already: {', '.join(both)}. Rename them"
+            f"credit={credit!r} has settings whose names already exist in the config: {', '.join(both)}. Rename them"
         )
 
-    def reduce(self):  # for pickle, which does not find a class that is made here
+    def reduce(self):  # pickle cannot find a class that is created at run time
         return _restored, (config, self.credit, vars(self))
 
     return make_dataclass(config.__name__, [], bases=(settings, config), namespace={"__reduce__": reduce})
@@ -216,7 +217,6 @@ class _Chosen:
 
 
 def config_class(words: Sequence[str], program: str) -> type[KTAEGRPOConfig]:
-    """Return the config class for a command line, with the fields of the credit method that it names, if only in the
-    file after `--config`."""
+    """Return the config class with the fields of the credit method that a command line, or its config file, names."""
     (chosen,) = parse((_Chosen,), program, words, others=True)
     return with_settings_of(KTAEGRPOConfig, chosen.credit)

@@ -1,4 +1,4 @@
-r"""Reward functions in TRL's form, and how recipes name them."""
+r"""Reward functions with TRL's signature, and loading them by the names in a recipe."""
 
 import functools
 import inspect
@@ -16,7 +16,7 @@ from ktae_trl.grading import BUDGET, answered, find_answer, grade_many_full
 from ktae_trl.training import reward_calls
 
 logger = logging.getLogger(__name__)
-# Names, as the trainer knows them, of functions here and in TRL that shape the reward but do not say what is right.
+# Functions here and in TRL that shape the reward but do not check the answer, by the names that the trainer uses.
 SHAPING = {"boxed_format", "soft_overlong_punishment_reward", "think_format_reward", "repetition_penalty_reward"}
 
 _TROUBLE = {
@@ -39,19 +39,18 @@ def math_accuracy(
     log_metric=None,
     **kwargs,
 ) -> list[float | None]:
-    r"""Reward 1 if the final answer is right, 0 if not, None if no accepted answer can be parsed.
+    r"""Return 1 if the final answer is correct, 0 if it is wrong, and None if no accepted answer can be parsed.
 
     Args:
-        completions: texts, or TRL's conversations of which the last message counts.
-        solution: per completion the accepted answer or answers.
-        prompts: texts, or conversations. Of texts, one that ends with an open `<think>` is seen.
-        answer_format: where the answer stands (see `ktae_trl.grading.find_answer`). The trainer gives its own.
-        opened_think: whether the chat template ends each prompt with an open `<think>`. The trainer knows.
-        grading_budget: seconds that 1,000 completions may take (see `ktae_trl.grading.grade_many`). The trainer gives
-            its own.
-        log_extra, log_metric: given by the trainer. The table of completions gets the columns `extracted` and
-            `grading`, the metrics the shares of rollouts that could not be scored (`grading/unscorable`), or whose
-            answer could not be parsed (`unparsable`), took too long (`timeouts`), ended its worker
+        completions: strings, or conversations as TRL passes them, of which the last message counts.
+        solution: for each completion, the accepted answer or answers.
+        prompts: strings or conversations. Strings are checked for an open `<think>` at their end.
+        answer_format: where the answer is (see `ktae_trl.grading.find_answer`). Set by the trainer.
+        opened_think: whether the chat template ends each prompt with an open `<think>`. Set by the trainer.
+        grading_budget: seconds per 1,000 completions (see `ktae_trl.grading.grade_many`). Set by the trainer.
+        log_extra, log_metric: passed by the trainer. They add the columns `extracted` and `grading` to the table of
+            completions, and these metrics: the share of rollouts that could not be scored (`grading/unscorable`), and
+            the shares whose answer could not be parsed (`unparsable`), timed out (`timeouts`), ended its worker
             (`worker_deaths`) or was not compared (`budget`).
     """
     texts = texts_of(completions, prompts, opened_think)
@@ -73,27 +72,27 @@ def boxed_format(
     opened_think: bool = False,
     **kwargs,
 ) -> list[float]:
-    r"""Reward 1 for a completion that has an answer where `answer_format` reads it, whatever the answer is, else 0.
+    r"""Return 1 if the completion has an answer in `answer_format`, correct or not, else 0.
 
-    By default a last `\boxed{...}` that is complete.
+    By default, the answer is a complete last `\boxed{...}`.
     """
     texts = texts_of(completions, prompts, opened_think)
     return [float(find_answer(text, answer_format) is not None) for text in texts]
 
 
 def for_run(functions: list[Callable], names: Sequence[str], args, opened_think: bool) -> list[Callable]:
-    """Return the reward functions of a run: with its settings, and with their time and what they return checked.
+    """Return the reward functions of a run, bound to its settings, with checks of their time and return values.
 
     Args:
-        functions: of TRL's form, or models.
-        names: of them, as metrics and messages have them.
+        functions: functions with TRL's signature, or reward models.
+        names: their names in metrics and messages.
         args: a `KTAEGRPOConfig`.
         opened_think: whether the chat template ends prompts with an open `<think>`.
     """
     if args.correctness_reward is None and names[0] in SHAPING:
         logger.warning(
-            "%s decides which rollouts are right, because it comes first, but it only shapes the reward. Set "
-            "correctness_reward to the function that says what is right",
+            "%s decides which rollouts are correct because it is the first reward function, but it only shapes the "
+            "reward. Set correctness_reward to the reward function that checks the answer",
             names[0],
         )
     settings = {
@@ -110,15 +109,16 @@ def for_run(functions: list[Callable], names: Sequence[str], args, opened_think:
 
 
 def bind(reward_func: Callable, **settings) -> Callable:
-    """Give a reward function those of the run's settings that it has parameters for, such as `answer_format`."""
+    """Bind the settings of the run that a reward function has parameters for, such as `answer_format`."""
     wanted = {name: settings[name] for name in inspect.signature(reward_func).parameters if name in settings}
     return functools.partial(reward_func, **wanted) if wanted else reward_func
 
 
 def opens_think(tokenizer, chat_template: str | None, chat_template_kwargs: dict) -> bool:
-    """Say whether a chat template ends prompts with an open `<think>` that the reward functions do not see.
+    """Return whether the chat template ends prompts with an open `<think>` that the completions then lack.
 
-    They do not see thinking at all where the tokenizer has a response template: TRL hands them what comes after it.
+    False if the tokenizer has a response template, because TRL then passes reward functions only the text after the
+    thinking.
     """
     if not (chat_template or tokenizer.chat_template) or getattr(tokenizer, "response_template", None) is not None:
         return False
@@ -128,22 +128,23 @@ def opens_think(tokenizer, chat_template: str | None, chat_template_kwargs: dict
 
 
 def load_rewards(names: str | Sequence[str], *, max_completion_length: int, overlong_buffer: int) -> list[Callable]:
-    """Return the reward functions that a recipe names.
+    """Return the reward functions with the given names.
 
     Args:
-        names: one or more of `math_accuracy`, `boxed_format`, `soft_overlong` (DAPO's length penalty, from TRL: 0 up to
-            `max_completion_length - overlong_buffer` tokens, falling to -1 at `max_completion_length`), or the dotted
-            path of any function of this form, such as `my_package.rewards.brevity`, found from the working directory.
+        names: one or more of `math_accuracy`, `boxed_format` and `soft_overlong` (DAPO's length penalty, from TRL: 0 up
+            to `max_completion_length - overlong_buffer` tokens, falling to -1 at `max_completion_length`), or the
+            dotted path of any function with TRL's signature, such as `my_package.rewards.brevity`. Modules are also
+            searched in the working directory.
 
     Raises:
-        ValueError: an unknown name, two functions of one name, or a buffer that `soft_overlong` cannot use.
-        ImportError: a dotted path that leads to no function, or whose module fails when it is imported.
+        ValueError: a name is unknown, two functions have the same name, or `soft_overlong` cannot use the buffer.
+        ImportError: a dotted path does not lead to a function, or its module fails to import.
     """
     names = [names] if isinstance(names, str) else names
     if "soft_overlong" in names and not 0 < overlong_buffer < max_completion_length:
         raise UserError(
-            f"overlong_buffer must lie between 0 and max_completion_length ({max_completion_length}) for soft_overlong "
-            f"to leave some lengths unpunished, not {overlong_buffer}"
+            f"overlong_buffer must be above 0 and below max_completion_length ({max_completion_length}) for "
+            f"soft_overlong, not {overlong_buffer}"
         )
     builtin = {
         "math_accuracy": lambda: math_accuracy,
@@ -151,20 +152,20 @@ def load_rewards(names: str | Sequence[str], *, max_completion_length: int, over
         "soft_overlong": lambda: _soft_overlong(max_completion_length, overlong_buffer),
     }
     functions = [builtin[name]() if name in builtin else _imported(name, builtin) for name in names]
-    called: dict[str, str] = {}  # by its name in metrics: its name in the recipe
+    called: dict[str, str] = {}  # name in metrics -> name in the recipe
     for name, function in zip(names, functions, strict=True):
         own = get_callable_name(function)
         if own in called:
             raise UserError(
-                f"reward_funcs: {called[own]} and {name} are both called {own!r}, so that their metrics "
-                f"(rewards/{own}/mean) would be mixed. Rename one of the functions, or name it once"
+                f"reward_funcs: {called[own]} and {name} are both called {own!r}, so their metrics "
+                f"(rewards/{own}/mean) would be mixed. Rename one of the functions, or list it only once"
             )
         called[own] = name
     return functions
 
 
 def _soft_overlong(max_completion_length: int, overlong_buffer: int) -> Callable:
-    from trl.rewards import get_soft_overlong_punishment  # a run without it needs no such function in TRL
+    from trl.rewards import get_soft_overlong_punishment  # imported here because only soft_overlong needs it
 
     return get_soft_overlong_punishment(max_completion_length, overlong_buffer)
 
@@ -177,22 +178,22 @@ def _imported(path: str, builtin: Iterable[str]) -> Callable:
         )
     function = imported(path, "The reward function")
     if not callable(function) or isinstance(function, type):
-        kind = "a class: name an object of it" if isinstance(function, type) else f"a {type(function).__name__}"
-        raise NotImportedError(f"The reward function {path!r} could not be imported: it is no function but {kind}")
+        kind = "a class; name an instance of it" if isinstance(function, type) else f"a {type(function).__name__}"
+        raise NotImportedError(f"The reward function {path!r} could not be imported: it is not a function but {kind}")
     return function
 
 
 def reads_answers(function: Callable) -> bool:
-    """Return whether a reward function looks for the answer in the form that the run asks for."""
+    """Return whether a reward function has the parameter `answer_format`, so that it reads answers."""
     return not isinstance(function, torch.nn.Module) and "answer_format" in inspect.signature(function).parameters
 
 
 def checked(function: Callable, name: str, seconds: float | None = None) -> Callable:
-    """Return the reward function (asynchronous or not) with its time and what it returns checked.
+    """Return the reward function (synchronous or asynchronous) with checks of its time and return values.
 
     Args:
-        name: as metrics and messages have it.
-        seconds: that a call may take (`reward_timeout`), None for any time. See `reward_calls.call`.
+        name: its name in metrics and messages.
+        seconds: limit on the time of a call (`reward_timeout`); None for no limit. See `reward_calls.call`.
     """
 
     @functools.wraps(function)
@@ -209,11 +210,11 @@ def checked(function: Callable, name: str, seconds: float | None = None) -> Call
 
 
 def check_values(values, name: str, completions: int) -> list[float | None]:
-    """Return the rewards as a list of numbers, None where there is none. NaN passes: TRL takes it for None.
+    """Return the rewards as a list with a number or None per completion. NaN is allowed: TRL treats it as None.
 
     Raises:
-        ValueError: they are not one number or None per completion, or one is infinite, if only in the single precision
-            that TRL computes with. The message names the function and the completion.
+        ValueError: there is not one number or None per completion, or a reward is infinite in the float32 that TRL
+            computes with. The message names the function and the index of the completion.
     """
     wanted = f"must return a list with a number or None for each of the {completions} completions"
     if isinstance(values, str) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0:
@@ -224,32 +225,33 @@ def check_values(values, name: str, completions: int) -> list[float | None]:
     numbers = []
     for i, value in enumerate(values):
         try:
-            if value is not None and not hasattr(value, "__float__"):  # float() would read texts
+            if value is not None and not hasattr(value, "__float__"):  # float() would accept strings
                 raise TypeError
             numbers.append(None if value is None else float(value))
-        except OverflowError:  # of an integer
+        except OverflowError:  # a large integer
             numbers.append(math.inf)
         except (TypeError, ValueError, RuntimeError):
             kind = type(value).__name__
             raise UserError(
-                f"The reward function {name!r} {wanted}, but value {i} is of type {kind}: {str(value)[:80]}"
+                f"The reward function {name!r} {wanted}, but the value at index {i} is of type {kind}: "
+                f"{str(value)[:80]}"
             ) from None
         if value is not None and abs(numbers[i]) > torch.finfo(torch.float32).max:
             raise UserError(
-                f"The reward function {name!r} must return finite numbers, but value {i} of the {completions} is "
-                f"{numbers[i]:g}: one such reward turns the advantages of its group into NaN. Return None where there "
-                "is no reward"
+                f"The reward function {name!r} must return finite numbers, but the value at index {i} (of "
+                f"{completions}) is {numbers[i]:g}, which would turn the advantages of its group into NaN. Return None "
+                "for a completion that has no reward"
             )
     return numbers
 
 
 def texts_of(completions: list, prompts: list | None = None, opened_think: bool = False) -> list[str]:
-    """Return the texts of completions as `find_answer` must read them.
+    """Return the texts of completions as `find_answer` expects them.
 
     Args:
-        completions: texts, or conversations of which the last message counts.
-        prompts: texts, of which one that ends with an open `<think>` is seen, or conversations.
-        opened_think: whether the chat template ends prompts so.
+        completions: strings, or conversations of which the last message counts.
+        prompts: strings, which are checked for an open `<think>` at their end, or conversations.
+        opened_think: for conversations, whether the chat template ends prompts with an open `<think>`.
     """
     texts = [c if isinstance(c, str) else _content(c[-1]) for c in completions]
     starts = prompts if prompts and isinstance(prompts[0], str) else ["<think>" if opened_think else ""] * len(texts)
@@ -257,6 +259,6 @@ def texts_of(completions: list, prompts: list | None = None, opened_think: bool 
 
 
 def _content(message: dict) -> str:
-    """Return the text of a message; one that only calls a tool has none, and one may hold text in parts."""
+    """Return the text of a message: joined if it is in parts, empty if the message only calls a tool."""
     content = message.get("content") or ""
     return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)

@@ -1,4 +1,4 @@
-"""`KTAEGRPOTrainer`: TRL's `GRPOTrainer` with an advantage per token. Hooks only; the mathematics is in `credit`."""
+"""`KTAEGRPOTrainer`: TRL's `GRPOTrainer` with an advantage for each token. The mathematics is in `credit`."""
 
 from pathlib import Path
 
@@ -31,18 +31,19 @@ from ktae_trl.training.trackers import send_sample
 
 class KTAEGRPOTrainer(GRPOTrainer):
     """
-    GRPO in which each token of a completion gets its own advantage.
+    GRPO with an advantage for each token of a completion.
 
-    A drop-in for TRL's `GRPOTrainer`: the same arguments, with a `KTAEGRPOConfig` in place of the `GRPOConfig`. After
-    each generation the credit method (`args.credit`) looks at the whole groups, right and wrong rollouts together, and
-    values every token; the loss then combines the rollout advantages with these values. With `credit="none"` it is
-    TRL's GRPO, bit for bit.
+    It replaces TRL's `GRPOTrainer` and takes the same arguments, with a `KTAEGRPOConfig` instead of a `GRPOConfig`.
+    After each generation, the credit method (`args.credit`) computes a value for every token from whole groups of
+    correct and wrong rollouts. The loss combines these values with the rollout advantages. With `credit="none"`, the
+    trainer is identical to TRL's, bit for bit.
 
-    A resumed run trains exactly as one that was not interrupted, at any optimizer step and in any epoch, also of a
-    stream (stock TRL regenerates in the middle of a generation cycle and replays the first epoch's order). Each
-    checkpoint therefore holds, per process, the rollouts that are still to be trained on, and the settings that shape
-    training: a changed one is named, with what is in effect, or refused (`ktae_trl.training.changes`). Not restored:
-    the state of a vLLM sampler, and a reference model changed by `sync_ref_model`.
+    A resumed run trains exactly like an uninterrupted one, from any optimizer step and epoch, with streamed datasets
+    too. (When TRL's trainer resumes within a generation cycle, it generates new rollouts, and it repeats the prompt
+    order of the first epoch.) For this, each checkpoint stores the rollouts of each process that are still to be
+    trained on, and the settings that affect training. When a run resumes with a changed setting, the setting is
+    reported with the value in effect, or refused (`ktae_trl.training.changes`). The state of a vLLM sampler and a
+    reference model updated by `sync_ref_model` are not restored.
 
     Example:
 
@@ -62,7 +63,7 @@ class KTAEGRPOTrainer(GRPOTrainer):
     ```
     """
 
-    resumed_from: str | None = None  # the checkpoint that the last training resumed from
+    resumed_from: str | None = None  # the checkpoint from which the last call of `train` resumed
 
     def __init__(self, model, reward_funcs=None, args: KTAEGRPOConfig | None = None, *positional, **kwargs):
         if args is None:
@@ -70,13 +71,13 @@ class KTAEGRPOTrainer(GRPOTrainer):
             args = KTAEGRPOConfig(f"{name.rstrip('/').split('/')[-1]}-KTAE")
         if not isinstance(args, KTAEGRPOConfig):
             raise TypeError(
-                f"args must be a KTAEGRPOConfig, which takes the same arguments, not a {type(args).__name__}"
+                f"args must be a KTAEGRPOConfig, not a {type(args).__name__}. KTAEGRPOConfig takes the same arguments"
             )
-        self._tag_names = [*GRPOTrainer._tag_names, *find_method(args.credit).card.tags]  # of the model
+        self._tag_names = [*GRPOTrainer._tag_names, *find_method(args.credit).card.tags]  # tags of the model card
         if args.use_vllm and not is_vllm_available():
             raise NotImportedError(
-                f"use_vllm is set, but vLLM is not installed. Install it, for GPUs: {pip_install('vllm')}. "
-                "Or set use_vllm to false, to generate with transformers"
+                f"use_vllm is true, but vLLM is not installed. Install it (GPU only): {pip_install('vllm')}. "
+                "Or set use_vllm to false to generate with transformers"
             )
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
         trl_seam.need("training", self)
@@ -93,12 +94,12 @@ class KTAEGRPOTrainer(GRPOTrainer):
         self._first_look = FirstLook(args, names[i], reads_answers(self.reward_funcs[i]), opened_think)
         self.token_credit = TokenCredit(args, self)
         self.dynamic_sampling = dynamic.in_trainer(self, self._judged) if args.dynamic_sampling else None
-        self._chosen_rewards: Tensor | None = None  # set while the parent runs on rollouts that dynamic sampling chose
+        self._chosen_rewards: Tensor | None = None  # rewards of the rollouts chosen by dynamic sampling
         self._resume = Resume(self)
         self._recorder = Recorder(args, names, tokenizer, self.token_credit.special_ids, self.accelerator)
         self.add_callback(self._recorder)
         if args.credit != "none" and args.num_completions_to_print is None:
-            self.num_completions_to_print = 0  # `log_completions` shows key tokens instead of all completions
+            self.num_completions_to_print = 0  # `log_completions` shows token values instead
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         with own_folder(self.args.output_dir, self.accelerator):
@@ -112,18 +113,18 @@ class KTAEGRPOTrainer(GRPOTrainer):
 
     @property
     def correctness_reward(self) -> str:
-        """Return the name of the reward function that says what is right."""
+        """Return the name of the reward function that decides which rollouts are correct."""
         return self.reward_func_names[self._correctness_index]
 
     def judge(self, rows: list[dict], completion_ids: list[list[int]]) -> Tensor:
         """Return the correctness reward of the completions of all processes: see `TrainerTools.rewards`."""
         return self.token_credit.tools.rewards(rows, completion_ids)
 
-    # Credit: look at whole groups after each generation, combine in the loss.
+    # Credit: computed from whole groups after each generation, combined with the advantages in the loss.
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        # (rollouts of all processes, reward functions); the advantages that TRL makes of them are a weighted sum, which
-        # does not say which answers are right.
+        # (rollouts of all processes, reward functions). Correctness comes from one of the functions, whereas TRL's
+        # advantages come from the weighted sum of all.
         rewards = self._chosen_rewards
         if rewards is None:
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -159,7 +160,7 @@ class KTAEGRPOTrainer(GRPOTrainer):
         return rewards[:, self._correctness_index].view(-1, G)
 
     def _judged(self, rewards: Tensor) -> Verdicts:
-        """Return which rollouts are right, and which could be judged, for the groups of all processes."""
+        """Return the verdicts for the groups of all processes."""
         return verdicts(self._correctness(rewards), self.args.correctness_threshold)
 
     def _generate(self, prompts):
@@ -176,16 +177,16 @@ class KTAEGRPOTrainer(GRPOTrainer):
     def _compute_loss(self, model, inputs):
         if "credit" in inputs:
             advantages = combine(inputs["advantages"], inputs["credit"], self.token_credit.how)
-            inputs = {**inputs, "advantages": advantages}  # a new dict: buffered batches are used again
+            inputs = {**inputs, "advantages": advantages}  # a copy: the batch is buffered and reused
         return or_nan(super()._compute_loss(model, inputs))
 
-    # What is not finite: see `ktae_trl.training.guard`.
+    # Non-finite gradients and weights: see `ktae_trl.training.guard`.
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)
-        # The loss scaler of fp16 skips steps itself, in the beginning many in a row.
+        # With fp16 the loss scaler skips such steps itself, often many in a row at first.
         if self.accelerator.mixed_precision != "fp16" and not self._guard.allows(self.state.global_step + 1, grad_norm):
-            # Weights without a gradient are left alone by optimizers. DeepSpeed has skipped the step already.
+            # Optimizers skip parameters without a gradient. DeepSpeed has already skipped the step.
             self.optimizer.zero_grad(set_to_none=True)
             trl_seam.log_state(self, {"skipped_steps": self._guard.skipped})
         return grad_norm
@@ -199,7 +200,7 @@ class KTAEGRPOTrainer(GRPOTrainer):
 
     def _save_checkpoint(self, model, trial):
         folder = trl_seam.checkpoint_folder(self, trial)
-        if folder != self._resume.saved_last:  # as when a scheduler asks for a checkpoint right after one
+        if folder != self._resume.saved_last:  # not already saved at this step
             with self._resume.saving(folder):
                 super()._save_checkpoint(model, trial)
 
@@ -218,7 +219,7 @@ class KTAEGRPOTrainer(GRPOTrainer):
 
     # Saving and the Hub: see `ktae_trl.hub.saving`.
 
-    recipe: dict = {}  # a recipe's settings of data and model, for the model card
+    recipe: dict = {}  # data and model settings of a recipe, for the model card
     save_whole_model = saving.save_whole_model
     save_all = saving.save_all
     upload = saving.upload
@@ -242,7 +243,7 @@ class KTAEGRPOTrainer(GRPOTrainer):
             super().save_state()
 
     def _push_from_checkpoint(self, checkpoint_folder):
-        if self.args.should_save:  # so that it counts where it goes
+        if self.args.should_save:  # so that the uploaded copy counts as complete
             checkpoints.seal(Path(checkpoint_folder))
         with saving.own_uploads(self):
             super()._push_from_checkpoint(checkpoint_folder)

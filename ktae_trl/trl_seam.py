@@ -1,7 +1,7 @@
-"""Every private name of TRL and transformers that is used, behind a function, and the check that it works as it did.
+"""All access to private names of TRL and transformers, and the check that they still work as expected.
 
-No other file names one, but for the methods that `trainer.py` overrides. `need` runs a feature's checks when the
-feature is asked for: it lets TRL work on one made-up rollout and looks at what comes out.
+No other file uses private names, except for the methods that `trainer.py` overrides. `need` runs the checks of a
+feature when it is first used: it runs TRL's code on a synthetic rollout and compares the result.
 """
 
 import copy
@@ -27,31 +27,31 @@ from ktae_trl.arguments import NotImportedError, UserError, loading
 TESTED_TRL = ">=1.16,<1.17"
 
 
-# What the trainer knows.
+# Properties of the trainer.
 
 
 def tokenizer_of(trainer) -> Any:
-    """Return the tokenizer, also where the trainer has a processor."""
+    """Return the tokenizer, also if the trainer has a processor."""
     return trainer._tokenizer
 
 
 def model_name(model) -> str:
-    """Return the folder or the name on the Hub that a model was loaded from."""
+    """Return the folder or the model id on the Hub from which a model was loaded."""
     return model.config._name_or_path
 
 
 def introduced_in(trainer) -> dict[str, Any]:
-    """Return the name and the paper of TRL's method: `title`, `id` (arXiv) and `citation`."""
+    """Return the name of TRL's method and its paper (`title`, arXiv `id` and `citation`)."""
     return {"name": trainer._name, "paper": trainer._paper}
 
 
 def checkpoint_folder(trainer, trial=None) -> Path:
-    """Return where the trainer saves the checkpoint of this step."""
+    """Return the folder in which the trainer saves the checkpoint of this step."""
     return Path(trainer._get_output_dir(trial=trial), f"checkpoint-{trainer.state.global_step}")
 
 
 def last_texts(trainer, n: int) -> tuple[list, list]:
-    """Return the prompts and the completions of the last `n` rollouts of all processes."""
+    """Return the prompts and completions of the last `n` rollouts of all processes."""
     return list(trainer._logs["prompt"])[-n:], list(trainer._logs["completion"])[-n:]
 
 
@@ -59,19 +59,19 @@ def last_texts(trainer, n: int) -> tuple[list, list]:
 
 
 def log_metrics(trainer, metrics: dict[str, float]) -> None:
-    """Add to the means that the trainer logs next, those of training or of evaluation."""
+    """Add values to the means that the trainer logs next, for training or evaluation according to its mode."""
     means = _metrics(trainer)
     for name, value in metrics.items():
         means[name].append(value)
 
 
 def log_state(trainer, metrics: dict[str, float]) -> None:
-    """Let the trainer log these values next: where the run is, and no means over the steps."""
+    """Set values that the trainer logs next as they are, without a mean over steps."""
     _metrics(trainer).update({name: [value] for name, value in metrics.items()})
 
 
 def last_metric(trainer, name: str) -> float:
-    """Return the newest value of a metric."""
+    """Return the latest value of a metric."""
     return _metrics(trainer)[name][-1]
 
 
@@ -79,24 +79,24 @@ def _metrics(trainer) -> dict[str, list[float]]:
     return trainer._metrics["train" if trainer.model.training else "eval"]
 
 
-# Rollouts: generated and graded apart from a training step, and handed to one.
+# Rollouts that are generated and graded outside a training step, and then passed to one.
 
 
 class Generated(NamedTuple):
-    """What TRL generates for prompts: a list item for each."""
+    """What TRL generates for prompts: each list has one item for each prompt."""
 
     prompt_ids: list[list[int]]
     completion_ids: list[list[int]]
-    mask: list[list[int]] | None  # 0 for tokens that the model did not write
-    completions: list  # texts or conversations, as reward functions read them
+    mask: list[list[int]] | None  # 0 for tokens that the model did not generate
+    completions: list  # texts or conversations, as passed to reward functions
     logprobs: list[list[float]] | None
-    extra_fields: dict[str, Any]  # of a rollout_func, for the reward functions
+    extra_fields: dict[str, Any]  # from a rollout_func, for the reward functions
     images: list | None
     tool_images: list
 
 
 def generate(trainer, prompts: list) -> Generated:
-    """Generate a rollout for each prompt; the trainer's metrics and counters do not see it. Collective."""
+    """Generate a rollout for each prompt without changing the trainer's metrics and counters. Collective."""
     tokens = trainer.state.num_input_tokens_seen
     try:
         with changed(trainer, _metrics={"train": defaultdict(list), "eval": defaultdict(list)}):
@@ -108,9 +108,10 @@ def generate(trainer, prompts: list) -> Generated:
 def grade(
     trainer, rows: list[dict], completions: list, completion_ids: list[list[int]]
 ) -> tuple[Tensor, dict[str, list]]:
-    """Return the rewards of all processes' rollouts, and the columns that reward functions logged for the own ones.
+    """Return the rewards of all processes' rollouts, and the columns logged by reward functions on this process.
 
-    What they log with `log_metric` is averaged over all calls until the next training step. Collective.
+    Values that reward functions log with `log_metric` are averaged over all calls until the next training step.
+    Collective.
     """
     prompts = [row["prompt"] for row in rows]
     rewards = trainer._calculate_rewards(rows, prompts, completions, completion_ids)
@@ -121,11 +122,11 @@ def grade(
 
 @contextmanager
 def rollouts_given(trainer, rollouts: list[dict]) -> Iterator[None]:
-    """In here, the trainer takes these rollouts in place of generating: TRL's own way to bring some along.
+    """Make the trainer use these rollouts, through TRL's `rollout_func`, instead of generating.
 
     Args:
-        rollouts: of this process, each with `prompt_ids`, `completion_ids`, `logprobs` and `env_mask` (or None for all)
-            and `columns`, what reward functions logged for it.
+        rollouts: rollouts of this process. Each has `prompt_ids`, `completion_ids`, `logprobs` and `env_mask` (either
+            of these two may be None for all), and `columns`, the values that reward functions logged for it.
     """
     given = {name: [rollout[name] for rollout in rollouts] for name in ("prompt_ids", "completion_ids", "logprobs")}
     if given["logprobs"][0] is None:
@@ -140,7 +141,7 @@ def rollouts_given(trainer, rollouts: list[dict]) -> Iterator[None]:
 
 @contextmanager
 def changed(owner: object, **values: Any) -> Iterator[None]:
-    """In here, attributes of an object have other values."""
+    """Set attributes of an object, and restore them at the end."""
     kept = {name: getattr(owner, name) for name in values}
     vars(owner).update(values)
     try:
@@ -155,10 +156,10 @@ def changed(owner: object, **values: Any) -> Iterator[None]:
 def token_stats(
     trainer, model: nn.Module, ids_BL: Tensor, mask_BL: Tensor, *, completion_length: int, rows: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the log-probability and the entropy of the last tokens of each row, (B, completion_length) each.
+    """Return the log-probabilities and entropies of the last tokens of each row, (B, completion_length) each.
 
     Args:
-        rows: that a forward pass holds at most.
+        rows: maximum number of rows in a forward pass.
     """
     logps_BT, entropies_BT, _ = trainer._get_per_token_logps_and_entropies(
         model, ids_BL, mask_BL, completion_length, batch_size=rows, compute_entropy=True
@@ -167,28 +168,28 @@ def token_stats(
 
 
 def continuations(trainer, prefixes: list[list[int]], limit: int) -> tuple[list[list[int]], list[list[float]] | None]:
-    """Sample a continuation of each prefix, of at most `limit` tokens; log-probabilities with vLLM only."""
+    """Sample a continuation of at most `limit` tokens for each prefix. Log-probabilities are None without vLLM."""
     holder, name = _limit(trainer)
     with changed(holder, **{name: limit}):
         return trainer._generate_single_turn(prefixes, None, {}, num_generations=1)
 
 
 def _limit(trainer) -> tuple[object, str]:
-    """Return where the trainer reads how many tokens it generates at most: an object and its attribute."""
+    """Return the object and attribute that hold the trainer's maximum number of new tokens."""
     if "vllm_generation" in vars(trainer):
         return trainer.vllm_generation, "max_completion_length"
     return trainer.generation_config, "max_new_tokens"
 
 
 def prompt_ids_of(trainer, prompts: list) -> list[list[int]]:
-    """Return prompts as the token ids that the trainer generates from."""
+    """Return the token ids from which the trainer generates."""
     return trainer._tokenize_prompts(prompts)[0]
 
 
 def rewards(trainer, index: int, rows: list[dict[str, Any]], completion_ids: list[list[int]]) -> Tensor:
-    """Return what one reward function gives to the completions of all processes, (N,); logs nothing.
+    """Return the rewards of one reward function for the completions of all processes, (N,). Logs nothing.
 
-    All processes must call it, with as many completions each.
+    Collective: all processes must pass equally many completions.
     """
     prompts = [row["prompt"] for row in rows]
     completions = _as_reward_functions_read(trainer, prompts, completion_ids)
@@ -199,21 +200,21 @@ def rewards(trainer, index: int, rows: list[dict[str, Any]], completion_ids: lis
 
 
 def _as_reward_functions_read(trainer, prompts: list, completion_ids: list[list[int]]) -> list:
-    """Return completions as reward functions get them in training, which TRL makes while it generates."""
+    """Return completions in the form in which TRL passes them to reward functions, which it builds in `_generate`."""
     rollouts = {"prompt_ids": prompt_ids_of(trainer, prompts), "completion_ids": completion_ids, "logprobs": None}
     nowhere = {
         "rollout_func": lambda prompts, trainer: rollouts,
         "tools": [],
-        "use_vllm": False,  # it would load the weights into vLLM
+        "use_vllm": False,  # else the weights would be loaded into vLLM
     }
     with changed(trainer, **nowhere):
         return generate(trainer, prompts).completions
 
 
 def recomputes(layer: nn.Module) -> bool:
-    """Return whether a layer of transformers, where it trains, is run again in the backward pass.
+    """Return whether a transformers layer uses non-reentrant gradient checkpointing in training mode.
 
-    Not with `use_reentrant`, which knows no `torch.autograd.grad`.
+    Reentrant checkpointing does not support `torch.autograd.grad`.
     """
     checkpoint = getattr(layer, "_gradient_checkpointing_func", None)  # a partial
     wanted = getattr(layer, "gradient_checkpointing", False) and checkpoint is not None
@@ -221,10 +222,10 @@ def recomputes(layer: nn.Module) -> bool:
 
 
 def frozen_model(trainer, name: str) -> nn.Module:
-    """Load a second model as TRL loads its reference model, prepared for the device, DeepSpeed and FSDP2.
+    """Load a second model like TRL's reference model, prepared for the device, DeepSpeed or FSDP2.
 
     Raises:
-        UserError: it cannot be loaded, or has too few token ids.
+        UserError: the model cannot be loaded, or has fewer token ids than the tokenizer.
     """
     policy, args = trainer.model, trainer.args
     how = {"dtype": policy.dtype, "attn_implementation": policy.config._attn_implementation}
@@ -236,7 +237,7 @@ def frozen_model(trainer, name: str) -> nn.Module:
     if model.config.get_text_config().vocab_size < tokens:
         raise UserError(
             f"The frozen model {name!r} has {model.config.get_text_config().vocab_size} token ids, but the policy's "
-            f"tokenizer has {tokens}: choose a model with the same tokens"
+            f"tokenizer has {tokens}. Choose a model with the same tokenizer"
         )
     model.requires_grad_(False)
     trl.trainer.utils.add_fused_lm_head(model, temperature=trainer.temperature, outputs=("log_probs", "entropy"))
@@ -246,7 +247,7 @@ def frozen_model(trainer, name: str) -> nn.Module:
         model = trl.models.prepare_fsdp(model, trainer.accelerator)
     else:
         model = trainer.accelerator.prepare_model(model, evaluation_mode=True)
-    model.eval()  # returns nothing where DeepSpeed wraps it
+    model.eval()  # not in the return statement: returns None for a DeepSpeed engine
     return model
 
 
@@ -254,54 +255,57 @@ def frozen_model(trainer, name: str) -> nn.Module:
 
 
 class Place(NamedTuple):
-    """Where a training is between two generations."""
+    """The position of a training run between two generations."""
 
-    step: int  # forward passes so far
-    rollouts: list[dict] | None  # the batches of the last generation
+    step: int  # number of forward passes so far
+    rollouts: list[dict] | None  # batches of the last generation
 
 
 def place(trainer) -> Place:
-    """Return where a training is."""
+    """Return the position of a training run."""
     return Place(trainer._step, trainer._buffered_inputs)
 
 
 def take_up(trainer, place: Place) -> None:
-    """Let a training go on from there."""
+    """Make a training run continue from a position."""
     trainer._step, trainer._buffered_inputs = place
 
 
 @contextmanager
 def older_checkpoints_stay() -> Iterator[None]:
-    """In here, transformers removes no checkpoints."""
+    """Keep transformers from removing old checkpoints."""
     with changed(transformers.trainer, rotate_checkpoints=lambda **_: None):
         yield
 
 
-# Saving, and the Hub.
+# Saving and the Hub.
 
 
 def gather_when_saving(trainer) -> None:
-    """Let DeepSpeed put the weights together when it saves a model, also without `zero3_save_16bit_model`."""
+    """Make DeepSpeed gather the weights when it saves a model, also without `zero3_save_16bit_model`."""
     trainer.deepspeed._config.zero_config.gather_16bit_weights_on_model_save = True
 
 
 def wait_for_upload(trainer) -> None:
-    """Wait until an upload of a checkpoint in the background has ended."""
+    """Wait for the background upload of a checkpoint to finish."""
     trainer._finish_current_push()
 
 
 @contextmanager
 def uploading_by(api: Callable[[], object]) -> Iterator[None]:
-    """In here, transformers uploads checkpoints by the client that `api` returns: it takes no patterns of files."""
+    """Make transformers upload checkpoints with the client that `api` returns.
+
+    This is the only way to choose which files it uploads.
+    """
     with changed(transformers.trainer, hf_api=api):
         yield
 
 
-# Is it all there?
+# The compatibility check.
 
 
 class _StandIn(nn.Module):
-    """Stands in for the model: the log-probability of each token of a rollout is a parameter."""
+    """Minimal model for the check: the log-probability of each token of a rollout is a parameter."""
 
     is_gradient_checkpointing = False
 
@@ -319,14 +323,14 @@ class _StandIn(nn.Module):
 
 
 class _Probe(GRPOTrainer):
-    """TRL's trainer with the settings of a run and one made-up rollout in each process. It logs nowhere.
+    """TRL's trainer with the settings of a run and one synthetic rollout per process. It logs nothing.
 
-    It shares nothing with the run that TRL writes to. Where TRL waits for other processes it does so here: all of them
-    must make one.
+    It shares no object with the run that TRL modifies. TRL's collective calls run here too, so all processes must
+    create one.
     """
 
     def __init__(self, trainer):
-        # Not what somebody put in the place of TRL's own methods.
+        # Without attributes that replace TRL's methods.
         own = {name: value for name, value in vars(trainer).items() if not hasattr(GRPOTrainer, name)}
         vars(self).update(own)
         tokens = [self._tokenizer.eos_token_id] * 4
@@ -347,7 +351,7 @@ class _Probe(GRPOTrainer):
         texts = {name: [] for name in self._logs}
         self._logs = texts | {"rewards": defaultdict(list), "extra": defaultdict(list)}
         self.called: set[str] = set()
-        # `pad_to_multiple_of` may make it longer than the rollout is.
+        # `pad_to_multiple_of` may pad the rollout.
         multiple = self.pad_to_multiple_of or 1
         self.model = _StandIn(-(-len(tokens) // multiple) * multiple).to(self.accelerator.device).train()
 
@@ -377,7 +381,7 @@ def _makes_batches(probe: _Probe) -> str:
         if name not in batch:
             return f"the batch has no {name!r}"
         if len(batch[name]) != 1 or batch[name].dim() != dimensions:
-            return f"{name!r} of the batch has the shape {tuple(batch[name].shape)}"
+            return f"{name!r} of the batch has shape {tuple(batch[name].shape)}"
     world = probe.accelerator.num_processes
     if [len(texts) for texts in last_texts(probe, world)] != [world, world]:
         return "the batch's prompts and completions are not logged"
@@ -399,7 +403,7 @@ def _takes_token_advantages(probe: _Probe) -> str:
     of_rollout, of_tokens = gradients
     if torch.allclose(of_tokens, of_rollout * advantages_BT):
         return ""
-    return "_compute_loss does not weigh each token by its advantage where they are of shape (B, T)"
+    return "_compute_loss does not weight each token by its advantage if advantages have shape (B, T)"
 
 
 def _tells_of_tokens(probe: _Probe) -> str:
@@ -434,18 +438,18 @@ def _grades(probe: _Probe) -> str:
     rewards, columns = grade(probe, probe.rows, made.completions, made.completion_ids)
     if rewards.tolist() != [[1.0]] * probe.accelerator.num_processes:
         return f"_calculate_rewards returns {rewards.tolist()}, not a reward of 1 from each process"
-    return "" if columns == {"noted": ["x"]} else f"of what a reward function logs, {columns} is kept"
+    return "" if columns == {"noted": ["x"]} else f"the columns logged by a reward function are {columns}"
 
 
 def _samples_by_permutation(_) -> str:
-    # Resuming begins one pass of the sampler per past epoch: right as long as the sampler is not told its epoch.
+    # Resuming starts one pass of the sampler per past epoch. This requires that no epoch is set on the sampler.
     sampler = trl.trainer.utils.RepeatSampler
     whole, resumed = (sampler(range(9), mini_repeat_count=1, seed=1) for _ in range(2))
     first, second = list(whole), list(whole)
     next(iter(resumed))
     if first == second or list(resumed) != second:
-        return "RepeatSampler no longer draws a permutation when a pass begins"
-    return "RepeatSampler.set_epoch is new" if hasattr(sampler, "set_epoch") else ""
+        return "RepeatSampler no longer draws a new permutation at the start of a pass"
+    return "RepeatSampler has a new method set_epoch" if hasattr(sampler, "set_epoch") else ""
 
 
 def _limits_tokens(probe: _Probe) -> str:
@@ -454,29 +458,29 @@ def _limits_tokens(probe: _Probe) -> str:
 
 
 def _takes(method: str, *arguments: Any, **named: Any) -> Callable[[_Probe], str]:
-    """Return the check that a method of TRL's trainer is there and takes these arguments."""
+    """Return a check that a method of TRL's trainer exists and accepts these arguments."""
 
     def check(_) -> str:
         function = getattr(GRPOTrainer, method, None)
         if function is None:
-            return f"{method} is gone"
+            return f"{method} does not exist"
         try:
             inspect.signature(function).bind(None, *arguments, **named)
         except TypeError as error:
-            return f"{method} cannot be called as before ({error})"
+            return f"{method} does not accept the expected arguments ({error})"
         return ""
 
     return check
 
 
 def _has(owner: object | None, *names: str) -> Callable[[_Probe], str]:
-    """Return the check that a module, or else the trainer, has these attributes."""
-    return lambda probe: ", ".join(f"{name} is gone" for name in names if not hasattr(owner or probe, name))
+    """Return a check that a module, or by default the trainer, has these attributes."""
+    return lambda probe: ", ".join(f"{name} does not exist" for name in names if not hasattr(owner or probe, name))
 
 
 class _Feature(NamedTuple):
-    what: str  # needs it, as an error names it
-    checks: tuple[Callable[[_Probe], str], ...]  # each returns what is wrong; those after it are not made
+    what: str  # name of the feature in error messages
+    checks: tuple[Callable[[_Probe], str], ...]  # each returns the problem or ""; the first problem ends the check
 
 
 FEATURES = {
@@ -485,7 +489,7 @@ FEATURES = {
         (_takes("log", {}, None), _takes("_get_grad_norm", None, None), _makes_batches),
     ),
     "credit": _Feature("credit other than none", (_takes_token_advantages,)),
-    "token_stats": _Feature("a credit method that reads log-probabilities", (_tells_of_tokens,)),
+    "token_stats": _Feature("a credit method that uses token_stats", (_tells_of_tokens,)),
     "frozen": _Feature(
         "a credit method with a second model",
         (
@@ -502,10 +506,10 @@ FEATURES = {
             _limits_tokens,
         ),
     ),
-    "grading": _Feature("grading apart from training, as for the held-out accuracy,", (_generates, _grades)),
+    "grading": _Feature("grading outside training steps (held-out accuracy)", (_generates, _grades)),
     "dynamic_sampling": _Feature("dynamic_sampling", (_generates, _grades)),
     "checkpoints": _Feature(
-        "saving and resuming (save_strategy: no trains without)",
+        "saving and resuming (set save_strategy: no to train without)",
         (
             _has(None, "_step", "_buffered_inputs"),
             _has(transformers.trainer, "rotate_checkpoints"),
@@ -527,21 +531,21 @@ FEATURES = {
         ),
     ),
 }
-passed: set[str] = set()  # features that were found whole in this process
+passed: set[str] = set()  # features that passed their checks in this process
 
 
 def need(feature: str, trainer, version: str = trl.__version__) -> None:
-    """Check, once a process, that the installed TRL does what a feature of the package builds on. Collective.
+    """Check once per process that the installed TRL supports a feature of the package. Collective.
 
     Args:
-        feature: one of `FEATURES`.
-        trainer: a built `KTAEGRPOTrainer`. It stays as it is, and so do random numbers, logs and trackers.
+        feature: a key of `FEATURES`.
+        trainer: an initialized `KTAEGRPOTrainer`. The check does not change it, random states, logs or trackers.
 
     Raises:
-        NotImportedError: something is gone, or works otherwise; the message names it and the tested versions.
+        NotImportedError: something is missing or behaves differently. The message names it and the tested versions.
 
     Warns:
-        UserWarning: nothing is gone, but this version of TRL was not tested.
+        UserWarning: the checks passed, but this version of TRL was not tested.
     """
     if feature in passed:
         return
@@ -550,16 +554,16 @@ def need(feature: str, trainer, version: str = trl.__version__) -> None:
         cause = None
         try:
             problem = check(_Probe(trainer))
-        except (TypeError, ValueError, AttributeError, LookupError) as error:  # what comes of code that has changed
+        except (TypeError, ValueError, AttributeError, LookupError) as error:  # typical of changed code
             problem, cause = f"{type(error).__name__}: {error}", error
         if problem:
             raise NotImportedError(
-                f"TRL {version} lacks what {what} needs: {problem}. Tested with TRL {TESTED_TRL}: "
+                f"TRL {version} is not compatible with {what}: {problem}. Install a tested version: "
                 f"pip install 'trl{TESTED_TRL}'"
             ) from cause
     if not passed and not SpecifierSet(TESTED_TRL).contains(version, prereleases=True):
         warnings.warn(
-            f"TRL {version} was not tested with ktae_trl (tested: {TESTED_TRL}), but it does what {what} needs",
+            f"TRL {version} was not tested with ktae_trl (tested: {TESTED_TRL}), but passed the check for {what}",
             stacklevel=2,
         )
     passed.add(feature)

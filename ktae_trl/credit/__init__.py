@@ -1,4 +1,4 @@
-"""Token-level credit: a class for each method, by the names that `credit` in a config may have."""
+"""The token-level credit methods, by the name that selects them in a config (`credit`)."""
 
 from ktae_trl.arguments import UserError, imported, nearest
 from ktae_trl.credit.combine import HOW
@@ -14,12 +14,12 @@ def find_method(credit: str) -> type[Method]:
     """Return the method that `credit` names.
 
     Args:
-        credit: one of METHODS, "none", or the dotted path of a `Method` or of a function over `Groups`, such as
-            `my_package.my_credit`, found from the working directory.
+        credit: a key of `METHODS`, "none", or the dotted path of a `Method` subclass or of a function of `Groups`, such
+            as `my_package.my_credit`. A dotted path is resolved from the working directory.
 
     Raises:
-        ValueError: an unknown name.
-        ImportError: a dotted path that leads to no method, or whose module fails when it is imported.
+        UserError: the name is unknown, or the dotted path leads to something that is not a credit method.
+        ImportError: the dotted path cannot be imported.
     """
     known = {GRPO.name: GRPO, **METHODS}
     if credit in known:
@@ -40,9 +40,9 @@ def find_method(credit: str) -> type[Method]:
 def _imported(path: str) -> type[Method]:
     found = imported(path, "The credit method")
     if isinstance(found, type) and not issubclass(found, Method):
-        raise UserError(f"credit={path!r} is a class, but no subclass of ktae_trl.credit.method.Method")
+        raise UserError(f"credit={path!r} is a class, but not a subclass of ktae_trl.credit.method.Method")
     if not callable(found):
-        raise UserError(f"credit={path!r} is neither a class nor a function, but a {type(found).__name__}")
+        raise UserError(f"credit={path!r} must be a class or a function, not an object of type {type(found).__name__}")
     method = found if isinstance(found, type) else from_function(found)
     if method.how not in HOW:
         raise UserError(f"credit={path!r}: how must be one of {', '.join(HOW)}, not {method.how!r}")

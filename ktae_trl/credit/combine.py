@@ -1,4 +1,4 @@
-"""How the values of tokens meet the rollout advantages."""
+"""Combine rollout advantages with token values."""
 
 import torch
 from torch import Tensor
@@ -12,26 +12,26 @@ HOW = {
 
 
 def combine(advantages: Tensor, credit: Tensor, how: str) -> Tensor:
-    """Give each token its advantage A' from its rollout's advantage A and its credit.
+    """Compute the advantage A' of each token from the advantage A of its rollout and the value of the token.
 
         multiply   A' = A (1 + sign(A) K) = A + |A| K    signed values K in [-1, 1] (KTAE)
-        add        A' = A + K                            signed values K (KTAE as published)
+        add        A' = A + K                            signed values K (KTAE as in the authors' code)
         scale      A' = A w                              weights w >= 0 (OAR)
-        replace    A' = v                                the values are advantages (tree sampling)
+        replace    A' = v                                values v that are advantages (tree sampling)
 
-    `multiply` keeps the factor in [0, 2]: it never turns the sign of the rollout advantage, and a rollout with
-    advantage 0 stays at 0. `add` can do both.
+    With `multiply` the factor of A lies in [0, 2], so A' never has the opposite sign of A, and A = 0 gives A' = 0.
+    `add` can change the sign, and can give a rollout with A = 0 nonzero token advantages.
 
     Args:
         advantages: (B,) advantage of each rollout.
         credit: (B, T) value of each token.
-        how: one of the four.
+        how: "multiply", "add", "scale" or "replace".
 
     Returns:
         (B, T) in the dtype of `credit`, without gradient.
 
     Raises:
-        ValueError: unknown `how`, or shapes that do not fit.
+        ValueError: `how` is unknown, or the shapes do not match.
     """
     if how not in HOW:
         raise ValueError(f"how must be one of {', '.join(HOW)}, not {how!r}")

@@ -1,8 +1,11 @@
-"""What a credit method is: its class, what it is given, and what it returns.
+"""The interface of a credit method: its base class, its input and its output.
 
-A method sees whole groups (`Groups`) and returns a value for each token of this process's rollouts (`Credit`). All that
-belongs to it stands in its own file: settings, model card, console columns, panels of the page, how it samples. It
-reaches the model, the rewards and other processes through `Tools` only.
+A method receives whole groups (`Groups`) and returns a value for each token of this process's rollouts (`Credit`). Its
+file holds everything that belongs to it: settings, model card, console columns, panels of the page, and sampling if the
+method samples its own rollouts. It accesses the model, the rewards and other processes only through `Tools`.
+
+Shape suffixes: P prompts, G rollouts in a group, B rollouts of this process, T completion tokens, L prompt tokens (or
+tokens of prompt and completion, in `Tools.logits`), A positions.
 """
 
 import dataclasses
@@ -15,219 +18,246 @@ from torch import Tensor, nn
 
 
 class Groups(NamedTuple):
-    """The whole groups of which a process holds at least one rollout, in the order of generation.
+    """All groups of which this process holds at least one rollout, in the order of generation.
 
-    P prompts, G rollouts each, T tokens at most. A process may hold a part of its first and last group only: `own`
-    picks its B rollouts from the P * G.
+    The groups are complete. This process may hold only a part of its first and last group, so `own` selects its B
+    rollouts from the P * G.
     """
 
     ids_PGT: Tensor  # token ids
     mask_PGT: Tensor  # bool: tokens that are trained on (not padding, not tool output)
-    correct_PG: Tensor  # bool: the final answer is right
-    scored_PG: Tensor  # bool: the final answer could be judged
-    advantages_B: Tensor  # rollout advantages of the own rollouts
-    prompt_ids_BL: Tensor  # token ids of the own rollouts' prompts, padded on the left
-    prompt_mask_BL: Tensor  # 1 where there is a prompt token
-    lengths_B: Tensor  # tokens of the own rollouts, trained on or not
+    correct_PG: Tensor  # bool: the final answer is correct
+    scored_PG: Tensor  # bool: the final answer could be graded
+    advantages_B: Tensor  # rollout advantages of this process's rollouts
+    prompt_ids_BL: Tensor  # token ids of the prompts of this process's rollouts, padded on the left
+    prompt_mask_BL: Tensor  # 1 for prompt tokens, 0 for padding
+    lengths_B: Tensor  # completion tokens of this process's rollouts, trained on or not
     special_ids: tuple[int, ...]  # padding and every end-of-sequence id
     own: slice
-    rows: list[dict[str, Any]] = []  # of the dataset, one for each own rollout: `prompt`, `solution`, ...
+    rows: list[dict[str, Any]] = []  # dataset row of each of this process's rollouts: `prompt`, `solution`, ...
 
     def own_rows(self, x: Tensor) -> Tensor:
-        """Turn (P, G, ...) into the (B, ...) of this process."""
+        """Select this process's rollouts: (P, G, ...) to (B, ...)."""
         return x.flatten(0, 1)[self.own]
 
     @property
     def ids_BT(self) -> Tensor:  # noqa: N802
-        """Return the token ids of the own rollouts."""
+        """Return the token ids of this process's rollouts."""
         return self.own_rows(self.ids_PGT)
 
     @property
     def mask_BT(self) -> Tensor:  # noqa: N802
-        """Return which tokens of the own rollouts are trained on."""
+        """Return which tokens of this process's rollouts are trained on."""
         return self.own_rows(self.mask_PGT)
 
     @property
     def prompts(self) -> list[list[int]]:
-        """Return the prompt of each own rollout as token ids, without padding."""
+        """Return the prompt of each of this process's rollouts as token ids, without padding."""
         return [ids[mask].tolist() for ids, mask in zip(self.prompt_ids_BL, self.prompt_mask_BL.bool(), strict=True)]
 
     @property
     def completions(self) -> list[list[int]]:
-        """Return the completion of each own rollout as token ids, without padding."""
+        """Return the completion of each of this process's rollouts as token ids, without padding."""
         return [ids[:n] for ids, n in zip(self.ids_BT.tolist(), self.lengths_B.tolist(), strict=True)]
 
 
 class Credit(NamedTuple):
-    """What a credit method says about each token of this process's rollouts."""
+    """A value for each token of this process's rollouts, and the method's metrics."""
 
-    values_BT: Tensor  # float32, meaning as the method's `how` says
-    # Metric name -> (numerator, denominator), both 0-d. Processes are pooled by summing each before dividing.
+    values_BT: Tensor  # float32; the method's `how` defines their meaning
+    # Metric name -> (numerator, denominator), both 0-d. Each is summed over processes before the division.
     sums: dict[str, tuple[Tensor, Tensor]] = {}
 
 
 class Samples(NamedTuple):
-    """Rollouts that a method sampled itself, a row for each prompt that it was given."""
+    """Rollouts that a method sampled itself: one row for each prompt it received."""
 
     completions: list[list[int]]  # token ids
-    logprobs: list[list[float]] | None  # of each token, if the sampler tells
-    trained: list[list[int]]  # 1 for a token that is trained on in this row
+    logprobs: list[list[float]] | None  # log-probability of each token, if the sampler returns them
+    trained: list[list[int]]  # 1 for tokens that are trained on in this row, else 0
 
 
 class Card(NamedTuple):
-    """What a model card says of the method. Without a paper it names GRPO's."""
+    """The method's entry in a model card. Without a paper, the card cites GRPO's."""
 
     name: str  # "KTAE"
-    does: str = ""  # a sentence
+    does: str = ""  # one or two sentences
     tags: tuple[str, ...] = ()
     paper: dict[str, str] | None = None  # title, id (arXiv), citation (BibTeX)
 
 
 class Tools(Protocol):
-    """A method's way to the model and the rewards.
+    """A method's access to the model and the rewards.
 
-    Unless it says otherwise, a call is collective: all processes must make the same calls in the same order, each with
-    its own rollouts. Nothing here gives a parameter a gradient, and nothing is logged.
+    Calls are collective unless stated otherwise: all processes must make the same calls in the same order, each with
+    its own rollouts. No call sets a parameter's gradient or logs anything.
     """
 
-    tokenizer: Any  # of transformers
+    tokenizer: Any  # transformers tokenizer
     device: Any  # torch.device of this process
-    eos_ids: tuple[int, ...]  # ids that end a text
-    tokens_per_logits: float  # memory of a logit vector, in hidden states of one token
+    eos_ids: tuple[int, ...]  # end-of-sequence ids
+    tokens_per_logits: float  # memory of one logit vector, in units of one token's hidden state
 
     def token_stats(self, groups: Groups, model: nn.Module | Literal["policy"] = "policy") -> tuple[Tensor, Tensor]:
-        """Return the log-probability and the entropy of each own token, (B, T) float32 each; 0 for padding.
+        """Return the log-probability and entropy (nats) of the tokens of this process's rollouts.
 
-        In evaluation mode, at the run's temperature, by TRL's own pass, which keeps no logits.
+        The model runs in evaluation mode, and the run's temperature is applied. The pass is TRL's, which does not keep
+        the logits in memory.
 
         Args:
-            groups: with text only.
-            model: by default the policy; or what `frozen` returned.
+            groups: groups without images.
+            model: the policy (default), or a model returned by `frozen`.
+
+        Returns:
+            Two (B, T) float32 tensors, 0 for padding.
 
         Raises:
             TypeError: the model is None.
+            UserError: the rollouts contain images.
         """
 
     def generate(self, prefixes: list[list[int]], limit: int) -> tuple[list[list[int]], list[list[float]] | None]:
-        """Sample a continuation of each prefix (token ids), of at most `limit` tokens, by the run's sampling settings.
+        """Sample a continuation of at most `limit` tokens for each prefix, with the run's sampling settings.
 
-        The number of prefixes may differ between processes and may be 0. Returns the new ids, with the end-of-sequence
-        id if the text ended, and their log-probabilities (with vLLM; else None).
+        Args:
+            prefixes: token ids. Their number may differ between processes and may be 0.
+            limit: maximum number of new tokens.
+
+        Returns:
+            The new token ids, including the end-of-sequence id if the text ended, and their log-probabilities (None
+            without vLLM).
         """
 
     def grade(self, rows: list[dict[str, Any]], completions: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Return which completions are right, and which could be judged, (N,) bool each, by the correctness reward.
-
-        N may differ between processes and may be 0.
+        """Grade completions with the correctness reward.
 
         Args:
-            rows: of the dataset, one for each completion, such as those of `Groups.rows`.
+            rows: dataset row of each completion, such as those in `Groups.rows`. Their number N may differ between
+                processes and may be 0.
             completions: token ids, without the prompt.
 
+        Returns:
+            Which completions are correct and which could be graded: two (N,) bool tensors.
+
         Raises:
-            ValueError: `correctness_threshold` is "auto", which compares the rollouts of a group.
+            UserError: `correctness_threshold` is "auto", which compares the rollouts of a group.
         """
 
     def frozen(self, model_name: str) -> nn.Module:
-        """Return a second causal language model, for `token_stats`: in evaluation mode, without gradients.
+        """Load a second causal language model for `token_stats`, in evaluation mode and without gradients.
 
-        Loaded once a run, and prepared for the device, DeepSpeed and FSDP2. Call it in the method's `__init__`. Its
-        tokens must be those of the policy.
+        It is loaded once per run and prepared for the device, DeepSpeed and FSDP2. Call this in the method's
+        `__init__`. The model must use the same token ids as the policy.
 
         Args:
-            model_name: a folder or a name on the Hub.
+            model_name: a folder or a model id on the Hub.
+
+        Raises:
+            UserError: the model cannot be loaded, or has fewer token ids than the policy's tokenizer.
         """
 
-    # Logits at chosen positions, for methods that ask the model themselves.
+    # Logits at chosen positions, for methods that run the policy themselves.
 
     def reading(self) -> AbstractContextManager:
-        """Put the policy in evaluation mode, and back as it was. `logits`, and its backward pass, go in here."""
+        """Return a context with the policy in evaluation mode, for `logits` and its backward pass.
+
+        Raises:
+            UserError: the rollouts contain images.
+        """
 
     def logits(self, ids_BL: Tensor, at_BA: Tensor, cache: Any = None, change: Any = None) -> Tensor:
-        """Return the logits (B, A, V), float32 or better, at A positions of each row: what is said to come after them.
+        """Return the next-token logits at A positions of each row.
 
         Args:
-            ids_BL: token ids, padded on the right (with anything: later tokens are not seen by earlier ones).
-            at_BA: positions in these rows.
-            cache: what came before the rows; it grows by them.
-            change: a function of the embeddings (B, L, H) of the tokens, which the model reads in their place.
+            ids_BL: token ids of prompt and completion, padded on the right with any id.
+            at_BA: positions in these rows. The logits at a position predict the token after it.
+            cache: keys and values of the tokens before the rows. The call appends those of the rows.
+            change: maps the token embeddings (B, L, H) to those that the model reads instead.
+
+        Returns:
+            (B, A, V) in float32 or a wider type, V the vocabulary.
         """
 
     def empty_cache(self) -> Any:
-        """Return a cache for `logits` to fill. Not collective."""
+        """Return an empty cache for `logits`. Not collective."""
 
     def beginning(self, cache: Any, length: int, rows: int) -> tuple[Any, int]:
-        """Return the first `length` tokens of a cache of one row, repeated for `rows` rows, and their number.
+        """Return the first `length` tokens of a one-row cache, repeated for `rows` rows, and their number.
 
-        None and 0 for a model whose layers (sliding windows, recurrent ones) do not keep what came before in a form
-        that can be cut. Not collective.
+        Returns None and 0 for models whose cache cannot be cut, such as those with sliding-window or recurrent layers.
+        Not collective.
         """
 
     def missing_rounds(self, rounds: int) -> int:
-        """Return how many calls of `logits` the process with most makes beyond the `rounds` of this one.
+        """Return how many more calls of `logits` the busiest process makes than this one.
 
-        Under ZeRO-3 and FSDP2 the weights are gathered from all processes, so all must make as many: fill with calls of
-        any one token. Elsewhere 0. Call it before the first round.
+        Under ZeRO-3 and FSDP2 each call gathers weights from all processes, so all processes must make equally many.
+        Make up the difference with calls on a single token. In other set-ups the result is 0. Call this before the
+        first `logits`.
+
+        Args:
+            rounds: calls of `logits` that this process needs.
         """
 
 
 @dataclass
 class Settings:
-    """Fields of the config that belong to one method. `KTAEGRPOConfig` inherits those of each method."""
+    """Base of the config fields of a method. `KTAEGRPOConfig` inherits those of every method."""
 
     def check(self) -> None:
-        """Raise a UserError that names the field which is out of range."""
+        """Raise a UserError that names a field with an invalid value."""
 
 
 class Method:
-    """Token-level credit: one object a run.
+    """A token-level credit method. A run has one object of the class.
 
-    A subclass sets the attributes that it needs and writes `credit`. See `docs/methods/your_own.md`.
+    A subclass sets the attributes it needs and overrides `credit`. See `docs/methods/your_own.md`.
     """
 
     Settings: ClassVar[type] = Settings
-    how: str = "multiply"  # how values meet the rollout advantages: see `combine`. Fixed once the object is made.
+    how: str = "multiply"  # how values and rollout advantages are combined (see `combine`); fixed after `__init__`
 
-    name: ClassVar[str] = ""  # as in the config; set when it is found there
-    family: ClassVar[str] = ""  # first part of its metrics' names; the name if empty
-    title: ClassVar[str] = ""  # for the page
+    name: ClassVar[str] = ""  # the value of `credit` in the config; set by `find_method`
+    family: ClassVar[str] = ""  # first part of the names of its metrics; the name if empty
+    title: ClassVar[str] = ""  # on the page
     card: ClassVar[Card | None] = None
-    value: ClassVar[str] = ""  # what a token's value is called, its symbol last: "weight w"
+    value: ClassVar[str] = ""  # name of a token's value, with its symbol last: "weight w"
     columns: ClassVar[dict[str, tuple[str, str]]] = {}  # console: column -> (metric, format)
-    panels: ClassVar[dict[str, list[str]]] = {}  # page: title of a curve -> its metrics, `*` for any letters
+    panels: ClassVar[dict[str, list[str]]] = {}  # page: title of a chart -> its metrics, `*` matches any text
 
-    needs_both_sides: ClassVar[bool] = True  # a group teaches nothing unless it has right and wrong rollouts
-    answered: ClassVar[str] = ""  # the metric that counts rollouts in which it found an answer, if it looks for one
-    shares_tokens: ClassVar[bool] = False  # rows share tokens, each of which is trained in one row
-    no_effect: ClassVar[tuple[str, ...]] = ()  # fields that change no value, such as sizes of batches
+    needs_both_sides: ClassVar[bool] = True  # gives no credit in a group without both correct and wrong rollouts
+    answered: ClassVar[str] = ""  # metric: share of rollouts in which it found an answer, if it looks for one
+    shares_tokens: ClassVar[bool] = False  # rows share tokens, and each shared token is trained in one row only
+    no_effect: ClassVar[tuple[str, ...]] = ()  # fields that do not change the values, such as batch sizes
 
     def __init__(self, settings: Any, tools: Tools):
         """Check the tokenizer and load what the method needs.
 
         Args:
             settings: the run's `KTAEGRPOConfig`, which has the fields of `Settings`.
-            tools: see `Tools`.
+            tools: access to the model and the rewards.
         """
         self.settings, self.tools = settings, tools
 
     def sample(self, prompts: list[list[int]]) -> Samples:
-        """Sample a rollout for each prompt (token ids), the G rows of a prompt side by side.
+        """Sample one rollout for each prompt. Without an override, TRL samples.
 
-        TRL samples for a method that does not override this.
+        Args:
+            prompts: token ids. The G copies of a prompt are consecutive.
         """
         raise NotImplementedError
 
     def credit(self, groups: Groups) -> Credit | Tensor:
-        """Value every token of the own rollouts; a tensor (B, T) is a `Credit` without metrics of its own."""
-        raise NotImplementedError(f"{type(self).__name__} has no method credit(groups)")
+        """Return a value for every token of this process's rollouts: a `Credit`, or a (B, T) tensor for no metrics."""
+        raise NotImplementedError(f"{type(self).__name__} does not define credit(groups)")
 
     @classmethod
     def check_run(cls, config: Any) -> None:
-        """Raise a UserError if other settings of the run (a `KTAEGRPOConfig`) do not go with this method."""
+        """Raise a UserError if another setting of the run (a `KTAEGRPOConfig`) is incompatible with this method."""
 
     @classmethod
     def no_signal(cls, sums: dict[str, float], config: Any, first: str) -> str | None:
-        """Return a warning if the first generations taught nothing although groups had both sides, else None.
+        """Return a warning if the first generations gave no credit although groups had both sides, else None.
 
         Args:
             sums: numerators of the method's metrics over these generations.
@@ -237,29 +267,29 @@ class Method:
 
     @classmethod
     def samples_itself(cls) -> bool:
-        """Return whether the method samples its rollouts itself."""
+        """Return whether the method samples its own rollouts instead of TRL."""
         return cls.sample is not Method.sample
 
     @classmethod
     def settings_of(cls, config: Any) -> dict[str, Any]:
-        """Return the fields that belong to the method, with their values in a config."""
+        """Return the method's own fields and their values in a config."""
         fields = dataclasses.fields(cls.Settings)
         return {field.name: getattr(config, field.name) for field in fields}
 
 
 class GRPO(Method):
-    """No token credit: TRL's GRPO."""
+    """TRL's GRPO, without token credit."""
 
     name = "none"
     title = "GRPO (one advantage for all tokens)"
-    card = Card("GRPO", "Every token of a completion gets the same advantage, that of its rollout.")
+    card = Card("GRPO", "Every token of a completion gets the advantage of its rollout.")
     needs_both_sides = False
 
 
 def from_function(function: Any) -> type[Method]:
-    """Make a method of a function from `Groups` to a (B, T) tensor or a `Credit`.
+    """Make a method from a function that maps `Groups` to a (B, T) tensor or a `Credit`.
 
-    Its attribute `how`, if it has one, says how the values meet the advantages; the default is "multiply".
+    The function's attribute `how`, "multiply" by default, sets how values and advantages are combined.
     """
 
     def credit(self, groups: Groups) -> Credit | Tensor:

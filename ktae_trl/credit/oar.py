@@ -1,8 +1,21 @@
-"""OAR: outcome-grounded advantage reshaping. A token counts by its influence on the model's final answer.
+"""OAR: outcome-grounded advantage reshaping (arXiv 2601.07408, ACL 2026).
 
-Source: arXiv 2601.07408 (ACL 2026). Its hyperparameters could not be read in full: those of the authors' README are the
-defaults here. B rollouts, T tokens of a completion, L tokens of prompt and completion, A tokens of an answer, V of the
-vocabulary, H of a hidden state, R rows of one forward pass.
+The advantage of a token is weighted by the token's influence on the model's final answer. Formulas and default
+hyperparameters are those of the authors' code and its README (Valsure/Outcome-Grounded-Advantage-Reshaping). The text
+of the paper was not checked.
+
+Departures from the authors' code:
+
+- The threshold of a rollout does not depend on the rollouts before it.
+- `oar_answer` is "answer_mean" by default for both variants. The README uses "last" for OAR-P.
+- "last" is the distribution after the completion's last token. The code suggests that of the answer's first token.
+- "answer_joint" is the sum of the answer tokens' log-probabilities. The code takes their mean.
+- OAR-P can perturb several tokens together (`oar_span`).
+- The noise of OAR-G is seeded with the rollout's own tokens.
+- Rollouts with advantage 0 are skipped.
+
+Shape suffixes: B rollouts, T completion tokens, L tokens of prompt and completion, A answer tokens, V vocabulary, H
+hidden size, R rows of a forward pass.
 """
 
 import textwrap
@@ -21,33 +34,33 @@ from ktae_trl.credit.method import Card, Credit, Groups, Method, Settings, Tools
 from ktae_trl.grading import answered, extraction
 
 ANSWERS = ("answer_mean", "last", "answer_joint")
-_PROMPT_END = 16  # tokens, enough for an open `<think>` and the white space behind it
-FLOOR = 0.1  # of the weight of a token of little influence, before weights are scaled to mean 1
+_PROMPT_END = 16  # tokens at the end of a prompt, enough for an open `<think>` and the white space after it
+FLOOR = 0.1  # smallest weight, before the weights are scaled to mean 1
 
 
 class Answer(NamedTuple):
-    """Where a completion's final answer is, in tokens."""
+    """The token positions of a completion's final answer."""
 
-    box: int  # tokens before this one end before the box (or the tag, or the mark: `answer_format`)
-    tokens: list[int]  # those that hold a character of the answer, in order
+    box: int  # all tokens before this one end before the box, tag or mark of `answer_format`
+    tokens: list[int]  # tokens that contain a character of the answer, ascending
 
 
 class Question(NamedTuple):
-    """What is asked of one rollout: how much its answer depends on each reasoning token."""
+    """The inputs for the influence of each reasoning token of one rollout on its answer."""
 
-    row: int
-    ids_L: Tensor  # prompt and completion, up to the last position that matters
-    at_A: Tensor  # positions whose next-token distribution makes the answer
-    targets_A: Tensor  # the tokens that do come there
+    row: int  # of the rollout in the batch
+    ids_L: Tensor  # prompt and completion, up to the last position in `at_A`
+    at_A: Tensor  # positions whose next-token distributions represent the answer
+    targets_A: Tensor  # the token after each of these positions
     reasoning: Tensor  # positions of the reasoning tokens, ascending
 
     def cost(self, tokens_per_logits: float) -> float:
-        """Return the memory of a row in a forward pass, in tokens."""
+        """Return the memory that a row needs in a forward pass, in units of one token."""
         return len(self.ids_L) + len(self.at_A) * tokens_per_logits
 
 
 class OAR(Method):
-    """Weights by the influence of each token on the answer; a subclass says how influence is measured."""
+    """Weights by the influence of each token on the answer. Subclasses define how influence is measured."""
 
     @dataclass
     class Settings(Settings):
@@ -55,35 +68,36 @@ class OAR(Method):
 
         Parameters:
             oar_answer (`str`, *optional*, defaults to `"answer_mean"`):
-                What of the model's answer a token may influence: `"answer_mean"`, the mean logits where the answer's
-                tokens are predicted; `"answer_joint"`, the log-probability of these tokens together; `"last"`, the
-                distribution after the completion's last token.
+                Representation of the model's answer on which influence is measured: `"answer_mean"`, the distribution
+                of the mean logits over the positions that predict the answer tokens; `"answer_joint"`, the joint
+                log-probability of the answer tokens; `"last"`, the distribution after the completion's last token.
             oar_quantile (`float`, *optional*, defaults to `0.25`):
-                Tokens below this quantile of influence in their rollout lose weight, the others gain.
+                Quantile of influence in a rollout. Tokens below it lose weight, the others gain weight.
             oar_beta (`float`, *optional*, defaults to `1.0`):
-                How much the most influential token gains, before weights are scaled to mean 1.
+                Weight that the most influential token gains, before the weights are scaled to mean 1.
             oar_noise_std (`float`, *optional*, defaults to `0.001`):
-                Standard deviation of the noise on the embeddings (`oar_g`). In bf16 the effect of so little is lost in
-                rounding: take 0.01.
+                Standard deviation of the noise on the embeddings (`oar_g`). In bf16, set it to 0.01: the effect of
+                0.001 is smaller than the rounding error.
             oar_span (`int`, *optional*, defaults to `1`):
-                Tokens in a row that are perturbed together and share their weight (`oar_p`). 4 costs about a quarter
-                of 1.
+                Number of consecutive tokens that are perturbed together and share their weight (`oar_p`). A span of 4
+                costs about a quarter of a span of 1.
             oar_token_budget (`int`, *optional*, defaults to `16384`):
-                Tokens, with those of prompts, that a forward pass of OAR holds at most. Lower it if memory runs out:
-                `oar_g` keeps all activations where there are no checkpoints, or reentrant ones (PEFT under ZeRO-3).
+                Maximum number of tokens, including prompts, in a forward pass of OAR. Lower it if memory runs out.
+                `oar_g` keeps all activations without gradient checkpointing, and with reentrant checkpointing (PEFT
+                under ZeRO-3).
         """
 
         oar_answer: str = field(
             default="answer_mean",
-            metadata={"help": "What tokens may influence: 'answer_mean', 'answer_joint' or 'last'."},
+            metadata={"help": "Answer representation: 'answer_mean', 'answer_joint' or 'last'."},
         )
         oar_quantile: float = field(
-            default=0.25, metadata={"help": "Tokens below this quantile of influence lose weight, the others gain."}
+            default=0.25, metadata={"help": "Tokens below this quantile of influence lose weight, others gain."}
         )
-        oar_beta: float = field(default=1.0, metadata={"help": "How much the most influential token gains."})
-        oar_noise_std: float = field(default=1e-3, metadata={"help": "Noise on the embeddings (oar_g)."})
-        oar_span: int = field(default=1, metadata={"help": "Tokens in a row that are perturbed together (oar_p)."})
-        oar_token_budget: int = field(default=16384, metadata={"help": "Tokens in a forward pass of OAR at most."})
+        oar_beta: float = field(default=1.0, metadata={"help": "Weight that the most influential token gains."})
+        oar_noise_std: float = field(default=1e-3, metadata={"help": "Standard deviation of embedding noise (oar_g)."})
+        oar_span: int = field(default=1, metadata={"help": "Consecutive tokens that are perturbed together (oar_p)."})
+        oar_token_budget: int = field(default=16384, metadata={"help": "Maximum tokens in a forward pass of OAR."})
 
         def check(self) -> None:
             if self.oar_answer not in ANSWERS:
@@ -105,7 +119,7 @@ class OAR(Method):
         "|w-1|": ("oar/mean_change", "{:.2f}"),
     }
     panels = {"Shares": ["oar/answered", "oar/reshaped_tokens"], "Mean |w - 1|": ["oar/mean_change"]}
-    needs_both_sides = False  # the rollout advantage, which the weights scale, may be that of any reward
+    needs_both_sides = False  # the weights scale rollout advantages from any reward
     answered = "oar/answered"
     no_effect = ("oar_token_budget",)
 
@@ -113,27 +127,27 @@ class OAR(Method):
         super().__init__(settings, tools)
         if not tools.tokenizer.is_fast:
             raise UserError(
-                "OAR finds the answer by a tokenizer's offsets, which a slow one "
-                f"({type(tools.tokenizer).__name__}) does not have. Load the fast one (use_fast=True, or a "
-                "tokenizer.json), or take another method, such as credit: ktae"
+                f"OAR needs the character offsets of a fast tokenizer, but {type(tools.tokenizer).__name__} is a slow "
+                "one. Load the fast tokenizer (use_fast=True, or a tokenizer.json), or use another method, such as "
+                "credit: ktae"
             )
 
     def influence(self, questions: list[Question]) -> list[Tensor]:
-        """Return, for each question, the influence (tokens,) of its reasoning tokens."""
+        """Return the influence of the reasoning tokens of each question, one tensor (tokens,) per question."""
         raise NotImplementedError
 
     def credit(self, groups: Groups) -> Credit:
-        """Weigh the reasoning tokens of the rollouts."""
+        """Compute the weights of the tokens of this process's rollouts."""
         mask_BT, ids_BT = groups.mask_BT, groups.ids_BT.long()
         reasoning_BT, questions, answered = torch.zeros_like(mask_BT), [], []
         places_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)
         for row, (prompt, completion) in enumerate(zip(groups.prompts, groups.completions, strict=True)):
             answer = find_answer(completion, self.tools.tokenizer, self.settings.answer_format, prompt)
-            if answer is None or not mask_BT[row, answer.tokens[-1]]:  # a tool's output, say
+            if answer is None or not mask_BT[row, answer.tokens[-1]]:  # in the output of a tool, for example
                 continue
             answered.append(row)
             reasoning_BT[row] = mask_BT[row] & (places_T < answer.box)
-            # A rollout with advantage 0 stays at 0, whatever its weights.
+            # With advantage 0 the weights have no effect.
             if reasoning_BT[row].sum() >= 2 and groups.advantages_B[row] != 0:
                 prompt = torch.tensor(prompt, dtype=torch.long, device=ids_BT.device)
                 questions.append(_ask(row, prompt, ids_BT[row], reasoning_BT[row], answer, groups, self.settings))
@@ -167,37 +181,37 @@ def _card(name: str, does: str) -> Card:
                 eprint    = {arXiv:2601.07408},
             }"""),
     }
-    does = f"Each token's advantage is that of its rollout, weighted by the token's influence on the answer{does}"
+    does = f"The advantage of a token is that of its rollout, weighted by the token's influence on the answer{does}"
     return Card(name, does, ("oar",), paper)
 
 
 class OARG(OAR):
-    """OAR-G: influence by one backward pass to the embeddings."""
+    """OAR-G: influence from one backward pass to the embeddings."""
 
     name = "oar_g"
     title = "OAR-G (influence by gradients)"
-    card = _card("OAR-G", ", as the gradient of the answer at its embedding tells it.")
+    card = _card("OAR-G", ", which is estimated from the gradient of the answer at the token's embedding.")
 
     def influence(self, questions: list[Question]) -> list[Tensor]:
         return gradient_influence(questions, self.settings, self.tools)
 
 
 class OARP(OAR):
-    """OAR-P: influence by one forward pass for each token or span, with padding in its place."""
+    """OAR-P: influence from one forward pass per token or span, with that token or span replaced by padding."""
 
     name = "oar_p"
     title = "OAR-P (influence by perturbation)"
-    card = _card("OAR-P", ": what its absence does to it.")
+    card = _card("OAR-P", ", which is measured by replacing the token with padding.")
 
     def __init__(self, settings: Any, tools: Tools):
         super().__init__(settings, tools)
         tokenizer = tools.tokenizer
-        token = tokenizer.added_tokens_decoder.get(tokenizer.pad_token_id)  # `all_special_ids` has it, whatever it is
+        token = tokenizer.added_tokens_decoder.get(tokenizer.pad_token_id)  # `all_special_ids` always has it
         if token is None or not token.special:
             raise UserError(
-                f"oar_p puts the padding token in a token's place, but {tokenizer.pad_token!r} "
+                f"oar_p replaces tokens with the padding token, but {tokenizer.pad_token!r} "
                 f"(id {tokenizer.pad_token_id}) is an ordinary token of this tokenizer. Set tokenizer.pad_token to a "
-                "special one, or take credit: oar_g"
+                "special token, or use credit: oar_g"
             )
 
     def influence(self, questions: list[Question]) -> list[Tensor]:
@@ -222,24 +236,29 @@ def _ask(
 def find_answer(
     ids: list[int], tokenizer, answer_format: str = "boxed", prompt_ids: Sequence[int] = ()
 ) -> Answer | None:
-    r"""Find the tokens of the final answer, where the rewards find it; None without one, or with an empty one.
+    r"""Find the tokens of the final answer, in the place where the reward functions find it.
 
-    The text is that of the tokens as they were sampled, which need not be those that the tokenizer would choose. A
-    token that holds a brace and a part of the answer belongs to the answer, and so do all tokens of one character.
+    The tokens are decoded as they were sampled, which may differ from how the tokenizer would split the text. A token
+    that contains a brace and a part of the answer belongs to the answer. So do all tokens of a character that is split
+    into several tokens.
 
     Args:
-        ids: of the completion, without padding.
+        ids: token ids of the completion, without padding.
+        tokenizer: a fast tokenizer.
         answer_format: see `ktae_trl.grading.find_answer`.
-        prompt_ids: a prompt can open a `<think>`.
+        prompt_ids: token ids of the prompt, which may end with an open `<think>`.
+
+    Returns:
+        None if there is no answer or it is empty.
     """
     stream, chunks, ends = DecodeStream(skip_special_tokens=True), [], [0]
     for token in ids:
         try:
             chunk = stream.step(tokenizer.backend_tokenizer, token)
-        except Exception:  # it has no class of its own: bytes that make no character
+        except Exception:  # bytes that form no character; tokenizers raises a plain Exception
             stream = DecodeStream(skip_special_tokens=True)
             chunk = stream.step(tokenizer.backend_tokenizer, token)
-        chunks.append(chunk or "")  # "" inside of a character
+        chunks.append(chunk or "")  # "" inside a character
         ends.append(ends[-1] + len(chunks[-1]))
     text = "".join(chunks)
     said = _said(text, ids, tokenizer, prompt_ids)
@@ -259,14 +278,14 @@ def find_answer(
 
 
 def _said(text: str, ids: list[int], tokenizer, prompt_ids: Sequence[int]) -> str:
-    """Return what the reward functions read of a completion.
+    """Return the part of a completion that the reward functions read.
 
-    TRL hands them the content of the message that a tokenizer with a response template finds, else the whole text.
+    With a response template in the tokenizer, TRL passes them the content of the parsed message, else the whole text.
     """
     if getattr(tokenizer, "response_template", None) is not None:
         try:
             said = tokenizer.parse_response(list(ids), prefix=list(prompt_ids)).get("content") or ""
-        except (ValueError, TypeError, AttributeError):  # where TRL takes the whole text
+        except (ValueError, TypeError, AttributeError):  # TRL uses the whole text then
             said = text
         if said in text:
             return said
@@ -274,25 +293,25 @@ def _said(text: str, ids: list[int], tokenizer, prompt_ids: Sequence[int]) -> st
 
 
 def reshape(influence_BT: Tensor, reasoning_BT: Tensor, quantile: float = 0.25, beta: float = 1.0) -> Tensor:
-    """Turn influences into weights of mean 1 over each rollout's reasoning tokens (bi-level reshaping).
+    """Convert influences to weights with mean 1 over each rollout's reasoning tokens (bi-level reshaping).
 
         I   = log(1 + influence), min-max normalised within the rollout
-        tau = the quantile of I in the rollout (linear interpolation)
+        tau = quantile of I in the rollout (linear interpolation)
         w   = max(I / (tau + 1e-8), 0.1)                  where I < tau
         w   = 1 + beta (I - tau) / (1 - tau + 1e-8)       where I >= tau
         w   = w / mean(w)
 
-    Source: arXiv 2601.07408, section on bi-level reshaping.
+    Source: the authors' code (Valsure/Outcome-Grounded-Advantage-Reshaping) of arXiv 2601.07408.
 
     Args:
-        influence_BT: (B, T) influence of each token, not negative. What is not reasoning is not read.
-        reasoning_BT: (B, T) bool, the tokens that share the rollout's advantage.
+        influence_BT: (B, T) influence of each token, at least 0. Only reasoning tokens are read.
+        reasoning_BT: (B, T) bool, the reasoning tokens.
         quantile: in [0, 1).
-        beta: how much the tokens above the quantile gain at most.
+        beta: largest gain of a token above the quantile.
 
     Returns:
-        (B, T) float32. 1 at all other tokens, and everywhere in a rollout with fewer than two reasoning tokens or with
-        the same influence of all of them.
+        (B, T) float32. The weight is 1 for all other tokens, and for all tokens of a rollout with fewer than two
+        reasoning tokens or with equal influence of all of them.
     """
     n_B1 = reasoning_BT.sum(1, keepdim=True)
     I_BT = influence_BT.float().clamp(min=0).log1p()
@@ -300,7 +319,7 @@ def reshape(influence_BT: Tensor, reasoning_BT: Tensor, quantile: float = 0.25, 
     high_B1 = I_BT.masked_fill(~reasoning_BT, -torch.inf).amax(1, keepdim=True)
     differs_B1 = (n_B1 >= 2) & (high_B1 > low_B1)
     I_BT = ((I_BT - low_B1) / (high_B1 - low_B1)).masked_fill(~reasoning_BT, torch.inf)
-    sorted_BT = I_BT.sort(1).values  # the others last
+    sorted_BT = I_BT.sort(1).values  # other tokens (inf) come last
     place_B1 = quantile * (n_B1 - 1).clamp(min=0)
     below_B1 = place_B1.floor().long()
     above_B1 = torch.minimum(below_B1 + 1, (n_B1 - 1).clamp(min=0))
@@ -317,8 +336,15 @@ def reshape(influence_BT: Tensor, reasoning_BT: Tensor, quantile: float = 0.25, 
 def answer_log_probs(logits_RAV: Tensor, targets_RA: Tensor, valid_RA: Tensor, answer: str) -> Tensor:
     """Represent answers by log-probabilities.
 
-    `answer_mean` and `last`: (R, V), of the softmax of the mean logits over the answer's positions (`last`: one).
-    `answer_joint`: (R, 1), of the answer's tokens together.
+    Args:
+        logits_RAV: (R, A, V) logits at the answer's positions.
+        targets_RA: (R, A) answer tokens; read with `answer_joint` only.
+        valid_RA: (R, A) bool, which positions are not padding.
+        answer: "answer_mean", "last" or "answer_joint".
+
+    Returns:
+        `answer_mean` and `last`: (R, V), the log-softmax of the mean logits over the positions (`last` has one).
+        `answer_joint`: (R, 1), the sum of the answer tokens' log-probabilities.
     """
     if answer == "answer_joint":
         log_probs_RA = logits_RAV.log_softmax(-1).gather(-1, targets_RA[..., None]).squeeze(-1)
@@ -328,10 +354,14 @@ def answer_log_probs(logits_RAV: Tensor, targets_RA: Tensor, valid_RA: Tensor, a
 
 
 def divergence(clean: Tensor, changed: Tensor, answer: str) -> Tensor:
-    """Return how far the answer moved, (R,): KL(clean || changed), or the log-probability lost (`answer_joint`).
+    """Return the change of the answer, (R,): KL(clean || changed), or with `answer_joint` the log-probability lost.
 
-    Most tokens move it by so little that the rounding of log-probabilities would be more than sum p log(p / q). Since
-    p and q have the same sum, it is also sum p (q / p - 1 - log(q / p)), where that rounding enters squared.
+    For most tokens the KL is smaller than the rounding error of sum p log(p / q). Since p and q have the same sum, it
+    equals sum p (q / p - 1 - log(q / p)), in which the rounding error of the log-probabilities is squared.
+
+    Args:
+        clean, changed: from `answer_log_probs`.
+        answer: "answer_mean", "last" or "answer_joint".
     """
     lost = clean - changed
     if answer == "answer_joint":
@@ -342,14 +372,16 @@ def divergence(clean: Tensor, changed: Tensor, answer: str) -> Tensor:
 
 
 def gradient_influence(questions: list[Question], settings: Any, tools: Tools) -> list[Tensor]:
-    """Return, for each question, the influence (tokens,) of its reasoning tokens by OAR-G.
+    """Return the influence of the reasoning tokens of each question by OAR-G, one tensor (tokens,) per question.
 
         J = KL(P || P_noisy), with noise of N(0, oar_noise_std^2) on the embeddings e of the reasoning tokens
         I_t = |sum_h (dJ / de_t)_h e_t,h|
 
-    The noise is drawn by the rollout's own tokens: in float32 the same rollout gets the same weights in every batch, on
-    every process, and in a resumed run. In bf16 the gradient, which is about P_noisy - P, drowns in the rounding of the
-    forward passes if the noise is small: take 0.01.
+    The noise is seeded with the rollout's own tokens. In float32 a rollout therefore gets the same weights in every
+    batch, on every process and in a resumed run. In bf16 the gradient, which is about P_noisy - P, is lost in the
+    rounding error of the forward passes if the noise is small: set `oar_noise_std` to 0.01.
+
+    Source: the authors' code (Valsure/Outcome-Grounded-Advantage-Reshaping) of arXiv 2601.07408.
     """
     sizes = [(len(question.ids_L), len(question.at_A) * tools.tokens_per_logits) for question in questions]
     batches = list(_in_batches(sizes, settings.oar_token_budget))
@@ -365,9 +397,9 @@ def gradient_influence(questions: list[Question], settings: Any, tools: Tools) -
 
 
 def _in_batches(sizes: list[tuple[float, float]], budget: int) -> Iterator[list[int]]:
-    """Put rows of similar size together, the largest first: at least one a batch, and no more than the budget.
+    """Yield batches of rows of similar size, largest first, that fit the budget or have one row.
 
-    Rows of a batch are padded in both of their sizes, tokens and logits.
+    Both sizes of a row, tokens and logits, are padded to the largest in the batch.
     """
     batch: list[int] = []
     for i in sorted(range(len(sizes)), key=lambda i: -sum(sizes[i])):
@@ -410,13 +442,15 @@ def _differentiate(batch: list[Question], settings: Any, tools: Tools) -> list[T
 
 
 def perturbation_influence(questions: list[Question], settings: Any, tools: Tools) -> list[Tensor]:
-    """Return, for each question, the influence (tokens,) of its reasoning tokens by OAR-P.
+    """Return the influence of the reasoning tokens of each question by OAR-P, one tensor (tokens,) per question.
 
         I_t = KL(P || P_t), P_t with token t replaced by padding
 
-    With `oar_span` k > 1, k reasoning tokens in a row are replaced together and share their influence. The keys and
-    values of all that comes before the first replaced token are computed once, in the pass that gives P; so the prompt
-    is not computed again for each token.
+    With `answer_joint`, I_t is the log-probability lost, or 0 if the answer becomes more likely. With `oar_span` k > 1,
+    k consecutive reasoning tokens are replaced together and share their influence. The keys and values before the first
+    replaced token are reused from the pass that computes P, if the model's cache allows it (`Tools.beginning`).
+
+    Source: the authors' code (Valsure/Outcome-Grounded-Advantage-Reshaping) of arXiv 2601.07408, without spans.
     """
     plans = []
     for question in questions:
@@ -445,7 +479,7 @@ def _perturb(question: Question, chunks: tuple[Tensor, ...], settings: Any, tool
         before, begin = tools.beginning(cache, int(reasoning[spans[0] * settings.oar_span]), R)
         logits_RAV = tools.logits(ids_RL[:, begin:], (at_A - begin).expand(R, -1), before)
         influences.append(divergence(clean, _read(logits_RAV, targets_A, settings.oar_answer), settings.oar_answer))
-    return torch.cat(influences)[span_L[reasoning]].clamp(min=0)  # rounding; a token that speaks against the answer
+    return torch.cat(influences)[span_L[reasoning]].clamp(min=0)  # < 0: rounding, or the answer is likelier without it
 
 
 def _read(logits_RAV: Tensor, targets_A: Tensor, answer: str) -> Tensor:

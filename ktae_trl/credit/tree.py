@@ -1,10 +1,18 @@
-"""TreeRPO: segments are valued by the answers below them and compared with their siblings (arXiv 2506.05183).
+"""TreeRPO: segments of sampled trees are compared with their siblings (arXiv 2506.05183).
 
-A prompt is the root of a tree. From every node N segments of at most L tokens are sampled, down to depth D; a segment
-that ends the text is a leaf before. The G = N^D rollouts of a prompt are the paths to the leaves, in order, so the tree
-needs no other record: the tokens [(d - 1) L, d L) of rollout r are its node of depth d, and the N^(D - d) rollouts of
-the block that r lies in share it. The first of them trains these tokens; in the others they are context. A text that
-ended early fills its whole block.
+The prompt is the root of a tree. N segments of at most L tokens are sampled from every node, down to depth D. A segment
+that ends the text is a leaf, even above depth D. A leaf has value 1 if its answer is correct, else 0. The value of any
+other node is the mean of its children's values.
+
+The G = N^D rollouts of a prompt are the paths to the leaves, in order. Tokens [(d - 1) L, d L) of a rollout are its
+node at depth d. The rollouts that share this node are a block of N^(D - d) consecutive rollouts. The first of them
+trains the node's tokens; in the others they are context only. A text that ended early fills all rollouts of its block.
+
+A tree of depth 1 gives GRPO's advantages only with `tree_normalizer: std`.
+
+The paper was not read in full, and its code was not available for comparison. Known departures: N = 2 by default
+(published: N = 8, D = 3 and L = 384), and tokens saved by texts that end early are not spent on other nodes. Which
+statistic the published minimum spread of 0.1 applies to is not known; here it is the range of the sibling values.
 """
 
 import math
@@ -25,7 +33,7 @@ NORMALIZERS = {
     "none": lambda mean, std: torch.ones_like(mean),
 }
 _LOSSES = ("dapo", "bnpo", "dr_grpo")
-# What `generation_kwargs` would take from the sampler, or do anew in each segment.
+# Keys of `generation_kwargs` that override the segment length or would apply to each segment separately.
 _PER_SEGMENT = {
     "max_length",
     "max_new_tokens",
@@ -35,11 +43,11 @@ _PER_SEGMENT = {
     "min_tokens",
     "structured_outputs",
 }
-_ROUNDING = 1e-6  # node values are fractions: .3 - .2 in float32 is still a spread of .1
+_ROUNDING = 1e-6  # so that .3 - .2 in float32 counts as a spread of .1
 
 
 class Shape(NamedTuple):
-    """The tree of a prompt."""
+    """The shape of a prompt's tree."""
 
     branching: int  # N
     depth: int  # D
@@ -47,30 +55,31 @@ class Shape(NamedTuple):
 
     @classmethod
     def of(cls, config) -> "Shape":
-        """Return the tree that a `KTAEGRPOConfig` describes."""
+        """Return the shape that a `KTAEGRPOConfig` describes."""
         segment_tokens = config.tree_segment_tokens
         if segment_tokens is None:
             segment_tokens = config.max_completion_length // config.tree_depth
         return cls(config.tree_branching, config.tree_depth, segment_tokens)
 
     def block(self, depth: int) -> int:
-        """Return how many rollouts share a node of this depth (1 below the root, D at the leaves)."""
+        """Return how many rollouts share a node at this depth (1 below the root, D at the leaves)."""
         return self.branching ** (self.depth - depth)
 
 
 def node_values(leaves_PG: Tensor, branching: int) -> list[Tensor]:
-    """Value every node by the leaves below it.
+    """Compute the value of every node from the leaves below it.
 
-        v(node) = mean of v over its children that have one;  v(leaf) = whether its answer is right
+        v(leaf) = 1 if its answer is correct, else 0
+        v(node) = mean of v over its children that have a value
 
-    Source: arXiv 2506.05183. A text that ended early stands in each row of its block, whose mean is its own value.
+    A text that ended early fills all rows of its block, and their mean is its own value. Source: arXiv 2506.05183.
 
     Args:
-        leaves_PG: (P, N^D) float: values of the leaves, NaN where the answer could not be judged.
+        leaves_PG: (P, N^D) float, values of the leaves, NaN if the answer could not be graded.
         branching: N.
 
     Returns:
-        The values at depth 0 to D, (P, N^depth) each; NaN where no leaf below could be judged.
+        The values at depths 0 to D, (P, N^depth) each. NaN if no leaf below the node could be graded.
     """
     values = [leaves_PG]
     while values[0].shape[1] > 1:
@@ -79,22 +88,24 @@ def node_values(leaves_PG: Tensor, branching: int) -> list[Tensor]:
 
 
 def sibling_advantages(values: Tensor, min_spread: float, normalizer: str) -> Tensor:
-    """Compare nodes with their siblings.
+    """Compute the advantage of nodes relative to their siblings.
 
         A = (v - mu) / n,  n = sqrt(mu (1 - mu)) (bernoulli) | sigma + 1e-4 (std) | 1 (none)
 
-    mu and sigma (unbiased, as in TRL) are those of the siblings that have a value. Source: arXiv 2506.05183, for whose
-    values between 0 and 1 dividing by sigma would make {.49, .49, .51, .51} as far apart as {0, 0, 1, 1}. The formula
-    of `bernoulli` was not checked against the authors' code.
+    mu and sigma (unbiased, as in TRL) are the mean and standard deviation of the siblings that have a value. Dividing
+    by sigma would put {.49, .49, .51, .51} as far apart as {0, 0, 1, 1}. On one tree of depth 1, `std` is GRPO's
+    formula; `bernoulli` is sqrt(N / (N - 1)) times as large.
+
+    Source: arXiv 2506.05183. The formula of `bernoulli` was checked neither against the paper's text nor its code.
 
     Args:
-        values: (..., N) values of sibling nodes, NaN for those without one.
-        min_spread: siblings whose largest and smallest value are nearer than this have no advantages.
-        normalizer: one of NORMALIZERS.
+        values: (..., N) values of sibling nodes, NaN for nodes without a value.
+        min_spread: siblings get advantages only if their largest and smallest value differ by at least this.
+        normalizer: a key of `NORMALIZERS`.
 
     Returns:
-        (..., N) float32; 0 for a node without a value, and for siblings that are too near or all equal, those with a
-        single value among them.
+        (..., N) float32. 0 for a node without a value, and for siblings whose values differ by less than `min_spread`
+        or are all equal. This includes siblings of which only one has a value.
     """
     known = ~values.isnan()
     spread = values.masked_fill(~known, -torch.inf).amax(-1) - values.masked_fill(~known, torch.inf).amin(-1)
@@ -107,7 +118,7 @@ def sibling_advantages(values: Tensor, min_spread: float, normalizer: str) -> Te
 
 
 def advantages_by_depth(leaves_PG: Tensor, branching: int, min_spread: float, normalizer: str) -> list[Tensor]:
-    """Return the advantage of each node among its siblings, at depth 1 to D: (P, N^depth) each."""
+    """Return the advantages of the nodes at depths 1 to D relative to their siblings, (P, N^depth) each."""
     return [
         sibling_advantages(values.unflatten(1, (-1, branching)), min_spread, normalizer).flatten(1)
         for values in node_values(leaves_PG, branching)[1:]
@@ -115,14 +126,14 @@ def advantages_by_depth(leaves_PG: Tensor, branching: int, min_spread: float, no
 
 
 def token_advantages(advantages: list[Tensor], shape: Shape, T: int) -> Tensor:
-    """Give each token the advantage of its segment: (P, G, T), from those of the nodes at depth 1 to D."""
+    """Return the advantage of each token's segment, (P, G, T), from the advantages of the nodes at depths 1 to D."""
     by_row = [nodes.repeat_interleave(shape.block(depth), 1) for depth, nodes in enumerate(advantages, 1)]
     segment = torch.arange(T, device=advantages[0].device) // shape.segment_tokens
-    return torch.stack(by_row, -1)[..., segment.clamp(max=shape.depth - 1)]  # what lies beyond is padding
+    return torch.stack(by_row, -1)[..., segment.clamp(max=shape.depth - 1)]  # what follows is padding
 
 
 def sampled_nodes(mask_PGT: Tensor, shape: Shape) -> list[Tensor]:
-    """Return which nodes of depth 1 to D were sampled, (P, N^depth) bool each: those that are trained somewhere."""
+    """Return which nodes at depths 1 to D were sampled, that is, have a trained token, (P, N^depth) bool each."""
     P, _, T = mask_PGT.shape
     nodes = []
     for depth in range(1, shape.depth + 1):
@@ -135,7 +146,7 @@ def sampled_nodes(mask_PGT: Tensor, shape: Shape) -> list[Tensor]:
 def _sums(
     mask_PGT: Tensor, values_PGT: Tensor, advantages: list[Tensor], shape: Shape
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the metrics of this process's trees as sums; README's table of metrics says what each means."""
+    """Return the metrics of this process's trees as (numerator, denominator). See `docs/metrics.md`."""
     nodes = sampled_nodes(mask_PGT, shape)
     N, prompts = shape.branching, mask_PGT.new_tensor(len(mask_PGT), dtype=torch.long)
     sums = {}
@@ -166,18 +177,19 @@ Generate = Callable[[list[list[int]], int], tuple[list[list[int]], list[list[flo
 def sample(prompt_ids: list[list[int]], generate: Generate, shape: Shape, eos_ids: Collection[int]) -> Samples:
     """Sample a tree for each prompt, one depth after the other.
 
-    A segment that holds an end-of-sequence id or fewer tokens than it could is the end of its text: nothing is sampled
-    below, and the text stands in every row of its block.
+    A segment that ends with an end-of-sequence id, or has fewer tokens than allowed, ends its text. Nothing is sampled
+    below it, and the text is copied to every row of its block.
 
     Args:
-        prompt_ids: token ids of each row's prompt; the N^D rows of a prompt side by side.
-        generate: samples one continuation, of at most so many tokens, of each of these token ids: the new ids, and
-            their log-probabilities or None. It is called once per depth, if need be with no ids at all, so that all
-            processes call it equally often.
-        eos_ids: ids that end a text.
+        prompt_ids: token ids of each row's prompt. The N^D rows of a prompt are consecutive.
+        generate: maps prefixes (token ids) and a maximum number of new tokens to one continuation of each prefix and
+            its log-probabilities (or None). It is called once per depth, with no prefixes if all texts have ended, so
+            that all processes call it equally often.
+        shape: the tree.
+        eos_ids: end-of-sequence ids.
 
     Returns:
-        A row per leaf. The first row of those that share a segment trains it; the log-probabilities stand in all.
+        One row per leaf. A shared segment is trained in the first of its rows; its log-probabilities are in all.
     """
     rows = range(len(prompt_ids))
     completions: list[list[int]] = [[] for _ in rows]
@@ -200,7 +212,7 @@ def sample(prompt_ids: list[list[int]], generate: Generate, shape: Shape, eos_id
 
 
 class TreeRPO(Method):
-    """Rollouts sampled as trees, whose segments are compared with their siblings."""
+    """Rollouts are sampled as trees, and segments are compared with their siblings."""
 
     @dataclass
     class Settings(Settings):
@@ -208,33 +220,33 @@ class TreeRPO(Method):
 
         Parameters:
             tree_branching (`int`, *optional*, defaults to `2`):
-                Segments sampled from each node.
+                Number of segments sampled from each node.
             tree_depth (`int`, *optional*, defaults to `3`):
-                Segments from the prompt to a leaf. `num_generations` must be `tree_branching ** tree_depth`.
+                Number of segments from the prompt to a leaf. `num_generations` must be `tree_branching ** tree_depth`.
             tree_segment_tokens (`int`, *optional*):
-                Tokens of a segment at most. Defaults to `max_completion_length // tree_depth`.
+                Maximum number of tokens in a segment. Defaults to `max_completion_length // tree_depth`.
             tree_min_spread (`float`, *optional*, defaults to `0.1`):
-                Siblings whose values are all nearer than this are not trained apart: their advantages are 0.
+                Siblings get advantages only if their largest and smallest value differ by at least this.
             tree_normalizer (`str`, *optional*, defaults to `"bernoulli"`):
-                What a segment's value, less the mean mu of its siblings, is divided by: `"bernoulli"`
-                sqrt(mu (1 - mu)), `"std"` the siblings' standard deviation, as in GRPO, or `"none"`.
+                Divisor of a segment's value minus the mean mu of its siblings: `"bernoulli"` is sqrt(mu (1 - mu)),
+                `"std"` the standard deviation of the siblings, as in GRPO, and `"none"` is 1.
         """
 
-        tree_branching: int = field(default=2, metadata={"help": "Segments sampled from each node of a tree."})
+        tree_branching: int = field(default=2, metadata={"help": "Number of segments sampled from each node."})
         tree_depth: int = field(
             default=3,
-            metadata={"help": "Segments from the prompt to a leaf; num_generations is tree_branching ** tree_depth."},
+            metadata={"help": "Segments from the prompt to a leaf. num_generations = tree_branching ** tree_depth."},
         )
         tree_segment_tokens: int | None = field(
             default=None,
-            metadata={"help": "Tokens of a segment at most. Defaults to max_completion_length // tree_depth."},
+            metadata={"help": "Maximum tokens in a segment. Defaults to max_completion_length // tree_depth."},
         )
         tree_min_spread: float = field(
-            default=0.1, metadata={"help": "Siblings whose values are all nearer than this have no advantages."}
+            default=0.1, metadata={"help": "Siblings get advantages only if their values differ by at least this."}
         )
         tree_normalizer: str = field(
             default="bernoulli",
-            metadata={"help": "'bernoulli' (sqrt(mu (1 - mu))), 'std' (as in GRPO) or 'none'."},
+            metadata={"help": "Divisor of advantages: 'bernoulli' (sqrt(mu (1 - mu))), 'std' (as in GRPO) or 'none'."},
         )
 
         def check(self) -> None:
@@ -246,7 +258,7 @@ class TreeRPO(Method):
                     f"tree_normalizer must be one of {', '.join(NORMALIZERS)}, not {self.tree_normalizer!r}"
                 )
             if not 0 <= self.tree_min_spread <= 1:
-                raise UserError(f"tree_min_spread must lie between 0 and 1, not at {self.tree_min_spread}")
+                raise UserError(f"tree_min_spread must be between 0 and 1, not {self.tree_min_spread}")
 
     how = "replace"
     name = "tree"
@@ -254,8 +266,8 @@ class TreeRPO(Method):
     title = "TreeRPO (sampled trees)"
     card = Card(
         "TreeRPO",
-        "Rollouts are sampled as trees, and the tokens of a segment get its own advantage: how right the answers below "
-        "it are, against those of its siblings.",
+        "Rollouts are sampled as trees. The tokens of a segment get the segment's advantage: the share of correct "
+        "answers below it, relative to its sibling segments.",
         ("treerpo",),
         {
             "title": "TreeRPO: Tree Relative Policy Optimization",
@@ -272,7 +284,7 @@ class TreeRPO(Method):
     )
     value = "segment advantage v"
     columns = {
-        "tokens": ("tree/generated_tokens", "{:.0f}"),  # of a prompt
+        "tokens": ("tree/generated_tokens", "{:.0f}"),  # per prompt
         "A≠0": ("tree/trained_share", "{:.0%}"),
     }
     panels = {
@@ -286,10 +298,10 @@ class TreeRPO(Method):
         return sample(prompts, self.tools.generate, Shape.of(self.settings), self.tools.eos_ids)
 
     def credit(self, groups: Groups) -> Credit:
-        """Give the segments of sampled trees their advantages.
+        """Compute the segment advantages of the sampled trees.
 
-        Only whether answers are right counts: the rollout advantages, and with them `scale_rewards`, `reward_weights`
-        and other rewards, are replaced.
+        They depend only on which answers are correct. They replace the rollout advantages, so `scale_rewards`,
+        `reward_weights` and other reward functions have no effect.
         """
         settings, shape = self.settings, Shape.of(self.settings)
         leaves_PG = groups.correct_PG.float().masked_fill(~groups.scored_PG, torch.nan)
@@ -303,7 +315,7 @@ class TreeRPO(Method):
         if any(signals) or not signals:
             return None
         return (
-            f"No siblings in the trees of {first} differ by tree_min_spread ({config.tree_min_spread:g}), so that no "
+            f"No siblings in the trees of {first} differ by tree_min_spread ({config.tree_min_spread:g}), so no "
             "segment is trained. Lower tree_min_spread."
         )
 
@@ -313,11 +325,11 @@ class TreeRPO(Method):
 
 
 def check_run(args: Any) -> None:
-    """Check what a tree asks of the run's other settings.
+    """Check that the other settings of the run are compatible with trees.
 
     Raises:
-        ValueError: the leaves do not fill `num_generations`, the segments do not fit the completion, a process holds a
-            part of a tree, or an option would not do what it says.
+        UserError: the number of leaves is not `num_generations`, the segments do not fit in the completion, a process
+            would hold part of a tree, or a setting is not supported with trees.
     """
     N, D, L = shape = Shape.of(args)
     rollouts, limit = args.num_generations, args.max_completion_length
@@ -325,39 +337,39 @@ def check_run(args: Any) -> None:
         below = max(1, math.floor(math.log(rollouts, N) + 1e-9))
         nearest = " or ".join(f"{N**d} (tree_depth={d})" for d in (below, below + 1))
         raise UserError(
-            f"A tree has tree_branching ** tree_depth = {N} ** {D} = {N**D} leaves, which must be the rollouts of a "
-            f"prompt, but num_generations={rollouts}. With this branching, the nearest are {nearest}"
+            f"A tree has tree_branching ** tree_depth = {N} ** {D} = {N**D} leaves, but num_generations={rollouts}. "
+            f"Set num_generations to the number of leaves. With tree_branching={N} the nearest are {nearest}"
         )
     if L < 1 or limit < D * L:
         raise UserError(
-            f"tree_depth x tree_segment_tokens = {D} x {L} tokens do not fit max_completion_length={limit}: a segment "
-            f"must have at least 1 token, and at most {limit // D}"
+            f"tree_depth x tree_segment_tokens = {D} x {L} tokens do not fit in max_completion_length={limit}. Set "
+            f"tree_segment_tokens to at least 1 and at most {limit // D}, or raise max_completion_length"
         )
     rows = args.per_device_train_batch_size * args.steps_per_generation
     if rows % rollouts:
         raise UserError(
-            f"The trees of a generation must lie whole on a process, but a process has {rows} rows "
+            f"Each process must generate whole trees, but a process has {rows} rows "
             f"({args.per_device_train_batch_size} per_device_train_batch_size x {args.steps_per_generation} "
-            f"steps_per_generation), which are no multiple of num_generations={rollouts}"
+            f"steps_per_generation). Set these to give a multiple of num_generations={rollouts}"
         )
     if args.loss_type not in _LOSSES:
         raise UserError(
-            f"Tree sampling needs a loss that counts tokens, {', '.join(_LOSSES)}, not loss_type={args.loss_type!r}: a "
-            "row holds the segments that it trains and, as context, those trained in other rows, so means over rows "
-            "would weigh segments by chance"
+            f"Tree sampling needs a token-level loss, not loss_type={args.loss_type!r}: a row trains only some of its "
+            "tokens, so a mean over each row would weight segments unequally. Set loss_type to one of "
+            f"{', '.join(_LOSSES)}"
         )
     if args.importance_sampling_level != "token":
         raise UserError(
             f"Tree sampling needs importance_sampling_level='token', not {args.importance_sampling_level!r}: a row "
-            "trains a part of its tokens, so it has no ratio of its own"
+            "trains only some of its tokens, so a ratio of the whole row is not defined"
         )
     if args.mask_truncated_completions:
         raise UserError(
-            "mask_truncated_completions does not go with tree sampling: it would take whole rows from the training, "
-            "and with them the segments of other leaves, which may have ended well"
+            "mask_truncated_completions is not supported with tree sampling: it would remove whole rows from the "
+            "training, including segments that rows with a finished answer share. Set it to false"
         )
     if args.vllm_structured_outputs_regex is not None or not _PER_SEGMENT.isdisjoint(args.generation_kwargs or {}):
         raise UserError(
-            "Tree sampling generates segment by segment: vllm_structured_outputs_regex, and in generation_kwargs "
-            f"{', '.join(sorted(_PER_SEGMENT))}, would hold for each of them and not for the completion"
+            "Tree sampling generates segment by segment, so vllm_structured_outputs_regex and, in generation_kwargs, "
+            f"{', '.join(sorted(_PER_SEGMENT))} would apply to each segment instead of the completion. Remove them"
         )

@@ -1,6 +1,8 @@
-"""Datasets of problems with known answers, turned into TRL's `prompt` and `solution`.
+"""Turn datasets of problems with known answers into TRL's columns `prompt` and `solution`.
 
-loading (Hub, file, folder) -> columns -> problems and gold answers of each row, as prompts; a recipe does all of it
+    loading (Hub, file, folder) -> columns -> problems (prompt and gold answers of each row)
+
+`recipe` combines these steps.
 """
 
 from ktae_trl.data.columns import keep_rows

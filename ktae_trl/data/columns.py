@@ -1,4 +1,4 @@
-"""Columns of a dataset: their values, rows chosen by these, and names that are taken."""
+"""Columns of a dataset: read their values, select rows by value, and rename columns whose names are reserved."""
 
 import logging
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from ktae_trl.arguments import UserError, nearest
 
-# Arguments of reward functions: a column of such a name would collide with what TRL hands over, or not arrive.
+# Arguments of reward functions. A column with such a name would collide with what TRL passes, or not be passed at all.
 RESERVED = {
     *("prompts", "completion", "completions", "completion_ids"),
     *("trainer_state", "log_extra", "log_metric", "environments", "answer_format", "opened_think"),
@@ -19,16 +19,16 @@ logger = logging.getLogger(__name__)
 
 
 def column_values(dataset: Dataset, path: str) -> list:
-    """Return the values of a column, or of a field of a nested one, named by a dotted path (None where it is missing).
+    """Return the values of a column, or of a field of a nested column (a dotted path); None where a value is missing.
 
     Raises:
-        ValueError: no such column or field.
+        ValueError: the column or field does not exist.
     """
     name, *fields = [path] if path in dataset.column_names else path.split(".")
     if name not in dataset.column_names:
         raise UserError(
             f"The dataset has no column {name!r}{nearest(name, dataset.column_names)}. "
-            f"There are: {', '.join(dataset.column_names)}"
+            f"Its columns: {', '.join(dataset.column_names)}"
         )
     values = dataset[name][:]
     for field_name in fields:
@@ -36,49 +36,48 @@ def column_values(dataset: Dataset, path: str) -> list:
         if field_name not in there:
             raise UserError(
                 f"The column {name!r} has no field {field_name!r}{nearest(field_name, there)} (column {path!r}). "
-                f"There are: {', '.join(there) or 'none'}"
+                f"Its fields: {', '.join(there) or 'none'}"
             )
         values = [value.get(field_name) if isinstance(value, dict) else None for value in values]
     return values
 
 
 def original_column(dataset: Dataset, path: str) -> str:
-    """Return where `to_prompts` has left the column of the data that had this name."""
+    """Return the name that `to_prompts` gave to a column (or dotted path) of the data."""
     name, dot, fields = path.partition(".")
     return f"data_{name}{dot}{fields}" if f"data_{name}" in dataset.column_names else path
 
 
 def matching_rows(dataset: Dataset, values: dict[str, list]) -> list[int]:
-    """Return the numbers of the rows that have, in each of these columns, one of its values.
+    """Return the indices of the rows that have one of the given values in each of the given columns.
 
     Raises:
-        ValueError: a column that is not there, or no row is left (with the values that there are).
+        ValueError: a column does not exist, or no row matches. The message lists the columns or values in the data.
     """
     rows = list(range(len(dataset)))
     for column, wanted in values.items():
         if column not in dataset.column_names:
             raise UserError(
-                f"dataset_filter: there is no column {column!r}{nearest(column, dataset.column_names)}. "
-                f"There are: {', '.join(dataset.column_names)}. For all rows: --dataset_filter null"
+                f"dataset_filter: the dataset has no column {column!r}{nearest(column, dataset.column_names)}. "
+                f"Its columns: {', '.join(dataset.column_names)}. To use all rows: --dataset_filter null"
             )
         found = dataset[column][:]
         there = list(dict.fromkeys(found[row] for row in rows))
         rows = [row for row in rows if found[row] in wanted]
         if not rows:
-            raise UserError(f"dataset_filter: no row has {column} in {wanted}. There are: {str(there[:20])[1:-1]}")
+            raise UserError(f"dataset_filter: no row has {column} in {wanted}. Values found: {str(there[:20])[1:-1]}")
     return rows
 
 
 def keep_rows(dataset: Dataset, values: dict[str, list]) -> Dataset:
-    """Keep the `matching_rows`."""
+    """Return the dataset with only the `matching_rows`."""
     return dataset.select(matching_rows(dataset, values))
 
 
 def free_names(dataset: Dataset, taken: set[str] = RESERVED, silent: Iterable[str] = ()) -> Dataset:
-    """Give the columns whose names are taken others (`data_NAME`), and remove those of images that hold none.
+    """Rename columns whose names are in `taken` to `data_NAME`, and remove image columns that have no images.
 
-    A column of such a name would collide with what TRL hands to reward functions, or never arrive there. A warning
-    names the columns, but those in `silent`.
+    A warning lists the renamed columns, except those in `silent`.
     """
     for name in IMAGES:
         if name in dataset.column_names and not any(has_image(dataset, name)):
@@ -86,14 +85,14 @@ def free_names(dataset: Dataset, taken: set[str] = RESERVED, silent: Iterable[st
     renamed = {name: f"data_{name}" for name in dataset.column_names if name in taken}
     if told := {old: new for old, new in renamed.items() if old not in silent}:
         logger.warning(
-            "Columns whose names are taken (by TRL, or by the prompts and gold answers) get others: %s",
+            "Renamed columns because TRL or ktae_trl uses their names: %s",
             ", ".join(f"{old} is now {new}" for old, new in told.items()),
         )
     return dataset.rename_columns(renamed)
 
 
 def has_image(dataset: Dataset, column: str) -> list[bool]:
-    """Return for each row whether it has an image or a list of images; none is decoded."""
+    """Return for each row whether it has an image or a non-empty list of images, without decoding any."""
     values = dataset.with_format("arrow")[column][:]
     if pyarrow.types.is_list(values.type) or pyarrow.types.is_large_list(values.type):
         return [bool(length) for length in pyarrow.compute.list_value_length(values).to_pylist()]
@@ -101,7 +100,7 @@ def has_image(dataset: Dataset, column: str) -> list[bool]:
 
 
 def with_free_names(dataset):
-    """Return a dataset, or several by name, with `free_names`; a stream, or None, stays as it is."""
+    """Apply `free_names` to a dataset or a dict of datasets; streaming datasets and None are returned unchanged."""
     if isinstance(dataset, dict):
         return {name: with_free_names(part) for name, part in dataset.items()}
     return free_names(dataset) if isinstance(dataset, Dataset) else dataset

@@ -1,4 +1,4 @@
-"""Worked examples, which come before a problem as earlier turns of the conversation."""
+"""Worked examples that precede each problem as earlier turns of the conversation."""
 
 from pathlib import Path
 
@@ -9,24 +9,25 @@ from ktae_trl.grading.extraction import find_answer
 from ktae_trl.preflight import ENDINGS, ending
 from ktae_trl.prompts import Conversation
 
-_EXAMPLES = {WORD_PROBLEMS: Path(__file__).parent / WORD_PROBLEMS / "examples.jsonl"}  # of the package
+_EXAMPLES = {WORD_PROBLEMS: Path(__file__).parent / WORD_PROBLEMS / "examples.jsonl"}  # included in the package
 FEW_SHOT_HELP = (
-    "Worked examples that come before each problem, as earlier turns: a .jsonl, .json, .csv or .parquet file with the "
-    f"columns problem and solution, or the package's own: {', '.join(sorted(_EXAMPLES))}."
+    "Worked examples to put before each problem, as earlier turns: a .jsonl, .json, .csv or .parquet file with the "
+    f"columns problem and solution, or examples included in the package: {', '.join(sorted(_EXAMPLES))}."
 )
 
 
 def worked_examples(name: str | None, answer_format: str = "boxed") -> Conversation:
-    """Return the examples that a setting `few_shot` names, a user's and an assistant's message each.
+    """Return the examples selected by `few_shot`, each as a user message and an assistant message.
 
     Args:
-        name: the package's own `word_problems` (three problems of one and two steps with their answers in a box), or
-            a file with the columns `problem` and `solution`; None for no examples.
-        answer_format: of the run. A model repeats what it is shown, so each solution must have its answer in it.
+        name: `word_problems` (three problems with one or two steps and boxed answers, included in the package), or a
+            file with the columns `problem` and `solution`; None for no examples.
+        answer_format: the answer format of the run. Models imitate the examples, so each solution must have its answer
+            in this format.
 
     Raises:
-        ValueError: no such examples, a file without these columns, or a row without a problem or with a solution whose
-            answer the format does not find.
+        ValueError: the examples do not exist, the file lacks a column, or a row has no problem or a solution without an
+            answer in this format.
     """
     if name is None:
         return []
@@ -44,11 +45,11 @@ def worked_examples(name: str | None, answer_format: str = "boxed") -> Conversat
     for number, (problem, solution) in enumerate(pairs, 1):
         for column, value in (("problem", problem), ("solution", solution)):
             if not isinstance(value, str) or not value.strip():
-                raise UserError(f"few_shot {name}, row {number}: the {column} must be a text, not {value!r:.80}")
+                raise UserError(f"few_shot {name}, row {number}: the {column} must be text, not {value!r:.80}")
         if find_answer(solution, answer_format) is None:
             raise UserError(
-                f"few_shot {name}, row {number}: the solution has no answer in the format of the run, "
-                f"answer_format: {answer_format}. Write it so, or set answer_format: auto"
+                f"few_shot {name}, row {number}: the solution has no answer in the format of this run "
+                f"(answer_format: {answer_format}). Add one, or set answer_format: auto"
             )
         messages += [{"role": "user", "content": problem}, {"role": "assistant", "content": solution}]
     return messages

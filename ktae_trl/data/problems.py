@@ -1,4 +1,4 @@
-"""Rows of problems and answers, turned into TRL's columns `prompt` and `solution`, and those that a run can use."""
+"""Turn rows of problems and answers into TRL's columns `prompt` and `solution`, and leave out unusable rows."""
 
 import logging
 from collections.abc import Sequence
@@ -27,23 +27,26 @@ def to_prompts(
     gradable_only: bool = True,
     rows: Sequence[int] | None = None,
 ) -> Dataset:
-    """Turn problems and answers into TRL's columns `prompt` (a conversation) and `solution` (a list of texts).
+    """Turn problems and answers into TRL's columns `prompt` (a conversation) and `solution` (a list of strings).
 
-    The columns of the dataset stay, for reward functions that use them; a warning names those that get another name,
-    because TRL or this function uses theirs (`solution` becomes `data_solution`), and those without an image. Rows
-    without a problem or an answer, or with an answer that cannot be graded, are left out; warnings say how many were.
+    All other columns are kept for reward functions. Columns whose names are used by TRL or by this function are
+    renamed, with a warning (`solution` becomes `data_solution`); image columns without images are removed. Rows without
+    a problem or an answer, or with an answer that cannot be graded, are left out, with a warning that gives their
+    number.
 
     Args:
-        problem_column, answer_column: names; a field of a nested column as a dotted path. For the values, see
-            `prompts.conversation` and `grading.golds.gold_answers`.
+        problem_column, answer_column: column names; a dotted path selects a field of a nested column. The accepted
+            values are described at `prompts.conversation` and `grading.golds.gold_answers`.
         system_prompt, system_prompt_in_user: see `prompts.conversation`. "auto" asks for an answer in `answer_format`.
-        few_shot: worked examples that come before each problem: see `few_shot.worked_examples`.
-        answer_format: that of the run (`KTAEGRPOConfig.answer_format`).
-        gradable_only: leave out answers on which `math_accuracy` has no verdict. False for a reward function that has.
-        rows: take only the rows of these numbers.
+        few_shot: worked examples to put before each problem; see `few_shot.worked_examples`.
+        answer_format: the answer format of the run (`KTAEGRPOConfig.answer_format`).
+        gradable_only: leave out answers that `math_accuracy` cannot grade. Set it to False if your own reward function
+            can grade them.
+        rows: indices of the rows to use. Default: all.
 
     Raises:
-        ValueError: a column that is not there, a value (with its row) that is no problem or no answer, or no row left.
+        ValueError: a column does not exist, a value cannot be read as a problem or an answer (the message has its row),
+            or no row is left.
     """
     taken = range(len(dataset)) if rows is None else rows
     system_prompt, examples = instruction(system_prompt, answer_format), worked_examples(few_shot, answer_format)
@@ -65,7 +68,7 @@ def to_prompts(
     if gradable_only:
         kept = _gradable_rows(kept, golds)
     if system_prompt and (own := sum(_has_system(problems[row]) for row in kept)):
-        logger.warning("%d of %d problems have a system prompt of their own: they do not get ours", own, len(kept))
+        logger.warning("%d of %d problems keep their own system message instead of system_prompt", own, len(kept))
     whole = _out_of_the_way(dataset, problem_column, answer_column)
     there = set(kept)
     whole = whole.add_column("prompt", [prompts.get(row) for row in range(len(dataset))])
@@ -81,7 +84,7 @@ def _gradable_rows(rows: list[int], golds: list[list[str]]) -> list[int]:
 
     rows = keep(
         [not all(map(is_prose, golds[row])) for row in rows],
-        "answers in prose, without a last line ####, a box, or 'The answer is ...' at their end",
+        "answers in prose that do not end with a line ####, a box or 'The answer is ...'",
     )
     return keep(gradable([golds[row] for row in rows]), "answers that cannot be graded")
 
@@ -91,7 +94,7 @@ def _has_system(problem: str | list[dict]) -> bool:
 
 
 def _out_of_the_way(dataset: Dataset, problem_column: str, answer_column: str) -> Dataset:
-    """Make room for the columns `prompt` and `solution`, and for what TRL hands to reward functions."""
+    """Free the names `prompt` and `solution`, and those of the arguments that TRL passes to reward functions."""
     if problem_column == "prompt":
         dataset = dataset.remove_columns("prompt")
     return free_names(dataset, {"prompt", "solution"} | RESERVED, silent={answer_column})
@@ -100,7 +103,7 @@ def _out_of_the_way(dataset: Dataset, problem_column: str, answer_column: str) -
 def drop_long(
     dataset: Dataset, tokenizer, max_prompt_length: int | None, template_kwargs: dict | None = None
 ) -> Dataset:
-    """Leave out prompts of more than `max_prompt_length` tokens; a warning says how many were.
+    """Leave out prompts of more than `max_prompt_length` tokens, with a warning that gives their number.
 
     Args:
         template_kwargs: see `prompts.token_ids`.
@@ -116,7 +119,7 @@ def drop_long(
 
 
 def without_images(dataset: Dataset) -> Dataset:
-    """Leave out rows with an image; a warning says how many were.
+    """Leave out rows with an image, with a warning that gives their number.
 
     Raises:
         ValueError: no row is left.
@@ -124,15 +127,15 @@ def without_images(dataset: Dataset) -> Dataset:
     for name in IMAGES:
         if name in dataset.column_names:
             kept = [row for row, image in enumerate(has_image(dataset, name)) if not image]
-            kept = _kept(kept, len(dataset), f"they have an image (column {name!r}), and the prompts are text")
+            kept = _kept(kept, len(dataset), f"they have an image (column {name!r}), but prompts are text only")
             dataset = dataset.remove_columns(name).select(kept)
     return dataset
 
 
 def _kept(kept: list[int], total: int, reason: str) -> list[int]:
-    """Return the rows that are kept, with a warning of those that are not; raise ValueError if there is none."""
+    """Return the kept rows, with a warning if some are left out; raise a ValueError if none is kept."""
     if len(kept) < total:
         logger.warning("Left out %d of %d rows: %s", total - len(kept), total, reason)
     if not kept:
-        raise UserError(f"No row is left of {total}: {reason}")
+        raise UserError(f"No rows are left. Left out {total} of {total} rows: {reason}")
     return kept

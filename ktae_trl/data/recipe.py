@@ -1,4 +1,4 @@
-"""The data settings of a recipe, and the prompts that they name."""
+"""The data settings of a recipe, and the prompts built from them."""
 
 import json
 from dataclasses import dataclass, field
@@ -15,60 +15,66 @@ from ktae_trl.prompts import AUTO, SYSTEM_PROMPT_HELP, check_template
 
 @dataclass
 class DataArguments:
-    """Which problems to train and evaluate on, and how to ask them."""
+    """Which problems to train and evaluate on, and how to turn them into prompts."""
 
     dataset_name: str = field(
         metadata={
-            "help": "Hub dataset id, a local .jsonl, .json, .csv or .parquet file, a save_to_disk folder, or the "
-            "package's own: tiny, word_problems."
+            "help": "Hub dataset id, a local .jsonl, .json, .csv or .parquet file, a save_to_disk folder, or a dataset "
+            "included in the package: tiny, word_problems."
         }
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_split: str = field(
-        default="train", metadata={"help": "Split of a Hub dataset or folder; a part of any as 'train[:1000]'."}
+        default="train",
+        metadata={"help": "Split of a Hub dataset or folder. 'train[:1000]' takes a part of any dataset."},
     )
     dataset_filter: dict | str | None = field(
         default=None,
         metadata={
-            "help": "Train on the rows whose columns have one of these values only, such as '{\"level\": [3, 4, 5]}'; "
-            "null for all rows."
+            "help": "Train only on rows whose columns have one of these values, such as '{\"level\": [3, 4, 5]}'. "
+            "Default: null, all rows."
         },
     )
     eval_dataset_name: str | None = field(
-        default=None, metadata={"help": "Held-out problems, in the same forms. Default: no evaluation."}
+        default=None, metadata={"help": "Dataset of held-out problems (see dataset_name). Default: no evaluation."}
     )
     eval_dataset_config: str | None = field(
-        default=None, metadata={"help": "Their configuration. Default: dataset_config, if it is the same dataset."}
+        default=None,
+        metadata={"help": "Configuration of the held-out dataset. Default: dataset_config if it is the same dataset."},
     )
     eval_dataset_split: str = field(default="test", metadata={"help": "Split of the held-out problems."})
     eval_size: int | None = field(
-        default=None, metadata={"help": "Number of held-out problems, from the first. Default: all."}
+        default=None, metadata={"help": "Use only the first N held-out problems. Default: all."}
     )
     problem_column: str = field(
         default="problem",
-        metadata={"help": "Column with the problem, a text or a list of chat messages. Nested: 'extra_info.problem'."},
+        metadata={"help": "Column with the problem: text or a list of chat messages. Nested: 'extra_info.problem'."},
     )
     answer_column: str = field(
         default="answer",
         metadata={
-            "help": "Column with the answer, a list of accepted answers, or a solution that ends with the answer; "
-            "nested as 'reward_model.ground_truth'."
+            "help": "Column with the answer, a list of accepted answers, or a solution that ends with the answer. "
+            "Nested: 'reward_model.ground_truth'."
         },
     )
     eval_problem_column: str | None = field(
-        default=None, metadata={"help": "problem_column of the held-out problems. Default: the same."}
+        default=None, metadata={"help": "problem_column of the held-out problems. Default: problem_column."}
     )
     eval_answer_column: str | None = field(
-        default=None, metadata={"help": "answer_column of the held-out problems. Default: the same."}
+        default=None, metadata={"help": "answer_column of the held-out problems. Default: answer_column."}
     )
     system_prompt: str | None = field(default=AUTO, metadata={"help": SYSTEM_PROMPT_HELP})
     system_prompt_in_user: bool = field(
         default=False,
-        metadata={"help": "Put it at the head of the problem: for models without a system role, such as Gemma."},
+        metadata={
+            "help": "Put the system prompt before the problem, in the user message. For models without a system "
+            "role, such as Gemma."
+        },
     )
     few_shot: str | None = field(default=None, metadata={"help": FEW_SHOT_HELP})
     max_prompt_length: int | None = field(
-        default=1024, metadata={"help": "Leave out prompts of more tokens. Default 1024; null for no limit."}
+        default=1024,
+        metadata={"help": "Leave out prompts with more tokens than this. Default: 1024; null for no limit."},
     )
 
     def __post_init__(self):
@@ -79,7 +85,9 @@ class DataArguments:
                 raise UserError(f"dataset_filter is not JSON: {error}: {self.dataset_filter}") from None
         chosen = self.dataset_filter
         if chosen is not None and not (isinstance(chosen, dict) and all(isinstance(v, list) for v in chosen.values())):
-            raise UserError(f"dataset_filter maps columns to lists of values, as in {{level: [3, 4, 5]}}, not {chosen}")
+            raise UserError(
+                f"dataset_filter must map columns to lists of values, such as {{level: [3, 4, 5]}}, not {chosen}"
+            )
         self.system_prompt = self.system_prompt or None
 
 
@@ -91,16 +99,19 @@ def load_prompts(
     answer_format: str = "boxed",
     gradable_only: bool = True,
 ) -> tuple[Dataset, Dataset | None]:
-    """Return the training prompts and the held-out ones (None if the arguments name none).
+    """Return the training prompts and the held-out prompts (None without `eval_dataset_name`).
+
+    Rows with images are left out, because prompts are text only.
 
     Args:
-        tokenizer: of the model, which reads text: rows with images are left out.
-        template_kwargs: for its chat template, as in training (`chat_template_kwargs`).
-        answer_format: what the system prompt asks for, unless the arguments have one.
+        tokenizer: tokenizer of the model.
+        template_kwargs: variables for its chat template, as in training (`chat_template_kwargs`).
+        answer_format: the format that the default system prompt asks for.
         gradable_only: see `to_prompts`.
 
     Raises:
-        ValueError: what `load`, `to_prompts`, `check_template` and `drop_long` refuse, with the name of the dataset.
+        ValueError: `load`, `to_prompts`, `check_template` or `drop_long` refuses the data; the message has the name of
+            the dataset.
     """
 
     def prepare(name: str, config: str | None, split: str, problem: str, answer: str, values: dict) -> Dataset:

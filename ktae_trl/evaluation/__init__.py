@@ -1,4 +1,4 @@
-"""How good is a model, how sure is that, and is it better than another one?
+"""Measure a model on benchmarks, with confidence intervals, and compare models.
 
 benchmarks -> sampling (vLLM or transformers) -> samples (files) -> grading -> summary -> comparison
 """

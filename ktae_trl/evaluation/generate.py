@@ -1,4 +1,4 @@
-"""Sampling completions for many prompts, with vLLM or with `transformers`; both hand over each when it is there."""
+"""Sample completions with vLLM or `transformers`. Both backends pass on completions as soon as they are generated."""
 
 import asyncio
 import json
@@ -33,7 +33,7 @@ from ktae_trl.files.fingerprint import adapter_base
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a completion is drawn."""
+    """Sampling parameters of all completions."""
 
     temperature: float  # 0: greedy
     top_p: float
@@ -56,38 +56,42 @@ class Request(NamedTuple):
 
 class Completion(NamedTuple):
     text: str
-    tokens: int  # generated, the one that ended it included
-    truncated: bool  # ended by max_new_tokens, or by the model's context
+    tokens: int  # number of generated tokens, including the end token
+    truncated: bool  # reached max_new_tokens or the model's context length
 
 
 Write = Callable[[list[tuple[Request, Completion]]], None]
 
 
 def stop_token_ids(model: str, tokenizer: PreTrainedTokenizerBase, ends: Sequence[str]) -> tuple[int, ...]:
-    """Return every token that ends a completion: of the tokenizer, of the model's generation settings, and `ends`.
+    """Return the ids of all tokens that end a completion.
+
+    They are the tokenizer's end token, those of the model's generation config, and `ends`.
 
     Raises:
-        UserError: the tokenizer does not have one of `ends`.
+        UserError: The tokenizer's vocabulary lacks one of `ends`.
     """
     found = {tokenizer.eos_token_id}
     try:
         eos = GenerationConfig.from_pretrained(adapter_base(model) or model).eos_token_id
         found |= set(eos if isinstance(eos, list) else [eos])
     except OSError:
-        pass  # many models come without
+        pass  # many models have no generation config
     vocabulary = tokenizer.get_vocab()
     for end in ends:
         if end not in vocabulary:
-            raise UserError(f"The tokenizer of {model} has no {end}: this prompt is not for it. Set prompt: chat")
+            raise UserError(
+                f"The tokenizer of {model} has no token {end}, which this prompt template needs. Set prompt: chat"
+            )
         found.add(vocabulary[end])
     return tuple(sorted(found - {None}))
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model, or of an adapter's base model if the adapter has none of its own.
+    """Load the tokenizer of a model, or of an adapter's base model if the adapter has none.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: The tokenizer is missing or damaged.
     """
     base = adapter_base(model)
     with loading(f"The tokenizer of {model}", by="model_name_or_path"):
@@ -109,22 +113,22 @@ def sample_with_transformers(
     batch_size: int,
     dtype: str,
 ) -> None:
-    """Sample in batches of similar prompt length, on the GPU if there is one.
+    """Sample in batches of similar prompt length, on a GPU if one is available.
 
-    Each sample has a seed of its own, so that it does not depend on the others of its batch, up to rounding: the last
-    digits of a sum depend on the shape of the batch. In float32 that hardly ever draws another token, in bfloat16 now
-    and then. Ctrl-C ends it after the batch it is at.
+    Each sample has its own seed, so it depends on the rest of its batch only through rounding errors, which vary with
+    the shape of the batch. In float32 they almost never change a token, in bfloat16 occasionally. Ctrl-C stops after
+    the current batch.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with loading(f"The model {model}", by="model_name_or_path"):
         network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     network.to(device).eval()
-    # What ours leaves open, `generate` would take from the model's own, such as the top_p of an instruct model.
+    # `generate` takes unset values from the model's generation config, such as the top_p of an instruct model.
     network.generation_config = GenerationConfig()
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    waiting = sorted(requests, key=lambda request: -len(request.prompt_ids))  # the longest first: if one fits, all do
+    waiting = sorted(requests, key=lambda request: -len(request.prompt_ids))  # longest first: if it fits, all do
     with _ctrl_c_waits() as interrupted, torch.no_grad():
         for begin in range(0, len(waiting), batch_size):
             batch = waiting[begin : begin + batch_size]
@@ -134,7 +138,7 @@ def sample_with_transformers(
                 eos_token_id=list(sampling.stop_token_ids),
                 pad_token_id=tokenizer.pad_token_id,
                 stop_strings=list(sampling.stop) or None,
-                do_sample=False,  # the tokens that `processors` leave are drawn already
+                do_sample=False,  # `processors` draw the token and leave only that one
             )
             processors = _drawing(batch, sampling, config.max_new_tokens) if sampling.temperature > 0 else []
             output = network.generate(
@@ -154,7 +158,7 @@ def sample_with_transformers(
 
 
 def _drawing(batch: Sequence[Request], sampling: Sampling, length: int) -> list[LogitsProcessor]:
-    """Return what turns logits into draws: the temperature, the nucleus, and random numbers of each sample's own."""
+    """Return the logits processors that draw a token: temperature, top-p, and each sample's own random numbers."""
     sources = [Random(json.dumps([sampling.seed, *request.key])) for request in batch]
     uniform_BT = torch.tensor([[source.random() for _ in range(length)] for source in sources], dtype=torch.float64)
     nucleus = [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
@@ -162,7 +166,7 @@ def _drawing(batch: Sequence[Request], sampling: Sampling, length: int) -> list[
 
 
 class _Draw(LogitsProcessor):
-    """Leaves one token of each row: the first whose cumulated probability is above the row's random number."""
+    """Keep one token of each row: the first whose cumulative probability exceeds the row's random number."""
 
     def __init__(self, uniform_BT: torch.Tensor):
         self.uniform_BT, self.drawn = uniform_BT, 0
@@ -170,17 +174,17 @@ class _Draw(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         uniform_B1 = self.uniform_BT[:, self.drawn, None].to(scores.device)
         self.drawn += 1
-        # In double precision: in single, the tail of a large vocabulary is lost.
+        # Single precision would lose the tail of a large vocabulary.
         cumulated_BV = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
         if not cumulated_BV[:, -1].isfinite().all():
-            raise UserError("The model's probabilities are no numbers (NaN). Set dtype to bfloat16 or float32")
+            raise UserError("The model's probabilities are NaN. Set dtype to bfloat16 or float32")
         chosen_B1 = torch.searchsorted(cumulated_BV, uniform_B1 * cumulated_BV[:, -1:], right=True)
         chosen_B1 = chosen_B1.clamp(max=scores.shape[1] - 1)
         return torch.full_like(scores, -torch.inf).scatter(1, chosen_B1, 0.0)
 
 
 def _completion(ids: list[int], tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> Completion:
-    """Cut a row of generated tokens (and padding) where it ended: at an end token, or within the first stop string."""
+    """Cut a row of generated tokens (and padding) at its end token or first stop string."""
 
     def decode(count: int) -> str:
         return tokenizer.decode(ids[:count], skip_special_tokens=True)
@@ -195,9 +199,10 @@ def _completion(ids: list[int], tokenizer: PreTrainedTokenizerBase, sampling: Sa
 
 @contextmanager
 def _ctrl_c_waits():
-    """Let the first Ctrl-C only leave a mark in the list that is given, the second one interrupt.
+    """Yield a list to which the first Ctrl-C appends an entry; the second Ctrl-C interrupts.
 
-    Where it is ignored, as in the background job of a script, it stays so. What `like_ctrl_c` makes one interrupts.
+    If the process ignores Ctrl-C, as in a script's background job, it keeps ignoring it. The other signals that
+    `like_ctrl_c` treats as Ctrl-C interrupt at once.
     """
     marks: list[bool] = []
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -207,7 +212,7 @@ def _ctrl_c_waits():
     def first(number, frame):
         if number != signal.SIGINT:
             raise KeyboardInterrupt
-        print("\nStopping after the batch that is being generated (Ctrl-C again: at once)", flush=True)
+        print("\nStopping after the current batch (press Ctrl-C again to stop at once)", flush=True)
         marks.append(True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -227,14 +232,15 @@ def sample_with_vllm(
     dtype: str,
     options: dict,
 ) -> None:
-    """Sample with vLLM's asynchronous engine, which also does tensor and data parallelism.
+    """Sample with vLLM's asynchronous engine, which supports tensor and data parallelism.
 
-    Each sample has a seed of its own, so that it does not depend on which others are drawn beside it (up to rounding).
+    Each sample has its own seed, so it depends on the other samples only through rounding errors.
 
     Args:
-        options: of vLLM's engine, such as `tensor_parallel_size`, `data_parallel_size`, `gpu_memory_utilization`.
+        options: Options of vLLM's engine, such as `tensor_parallel_size`, `data_parallel_size` or
+            `gpu_memory_utilization`.
     """
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # its start fills screens
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # at INFO the start-up log is very long
     from vllm import AsyncEngineArgs, AsyncLLMEngine, SamplingParams, TokensPrompt
     from vllm.lora.request import LoRARequest
     from vllm.sampling_params import RequestOutputKind
@@ -264,8 +270,8 @@ def sample_with_vllm(
         write([(request, completion)])
 
     async def all_of_them() -> None:
-        # On a terminal, Ctrl-C goes to the engine's processes too. They inherit this mask, and wait for our word. (The
-        # resource tracker undoes the mask when it starts.)
+        # A terminal sends Ctrl-C to the engine's processes too. They inherit this mask, so only this process stops
+        # them. The resource tracker unblocks the signal when it starts, so it must be running before.
         resource_tracker.ensure_running()
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
@@ -274,7 +280,7 @@ def sample_with_vllm(
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         tasks = [asyncio.create_task(one(engine, i, request)) for i, request in enumerate(requests)]
         try:
-            await asyncio.gather(*tasks)  # which asyncio's own handler of Ctrl-C cancels
+            await asyncio.gather(*tasks)  # asyncio's handler cancels it on Ctrl-C
         finally:
             for task in tasks:
                 task.cancel()
@@ -285,23 +291,23 @@ def sample_with_vllm(
 
 
 def _lora_rank(folder: str) -> int:
-    """Return the rank to reserve for an adapter, which vLLM wants from a list of its own.
+    """Return the smallest LoRA rank that vLLM supports and that is large enough for an adapter.
 
     Raises:
-        UserError: an adapter that is not LoRA, or of too high a rank.
+        UserError: The adapter is not a LoRA adapter, or its rank is too high.
     """
     config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
     if config.get("peft_type") != "LORA":
-        raise UserError(f"vLLM takes LoRA adapters only, not {config.get('peft_type')}. Set backend: transformers")
+        raise UserError(f"vLLM supports only LoRA adapters, not {config.get('peft_type')}. Set backend: transformers")
     rank = max([config["r"], *config.get("rank_pattern", {}).values()])
     allowed = (8, 16, 32, 64, 128, 256, 320, 512)
     if rank > allowed[-1]:
-        raise UserError(f"vLLM takes LoRA ranks up to {allowed[-1]}, not {rank}. Set backend: transformers")
+        raise UserError(f"vLLM supports LoRA ranks up to {allowed[-1]}, not {rank}. Set backend: transformers")
     return next(r for r in allowed if r >= rank)
 
 
 def context_length(model: str) -> int | None:
-    """Return how many tokens the model takes in all, None if its config does not say."""
+    """Return the model's context length in tokens, or None if its config does not define it."""
     with loading(f"The config of {model}", by="model_name_or_path"):
         config = AutoConfig.from_pretrained(adapter_base(model) or model)
     return getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -1,4 +1,4 @@
-"""Measure one model: load the problems, sample completions, grade them, report."""
+"""Measure one model: load problems, sample completions, grade them, write the summary."""
 
 import logging
 import os
@@ -32,10 +32,10 @@ from ktae_trl.files.fingerprint import fingerprint, is_old, model_folder
 from ktae_trl.preflight import check_model
 from ktae_trl.prompts import TEMPLATES
 
-# What changes no sample: which samples are asked for (written down with them), and the rest (not).
+# Settings that do not change a sample. Those of _ASKED are saved with the samples, those of _NOT_WRITTEN are not.
 _ASKED = {"model_name_or_path", "model_revision", "benchmark_folder", "limit", "samples", "answer_format"}
 _NOT_WRITTEN = {"only", "k", "output_dir", "benchmarks", "batch_size", "grading_budget"}
-# How fast vLLM samples, not what.
+# Options of vLLM that affect its speed, not its samples.
 _FREE_VLLM_OPTIONS = {
     "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "gpu_memory_utilization", "max_model_len",
     "max_num_seqs", "max_num_batched_tokens", "enable_chunked_prefill", "enable_prefix_caching", "enforce_eager",
@@ -46,16 +46,19 @@ logger = logging.getLogger(__name__)
 
 
 def measure(args: EvalArguments, config: str = "default") -> None:
-    """Load, sample, grade, report; `config` names the folder of the results.
+    """Measure a model and write the results.
+
+    Args:
+        config: The name of the config, used for the default output folder.
 
     Raises:
-        UserError: settings, data or a model that cannot be used, or a folder with other samples.
-        KeyboardInterrupt: sampling was stopped; the samples that were generated are in the folder.
+        UserError: Settings, data or the model cannot be used, or the folder holds samples of other settings.
+        KeyboardInterrupt: Sampling was stopped. The samples generated so far are in the folder.
     """
     check_model(args.model_name_or_path, args.model_revision, "model_name_or_path")
     folder = Path(args.output_dir or _default_folder(args.model_name_or_path) / safe_name(config))
     benchmarks, wanted = parse_benchmarks(args.benchmarks), parse_benchmarks(args.benchmarks, args.only)
-    # Those measured before stay in the summary.
+    # Benchmarks measured earlier stay in the summary.
     loaded = [b for b in benchmarks if b in wanted or (folder / f"{b.name}.jsonl").exists()]
     problems = {b.name: _load(b, args) for b in loaded}
     with rich.get_console().status("Reading the model's files"):
@@ -71,7 +74,8 @@ def measure(args: EvalArguments, config: str = "default") -> None:
         requests = _without_unfinished(wanted, store, requests, done)
         if short := [r for r in requests if r.max_new_tokens < args.max_new_tokens]:
             logger.warning(
-                "%d of %d completions get less than max_new_tokens (%d): their prompts leave less of the context of %d",
+                "%d of %d completions are limited to fewer than max_new_tokens (%d) tokens: prompt and completion must "
+                "fit the model's context of %d tokens",
                 *(len(short), len(requests), args.max_new_tokens, context),
             )
         began = time.monotonic()
@@ -102,7 +106,7 @@ def measure(args: EvalArguments, config: str = "default") -> None:
 
 
 def _default_folder(model: str) -> Path:
-    """Return where a model's results go by default: the same folder however its path is written."""
+    """Return the default folder of a model's results, independent of how the model's path is written."""
     path = Path(model).expanduser()
     if path.is_dir():
         path = Path(os.path.abspath(path))
@@ -110,8 +114,8 @@ def _default_folder(model: str) -> Path:
     folder = Path("runs/eval") / safe_name(model)
     if (before := read_settings(folder)) and is_old(before.get("fingerprint")):
         logger.warning(
-            "%s holds results of version 0.1, which did not read all of a model's weights. They are not used: the "
-            "results of each config now have a folder of their own in there",
+            "%s contains results of version 0.1, which did not check all of the model's weights. They are not used. "
+            "Results are now in one subfolder per config",
             folder,
         )
     return folder
@@ -122,12 +126,12 @@ def _load(benchmark: Benchmark, args: EvalArguments) -> list[Problem]:
     hopeless = unscorable(problems)
     if len(hopeless) == len(problems):
         raise UserError(
-            f"benchmark {benchmark.name!r}: none of its {len(problems)} answers can be parsed, "
-            f"such as {hopeless[0].answers[0]!r}"
+            f"benchmark {benchmark.name!r}: none of its {len(problems)} gold answers can be parsed, such as "
+            f"{hopeless[0].answers[0]!r}. Set answer in its entry to the column with the gold answers"
         )
     if hopeless:
         logger.warning(
-            "%s: the answers of %d of %d problems cannot be parsed; they are left out of the figures: %s",
+            "%s: the gold answers of %d of %d problems cannot be parsed. These problems are excluded: %s",
             benchmark.name,
             len(hopeless),
             len(problems),
@@ -155,9 +159,9 @@ def _ask(
     tokenizer: PreTrainedTokenizerBase,
     context: int | None,
 ) -> tuple[dict[tuple[str, str], tuple[str, str]], list[Request]]:
-    """Return the text and the prompt of each problem (by benchmark and id), and a request for each sample.
+    """Return the text and prompt of each problem, by benchmark and id, and one request per sample.
 
-    A request has no more new tokens than the model's context has room for.
+    `max_new_tokens` of a request is reduced where prompt and completion would exceed the model's context.
     """
     texts, requests = {}, []
     examples = worked_examples(args.few_shot, args.answer_format)
@@ -175,8 +179,8 @@ def _ask(
             room = args.max_new_tokens if context is None else min(args.max_new_tokens, context - len(ids))
             if room < 1:
                 raise UserError(
-                    f"The prompt of {problem.benchmark}, problem {problem.id!r}, has {len(ids)} tokens, the model "
-                    f"takes {context} in all. Leave that benchmark out (--only), or raise max_model_len in vllm_options"
+                    f"The prompt of {problem.benchmark}, problem {problem.id!r}, has {len(ids)} tokens; the model's "
+                    f"context is {context}. Exclude the benchmark (--only), or raise max_model_len in vllm_options"
                 )
             key = (problem.benchmark, problem.id)
             texts[key] = (problem.text, prompt)
@@ -185,7 +189,7 @@ def _ask(
 
 
 def _settings(args: EvalArguments, context: int | None, mark: str) -> dict:
-    """Return what samples depend on, a folder holds samples of one such set, and what was asked for (`_ASKED`)."""
+    """Return the settings to save: those that samples depend on (one set per folder), and those of `_ASKED`."""
     settings = {name: value for name, value in asdict(args).items() if name not in _NOT_WRITTEN | {"vllm_options"}}
     if args.backend == "vllm":
         settings["vllm_options"] = {n: value for n, value in args.vllm_options.items() if n not in _FREE_VLLM_OPTIONS}
@@ -193,15 +197,15 @@ def _settings(args: EvalArguments, context: int | None, mark: str) -> dict:
 
 
 def _done(store: Store, texts: dict, asked: set[tuple[str, str, int]]) -> set[tuple[str, str, int]]:
-    """Return which of the samples that are asked for are there from an earlier run with the same settings."""
+    """Return the keys of the requested samples that an earlier run with the same settings has generated."""
     done = set()
     for name in dict.fromkeys(benchmark for benchmark, _ in texts):
         for row in store.read(name):
             key = (name, row["id"], row["sample"])
             if key in asked and row["prompt"] != texts[key[:2]][1]:
                 raise UserError(
-                    f"{store.path(name)} holds samples of problem {row['id']!r} with another prompt than now. Choose "
-                    "another output_dir, or move that file away"
+                    f"The prompt of problem {row['id']!r} has changed since its samples in {store.path(name)} were "
+                    "generated. Choose another output_dir, or move that file away"
                 )
             done |= {key} & asked
     return done
@@ -210,13 +214,13 @@ def _done(store: Store, texts: dict, asked: set[tuple[str, str, int]]) -> set[tu
 def _without_unfinished(
     wanted: Sequence[Benchmark], store: Store, requests: list[Request], done: set[tuple[str, str, int]]
 ) -> list[Request]:
-    """Return the requests without the benchmarks that are not to be run and lack samples under these settings."""
+    """Return the requests without the benchmarks that `only` skips and that lack samples of these settings."""
     names = {benchmark.name for benchmark in wanted}
     missing = Counter(r.benchmark for r in requests if r.benchmark not in names and r.key not in done)
     for name, count in missing.items():
         logger.warning(
-            "%s is left out of the summary: %d of the samples that are asked for now are not in %s. Run it too: "
-            "leave out --only",
+            "%s is not in the summary, because %d of the requested samples are missing in %s. To measure it too, run "
+            "without --only",
             *(name, count, store.path(name)),
         )
     return [request for request in requests if request.benchmark not in missing]
@@ -232,12 +236,12 @@ def _sample(
     texts: dict[tuple[str, str], tuple[str, str]],
     store: Store,
 ) -> None:
-    """Sample what waits of the total, and add each sample to the store as soon as it is generated."""
+    """Generate the samples of `waiting` and add each to the store as soon as it is generated."""
     if not waiting:
-        print(f"All {total} samples are in {store.folder} already")
+        print(f"All {total} samples are already in {store.folder}")
         return
     if there := total - len(waiting):
-        print(f"{there} of {total} samples are in {store.folder} already")
+        print(f"{there} of {total} samples are already in {store.folder}")
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

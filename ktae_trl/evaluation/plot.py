@@ -1,4 +1,4 @@
-"""A plot of accuracy against completion length, with intervals. It needs matplotlib, which the extra `eval` brings."""
+"""Plot accuracy against completion length, with confidence intervals. Needs matplotlib (extra `eval`)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,15 +10,15 @@ from ktae_trl.evaluation.comparison import MEAN, Run
 from ktae_trl.evaluation.statistics import mean_of, share
 from ktae_trl.files.writing import replacing
 
-# Colours that colour-blind people can tell apart (Okabe and Ito 2008).
+# A palette for colour-blind readers (Okabe and Ito 2008).
 _COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 _MARKERS = "osD^vPX"
 
 
 def plot(runs: Sequence[Run], folder: Path) -> list[Path]:
-    """Draw accuracy against mean completion length, a panel a benchmark; return the PNG and the SVG file.
+    """Plot accuracy against mean completion length, one panel per benchmark, and return the PNG and SVG files.
 
-    Nothing is drawn (`[]`) where the lengths of completions are not known.
+    Returns `[]` without plotting if the lengths of some completions are unknown.
 
     Raises:
         NotImportedError: matplotlib is not installed.

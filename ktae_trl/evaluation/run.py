@@ -1,4 +1,4 @@
-"""Measure how good a model is on mathematics, compare models, or grade outputs that are already there.
+"""Measure a model on mathematics benchmarks, compare models, or grade existing outputs.
 
 python eval.py --config configs/eval/math.yaml --model_name_or_path MODEL [--field value ...]
 python eval.py compare FOLDER FOLDER [FOLDER ...] [--output_dir runs/compare]
@@ -25,21 +25,22 @@ logger = logging.getLogger(__name__)
 
 
 def main(words: Sequence[str], program: str = "eval.py") -> None:
-    """Run the command that the words name, by default a measurement; a user's mistake ends it with one line.
+    """Run the command named by the first word: `compare`, `grade`, or by default a measurement.
 
     Args:
-        program: how the user calls it, for messages.
+        words: The command line without the program's name.
+        program: The program's name in messages.
     """
     logging.basicConfig(format="%(levelname)s: %(message)s")
     commands = {"compare": compare, "grade": grade}
     with user_errors(program):
-        need("scipy", "eval")  # which the commands import themselves
+        need("scipy", "eval")  # the commands import it
         if not words or words[0].startswith("-"):
             evaluate(words, program)
         elif words[0] in commands:
             commands[words[0]](words[1:], f"{program} {words[0]}")
         else:
-            raise UserError(f"unknown command {words[0]!r}{nearest(words[0], commands)}\n{__doc__}")
+            raise UserError(f"unknown command {words[0]!r}{nearest(words[0], commands)}\n\n{__doc__}")
 
 
 def evaluate(words: Sequence[str], program: str) -> None:
@@ -48,7 +49,7 @@ def evaluate(words: Sequence[str], program: str) -> None:
         print(__doc__)
     if not {"-h", "--help"} & set(words):
         check_command(words)
-    # These load torch and transformers, which the other commands do without.
+    # These load torch and transformers, which the other commands do not need.
     from ktae_trl.evaluation.measure import measure
     from ktae_trl.evaluation.settings import EvalArguments
     from ktae_trl.training.stopping import like_ctrl_c
@@ -58,17 +59,20 @@ def evaluate(words: Sequence[str], program: str) -> None:
         with like_ctrl_c():
             measure(args, Path(words[words.index("--config") + 1]).stem if "--config" in words else "default")
     except KeyboardInterrupt:
-        sys.exit(f"\n{program}: stopped; what was generated is saved. The same command resumes from there")
+        sys.exit(f"\n{program}: stopped. The samples generated so far are saved. Run the same command to resume")
 
 
 def compare(words: Sequence[str], program: str) -> None:
-    """Say which of several models is better on the same problems, and plot their accuracy and length."""
+    """Compare models on the same problems, and plot their accuracy and completion length."""
     parser = argparse.ArgumentParser(prog=program, description="Compare models on the same problems.")
-    parser.add_argument("folders", nargs="+", help="results of ktae eval; every other one is compared with the first")
+    parser.add_argument("folders", nargs="+", help="folders with results of ktae eval; the first is the baseline")
     parser.add_argument(
-        "--output_dir", type=Path, default=Path("runs/compare"), help="for comparison.json and the plots"
+        "--output_dir",
+        type=Path,
+        default=Path("runs/compare"),
+        help="folder for comparison.json and the plots (default: runs/compare)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap and the permutations")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap and the permutations (default: 0)")
     options = parser.parse_args(words)
 
     from ktae_trl.evaluation import comparison
@@ -86,7 +90,7 @@ def compare(words: Sequence[str], program: str) -> None:
                 if c.tokens:
                     print(f"    {comparison.length_sentence(c)}")
     if len(compared) > 1:
-        print("\np-values are corrected for the number of benchmarks and models (Holm); intervals are not.")
+        print("\nThe p-values are corrected for the number of benchmarks and models (Holm). The intervals are not.")
     for note in notes:
         print(f"Note: {note}")
     options.output_dir.mkdir(parents=True, exist_ok=True)
@@ -95,28 +99,37 @@ def compare(words: Sequence[str], program: str) -> None:
     try:
         files += plot(runs, options.output_dir)
     except NotImportedError as error:
-        print(f"Note: there is no plot: {error}")
+        print(f"Note: no plot: {error}")
     else:
         if len(files) == 1:
-            print("Note: there is no plot, because the lengths of completions are not known")
-    print(f"\nWritten: {', '.join(map(str, files))}")
+            print("Note: no plot, because the completion lengths are unknown")
+    print(f"\nSaved {', '.join(map(str, files))}")
 
 
 def grade(words: Sequence[str], program: str) -> None:
     """Grade outputs of any program."""
     parser = argparse.ArgumentParser(
         prog=program,
-        description="Grade outputs of any origin, an object a line (also .gz). Rows of the same benchmark and id are "
-        "samples of one problem; without an id, each row is a problem of its own.",
+        description="Grade outputs of any program. Lines with the same benchmark and id are samples of one problem. "
+        "Without an id, each line is a separate problem. A column option may list several names, separated by commas: "
+        "the first one present in a line is used.",
     )
-    parser.add_argument("file", type=Path)
+    parser.add_argument("file", type=Path, help=".jsonl or .jsonl.gz file, one JSON object per line")
     default = Columns()
-    parser.add_argument("--completion_column", default=default.completion, help="the first that is there")
-    parser.add_argument("--answer_column", default=default.answer, help="a string or a list of strings")
-    parser.add_argument("--benchmark_column", default=default.benchmark)
-    parser.add_argument("--id_column", default=default.id)
-    parser.add_argument("--answer_format", default="boxed", choices=ANSWER_FORMATS, help="where outputs have it")
-    parser.add_argument("--k", type=int, nargs="*", default=[], help="of pass@k and maj@k")
+    for name, value, what in (
+        ("completion", default.completion, "an output or a list of outputs"),
+        ("answer", default.answer, "the accepted answer or a list of accepted answers"),
+        ("benchmark", default.benchmark, "the benchmark's name"),
+        ("id", default.id, "the problem's id"),
+    ):
+        parser.add_argument(f"--{name}_column", default=value, help=f"column with {what} (default: {value})")
+    parser.add_argument(
+        "--answer_format",
+        default="boxed",
+        choices=ANSWER_FORMATS,
+        help="where an output states its answer (default: boxed)",
+    )
+    parser.add_argument("--k", type=int, nargs="*", default=[], help="values of k for pass@k and maj@k (default: none)")
     parser.add_argument("--output_dir", type=Path, default=None, help="default: runs/graded/FILE")
     options = parser.parse_args(words)
 
@@ -132,37 +145,39 @@ def grade(words: Sequence[str], program: str) -> None:
         judged = graded(rows, [row.pop("answers") for row in rows], options.answer_format)
     members = {name: [row for row in judged if row["benchmark"] == name] for name in paths}
     for name in [name for name, found in members.items() if all(row["verdict"] is None for row in found)]:
-        logger.warning("%s is left out: none of its answers can be parsed", name)
+        logger.warning("%s is excluded: none of its gold answers can be parsed", name)
         del members[name]
     if not members:
-        raise UserError(f"{file}: no answer can be parsed")
+        raise UserError(f"{file}: none of its gold answers can be parsed. Set --answer_column")
     found = [summary.results(name, judged) for name, judged in members.items()]
     for result in found:
         samples = result.right.shape[1]
         if result.unscorable:
             ids = ", ".join(result.unscorable)
             logger.warning(
-                "%s: the answers of these problems cannot be parsed; they are left out: %s", result.name, ids
+                "%s: the gold answers of these problems cannot be parsed. They are excluded: %s", result.name, ids
             )
         for k in options.k:
             if not 1 <= k <= samples:
                 raise UserError(
-                    f"k must lie between 1 and the samples of a problem ({samples} in {result.name}), not {k}"
+                    f"k must be between 1 and the number of samples per problem ({samples} in {result.name}), not {k}"
                 )
     folder.mkdir(parents=True, exist_ok=True)
     for path in set(folder.glob("*.jsonl")) - {paths[name] for name in members}:
-        path.unlink()  # of what this file held when it was graded before
+        path.unlink()  # a benchmark that the file contained when it was graded before
     for name, judged in members.items():
         replace_json_lines(paths[name], judged)
     summary.finish(folder, summary.summarise(found, options.k) | {"file": str(file)}, str(file))
 
 
 def _check_graded_folder(folder: Path, file: Path, paths: dict[str, Path]) -> None:
-    """Raise UserError if the results would overwrite each other, the file itself, or results of another one."""
+    """Raise UserError if the results would overwrite each other, the file itself, or the results of another file."""
     if len(set(paths.values())) < len(paths):
-        raise UserError(f"Two benchmarks of {file} would be written to one file: {', '.join(paths)}")
+        raise UserError(
+            f"Two benchmarks of {file} would be written to the same file: {', '.join(paths)}. Rename one of them"
+        )
     if file.resolve() in {path.resolve() for path in paths.values()}:
-        raise UserError(f"{file} would be overwritten. Choose another output_dir than {folder}")
+        raise UserError(f"{file} would be overwritten by its results. Choose an --output_dir other than {folder}")
     if there := sorted(folder.glob("*.jsonl")):
         try:
             before = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["file"]
@@ -170,4 +185,4 @@ def _check_graded_folder(folder: Path, file: Path, paths: dict[str, Path]) -> No
             before = None
         if before != str(file):
             whose = f"the results of {before}" if before else f"{there[0].name}, which ktae grade did not write"
-            raise UserError(f"{folder} holds {whose}. Choose another --output_dir")
+            raise UserError(f"{folder} already contains {whose}. Choose another --output_dir")

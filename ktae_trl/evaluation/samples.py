@@ -1,4 +1,4 @@
-"""Samples on disk: one JSON Lines file a benchmark, written while it is generated, graded when it is complete."""
+"""Samples on disk: one JSON Lines file per benchmark, appended to during generation and graded when complete."""
 
 import hashlib
 import json
@@ -29,20 +29,20 @@ _NEEDED = ("id", "sample", "problem", "prompt", "completion", "tokens", "truncat
 class Store:
     """The samples of one model in one folder: `settings.json`, and NAME.jsonl for each benchmark.
 
-    Samples are appended as they come, each in one write, so that nothing is lost when the process ends; `finish` grades
-    and sorts what is asked for and puts the file in place at once. Samples that were made but are not asked for now (a
-    smaller `limit`, fewer `samples`) are kept in `more/NAME.jsonl`.
+    Each sample is appended in one write, so no sample is lost if the process dies. `finish` grades and sorts the
+    requested samples and replaces the file atomically. Samples that are not requested any more (a smaller `limit`,
+    fewer `samples`) are kept in `more/NAME.jsonl`.
     """
 
     def __init__(self, folder: Path, settings: dict, free: Iterable[str] = ()):
-        """Open a new folder, or one that holds samples made with the same settings.
+        """Open a new folder, or one with samples of the same settings.
 
         Args:
-            free: names of settings that change no sample: they may differ, and the new values are written down.
+            free: Names of settings that do not change a sample. They may differ, and the new values are saved.
 
         Raises:
-            UserError: the folder's samples were made with other settings, by version 0.1 or by another program, or
-                another process is writing to it.
+            UserError: The folder's samples were generated with other settings, by version 0.1 or by another program, or
+                another process is writing to the folder.
         """
         self.folder = folder
         self._open: dict[str, IO[str]] = {}
@@ -50,8 +50,8 @@ class Store:
             held.enter_context(locked(folder, "eval.py"))
             if (folder / _MORE).is_symlink():
                 raise UserError(
-                    f"{folder / _MORE} is a link to {(folder / _MORE).readlink()}, where samples would be written. "
-                    "Remove the link, or choose another output_dir"
+                    f"{folder / _MORE} is a link to {(folder / _MORE).readlink()}. Samples are not written through a "
+                    "link. Remove it, or choose another output_dir"
                 )
             there = sorted(folder.glob("*.jsonl")) + sorted(folder.glob(f"{_MORE}/*.jsonl"))
             if there:
@@ -63,36 +63,36 @@ class Store:
         remedy = "Choose another output_dir, or move that folder away"
         if before is None:
             raise UserError(
-                f"{file} is there already, and no {SETTINGS} says how it was made: it may hold outputs of another "
-                f"program. Choose another output_dir. To grade what is in it: ktae grade {file}"
+                f"{file} already exists, but the folder has no {SETTINGS}: the file may contain outputs of another "
+                f"program. Choose another output_dir. To grade the file: ktae grade {file}"
             )
         if "fingerprint" in before and is_old(before["fingerprint"]):
             raise UserError(
-                f"{self.folder} holds samples of version 0.1, which did not read all of the model's weights: they may "
-                f"be of another model, and are not used. {remedy}"
+                f"{self.folder} contains samples of version 0.1, which did not check all of the model's weights. They "
+                f"may come from another model and are not used. {remedy}"
             )
         for name in sorted((before.keys() | settings.keys()) - free):
             if before.get(name) != settings.get(name):
-                other_model = "another model's samples, or its files have changed"
-                what = other_model if name == "fingerprint" else "samples made with other settings"
+                other_model = "samples of another model, or the model's files have changed"
+                what = other_model if name == "fingerprint" else "samples generated with other settings"
                 raise UserError(
-                    f"{self.folder} holds {what}: {name} was {before.get(name)!r}, now it is {settings.get(name)!r}. "
-                    f"{remedy}"
+                    f"{self.folder} contains {what}: {name} was {before.get(name)!r} and is now "
+                    f"{settings.get(name)!r}. {remedy}"
                 )
 
     def path(self, benchmark: str) -> Path:
         return self.folder / f"{benchmark}.jsonl"
 
     def read(self, benchmark: str) -> list[dict]:
-        """Return all samples there are; a last line that was cut off by a crash is removed.
+        """Return all samples of a benchmark, and remove a last line that a crash cut off.
 
-        A link in the place of the file becomes a file, for samples may be added.
+        If the file is a link, it is replaced by a copy, because samples may be appended to it.
         """
         path = self.path(benchmark)
         data = path.read_bytes() if path.exists() else b""
         whole, _, last = data.rpartition(b"\n")
         if last and not _is_sample(last):
-            logger.warning("%s: the last line was cut off and is generated again", path)
+            logger.warning("%s: the last line is incomplete. Its sample is generated again", path)
             last = b""
         kept = b"".join(part + b"\n" for part in (whole, last) if part)
         if kept != data or path.is_symlink():
@@ -105,7 +105,7 @@ class Store:
         return self.folder / _MORE / f"{benchmark}.jsonl"
 
     def add(self, benchmark: str, rows: Iterable[dict]) -> None:
-        """Append samples; they are with the operating system when this returns."""
+        """Append samples, and flush them to the operating system."""
         if benchmark not in self._open:
             self._open[benchmark] = open_to_append(self.path(benchmark))  # closed in `close`
         file = self._open[benchmark]
@@ -120,12 +120,12 @@ class Store:
         answer_format: str = "boxed",
         budget: float | None = None,
     ) -> list[dict]:
-        """Grade the samples of a benchmark that are asked for, sort them, and put the file in place.
+        """Grade and sort the requested samples of a benchmark, replace its file atomically, and return them.
 
         Args:
-            answers: the accepted answers of each problem, in the order that the file gets.
-            samples: how many of each problem are asked for.
-            budget: of grading (see `graded`).
+            answers: The accepted answers of each problem, in the order of the new file.
+            samples: Requested number of samples per problem.
+            budget: Grading budget (see `graded`).
         """
         order = {problem: number for number, problem in enumerate(answers)}
         rows, more = [], []
@@ -133,7 +133,7 @@ class Store:
             (rows if row["id"] in order and row["sample"] < samples else more).append(row)
         rows.sort(key=lambda row: (order[row["id"]], row["sample"]))
         rows = graded(rows, [answers[row["id"]] for row in rows], answer_format, budget)
-        if more:  # first: what is in both files for a moment is not lost
+        if more:  # before the main file: a crash in between leaves these samples in both files, not in neither
             self._more(benchmark).parent.mkdir(exist_ok=True)
             replace_text(self._more(benchmark), "".join(_line(row) for row in more))
         replace_text(self.path(benchmark), "".join(_line(row) for row in rows))
@@ -142,7 +142,7 @@ class Store:
         return rows
 
     def close(self) -> None:
-        """Close the files, and let other processes write to the folder."""
+        """Close the files and release the folder's lock."""
         for file in self._open.values():
             file.close()
         self._open.clear()
@@ -150,13 +150,13 @@ class Store:
 
 
 def safe_name(name: str) -> str:
-    """Return a name for the folder of a model (a path or a Hub id) or for the file of a benchmark."""
+    """Return a file name for a model (a path or a Hub id) or a benchmark."""
     return re.sub(r"[^\w.+-]+", "_", name.rstrip("/")).strip("_.") or "model"
 
 
 @cache
 def grader() -> str:
-    """Return a mark that changes with the grader: verdicts of two graders cannot be compared."""
+    """Return a hash of the grader's code and of math-verify's version. Verdicts are comparable if it is the same."""
     mark = hashlib.sha256(version("math-verify").encode())
     for file in sorted(Path(grading.__file__).parent.glob("*.py")):
         mark.update(file.read_bytes())
@@ -169,14 +169,14 @@ def graded(
     answer_format: str = "boxed",
     budget: float | None = None,
 ) -> list[dict]:
-    """Return rows with `answers`, `extracted`, `verdict`, `reason`, `answer_format`, and the grader's mark `graded_by`.
+    """Return rows with `answers`, `extracted`, `verdict`, `reason`, `answer_format` and `graded_by` (see `grader`).
 
-    A problem none of whose answers can be parsed gets no verdict (None).
+    The verdict is None if no gold answer of the problem can be parsed.
 
     Args:
-        budget: seconds of grading for 1,000 rows (`ktae_trl.grading.grade_many`); by default no limit, since a
-            measurement has to compare every answer. What is left when it is used up is wrong, and no grader's mark
-            says that it was judged: `eval.py compare` grades it again.
+        budget: Seconds for grading 1,000 rows (see `ktae_trl.grading.grade_many`). Default: no limit, because a
+            measurement must compare every answer. Rows left when it is used up count as wrong and get `graded_by`
+            None, so `eval.py compare` grades them again.
     """
     completions = [answered(row["prompt"], row["completion"]) for row in rows]
     grades = grade_many_full(completions, answers, answer_format=answer_format, budget=budget)
@@ -192,16 +192,17 @@ def read_samples(path: Path) -> list[dict]:
     """Read a file of samples.
 
     Raises:
-        UserError: a line that is not a sample (with its number, and how to go on), or two of one problem and number.
+        UserError: A line is not a sample, or two lines have the same problem and sample number. The message has the
+            line number and the remedy.
     """
-    remedy = "Move that line to another file and run ktae eval with the same settings: it generates what is missing"
+    remedy = "Move this line to another file and run ktae eval with the same settings to fill the gap"
     rows: dict[tuple[str, int], dict] = {}
     for number, row in read_json_lines(path, remedy=remedy):
         if missing := _missing(row):
-            raise UserError(f"{path}, line {number} is not a sample (no {', '.join(missing)}). {remedy}")
+            raise UserError(f"{path}, line {number} is not a sample: it lacks {', '.join(missing)}. {remedy}")
         key = (row["id"], row["sample"])
         if key in rows:
-            raise UserError(f"{path}, line {number} is problem {key[0]!r}, sample {key[1]} again. {remedy}")
+            raise UserError(f"{path}, line {number} repeats problem {key[0]!r}, sample {key[1]}. {remedy}")
         rows[key] = row
     return list(rows.values())
 
@@ -219,13 +220,12 @@ def _is_sample(line: bytes) -> bool:
 
 
 def read_settings(folder: Path) -> dict | None:
-    """Return the settings of a folder's samples, None if it does not say.
+    """Return the settings of a folder's samples, or None if the folder has no settings.
 
-    Where `settings.json` is missing or damaged they are those of `summary.json`, which a whole run has written: samples
-    with others are never added to a folder.
+    If `settings.json` is missing or damaged, they are read from `summary.json`, which a finished run writes.
 
     Raises:
-        UserError: the file is damaged, and the summary has no settings.
+        UserError: The file is damaged, and `summary.json` has no settings.
     """
     file = folder / SETTINGS
     try:
@@ -239,23 +239,27 @@ def read_settings(folder: Path) -> dict | None:
     except (FileNotFoundError, ValueError):
         settings = None
     if isinstance(settings, dict):
-        logger.warning("%s: the settings are taken from %s", damage or f"There is no {file}", SUMMARY)
+        logger.warning("%s. Using the settings in %s", damage or f"{file} is missing", SUMMARY)
         return settings
     if damage is None:
         return None
     raise UserError(
-        f"{damage}, and no {SUMMARY} has the settings. The samples in {folder} are all there, but without the settings "
-        "none are added to them. If you know the command that made them: run it with another output_dir, stop it when "
-        f"it samples, and copy the {SETTINGS} from there. To measure again: choose another output_dir, or move that "
-        "folder away"
+        f"{damage}, and {SUMMARY} has no settings either. The samples are intact, but without the settings none can "
+        "be added. If you know the command that generated them, run it with another output_dir, stop it when "
+        f"sampling has begun, and copy {SETTINGS} from there to {folder}. To measure again, choose another output_dir "
+        "or move that folder away"
     )
 
 
 def _object(file: Path) -> dict:
-    """Read a JSON object; what is none is a ValueError."""
+    """Read a JSON object.
+
+    Raises:
+        ValueError: The file does not contain one.
+    """
     found = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(found, dict):
-        raise UserError(f"it holds no object, but {str(found)[:40]}")
+        raise UserError(f"a JSON object was expected, not {str(found)[:40]}")
     return found
 
 

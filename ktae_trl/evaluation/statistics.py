@@ -1,7 +1,7 @@
-"""Accuracy with its uncertainty. The problem is the unit: several samples of one problem are one observation.
+"""Confidence intervals and tests for accuracy. The unit is the problem: its samples count as one cluster.
 
-All intervals are 95%. They say how far the figure would move with other problems of the same kind (and other samples);
-they say nothing about other kinds of problems.
+All intervals are 95% confidence intervals. They cover the choice of problems of the same kind and of samples. They do
+not cover other kinds of problems.
 """
 
 import math
@@ -16,11 +16,11 @@ from ktae_trl.grading.answers import settle
 
 Z = stats.norm.ppf(0.975)
 RESAMPLES = 10_000
-_AT_ONCE = 1_000_000  # problems times resamples: bounds the memory
+_AT_ONCE = 1_000_000  # problems times resamples per batch: limits the memory
 
 
 class Estimate(NamedTuple):
-    """A figure and its 95% interval."""
+    """An estimate with its 95% interval."""
 
     value: float
     low: float
@@ -28,7 +28,7 @@ class Estimate(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """How much B is above A on the same problems, with a 95% interval and a two-sided p-value."""
+    """The difference B - A on the same problems, with its 95% interval and two-sided p-value."""
 
     value: float
     low: float
@@ -39,23 +39,26 @@ class Difference(NamedTuple):
 def share(values: Sequence[float], samples: int) -> Estimate:
     """Return the mean of per-problem shares in [0, 1] with its interval over problems.
 
-    Wilson's score interval (1927). With only zeros and ones it is that of so many observations. With shares of several
-    samples it is taken at an effective number of observations (Korn and Graubard 1998),
+    This is Wilson's score interval (1927). If all shares are 0 or 1, the number of observations is the number of
+    problems. Otherwise it is an effective number (Korn and Graubard 1998) that treats the samples of a problem as one
+    cluster:
 
-        n = p (1 - p) / Var(mean) * (z / t)^2,   Var(mean) from the spread between problems, t with P - 1 degrees,
+        n = p (1 - p) / Var(mean) * (z / t)^2
 
-    so that the samples of one problem count as one cluster; n is at most `samples` for each problem, as many as there
-    would be if problems did not differ at all.
+    with Var(mean) estimated from the spread between the P problems, and t with P - 1 degrees of freedom. n is at most
+    P * `samples`, which it would be if all problems were equally hard.
 
     Args:
-        samples: independent samples behind each value: n for a share of n samples, n // k for pass@k and maj@k.
+        values: One share per problem.
+        samples: Number of independent samples behind each share: n for a share of n samples, n // k for pass@k and
+            maj@k.
 
     Raises:
-        UserError: no problem.
+        UserError: `values` is empty.
     """
     x = np.asarray(values, float)
     if not len(x):
-        raise UserError("There is no problem to average over")
+        raise UserError("Cannot average: there are no problems")
     p = float(x.mean())
     if np.isin(x, (0.0, 1.0)).all():
         return wilson(p, len(x))
@@ -65,17 +68,17 @@ def share(values: Sequence[float], samples: int) -> Estimate:
 
 
 def wilson(p: float, n: float) -> Estimate:
-    """Return Wilson's score interval of a share `p` of `n` independent observations."""
+    """Return a share `p` of `n` independent observations with Wilson's score interval."""
     centre = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z / (1 + Z**2 / n) * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
     return Estimate(p, min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half)))
 
 
 def mean_of(estimates: Sequence[Estimate]) -> Estimate:
-    """Return the unweighted mean of independent estimates (papers' "average" over benchmarks) with its interval.
+    """Return the unweighted mean of independent estimates (the "average" over benchmarks in papers) with its interval.
 
-    Limits by the method of variance estimates recovery (Zou and Donner 2008): each part's distance to its limit is
-    added in squares, so that the mean inherits their skewness.
+    The interval uses the method of variance estimates recovery (Zou and Donner 2008): the squared distances from each
+    estimate to its limit are added, separately for both limits, so the interval keeps the skewness of its parts.
     """
     k = len(estimates)
     value = sum(e.value for e in estimates) / k
@@ -85,34 +88,38 @@ def mean_of(estimates: Sequence[Estimate]) -> Estimate:
 
 
 def independent_difference(a: Estimate, b: Estimate) -> Estimate:
-    """Return b - a for results on independent problems or without per-problem results, Newcombe's (1998) interval."""
+    """Return b - a with Newcombe's (1998) interval, for independent problems or without per-problem results."""
     value = b.value - a.value
     low = value - math.hypot(b.value - b.low, a.high - a.value)
     return Estimate(value, low, value + math.hypot(b.high - b.value, a.value - a.low))
 
 
 def pass_at_k(right: int, samples: int, k: int) -> float:
-    """Return the chance that at least one of k samples is right, 1 - C(n-c, k) / C(n, k).
+    """Return the probability that at least one of k samples of a problem is correct.
 
-    The unbiased estimate of Chen et al. (2021), section 2.1, for one problem with c right of n samples.
+    pass@k = 1 - C(n - c, k) / C(n, k), for c correct samples of n. This is the unbiased estimate of Chen et al. (2021),
+    section 2.1.
 
     Raises:
-        UserError: k is above n or below 1.
+        UserError: k is below 1 or above n.
     """
     if not 1 <= k <= samples:
-        raise UserError(f"pass@{k} needs between 1 and n samples; there are n = {samples}")
+        raise UserError(f"k of pass@k must be between 1 and the number of samples ({samples}), not {k}")
     return 1 - math.comb(samples - right, k) / math.comb(samples, k)
 
 
 def majority_at_k(verdicts: Sequence[bool], extracted: Sequence[str | None], k: int) -> float:
-    """Return the chance that the most frequent answer of k samples is right, for one problem.
+    """Return the probability that the most frequent answer of k samples of a problem is correct.
 
-    The mean over disjoint blocks of k samples. Right samples are one answer, wrong ones are the same answer if they are
-    equal as text or number (y + 2 and 2 + y are two, so that maj@k errs on the high side); a sample without an answer
-    has no vote; a tie counts by the share of right answers in it.
+    It is the mean over disjoint blocks of k samples. All correct samples count as one answer. Wrong samples count as
+    the same answer if they are equal as text or as numbers: y + 2 and 2 + y are different, so maj@k is biased upwards.
+    Samples without an answer have no vote. A tie counts as the share of correct answers among the tied ones.
+
+    Raises:
+        UserError: k is below 1 or above the number of samples.
     """
     if not 1 <= k <= len(verdicts):
-        raise UserError(f"maj@{k} needs between 1 and n samples; there are n = {len(verdicts)}")
+        raise UserError(f"k of maj@k must be between 1 and the number of samples ({len(verdicts)}), not {k}")
     blocks = range(0, len(verdicts) - k + 1, k)
     return float(np.mean([_majority(verdicts[i : i + k], extracted[i : i + k]) for i in blocks]))
 
@@ -129,20 +136,21 @@ def _majority(verdicts: Sequence[bool], extracted: Sequence[str | None]) -> floa
 
 
 def paired_difference(strata: Sequence[tuple[np.ndarray, np.ndarray]], seed: int = 0) -> Difference:
-    """Return how much B is above A on the same problems, the mean over strata (benchmarks) of the mean difference.
+    """Return the difference B - A on the same problems: the mean over strata (benchmarks) of the mean difference.
 
-    The interval is a percentile bootstrap over problems (within each stratum). The p-value is that of the test that
-    flips, problem by problem, which model a result belongs to: exact where all differences have one size (one sample
-    each in one stratum: McNemar's exact test) or at most 13 are not zero, else with 10,000 random flips, (hits + 1) /
-    (flips + 1).
+    The interval is a percentile bootstrap over the problems of each stratum. The p-value comes from a paired
+    permutation test, which swaps the results of A and B problem by problem. It is exact if all nonzero differences have
+    the same size (with one sample per problem and one stratum, this is McNemar's exact test) or if at most 13
+    differences are nonzero. Otherwise it uses 10,000 random permutations: p = (hits + 1) / (permutations + 1).
 
     Args:
-        strata: per benchmark the per-problem figures of A and of B, in the same order.
+        strata: For each benchmark, the per-problem results of A and of B in the same order.
+        seed: Seed of the bootstrap and the permutations.
     """
     differences = [np.asarray(b, float) - np.asarray(a, float) for a, b in strata]
     options = {"n_resamples": RESAMPLES, "batch": max(1, _AT_ONCE // sum(map(len, differences))), "rng": seed}
     low, high = stats.bootstrap(
-        [np.resize(d, max(len(d), 2)) for d in differences],  # SciPy refuses a single problem; two alike vary no more
+        [np.resize(d, max(len(d), 2)) for d in differences],  # SciPy needs two; duplicates of one do not vary
         lambda *parts, axis: sum(part.mean(axis) for part in parts) / len(parts),
         method="percentile",
         **options,
@@ -158,7 +166,7 @@ def paired_difference(strata: Sequence[tuple[np.ndarray, np.ndarray]], seed: int
     else:
         p = stats.permutation_test(
             (changed,),
-            lambda x, axis: np.abs(x.sum(axis)).round(12),  # rounded, so that equal sums count as equal
+            lambda x, axis: np.abs(x.sum(axis)).round(12),  # rounded so that equal sums compare as equal
             permutation_type="samples",
             alternative="greater",
             **options,
@@ -167,7 +175,7 @@ def paired_difference(strata: Sequence[tuple[np.ndarray, np.ndarray]], seed: int
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values corrected for their number (Holm 1979): significant ones keep the family's error at the level."""
+    """Return p-values with Holm's (1979) correction, which controls the family-wise error rate."""
     order = np.argsort(p_values)
     factors = len(p_values) - np.arange(len(p_values))
     corrected = np.minimum(1, np.maximum.accumulate(np.asarray(p_values, float)[order] * factors))

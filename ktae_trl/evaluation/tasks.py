@@ -1,4 +1,4 @@
-"""Benchmarks as data: where the problems are, which columns they have, and how a model is asked."""
+"""Load benchmarks and turn their problems into prompts."""
 
 import re
 from collections.abc import Sequence
@@ -18,15 +18,15 @@ from ktae_trl.prompts import TEMPLATES, Conversation, check_template, conversati
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One entry of `benchmarks:` in a config; only `name` and `dataset` must be given."""
+    """One entry of `benchmarks:` in a config. Only `name` and `dataset` are required."""
 
     name: str
-    dataset: str  # Hub id, or a local .jsonl, .json, .csv or .parquet file
+    dataset: str  # Hub id or local .jsonl, .json, .csv or .parquet file
     config: str | None = None
     split: str = "test"
-    problem: str = "problem"  # column names; of a nested column as a dotted path
-    answer: str = "answer"  # see `grading.golds.gold_answers`
-    id: str | None = None  # default: the number of the row
+    problem: str = "problem"  # column, or dotted path of a nested column, like the next two
+    answer: str = "answer"  # its values: see `grading.golds.gold_answers`
+    id: str | None = None  # default: the row number
 
 
 class Problem(NamedTuple):
@@ -34,20 +34,21 @@ class Problem(NamedTuple):
     id: str
     text: str
     answers: tuple[str, ...]
-    messages: Conversation | None = None  # if the dataset holds it as chat messages, of which `text` is the last
+    messages: Conversation | None = None  # if the dataset has chat messages; `text` is the last one
 
 
 def parse_benchmarks(entries: Sequence[dict], only: Sequence[str] | None = None) -> list[Benchmark]:
-    """Read the `benchmarks:` of a config, all of them or those named in `only`.
+    """Parse the `benchmarks:` of a config, either all or those named in `only`.
 
     Raises:
-        UserError: an entry with an unknown or a missing key, two of one name, or a name in `only` that is not there.
+        UserError: An entry has an unknown key or lacks a required one, two entries have the same name, or `only` names
+            an unknown benchmark.
     """
     known = [field.name for field in fields(Benchmark)]
     benchmarks: dict[str, Benchmark] = {}
     for number, entry in enumerate(entries or [], 1):
         if not isinstance(entry, dict):
-            raise UserError(f"benchmarks, entry {number}: expected name, dataset ..., not {entry!r}")
+            raise UserError(f"benchmarks, entry {number}: expected a mapping with name and dataset, not {entry!r}")
         for key in entry:
             if key not in known:
                 raise UserError(f"benchmarks, entry {number}: unknown key {key!r}{nearest(key, known)}")
@@ -56,37 +57,41 @@ def parse_benchmarks(entries: Sequence[dict], only: Sequence[str] | None = None)
                 raise UserError(f"benchmarks, entry {number}: {key!r} is missing")
         name = str(entry["name"])
         if not re.fullmatch(r"[\w.+-]+", name):
-            raise UserError(f"benchmarks, entry {number}: {name!r} cannot name a file; use letters, digits and ._+-")
+            raise UserError(f"benchmarks, entry {number}: name {name!r} may contain only letters, digits and ._+-")
         if name in benchmarks:
-            raise UserError(f"benchmarks: two are named {name!r}")
+            raise UserError(f"benchmarks, entry {number}: the name {name!r} is already used. Rename one of the two")
         benchmarks[name] = Benchmark(**(entry | {"name": name}))
     if not benchmarks:
-        raise UserError("The config names no benchmarks. See configs/eval/math.yaml for the form")
+        raise UserError("The config has no benchmarks. See the list in configs/eval/math.yaml (ktae recipes eval/math)")
     for name in only or []:
         if name not in benchmarks:
             raise UserError(
-                f"There is no benchmark {name!r}{nearest(name, benchmarks)}. There are: {', '.join(benchmarks)}"
+                f"Unknown benchmark {name!r} in only{nearest(name, benchmarks)}. Choose from {', '.join(benchmarks)}"
             )
     return [benchmark for name, benchmark in benchmarks.items() if not only or name in only]
 
 
 def load_problems(benchmark: Benchmark, folder: str | None = None, limit: int | None = None) -> list[Problem]:
-    """Load a benchmark's problems from where it says, or from `folder/NAME.jsonl` (`id`, `problem`, `answers`).
+    """Load the problems of a benchmark from its dataset, or from `folder/NAME.jsonl` (`id`, `problem`, `answers`).
 
     Args:
-        limit: only the first so many.
+        limit: Load at most the first `limit` problems.
 
     Raises:
-        NotFoundError: the file is not there.
-        UserError: no problem in it, a column that is missing, two problems of one id, or one without text or answer,
-            or with a value that is neither.
+        NotFoundError: The file or folder does not exist.
+        UserError: The dataset is empty or lacks a column, two problems have the same id, or a problem's text or answer
+            is missing or has the wrong type.
     """
     if folder is not None:
         benchmark = Benchmark(benchmark.name, str(Path(folder) / f"{benchmark.name}.jsonl"), answer="answers", id="id")
         if not Path(folder).is_dir():
-            raise NotFoundError(f"There is no folder {folder} (benchmark_folder, looked in {Path.cwd()})")
+            raise NotFoundError(f"The folder {folder} (benchmark_folder) does not exist (looked in {Path.cwd()})")
     where = f"benchmark {benchmark.name!r} ({benchmark.dataset})"
-    advice = "Set problem, answer and id in its entry" if folder is None else "A file needs id, problem and answers"
+    advice = (
+        "Set problem, answer and id in its entry to the names of the columns"
+        if folder is None
+        else "The file needs the columns id, problem and answers"
+    )
     rows = load(benchmark.dataset, benchmark.config, benchmark.split)
     rows = rows.select(range(min(limit or len(rows), len(rows))))
     try:
@@ -97,25 +102,25 @@ def load_problems(benchmark: Benchmark, folder: str | None = None, limit: int | 
     problems: dict[str, Problem] = {}
     for number, (text, gold, name) in enumerate(zip(asked, golds, ids, strict=True), 1):
         if name is None:
-            raise UserError(f"{where}, row {number}: no id")
+            raise UserError(f"{where}, row {number}: the id is missing")
         name = str(name)
         if text == "" or text is None:
-            raise UserError(f"{where}, problem {name!r}: no text")
+            raise UserError(f"{where}, problem {name!r} (row {number}): the text is missing")
         try:
             messages, answers = conversation(text), tuple(gold_answers(gold))
         except (TypeError, ValueError) as error:
             raise UserError(f"{where}, problem {name!r} (row {number}): {error}") from None
         if not answers:
-            raise UserError(f"{where}, problem {name!r}: no answer")
+            raise UserError(f"{where}, problem {name!r} (row {number}): the answer is missing")
         if name in problems:
-            raise UserError(f"{where}: two problems have the id {name!r}")
+            raise UserError(f"{where}, row {number}: the id {name!r} is already used by another problem")
         own = None if isinstance(text, str) else messages
         problems[name] = Problem(benchmark.name, name, messages[-1]["content"], answers, own)
     return list(problems.values())
 
 
 def unscorable(problems: Sequence[Problem]) -> list[Problem]:
-    """Return the problems none of whose answers can be parsed; they are left out of all figures."""
+    """Return the problems whose gold answers all fail to parse. They are excluded from the results."""
     verdicts = gradable([problem.answers for problem in problems])
     return [problem for problem, verdict in zip(problems, verdicts, strict=True) if not verdict]
 
@@ -130,33 +135,35 @@ def prompts(
     system_in_user: bool = False,
     examples: Sequence[dict[str, str]] = (),
 ) -> tuple[list[str], list[list[int]]]:
-    """Return each problem's prompt as text and as token ids.
+    """Return the prompt of each problem as text and as token ids.
 
     Args:
-        template_kwargs, system_in_user, examples: of `chat` only: see `prompts.texts` and `prompts.conversation`.
+        template: A name in `TEMPLATES`; `chat` is the model's own chat template.
+        template_kwargs, system_in_user, examples: For `chat` only: see `prompts.texts` and `prompts.conversation`.
 
     Raises:
-        UserError: an unknown template, one that cannot say what is asked of it, or `chat` with a tokenizer whose chat
-            template is missing, refuses, or leaves something out.
+        UserError: The template is unknown or does not support an argument, or the tokenizer's chat template is missing,
+            raises an error, or drops a message.
     """
     if template not in TEMPLATES:
-        raise UserError(f"Unknown prompt {template!r}{nearest(template, TEMPLATES)}. There are: {', '.join(TEMPLATES)}")
+        names = ", ".join(TEMPLATES)
+        raise UserError(f"Unknown prompt {template!r}{nearest(template, TEMPLATES)}. Choose one of {names}")
     if template != "chat":
         if template_kwargs or system_in_user or examples:
             raise UserError(
-                "chat_template_kwargs, system_prompt_in_user and few_shot are for the model's own chat template "
-                f"(prompt: chat), not for prompt: {template}"
+                "chat_template_kwargs, system_prompt_in_user and few_shot need the model's own chat template "
+                f"(prompt: chat), not prompt: {template}"
             )
         if long := [problem for problem in problems if problem.messages and len(problem.messages) > 1]:
             raise UserError(
-                f"benchmark {long[0].benchmark!r}, problem {long[0].id!r} has several chat messages, which need "
-                f"prompt: chat, not {template}"
+                f"benchmark {long[0].benchmark!r}, problem {long[0].id!r} has several chat messages, which prompt: "
+                f"{template} does not support. Set prompt: chat"
             )
         rendered = [TEMPLATES[template].fill(problem.text, system) for problem in problems]
         return rendered, tokenizer(rendered)["input_ids"]
     if not tokenizer.chat_template:
         raise UserError(
-            f"{tokenizer.name_or_path} has no chat template. Set prompt to one of: "
+            f"{tokenizer.name_or_path} has no chat template. Set prompt to one of "
             f"{', '.join(name for name in TEMPLATES if name != 'chat')}"
         )
     asked = [

@@ -1,8 +1,8 @@
-r"""Is the final answer of a completion right? One function for training and evaluation, on math-verify.
+r"""Decide whether the final answer of a completion is correct, for training and evaluation; built on math-verify.
 
-Only the final answer counts, by default the content of the last `\boxed{...}` (`extraction`). Plain matches are settled
-here as text; the rest is compared by worker processes under hard limits on time and memory. This package loads neither
-torch nor trl; only the workers load SymPy.
+Only the final answer counts, by default the content of the last `\boxed{...}` (`extraction`). Answers that can be
+compared as text or as numbers are settled in this process. All others are compared by worker processes with hard
+limits on time and memory. This package loads neither torch nor trl, and only the workers load SymPy.
 
     completion, answers -> extraction (last box) -> answers (lists, equations), literals (numbers, words)
                         -> pool -> worker -> answers again, with symbolic (math-verify) for expressions -> Grade
@@ -36,11 +36,11 @@ from ktae_trl.grading.pool import Pool, Task
 
 logger = logging.getLogger(__name__)
 
-BUDGET = 60.0  # seconds for 1,000 completions
-# A worker gets this much in any call: one answer has its 2 s, and its second try, and five may time out.
+BUDGET = 60.0  # seconds per 1,000 completions
+# The least that a worker gets in a call: enough for an answer that takes its 2 s twice, and for five time-outs.
 _LEAST_BUDGET = 10.0
-# Verdicts that are remembered: 100 steps of 1,024 rollouts of which no two are alike. About 15 MB, since an answer is
-# remembered by a hash; the least recently used one is forgotten first.
+# Number of cached verdicts: enough for 100 steps of 1,024 rollouts that all differ. About 15 MB, because the key is a
+# hash of the answer. The least recently used verdict is dropped first.
 _REMEMBERED = 100_000
 
 __all__ = [
@@ -64,32 +64,33 @@ __all__ = [
 
 class Grade(NamedTuple):
     verdict: bool | None  # None: none of the accepted answers could be parsed
-    extracted: str | None  # the completion's final answer as written, None if it has none
-    # Why: "equal", "different", "no boxed answer" (of other answer formats "no answer"), "unparsable answer",
-    # "unparsable gold", "timeout" (over 2 s), "worker died" (it ended two workers, the second one fresh: a crash; what
-    # runs into the 500 MB mostly ends as "different" or "unparsable answer") or "budget" (it was not compared, because
-    # the others had used up the call's budget).
+    extracted: str | None  # the completion's final answer as written; None if it has none
+    # The reason for the verdict: "equal", "different", "no boxed answer" ("no answer" in other answer formats),
+    # "unparsable answer", "unparsable gold", "timeout" (over 2 s), "worker died" (the answer ended two workers, the
+    # second one fresh: a crash; an answer that exceeds 500 MB mostly ends as "different" or "unparsable answer") or
+    # "budget" (not compared, because other answers had used up the call's budget).
     reason: str
 
 
 def grade(completion: str, answers: str | Sequence[str], answer_format: str = "boxed") -> bool | None:
-    r"""Say whether the final answer of `completion`, by default the last `\boxed{...}`, equals one of `answers`.
+    r"""Return whether the final answer of `completion` (by default the last `\boxed{...}`) equals one of `answers`.
 
     Args:
-        completion: text of the model.
-        answers: the accepted answer, or several of which any one is right, as datasets have them: LaTeX or plain text,
-            a number, a whole solution (`gold_answers`).
-        answer_format: where the answer stands: `boxed`, `tag`, `hash`, `last_number` or `auto` (see `find_answer`).
+        completion: text written by a model.
+        answers: the accepted answer, or several of which any one is correct, in the forms that datasets use: LaTeX or
+            plain text, a number, or a whole solution (see `gold_answers`).
+        answer_format: where to look for the answer: `boxed`, `tag`, `hash`, `last_number` or `auto` (see
+            `find_answer`).
 
     Returns:
-        True or False; False too for a completion without an answer in this format, with an answer that cannot be
-        parsed, or that takes more than 2 s of processor time or 500 MB to compare. None if no accepted answer can be
-        parsed.
+        True or False, or None if no accepted answer can be parsed. A completion is also False if it has no answer in
+        this format, if its answer cannot be parsed, or if the comparison takes more than 2 s of processor time or
+        500 MB.
 
     Raises:
-        ValueError: an unknown `answer_format`.
+        ValueError: `answer_format` is unknown.
 
-    What counts as equal: `ktae_trl.grading.answers.compare`.
+    `ktae_trl.grading.answers.compare` describes what counts as equal.
     """
     return grade_full(completion, answers, answer_format).verdict
 
@@ -101,41 +102,43 @@ def grade_many(
     answer_format: str = "boxed",
     budget: float | None = BUDGET,
 ) -> list[bool | None]:
-    """Grade each completion against its own answers: the verdicts of `grade`, in order.
+    """Grade each completion against its own answers and return the verdicts of `grade`, in order.
 
-    Most answers take milliseconds; a model can write ones that take their 2 s, and a thousand of them half an hour.
-    So a call has a budget: N completions may take `max(10, budget * N / 1000)` seconds of each worker's processor time.
-    That is wall time where each worker has a core for itself. Where it has not, wall time is longer: a busy machine
-    must make no right answer wrong. The first start of the workers does not count; the starts of those that replace
-    others do. What is left when the budget is used up is wrong with the reason "budget", and one warning a process
-    says so. Powers of powers and the like are compared last. An answer that was compared in this process before, with
-    the same accepted answers, is not compared again, whatever came out (the last 100,000 are remembered), unless it
-    ended its worker other than by a time-out.
+    Most comparisons take milliseconds, but a model can write answers that take the full 2 s, and a thousand of those
+    would take half an hour. Each call therefore has a budget: N completions may take `max(10, budget * N / 1000)`
+    seconds of each worker's processor time. This equals wall time if each worker has a core to itself. On a busy
+    machine the call takes longer, so that load never turns a correct answer into a wrong one. The first start of the
+    workers is not counted; starting a worker to replace another one is. When the budget is used up, the remaining
+    answers count as wrong with the reason "budget", and one warning per process says so. Answers that are likely to be
+    slow, such as powers of powers, are compared last.
+
+    The last 100,000 verdicts are cached: an answer that this process has already compared with the same accepted
+    answers is not compared again, even if it timed out. Answers that ended their worker in another way are not cached.
 
     Args:
-        workers: processes that compare at once; by default the cores of this process's share (all cores by the number
-            of processes that torchrun or accelerate started on this machine).
-        budget: seconds for 1,000 completions; None for no limit.
+        workers: number of processes that compare in parallel. Default: this process's share of the cores (all cores,
+            divided by the number of processes that torchrun or accelerate started on this machine).
+        budget: seconds per 1,000 completions; None for no limit.
 
     Raises:
         ValueError: the two sequences differ in length, `workers` is below 1, `budget` is not above 0, or
             `answer_format` is unknown.
-        TypeError: a completion that is not a string, or an answer that `gold_answers` does not read.
+        TypeError: a completion is not a string, or `gold_answers` cannot read an answer.
     """
     return [grade.verdict for grade in grade_many_full(completions, answers, workers, answer_format, budget)]
 
 
 def gradable(answers: Sequence[str | Sequence[str]], workers: int | None = None) -> list[bool]:
-    """Say for each accepted answer, or list of accepted answers, whether any completion gets a verdict with it.
+    """Return for each accepted answer, or list of accepted answers, whether it can be parsed.
 
-    False if none of them can be parsed: such a problem teaches and measures nothing, since `grade` returns None for
-    every completion, whatever its answer.
+    A list is True if any of its answers can be parsed. For False, `grade` returns None for every completion, so the
+    problem is of no use for training or evaluation.
     """
     return [verdict is not None for verdict in grade_many([""] * len(answers), answers, workers, budget=None)]
 
 
 def grade_full(completion: str, answers: str | Sequence[str], answer_format: str = "boxed") -> Grade:
-    """Grade like `grade`, and say what was extracted and why the verdict is what it is."""
+    """Grade like `grade`, and also return the extracted answer and the reason for the verdict."""
     return grade_many_full([completion], [answers], answer_format=answer_format)[0]
 
 
@@ -146,7 +149,7 @@ def grade_many_full(
     answer_format: str = "boxed",
     budget: float | None = BUDGET,
 ) -> list[Grade]:
-    """Grade like `grade_many`, and say what was extracted and why each verdict is what it is."""
+    """Grade like `grade_many`, and also return each extracted answer and the reason for its verdict."""
     if workers is not None and workers < 1:
         raise UserError(f"workers must be at least 1, not {workers}")
     check_budget("budget", budget)
@@ -166,9 +169,9 @@ def grade_many_full(
 
 
 def check_budget(name: str, budget: float | None) -> None:
-    """Raise a ValueError that names the setting if it is no budget."""
+    """Raise a ValueError that names the setting if `budget` is neither None nor above 0."""
     if budget is not None and not budget > 0:
-        raise UserError(f"{name} must be above 0 (seconds for 1,000 answers), or None for no limit; not {budget}")
+        raise UserError(f"{name} must be above 0 (seconds per 1,000 answers) or None for no limit, not {budget}")
 
 
 def _tell(left: int, answers: int, budget: float | None) -> None:
@@ -176,9 +179,10 @@ def _tell(left: int, answers: int, budget: float | None) -> None:
     if left and not _told:
         _told = True
         logger.warning(
-            "%d of %d answers were not compared and count as wrong: others take so long that they used up the budget "
-            "of %s seconds for 1,000 answers. Raise it if such answers can be right: grading_budget in a config, "
-            "budget of grade_many. This is said once; in training the metric grading/budget counts them",
+            "%d of %d answers were not compared and count as wrong, because other answers used up the grading budget "
+            "of %s seconds per 1,000 answers. If answers that take so long can be correct, raise grading_budget (in "
+            "Python: budget of grade_many). This warning is shown once; in training, the metric grading/budget is the "
+            "share of answers that were not compared",
             *(left, answers, f"{budget:g}"),
         )
 
@@ -188,18 +192,18 @@ def _task(completion: str, answers, answer_format: str) -> Task:
         raise TypeError(f"A completion must be a string, not {type(completion).__name__}: {str(completion)[:80]}")
     found = find_answer(completion, answer_format)
     answers = tuple(answers) if isinstance(answers, list) else answers
-    # Only texts are remembered: 1, 1.0 and True are the same key.
+    # Only strings are cached, because 1, 1.0 and True would be the same key.
     texts = all(isinstance(answer, str) for answer in (answers if isinstance(answers, tuple) else (answers,)))
     return Task((_golds if texts else _golds.__wrapped__)(answers), found and found.text)
 
 
-@lru_cache(maxsize=4096)  # a group's rollouts share theirs
+@lru_cache(maxsize=4096)  # the rollouts of a group have the same gold answers
 def _golds(answers) -> tuple[str, ...]:
     return tuple(gold_answers(answers))
 
 
 def _settle(task: Task) -> str | None:
-    """Return the reason for what text and literal numbers can tell; None if it needs computer algebra."""
+    """Return the reason if text and literal numbers decide the verdict; None if it needs computer algebra."""
     if task.answer is not None and any(settle(gold, task.answer) and surely_readable(gold) for gold in task.golds):
         return "equal"
     readable = [gold for gold in task.golds if gold and len(gold) <= MAX_LENGTH]
@@ -217,11 +221,11 @@ def _grade(task: Task, reason: str, missing: str) -> Grade:
     return Grade(verdict, task.answer, reason)
 
 
-# One pool a process. A forked child must not share its parent's pipes, and several threads take turns.
+# One pool per process, because a forked child must not share its parent's pipes. Threads take turns.
 _pool: Pool | None = None
 _lock = threading.Lock()
 _verdicts: dict[bytes, str] = {}  # by a hash of the task, the least recently used first
-_told = False  # that answers were left
+_told = False  # whether the warning about the budget was shown
 
 
 def _compare(tasks: list[Task], workers: int | None, budget: float | None) -> dict[Task, str]:
@@ -257,7 +261,7 @@ def _key(task: Task) -> bytes:
 
 
 def _cores() -> int:
-    """Return the cores this process may use: those it is bound to, or fewer if a container's quota says so."""
+    """Return how many cores this process may use: those it is bound to, or fewer if a container's quota is lower."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = Path("/sys/fs/cgroup/cpu.max")
     if quota.is_file():

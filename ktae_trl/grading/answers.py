@@ -1,7 +1,7 @@
-r"""Two answers piece by piece: lists, sets, tuples, intervals, equations, down to literals and expressions.
+r"""Compare two answers piece by piece: lists, sets, tuples, intervals and equations, down to literals and expressions.
 
-`compare` leaves expressions to a `leaf`. Here only text and literals are compared (`settle`); in a worker process
-math-verify compares the rest (`symbolic`).
+`compare` passes expressions to a function `leaf`. In the caller's process only text and literals are compared
+(`settle`); in a worker process, math-verify compares the expressions (`symbolic`).
 """
 
 import re
@@ -15,9 +15,9 @@ from ktae_trl.grading import literals
 from ktae_trl.grading.names import Names
 from ktae_trl.grading.text import SEPARATORS, clean, split, squeeze
 
-# What is settled in the caller's process, where no clock runs.
+# Longest answer, in characters, that is settled in the caller's process, which has no time limit.
 _SHORT = 500
-_MEMBERS = 20  # of a chain of equations; a longer one is no answer
+_MEMBERS = 20  # most members of a chain of equations that counts as an answer
 
 # A quantity that a problem may ask for by name: x, AB, f(2), P(X=2), |AB|, \angle ABC, \text{Area}, x_{1}, \bar x.
 _SUBSCRIPT = r"(?:\s*+_\s*+(?:\w|\\[A-Za-z]+|\{[^{}]*\}))?"
@@ -55,7 +55,7 @@ _GRID = re.compile(
     r"\\begin\s*+\{(cases|[pbB]?matrix|smallmatrix|array|aligned)\}(?:\s*+\{[lcr| ]*\})?(.*)\\end\s*+\{\1\}", re.DOTALL
 )
 _THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
-# What is said about a formula, after it.
+# A qualifier after a formula, such as "for all x" or "where x > 0".
 _QUALIFIER = re.compile(
     r"((?:.*=)?+.*?)(?<=\S)\s*+,?\s*+(?:\\text\s*+\{\s*+,?\s*+\(?\s*+|\(\s*+|(?<=\s))"
     r"(?:for (?:all|any|every|each|some|an? )|where |with ).*",
@@ -83,9 +83,10 @@ Leaf = Callable[[str, str], bool | None]
 
 
 def settle(gold: str, answer: str) -> bool | None:
-    """Compare two answers as far as text and literals go. None: computer algebra has to decide.
+    """Compare two answers as text and literals; None if computer algebra has to decide.
 
-    False only for two literal numbers: whether another gold answer can be parsed at all is for `symbolic` to say.
+    The result is False only for two literal numbers, because only `symbolic` can tell whether any other gold answer
+    can be parsed.
     """
     if not gold or max(len(gold), len(answer)) > _SHORT:
         return None
@@ -95,8 +96,10 @@ def settle(gold: str, answer: str) -> bool | None:
 
 @lru_cache(maxsize=4096)
 def surely_readable(gold: str) -> bool:
-    """Say whether an accepted answer is literals and plain formulas only, so that no parser is needed to know that it
-    can be compared with other answers; False says nothing."""
+    """Return True if an accepted answer has only literals and plain formulas, so that it is certain to be parsable.
+
+    If the result is False, only the parser can tell.
+    """
     if not gold or len(gold) > _SHORT or not clean(gold):
         return False
     return all(literals.is_literal(part) or _plain_formula(part) for part in parts(gold))
@@ -114,12 +117,12 @@ def _plain_formula(text: str) -> bool:
 
 
 def is_number(text: str) -> bool:
-    """Say whether an answer (of at most 500 characters) is a literal number, with or without unit."""
+    """Return whether an answer (of at most 500 characters) is a literal number, with or without a unit."""
     return len(text) <= _SHORT and literals.number(literals.quantity(clean(text)).value) is not None
 
 
 def parts(text: str) -> list[str]:
-    """Return what `compare` would compare in the end: the elements of a list or interval, the value of an equation."""
+    """Return the pieces that `compare` would compare: the elements of a list or interval, the value of an equation."""
     text = _unqualified(clean(text))
     if literals.is_literal(text):
         return [text]
@@ -140,20 +143,21 @@ def parts(text: str) -> list[str]:
 def compare(gold: str, answer: str, leaf: Leaf) -> bool | None:
     r"""Compare two answers piece by piece.
 
-    - The same text, up to spaces and LaTeX's decoration, is equal; so are literals of the same value (`literals`).
-    - Units are compared, and converted, if both answers have one; one of them may leave it out.
-    - `(a, b)`, `[a, b)`: the same brackets and equal elements in order. `\{a, b\}`, bare lists, parts of unions: in any
-      order, each as often in both; lists with dots in order. A bare list may stand for a tuple. `\pm` stands for two
-      elements. Matrices and cases: cell by cell.
-    - "and" and "or" separate as a comma does, but inequalities or words joined by "and" are not those joined by "or".
-    - `-2 \le x < 7` is the interval `[-2, 7)`; `x \in A` is `A`.
-    - `x = 1, y = 2` (sorted by name) is `1, 2`, in that order; with one name, `x = 1, x = 2`, in any order.
-    - An answer `name = a = b` to a gold answer without `=` needs every member right, `5 \approx 7` the first: a model
-      must not have two tries. A gold answer `x = 5` accepts `5`; other equations need both sides.
-    - An answer `left = 5` to the gold answer 5 is right if `left` can be what was asked for (`_may_be_asked`).
-    - What is left goes to `leaf`, without units; an answer with words in it is wrong if the gold answer has none.
+    - Texts that differ only in spaces and LaTeX formatting are equal; so are literals with the same value (`literals`).
+    - Units are converted and compared if both answers have one. Either answer may leave out its unit.
+    - `(a, b)` and `[a, b)` need the same brackets and equal elements in order. The elements of `\{a, b\}`, bare lists
+      and unions may be in any order, but each must occur equally often; lists with `\ldots` are compared in order. A
+      bare list may replace a tuple. `\pm` means two elements. Matrices and cases are compared cell by cell.
+    - "and" and "or" separate elements as a comma does, but inequalities or words that are joined by "and" do not equal
+      those joined by "or".
+    - `-2 \le x < 7` is the interval `[-2, 7)`, and `x \in A` is `A`.
+    - `x = 1, y = 2` (sorted by name) is `1, 2`, in that order; with a single name, `x = 1, x = 2`, in any order.
+    - If the gold answer has no `=`, all members of an answer `name = a = b` must be correct, and the first member of
+      `5 \approx 7`: a model gets no second try. A gold answer `x = 5` accepts `5`; other equations need both sides.
+    - An answer `left = 5` to the gold answer 5 is correct if `left` can be what the problem asks for (`_may_be_asked`).
+    - Everything else is passed to `leaf`, without units. An answer with words is wrong if the gold answer has none.
 
-    None if a leaf that matters said None.
+    Returns None if a comparison that decides the verdict returned None.
     """
     gold, answer = _unqualified(clean(gold)), _unqualified(clean(answer))
     if not gold or not answer:
@@ -175,7 +179,7 @@ def compare(gold: str, answer: str, leaf: Leaf) -> bool | None:
     if gold_interval and answer_interval:
         gold_name, answer_name = gold_interval[0], answer_interval[0]
     if gold_name and answer_name and gold_name != answer_name:
-        return False  # about another variable
+        return False  # different variables
     gold = gold_interval[1] if gold_interval else gold
     answer = answer_interval[1] if answer_interval else answer
 
@@ -188,14 +192,14 @@ def compare(gold: str, answer: str, leaf: Leaf) -> bool | None:
         sets = kinds & _SETS or any(map(interval, golds + answers))
         return leaf(gold, answer) if verdict is False and sets and literal is None else verdict
     if literal is False:
-        return False  # 1,234 against 1235
+        return False  # 1,234 and 1235
     if kinds & _SETS:
         return leaf(gold, answer)
     if len(golds) != len(answers) and kinds <= {"list", "set", None}:
         joined = [_THOUSANDS.sub(lambda number: number.group().replace(",", ""), text) for text in (gold, answer)]
         if joined != [gold, answer] and kinds == {"list", None}:
             return compare(*joined, leaf)  # 1,024 and 2^{10}
-        return False  # a list of another length; FiniteSet would make -2, -2 equal to -2
+        return False  # lists of different lengths; FiniteSet would make -2, -2 equal to -2
     return _equations(gold, answer, leaf)
 
 
@@ -204,7 +208,7 @@ _SAME_UNITS = object()
 
 
 def _quantities(gold: str, answer: str, leaf: Leaf):
-    """Compare two quantities of which at least one has a unit; `_SAME_UNITS` if there is none."""
+    """Compare two quantities if at least one has a unit; return `_SAME_UNITS` if neither has one."""
     if len(split(gold, *SEPARATORS, "=")) > 1 or len(split(answer, *SEPARATORS, "=")) > 1:
         return _SAME_UNITS
     (value, unit), (answer_value, answer_unit) = literals.quantity(gold), literals.quantity(answer)
@@ -247,7 +251,7 @@ _DEGREE, _RADIAN = frozenset({("degree", 1)}), frozenset({("radian", 1)})
 
 
 def _bare_letters(text: str, value: str) -> bool:
-    """Say whether what follows the value could be variables too: `5 m`, which is a unit only if a unit is asked for."""
+    """Return whether the text after the value may be variables: `m` in `5 m` is a unit only if the gold has a unit."""
     rest = text.removeprefix(value).strip()
     return (
         all(len(word) == 1 for word in re.findall("[A-Za-z]+", rest))
@@ -291,7 +295,7 @@ def _elements(gold_kind, golds: list[str], kind, answers: list[str], leaf: Leaf)
 
 
 def _written_out(elements: list[str]) -> list[str]:
-    r"""Write `1, 3, \ldots, 9` out, up to a thousand integers."""
+    r"""Write out `1, 3, \ldots, 9`, up to a thousand integers."""
     *first, dots, last = elements if len(elements) > 3 else ["", "", ""]
     if dots != r"\ldots" or not all(re.fullmatch(r"-?\d{1,6}", element) for element in (*first, last)):
         return elements
@@ -303,7 +307,7 @@ def _written_out(elements: list[str]) -> list[str]:
 
 
 def _unqualified(text: str) -> str:
-    r"""Remove what is said about a formula after it: `\text{ for any constant } c`, `, x \in \mathbb{R}`."""
+    r"""Remove a qualifier after a formula, such as `\text{ for any constant } c` or `, x \in \mathbb{R}`."""
     if " " not in text and "\\" not in text:
         return text
     if (match := _QUALIFIER.fullmatch(text)) and _LETTER.search(match[1]):
@@ -397,20 +401,20 @@ def _equations(gold: str, answer: str, leaf: Leaf) -> bool | None:
 
 
 def _asked(left: str) -> bool:
-    """Say whether the left side of a gold answer only names its value: `x`, `AB`, `f(2)`, `(p, q)`, a ratio of lengths.
+    """Return whether the left side of a gold answer only names its value: `x`, `AB`, `f(2)`, `(p, q)`, a length ratio.
 
-    A combination of names (`a + b = 5`) is a relation that was asked for: the number alone is no answer to it.
+    A combination of names, as in `a + b = 5`, is a relation, to which the number alone is not an answer.
     """
     return any(form.fullmatch(left) for form in _ASKED)
 
 
 def _may_be_asked(left: str) -> bool:
-    r"""Say whether the left side of an answer `left = 5` can be what a problem asks for whose answer is 5.
+    r"""Return whether a problem with the answer 5 can ask for the left side of an answer `left = 5`.
 
-    Names and values of functions can (`x`, `AB`, `f(2)`, `|z|`, `\sin\theta`, `AB^2`), and so can combinations of
-    several names (`m + n = 17`, `xy = 6`), since problems ask for such a sum, product or quotient. Anything else in one
-    name (`2x = 5`, `\sqrt{x} = 9`, `x - 3 = 0`) is an equation that was not solved: its right side is not the value of
-    the name.
+    It can be a name or the value of a function (`x`, `AB`, `f(2)`, `|z|`, `\sin\theta`, `AB^2`), or a combination of
+    several names (`m + n = 17`, `xy = 6`), because problems ask for such sums, products and quotients. Any other
+    expression in one name (`2x = 5`, `\sqrt{x} = 9`, `x - 3 = 0`) is an unsolved equation, whose right side is not the
+    value of the name.
     """
     if _asked(left) or _FUNCTION_VALUE.fullmatch(left):
         return True
@@ -420,7 +424,7 @@ def _may_be_asked(left: str) -> bool:
 
 
 def _by_names(text: str, other: str) -> str:
-    """Write `(a, b) = (5, 6)` as `a = 5, b = 6` if the other answer is written so."""
+    """Write `(a, b) = (5, 6)` as `a = 5, b = 6` if the other answer has that form."""
     members = split(text, "=")
     if len(members) != 2 or not (names := _NAMES_IN_BRACKETS.fullmatch(members[0])):
         return text
@@ -431,7 +435,7 @@ def _by_names(text: str, other: str) -> str:
 
 
 def _by_name(names: str, values: str) -> str:
-    """Put the values of `(y, x) = (1, 2)` into the usual order if their names are neighbours in the alphabet."""
+    """Sort the values of `(y, x) = (1, 2)` by name if the names are consecutive letters."""
     values = values.strip()
     letters, elements = [name.strip() for name in names.split(",")], split(values[1:-1], ",")
     codes = [ord(letter) for letter in letters if len(letter) == 1]
@@ -458,9 +462,10 @@ def _expressions(gold: str, answer: str, leaf: Leaf) -> bool | None:
 
 
 def _without_constant(gold: str, answer: str) -> tuple[str, str] | None:
-    """Return both without a constant of integration, which may be added to an answer or have another name there.
+    """Return both answers without the constant of integration; None if it cannot be ignored.
 
-    Only where a capital C or K cannot be anything else: the formula is in small letters.
+    The completion may add the constant or give it another name. The formula must be in lower case, so that a capital C
+    or K can only be the constant.
     """
     given, asked = _CONSTANT.fullmatch(answer), _CONSTANT.fullmatch(gold)
     formula = asked[1] if asked else gold
@@ -470,7 +475,7 @@ def _without_constant(gold: str, answer: str) -> tuple[str, str] | None:
 
 
 def same_constant(gold: str, value: Fraction) -> bool | None:
-    """Compare a literal gold answer in scientific notation with a computed value; None if it is not such."""
+    """Compare a literal gold answer in scientific notation with a computed value; None for other gold answers."""
     number = literals.number(clean(gold))
     return literals.rounds_to(number, value) if number and number.kind == "scientific" else None
 
@@ -492,10 +497,10 @@ def _in_order(golds: list[str], answers: list[str], leaf: Leaf) -> bool | None:
 
 
 def _any_order(golds: list[str], answers: list[str], leaf: Leaf) -> bool | None:
-    """Pair each gold element with an answer of its own, the first that is equal."""
+    """Match each gold element with a different element of the answer, the first one that is equal."""
     if len(golds) != len(answers):
         return False
-    # Those that are written alike go first: a long list in another order stays cheap.
+    # Elements with the same text are matched first, which keeps long lists in another order cheap.
     alike = Counter(map(squeeze, golds)) & Counter(map(squeeze, answers))
     rest, undecided = _without(answers, alike), False
     for gold in _without(golds, alike):
@@ -525,7 +530,7 @@ def _without(elements: list[str], written: Counter) -> list[str]:
 
 
 def _lists(golds: list[str], answers: list[str], leaf: Leaf) -> bool | None:
-    """Compare lists in any order, unless just one of them gives its elements different names."""
+    """Compare lists in any order, or in the order of names if only one list gives its elements different names."""
     names = [[_name(element) for element in side] for side in (golds, answers)]
     all_named = [all(side) for side in names]
     unnamed = answers if all_named[0] else golds
@@ -537,7 +542,7 @@ def _lists(golds: list[str], answers: list[str], leaf: Leaf) -> bool | None:
 
 
 def _values_by_name(elements: list[str]) -> list[str]:
-    """Return the values of `y = 2, x = 1` in the order of their names; other elements as they are."""
+    """Return the values of `y = 2, x = 1` sorted by name; other elements unchanged."""
     if not all(_name(element) for element in elements):
         return elements
     pairs = sorted((split(element, "=") for element in elements), key=lambda pair: squeeze(pair[0]))
@@ -554,7 +559,7 @@ def _has_letter(text: str) -> bool:
 
 
 def _membership(text: str) -> tuple[str | None, str]:
-    r"""Read `x \in A` and `\{x \mid x > 2\}` as the name, if it is given for itself, and the set."""
+    r"""Split `x \in A` into name and set; of `\{x \mid x > 2\}` return None and the condition."""
     if (builder := _BUILDER.fullmatch(text)) and builder[1] in builder[2]:
         return None, builder[2].strip()
     if (member := _MEMBER.fullmatch(text)) and _NAME.fullmatch(member[1].strip()):
@@ -563,7 +568,7 @@ def _membership(text: str) -> tuple[str | None, str]:
 
 
 def interval(text: str) -> tuple[str, str] | None:
-    r"""Read `x > a`, `a \le x < b` and `x \ne a` as a name and an interval or two."""
+    r"""Read `x > a`, `a \le x < b` and `x \ne a` as a name and one or two intervals; None for other text."""
     if "," in text:
         return None
     pieces = _COMPARISON.split(text)
@@ -594,7 +599,7 @@ def interval(text: str) -> tuple[str, str] | None:
 
 
 def _around(distance: re.Match, sign: str, radius: str) -> tuple[str, str] | None:
-    """Read `|x| < 3` as `(-3, 3)`, and `|x - 1| >= 2` as two intervals."""
+    """Read `|x| < 3` as `(-3, 3)` and `|x - 1| >= 2` as two intervals."""
     if not literals.number(radius):
         return None
     centre = (distance[2] or "").replace(" ", "").translate(str.maketrans("+-", "-+"))
@@ -612,7 +617,7 @@ def _one_way(signs: list[tuple[str, bool]]) -> bool:
 
 
 def _structure(text: str) -> tuple[str | None, list[str]]:
-    r"""Take apart a union, a bare list, a `\{set\}` or something in brackets; (None, [text]) if it is none of them."""
+    r"""Return kind and elements of a union, a bare list, a `\{set\}` or text in brackets; else (None, [text])."""
     unions = split(text, r"\cup")
     if len(unions) > 1:
         kinds, elements = zip(*map(_structure, unions), strict=True)
@@ -644,14 +649,14 @@ def _structure(text: str) -> tuple[str | None, list[str]]:
 
 
 def _is_statement(text: str) -> bool:
-    """Say whether "and" and "or" differ after this: an inequality, words or a name, but not a value such as x = 1."""
+    """Return whether "and" differs from "or" for this element: an inequality, words or a name, but not x = 1."""
     return bool(
         _COMPARISON.search(text) or literals.words(text) or (_has_letter(text) and not re.search(r"[=\d]", text))
     )
 
 
 def _both_signs(element: str) -> list[str]:
-    r"""Write `1 \pm a` out as two elements; several `\pm` are independent, unless there is a `\mp`."""
+    r"""Write out `1 \pm a` as two elements. Several `\pm` are independent, unless the text has a `\mp`."""
     count = len(re.findall(r"\\pm(?![A-Za-z])", element))
     if not 0 < count <= 3 or element.startswith(("(", "[")):
         return [element]

@@ -1,9 +1,9 @@
-"""What a grading worker may no longer do once it is set up: start processes, write files, or use the network.
+"""Confine a grading worker after its start: it can no longer start processes, write files or use the network.
 
-Text of a model meets a large parser in there. Should it ever get the parser to run code, that code can still compute
-and say a verdict, and no more. Resource limits hold on every platform that takes them (an administrator is exempt from
-the one on processes); on Linux with a 64-bit x86 or ARM processor a seccomp filter refuses the system calls themselves.
-A system that refuses both leaves the worker as it was.
+A worker runs a large parser on text written by a model. If such text ever makes the parser run code, that code can
+compute and return a verdict, but nothing else. Resource limits apply on every platform that supports them (the limit
+on processes does not apply to root). On Linux with a 64-bit x86 or ARM processor, a seccomp filter also refuses the
+corresponding system calls. On a platform that supports neither, the worker is not confined.
 """
 
 import contextlib
@@ -15,8 +15,8 @@ import resource
 import struct
 import sys
 
-_ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}  # as the kernel names it, and its column
-# Numbers of system calls on x86-64 and 64-bit ARM, None where there is no such call.
+_ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}  # AUDIT_ARCH constant, column below
+# System call numbers on x86-64 and 64-bit ARM; None if the architecture lacks the call.
 _REFUSED = {
     # processes and their memory
     "clone": (56, 220), "clone3": (435, 435), "fork": (57, None), "vfork": (58, None), "execve": (59, 221),
@@ -25,7 +25,7 @@ _REFUSED = {
     "pidfd_send_signal": (424, 424), "pidfd_getfd": (438, 438), "prlimit64": (302, 261), "setrlimit": (160, 164),
     # the network
     "socket": (41, 198), "socketpair": (53, 199), "connect": (42, 203), "bind": (49, 200),
-    # files: all that opens for writing (`open` and `openat` by their flags, below), creates, removes or renames
+    # files: opening for writing (for `open` and `openat` the flags decide, see below), creating, removing, renaming
     "creat": (85, None), "openat2": (437, 437), "open_by_handle_at": (304, 265), "truncate": (76, 45),
     "ftruncate": (77, 46), "rename": (82, None), "renameat": (264, 38), "renameat2": (316, 276), "mkdir": (83, None),
     "mkdirat": (258, 34), "rmdir": (84, None), "link": (86, None), "linkat": (265, 37), "symlink": (88, None),
@@ -33,24 +33,24 @@ _REFUSED = {
     "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, None),
     "lchown": (94, None), "fchown": (93, 55), "fchownat": (260, 54), "setxattr": (188, 5), "lsetxattr": (189, 6),
     "fsetxattr": (190, 7), "utime": (132, None), "utimes": (235, None), "utimensat": (280, 88),
-    # ways round all this
+    # ways around the filter
     "io_uring_setup": (425, 425), "bpf": (321, 280), "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40),
     "umount2": (166, 39), "chroot": (161, 51), "pivot_root": (155, 41), "init_module": (175, 105),
     "finit_module": (313, 273), "kexec_load": (246, 104), "reboot": (169, 142),
 }  # fmt: skip
-_OPENING = {"open": (2, None, 24), "openat": (257, 56, 32)}  # and where the kernel's record has the flags
+_OPENING = {"open": (2, None, 24), "openat": (257, 56, 32)}  # and the offset of the flags in seccomp_data
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
-_FOREIGN = 0x40000000  # from here on x86-64 has the same calls again, for another calling convention
+_FOREIGN = 0x40000000  # x86-64 repeats its calls from here on, for the x32 ABI
 
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06  # instructions of a seccomp filter
 _ALLOW, _REFUSE = 0x7FFF0000, 0x00050000 | errno.EPERM
-_SECCOMP, _FILTER, _NO_NEW_PRIVILEGES = 22, 2, 38  # of prctl
+_SECCOMP, _FILTER, _NO_NEW_PRIVILEGES = 22, 2, 38  # arguments of prctl
 
 
 def confine() -> None:
-    """Give up what comparing does not need, for good. Everything that is imported later can still be read."""
+    """Give up permanently what a comparison does not need. Modules can still be imported afterwards."""
     sys.dont_write_bytecode = True
-    # What a library prints goes nowhere: the file for errors of the start can no longer be written.
+    # Discard what libraries print: from here on, the file that records start-up errors cannot be written.
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
@@ -62,12 +62,12 @@ def confine() -> None:
 
 
 def filter_calls() -> bool:
-    """Have the kernel refuse the calls of `_REFUSED`; return whether it does."""
+    """Make the kernel refuse the calls in `_REFUSED`; return whether this worked."""
     if sys.platform != "linux" or platform.machine() not in _ARCHITECTURES or sys.maxsize < 1 << 32:
         return False
     program = _program(*_ARCHITECTURES[platform.machine()])
     code = ctypes.create_string_buffer(program)
-    # struct sock_fprog: the number of instructions, and where they are.
+    # struct sock_fprog: the number of instructions and their address.
     whole = ctypes.create_string_buffer(struct.pack("@HP", len(program) // 8, ctypes.addressof(code)))
     prctl = ctypes.CDLL(None).prctl
     prctl.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 4]
@@ -75,7 +75,7 @@ def filter_calls() -> bool:
 
 
 def _program(architecture: int, column: int) -> bytes:
-    """Return the filter: 8 bytes an instruction, each jump over a number of those that follow if true, if false."""
+    """Return the filter, 8 bytes per instruction. A jump states how many instructions to skip if true and if false."""
     refuse = (_RETURN, 0, 0, _REFUSE)
     code = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, architecture), refuse, (_LOAD, 0, 0, 0)]
     code += [(_AT_LEAST, 0, 1, _FOREIGN), refuse]

@@ -1,7 +1,7 @@
-r"""Where the final answer stands in a completion: `\boxed{5}`, `<answer>5</answer>`, `#### 5`, or the last number.
+r"""Find the final answer in a completion: `\boxed{5}`, `<answer>5</answer>`, `#### 5`, or the last number.
 
-Only what follows the model's thinking is read: the text after the last `</think>`. A completion whose `<think>` was not
-closed has no answer, whatever stands in it. A prompt that ends with an open `<think>` is part of this: see `answered`.
+Thinking is skipped: only the text after the last `</think>` is read. A completion whose `<think>` is not closed has no
+answer, even if it contains a box. `answered` covers prompts that end with an open `<think>`.
 """
 
 import re
@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 from ktae_trl.arguments import UserError, nearest
 
-# A longer text is no answer.
+# Longest text, in characters, that counts as an answer.
 MAX_LENGTH = 10_000
-_LONGEST_WORD = 500  # of a box without braces
-_WIDEST_GAP = 60  # between two boxes of one answer
+_LONGEST_WORD = 500  # longest content of a box without braces
+_WIDEST_GAP = 60  # most characters between two boxes of one answer
 
-# What a prompt says so that a completion has its answer where its format reads it.
+# For each answer format, the system prompt that asks for it.
 INSTRUCTIONS = {
     "boxed": r"Please reason step by step, and put your final answer within \boxed{}.",
     "tag": "Please reason step by step, and put your final answer within <answer> and </answer>.",
@@ -27,11 +27,11 @@ ANSWER_FORMATS = tuple(INSTRUCTIONS)
 _THOUGHT = re.compile(r".*</think>", re.DOTALL)
 _TOKEN = re.compile(r"\\.|[{}]", re.DOTALL)
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*+")
-# `\boxed 5` and `\boxed\frac12`, but not `\boxed notation`: to the end of the formula, or the first word.
+# `\boxed 5` and `\boxed\frac12`, but not `\boxed notation`: up to the end of the formula, or the first word.
 _UNBRACED = re.compile(
     r"(?=[-+]?[\d.]|\\[A-Za-z]|[A-Za-z](?![A-Za-z]))(?:[^\n$]*?(?<!\s)(?=\s*+(?:\$|\\[)\]]))|[^\s$]+)"
 )
-# `\boxed{3}, \boxed{5} and \boxed{7}`, also between dollars and with names, as in `x=\boxed{3} or x=\boxed{5}`.
+# `\boxed{3}, \boxed{5} and \boxed{7}`, also between dollar signs and with names, as in `x=\boxed{3} or x=\boxed{5}`.
 _FORMULA_ENDS = r"(?:[\s$]|\\[()\[\],;:! ]|\\q?quad)*+"
 _BETWEEN = re.compile(
     rf"{_FORMULA_ENDS}(?:,|;|,?\s*+(?:\\text\s*+\{{)?\s*+\b(?:and|or)\b\s*+\}}?){_FORMULA_ENDS}"
@@ -43,26 +43,26 @@ _NUMBER = re.compile(r"(?<![\w.])[-+]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+|/\d+
 
 
 class Answer(NamedTuple):
-    """The final answer of a completion, and where it stands."""
+    """The final answer of a completion and its position, in characters."""
 
-    text: str  # of several boxes, their contents with commas between
-    begin: int  # of the box, the tag, the mark: what is before is reasoning
-    spans: tuple[tuple[int, int], ...]  # of the answer itself, one a box
+    text: str  # for several boxes, their contents joined by commas
+    begin: int  # where the box, tag or mark begins; the text before it is reasoning
+    spans: tuple[tuple[int, int], ...]  # begin and end of the answer itself, one pair per box
 
 
 def find_answer(completion: str, answer_format: str = "boxed") -> Answer | None:
-    r"""Find the final answer of a completion; None if it has none in this format.
+    r"""Return the final answer of a completion; None if it has none in this format.
 
-    - `boxed`: the content of the last `\boxed{...}` (or `\fbox`). Boxes that a comma, a semicolon, "and" or "or" joins
-      are one answer: `\boxed{1}, \boxed{2}` is `1, 2`. So a model cannot name two answers and have the right one
-      picked. Without any such box: what follows the last `\boxed`, as in `\boxed 5`.
-    - `tag`: the content of the last `<answer>...</answer>`; of a box inside, the content of that.
-    - `hash`: the rest of the last line that begins with `####`, as GSM8K's solutions end.
+    - `boxed`: the content of the last `\boxed{...}` (or `\fbox`). Boxes joined by a comma, a semicolon, "and" or "or"
+      are one answer: `\boxed{1}, \boxed{2}` is `1, 2`, so a model cannot give two answers and have the correct one
+      picked. If no box has braces: the text after the last `\boxed`, as in `\boxed 5`.
+    - `tag`: the content of the last `<answer>...</answer>`; if it contains a box, the content of the box.
+    - `hash`: the rest of the last line that begins with `####`, as at the end of GSM8K's solutions.
     - `last_number`: the last number.
-    - `auto`: the first of these that is there, in this order.
+    - `auto`: the first of these formats that the completion uses, in this order.
 
-    A last box that is cut off is no answer, even if an earlier one is complete; so for a tag. An answer of more than
-    10,000 characters is none.
+    If the last box or tag is cut off, the completion has no answer, even if an earlier one is complete. Text of more
+    than 10,000 characters is not an answer.
     """
     thought = _THOUGHT.match(completion)
     begin = thought.end() if thought else 0
@@ -83,18 +83,18 @@ def check_format(answer_format: str) -> None:
 
 
 def answered(prompt: str, completion: str) -> str:
-    """Return a completion as `find_answer` must read it: with the `<think>` that its prompt has opened, if it has."""
+    """Return a completion as `find_answer` expects it: with a leading `<think>` if its prompt ends with one."""
     return f"<think>{completion}" if prompt.rstrip().endswith("<think>") else completion
 
 
 def write_answer(answer: str, answer_format: str = "boxed") -> str:
-    """Return the end of a completion with this answer, as `find_answer` reads it."""
+    """Return text that ends a completion with this answer in the given format."""
     pattern = {"tag": "<answer>{}</answer>", "hash": "#### {}", "last_number": "The answer is {}"}.get(answer_format)
     return pattern.replace("{}", answer) if pattern else rf"\boxed{{{answer}}}"
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Return the content of the last `\boxed{...}` alone, or None."""
+    r"""Return the content of the last `\boxed{...}` only, or None if there is none."""
     answer = _boxed(text, 0)
     return answer and text[slice(*answer.spans[-1])]
 
@@ -104,7 +104,7 @@ def _boxed(text: str, begin: int) -> Answer | None:
     braced = [box for box in boxes if box.end() == len(text) or text[box.end()] == "{"]
     if not braced:
         return _unbraced(text, boxes[-1]) if boxes else None
-    chain: list[tuple[re.Match, int]] = []  # boxes and where their contents end; from the last one back
+    chain: list[tuple[re.Match, int]] = []  # boxes and the ends of their contents, last box first
     for box in reversed(braced):
         end = _closing_brace(text, box.end())
         if chain and (end is None or not _joined(text, end + 1, chain[-1][0].start())):
@@ -115,7 +115,7 @@ def _boxed(text: str, begin: int) -> Answer | None:
     spans = tuple(_stripped(text, box.end() + 1, end) for box, end in reversed(chain))
     contents = [text[first:last] for first, last in spans]
     if len(set(contents)) == 1:
-        contents = contents[:1]  # said twice
+        contents = contents[:1]  # the same answer, repeated
     return Answer(", ".join(contents), chain[-1][0].start(), spans)
 
 

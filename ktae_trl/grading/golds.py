@@ -1,8 +1,8 @@
-r"""Gold answers as datasets hold them: any value of an answer column -> the accepted answers as strings.
+r"""Read gold answers from datasets: any value of an answer column -> the accepted answers as strings.
 
     72   72.0   Decimal("72")   "72"   "... = 72\n#### 72"   r"... so $\boxed{72}$."   "So the answer is 72."   '["72"]'
 
-are all read as `["72"]`. Loads neither torch nor trl nor SymPy.
+are all read as `["72"]`. This module loads neither torch nor trl nor SymPy.
 """
 
 import ast
@@ -18,43 +18,43 @@ from ktae_trl.grading.extraction import find_answer
 
 
 class Gold(NamedTuple):
-    """What an answer column's value means."""
+    """The accepted answers that a value of an answer column contains."""
 
-    answers: list[str]  # any one of them is right; none if the answer is missing
-    how: str  # "missing", "value", "last line ####", "last box", "sentence", or such as "list of 2"
+    answers: list[str]  # any one of them is correct; empty if the answer is missing
+    how: str  # "missing", "value", "last line ####", "last box", "sentence", or for example "list of 2"
 
 
 def gold_answers(value) -> list[str]:
-    r"""Return the accepted answers that a dataset's value holds, as strings.
+    r"""Return the accepted answers in a value of an answer column, as strings.
 
     Args:
-        value: a number (`142.0` is "142", 1e-05 is "0.00001"), a truth value, or a list of such values and strings,
-            any of which is right. A string is one of these, the first that fits:
+        value: a number (`142.0` is "142", 1e-05 is "0.00001"), a boolean, a string, or a list of these, any one of
+            which is correct. A string is read as the first of these forms that fits:
 
-            - a list of strings in JSON, or as Python writes it: `["34", "35"]`. Numbers in brackets, `[1, 2]`, are an
-              interval or a point, and stay one answer;
-            - a solution with `#### X` at its end, as in GSM8K;
-            - a solution with a box, of which the last counts: `\boxed{X}`, as in MATH;
-            - a text that ends with `The answer is X.` or `Answer: X`;
+            - a list of strings in JSON or Python syntax: `["34", "35"]`. Numbers in brackets, `[1, 2]`, are an interval
+              or a point and stay one answer;
+            - a solution that ends with `#### X`, as in GSM8K;
+            - a solution with a box `\boxed{X}`, as in MATH; the last box counts;
+            - text that ends with `The answer is X.` or `Answer: X`;
             - the answer itself.
 
     Returns:
-        The answers without the `$` and the full stop around them. `[]` for a missing one: None, NaN, an empty string,
-        an empty list, or a list of such.
+        The answers, without enclosing `$` and final full stop. `[]` if the answer is missing: None, NaN, an empty
+        string, an empty list, or a list of these.
 
     Raises:
-        TypeError: a value of another kind (a dict, bytes, a date), or a list within a list.
+        TypeError: the value has another type (such as a dict, bytes or a date) or is a list of lists.
     """
     return read_gold(value).answers
 
 
 def describe(value) -> str:
-    """Say in a word or two how `gold_answers` understands `value` (`Gold.how`); it raises the same errors."""
+    """Return the form in which `gold_answers` finds the answer in `value` (`Gold.how`); raises the same errors."""
     return read_gold(value).how
 
 
 def read_gold(value) -> Gold:
-    """Return the accepted answers and how they were found: `gold_answers` and `describe` in one."""
+    """Return both the accepted answers (`gold_answers`) and the form they were found in (`describe`)."""
     if value is None or (isinstance(value, Real | Decimal) and value != value):
         return Gold([], "missing")
     if isinstance(value, str):
@@ -67,27 +67,25 @@ def read_gold(value) -> Gold:
         return _read_list(list(value))
     found = f"a {type(value).__name__}: {str(value)[:80]}"
     if isinstance(value, dict) and value:
-        found += f" (choose a field with a dotted path, such as COLUMN.{next(iter(value))})"
-    raise TypeError(f"An answer must be a text, a number or a list of these, not {found}")
+        found += f" (select a field with a dotted path, such as COLUMN.{next(iter(value))})"
+    raise TypeError(f"An answer must be text, a number or a list of these, not {found}")
 
 
 def is_prose(answer: str) -> bool:
-    """Say whether an answer is a sentence or more: no completion's answer will be these very words.
+    """Return whether an answer has more than seven words: no completion's answer will match such a text.
 
-    It is if it has more than seven words. Those of 2,000 benchmark answers have at most three, but for one.
+    Of 2,000 answers in benchmarks, all but one have at most three words.
     """
     return len(_WORD.findall(answer)) > 7
 
 
-_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")  # not a command of LaTeX, nor a variable
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")  # neither a LaTeX command nor a variable
 
 
 def _read_list(values: list) -> Gold:
     for value in values:
         if isinstance(value, list | tuple | set | frozenset):
-            raise TypeError(
-                f"An answer must be a text, a number or a list of these, not a list of lists: {values}"[:200]
-            )
+            raise TypeError(f"An answer must be text, a number or a list of these, not a list of lists: {values}"[:200])
     answers = list(dict.fromkeys(answer for value in values for answer in gold_answers(value)))
     return Gold(answers, f"list of {len(answers)}" if answers else "missing")
 
@@ -98,7 +96,7 @@ def _read_text(text: str) -> Gold:
     for how, find in _PLACES.items():
         found = find(text)
         if found is not None:
-            # Once more: `#### \boxed{5}`. So what has been read, read again, stays what it is.
+            # The answer may be marked twice, as in `#### \boxed{5}`. Reading a result again does not change it.
             answers = _read_text(found.strip()).answers
             return Gold(answers, how if answers else "missing")
     bare = text.rstrip(".").strip("$").strip() or text
@@ -106,11 +104,11 @@ def _read_text(text: str) -> Gold:
 
 
 def _listed(text: str) -> list | None:
-    """Return the elements of a list that somebody wrote as text, None if it is not one: see `gold_answers`."""
+    """Return the elements of a list that is written as a string, or None if it is not one (see `gold_answers`)."""
     if not (text.startswith("[") and text.endswith("]")):
         return None
     read: Callable
-    # LaTeX in JSON needs doubled backslashes. Without, `\frac` is no error but a form feed and "rac".
+    # LaTeX in JSON needs doubled backslashes. With a single one, `\frac` is read as a form feed and "rac", no error.
     for read in (json.loads, lambda t: json.loads(t.replace("\\", r"\\")), ast.literal_eval):
         try:
             values = read(text)
@@ -133,7 +131,7 @@ _SENTENCE = re.compile(
 
 
 def _after_hashes(text: str) -> str | None:
-    found = _HASH.search(text[-500:])  # a longer one is no answer
+    found = _HASH.search(text[-500:])  # a longer match would not be an answer
     return found and found[1]
 
 
@@ -143,7 +141,7 @@ def _after_words(text: str) -> str | None:
 
 
 def _boxed(text: str) -> str | None:
-    found = find_answer(text)  # several boxes with commas between are one answer, as in a completion
+    found = find_answer(text)  # boxes joined by commas are one answer, as in a completion
     return found and found.text
 
 
@@ -151,12 +149,12 @@ _PLACES = {"last line ####": _after_hashes, "last box": _boxed, "sentence": _aft
 
 
 def _number(value: Real | Decimal) -> str:
-    """Write a number in plain digits: never `1e-05`, whose single digit would read as a rounded figure."""
+    """Write a number in plain digits, never as `1e-05`, which the grader would take for a rounded value."""
     if isinstance(value, bool | Integral):
         return str(value)
     if isinstance(value, Fraction):
         return f"{value.numerator}/{value.denominator}".removesuffix("/1")
-    number = Decimal(str(value))  # the shortest digits that stand for it, also of NumPy's float32
+    number = Decimal(str(value))  # the shortest digits that represent it, also for NumPy's float32
     if number.is_infinite():
         return r"\infty" if number > 0 else r"-\infty"
     digits = f"{number:f}" if number else "0"  # not -0

@@ -1,6 +1,6 @@
-r"""Answers that need no algebra: numbers, times, ratios, residues, numerals with a base, names with an index, words.
+r"""Compare answers that need no algebra: numbers, times, ratios, residues, numerals with a base, indexed names, words.
 
-All functions take clean text (`text.clean`).
+All functions expect clean text (`text.clean`).
 """
 
 import re
@@ -12,12 +12,11 @@ from ktae_trl.grading import units
 from ktae_trl.grading.text import MULTIPLIERS, squeeze
 
 RELATIVE_TOLERANCE = Fraction(1, 10**6)
-# Gold answers in scientific notation are measured values. Their digits say how exact they are; a gold answer of one
-# digit would accept half as much again, so there is a bound.
+# Largest relative error against a gold answer in scientific notation. Such an answer is taken for a measured value,
+# whose digits decide how exact it is; without this limit, a single digit would allow errors of up to 50%.
 _LOOSEST = Fraction(5, 100)
 
-# Where a unit may begin; what follows has to be one (`units.read`). The quantifiers are possessive (`*+`), which keeps
-# the time linear.
+# Where a unit may begin; `units.read` decides whether it is one. Possessive quantifiers (`*+`) keep the time linear.
 _POWER = r"(?:\s*+\^\s*+(?:\{\s*+[+-]?\d+\s*+\}|[+-]?\d))?+"
 _WRAPPED = rf"(?:\\mu\s*+)?+\\(?:text|mathrm|rm|operatorname)\s*+\{{[^{{}}]*+\}}{_POWER}"
 _CIRCLE = r"\^\s*+(?:\{\s*+\\circ\s*+\}|\\circ(?![A-Za-z]))(?:\s*+[CF](?![A-Za-z]))?+|\\degrees?(?![A-Za-z])"
@@ -60,7 +59,7 @@ _TEXT = r"\\(?:text|mathrm|rm|operatorname)"
 _WORDS = re.compile(rf"(?:{_TEXT}\s*+\{{[^{{}}\\]*\}}\s*+)+")
 _BARE_WORDS = re.compile(r"\(?[^\W\d_][\w .'-]*\)?")
 _BARE_WORD, _VOWEL = re.compile("[A-Za-z]{3,}"), re.compile("[aeiouAEIOU]")
-# A letter with brackets, a full stop or a colon, alone or with the text of the choice.
+# A letter in brackets or followed by a full stop or colon, alone or with the text of the choice.
 _CHOICE = re.compile(
     rf"(?:{_TEXT}\s*+\{{\s*+(?:(?:Option|Choice|Answer|option|choice)\s*+)?)?(?:\(\s*+(?P<bracketed>[A-Z])\s*+\)|(?P<marked>[A-Z])\s*+[).:]|(?P<alone>[A-Z])(?=\s*+\}}?$))[.:]?"
     r"\s*+\}?(?P<rest>.*)"
@@ -87,7 +86,7 @@ _GENERAL_TERM = re.compile(r"([a-z])\s*+=\s*+(\d{1,9})\s*+[kntm]\s*+([+-]\s*+\d{
 class Number:
     value: Fraction
     kind: str  # "integer", "decimal", "scientific" or "ratio"
-    ulp: Fraction  # one unit of the last digit given
+    ulp: Fraction  # value of one unit in the last digit
     percent: bool = False
 
 
@@ -97,7 +96,7 @@ class Quantity(NamedTuple):
 
 
 def is_literal(text: str) -> bool:
-    r"""Say whether text is a number, a time, a residue, words in `\text{}`, or a name such as E_1."""
+    r"""Return whether text is a number, a time, a residue, words in `\text{}`, or a name such as E_1."""
     text = quantity(text).value
     if text in (r"\ldots", r"\emptyset", r"\mathbb{R}") or _INDEXED.fullmatch(text):
         return True
@@ -107,7 +106,7 @@ def is_literal(text: str) -> bool:
 
 
 def same_literal(gold: str, answer: str) -> bool | None:
-    """Compare two numbers, times, ratios, residues, numerals, names with an index, or texts; None for anything else."""
+    """Compare two numbers, times, ratios, residues, numerals, indexed names or words; None for anything else."""
     gold_number, answer_number = number(gold), number(answer)
     if gold_number and answer_number:
         return same_number(gold_number, answer_number)
@@ -131,7 +130,7 @@ def same_literal(gold: str, answer: str) -> bool | None:
     if answer_base and gold_number:
         return answer_base[2] == "10" and answer_base[1] == gold
     if _INDEXED.fullmatch(gold) and _INDEXED.fullmatch(answer):
-        return squeeze(gold) == squeeze(answer)  # E_1 is a name, though math-verify reads e
+        return squeeze(gold) == squeeze(answer)  # E_1 is a name, which math-verify would read as e
     return _same_words(gold, answer)
 
 
@@ -152,7 +151,7 @@ def _same_words(gold: str, answer: str) -> bool | None:
 
 
 def _same_bare_words(gold: str, answer: str) -> bool | None:
-    """Compare `east` and `seat`, which are no products of variables; None for what may be one."""
+    """Compare words such as `east` and `seat`; None if the text may be a product of variables."""
     if not (_BARE_WORD.fullmatch(gold) and _BARE_WORD.fullmatch(answer)):
         return None
     if gold.lower() == answer.lower() and all(t.istitle() or t.isupper() or t.islower() for t in (gold, answer)):
@@ -161,16 +160,18 @@ def _same_bare_words(gold: str, answer: str) -> bool | None:
 
 
 def same_number(gold: Number, answer: Number) -> bool:
-    """Compare literal numbers by value: exactly, but for what a decimal point or scientific notation leaves open.
+    """Compare literal numbers by value, with a tolerance for decimal fractions and scientific notation.
 
-    - A gold answer with a percent sign: 62.5% is 62.5 and 0.625.
-    - An answer with a percent sign: a hundredth of it. For an integer, or a decimal fraction of at least 1, the sign
-      may be left out in the gold answer, which then is a percentage (62.5% for 62.5). A decimal fraction below 1 or a
-      ratio is no percentage: 0.25% is not 0.25, it is 0.0025.
-    - Gold in scientific notation is a measured value: an answer equals it if it rounds to it at the digits given (and
-      is at most 5% off): 4.57e-24 equals 4.6e-24; 4.5e-24 does not, nor does 4.6e-24 equal 4.57e-24.
-    - A decimal fraction against a ratio or another decimal fraction: a millionth of the value, at most of 1.
-    - Integers: exactly.
+    - Gold answer with a percent sign: 62.5% equals 62.5 and 0.625.
+    - Answer with a percent sign: it means a hundredth of the number. A gold answer that is an integer, or a decimal
+      fraction of at least 1, may also be a percentage without its sign: 62.5% equals 62.5. A decimal fraction below 1
+      or a ratio is never taken for a percentage: 0.25% equals 0.0025, not 0.25.
+    - Gold answer in scientific notation: it is a measured value, so an answer is equal if it rounds to the gold answer
+      at the gold answer's digits and differs by at most 5%. 4.57e-24 equals a gold answer of 4.6e-24; 4.5e-24 does not,
+      and 4.6e-24 does not equal a gold answer of 4.57e-24.
+    - A decimal fraction and a ratio: equal up to a millionth of the gold answer.
+    - Two decimal fractions: equal up to a millionth of the gold answer, but at most up to 1e-6.
+    - Integers: exactly equal.
     """
     candidates = [answer.value]
     if gold.percent and not answer.percent:
@@ -190,15 +191,15 @@ def same_number(gold: Number, answer: Number) -> bool:
 
 
 def rounds_to(gold: Number, value: Fraction) -> bool:
-    """Say whether a value rounds to a measured gold answer at the digits given, and is at most 5% off."""
+    """Return whether a value rounds to a measured gold answer at its number of digits and differs by at most 5%."""
     return abs(value - gold.value) <= min(gold.ulp / 2, _LOOSEST * abs(gold.value))
 
 
 def quantity(text: str) -> Quantity:
-    r"""Take apart a value and its unit: `5\text{ cm}^2`, `\$5`, `12 people`, `90^\circ`; without unit it is None.
+    r"""Split text into value and unit: `5\text{ cm}^2`, `\$5`, `12 people`, `90^\circ`. The unit may be None.
 
-    Letters that follow a number at once are variables (`6m`), unless they are a longer word (`5cm`, `12 people`); after
-    a space they are a unit if they can be one (`9.8 m/s^2`).
+    A single letter directly after a number is a variable (`6m`). A longer word (`5cm`, `12 people`) or letters after a
+    space (`9.8 m/s^2`) are a unit if they can be one.
     """
     if time(text):
         return Quantity(text, None)
@@ -222,7 +223,7 @@ def quantity(text: str) -> Quantity:
 
 
 def number(text: str) -> Number | None:
-    """Read a literal number, with or without prime, ordinal ending, percent sign or multiplier (2.5 million)."""
+    """Read a literal number, possibly with a prime, an ordinal ending, a percent sign or a multiplier (2.5 million)."""
     percent = text.endswith("%")
     if percent:
         text = text[:-1].strip()
@@ -254,7 +255,7 @@ def _ratio_number(text: str) -> Number | None:
 
 
 def _repeating(text: str) -> Number | None:
-    r"""Read `0.1\overline{6}`, and `0.1666\ldots`, whose last digits are repeated."""
+    r"""Read repeating decimals: `0.1\overline{6}` and `0.1666\ldots`."""
     if match := _AND_SO_ON.fullmatch(text):
         text = rf"{match[1]}\overline{{{match[2]}}}"
     match = _REPEATING.fullmatch(text)
@@ -277,14 +278,14 @@ def _decimal(text: str) -> Number | None:
     value = mantissa * scale * (-1 if match["sign"] == "-" else 1)
     kind = "scientific" if power is not None else "decimal" if places else "integer"
     if match["exponent"] and re.search(r"e(?:-0\d|\+\d\d)", text):
-        kind = "decimal"  # 1e-05 and 1e+16 are how Python writes a float, not a measured value
+        kind = "decimal"  # Python writes floats as 1e-05 and 1e+16; they are not measured values
     return Number(value, kind, ulp=scale / 10 ** len(places))
 
 
 def time(text: str) -> tuple[int, int | None] | None:
     """Read a time of day or a duration (`2:30`, `1:20 p.m.`) as seconds and half of the day (0, 12 or None).
 
-    A colon between at most two digits and two digits up to 59 is a time; other colons are ratios (3:2, 1:100).
+    One or two digits, a colon and two digits up to 59 are a time. Other colons are ratios (3:2, 1:100).
     """
     match = _TIME.fullmatch(text)
     if not match or not (match["minutes"] or match["half"]):
@@ -296,7 +297,7 @@ def time(text: str) -> tuple[int, int | None] | None:
             return None
         hours = hours % 12 + half
     elif hours > 12:
-        half = 12  # 15:00 says which half it is
+        half = 12  # 15:00 can only be p.m.
     return hours * 3600 + int(match["minutes"] or 0) * 60 + int(match["seconds"] or 0), half
 
 
@@ -312,7 +313,7 @@ def _same_time(gold, answer, gold_text: str, text: str) -> bool | None:
 
 
 def ratio(text: str) -> tuple[Fraction, ...] | None:
-    r"""Read `3:2`, `1:2:3`, `3\text{ to }2` as numbers."""
+    r"""Read `3:2`, `1:2:3` or `3\text{ to }2` as a tuple of numbers."""
     parts = [number(part) for part in _COLON.split(text)]
     return tuple(part.value for part in parts) if len(parts) > 1 and all(parts) else None
 
@@ -324,7 +325,7 @@ def _proportional(gold: tuple[Fraction, ...], answer: tuple[Fraction, ...]) -> b
 
 
 def residues(text: str) -> tuple[str, frozenset[int], int] | None:
-    r"""Read `x \equiv 3 \pmod 7`, with or without the name, as name, residues and modulus."""
+    r"""Read `x \equiv 3 \pmod 7`, with or without a name, as name, residues and modulus."""
     if general := _GENERAL_TERM.fullmatch(text):
         text = rf"{general[1]} \equiv {(general[3] or '0').replace('+', '')} \pmod{{{general[2]}}}"
     match = _RESIDUE.fullmatch(text)
@@ -347,7 +348,7 @@ def _same_residues(gold, answer) -> bool:
 def choice(text: str) -> str | None:
     r"""Return the letter of an answer to a multiple-choice question: `C`, `\text{(C)}`, `\text{(C) }12`, `B. 12`.
 
-    None if another letter follows: two choices are none.
+    None if a second choice follows.
     """
     match = _CHOICE.fullmatch(text)
     if not match or _OTHER_CHOICE.search(match["rest"]):
@@ -358,20 +359,20 @@ def choice(text: str) -> str | None:
 
 
 def words_alone(text: str) -> str | None:
-    """Return words of a script without capital letters, such as Chinese, which are no product of variables."""
+    """Return words that are not in ASCII, such as Chinese ones, in plain form; they are not products of variables."""
     if text.isascii() or not _BARE_WORDS.fullmatch(text):
         return None
     return _plain(text)
 
 
 def words(text: str) -> str | None:
-    r"""Return what an answer of nothing but `\text{}` says."""
+    r"""Return the words of an answer that has only `\text{}`, in plain form; None for other answers."""
     if not _WORDS.fullmatch(text):
         return None
     return _plain(" ".join(re.findall(r"\{([^{}]*)\}", text)))
 
 
 def _plain(text: str) -> str | None:
-    """Return words in small letters and the singular, without articles, brackets and spaces."""
+    """Return words in lower case and in the singular, without articles, brackets and spaces."""
     said = re.sub(r"[().,:]", " ", text).lower().split()
     return "".join(units.singular(word) for word in said if word not in ("the", "a", "an") or len(said) == 1) or None

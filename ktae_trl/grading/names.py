@@ -1,8 +1,8 @@
-r"""Names in LaTeX: every variable gets a symbol of its own before the parser sees it.
+r"""Rename the variables in LaTeX so that the parser sees a distinct symbol for each.
 
-The parser takes different names for one (R and r, x and x', E_0 and e) and some for functions (\gamma is read as the
-gamma function), and does not read others (\hbar, L_{\odot}, \bar z). Here each name, with its accent, index and
-primes, becomes `v_{n}`; a function value (`f(2)`) and a derivative are names too. What stays is e, i, and \pi.
+The parser confuses some names (R and r, x and x', E_0 and e), takes others for functions (\gamma for the gamma
+function) and cannot read some (\hbar, L_{\odot}, \bar z). This module replaces each name, with its accent, index and
+primes, by `v_{n}`. A function value (`f(2)`) and a derivative count as names. e, i and \pi stay as they are.
 """
 
 import re
@@ -42,16 +42,16 @@ _BOUND_I = re.compile(r"_\s*+\{?\s*+i\s*+(?:=|\\in)")
 
 
 class Names:
-    """The names of two answers that are compared, each with its number."""
+    """The names in two answers that are compared, numbered."""
 
     def __init__(self, same_argument: Callable[[str, str], bool] | None = None):
         self.numbers: dict[str, int] = {}
         self.calls: list[tuple[str, str, str]] = []  # head, argument, name
         self.same_argument = same_argument
-        self.fold = False  # read capital letters as small ones
+        self.fold = False  # ignore case
 
     def rename(self, latex: str) -> str:
-        """Return LaTeX with its names as `v_{n}`."""
+        """Return the LaTeX with each name replaced by `v_{n}`."""
         latex = _DERIVATIVE.sub(self._derivative, latex)
         written, position = [], 0
         index_i = bool(_BOUND_I.search(latex))
@@ -67,7 +67,7 @@ class Names:
         return "".join([*written, latex[position:]])
 
     def _read(self, latex: str, match: re.Match, position: int, index_i: bool) -> tuple[str | None, int, str]:
-        """Return the name at a match, if it is one, where it ends, and what to write if it is none."""
+        """Return the name at a match (None if it is not a name), its end, and the text to write if it is not a name."""
         token = re.sub(r"\s+", "", match.group())
         if match["kept"] or (match["command"] and token not in (r"\partial", r"\ldots")):
             return None, position, match.group()
@@ -78,7 +78,7 @@ class Names:
             token = f"text:{' '.join(words.split())}"
         if match["figure"]:
             letters = re.sub(r"\\[a-z]+|[{}]", "", token)
-            # The angle ABC is the angle CBA; a triangle's vertices have no order.
+            # Angle ABC is the same as CBA, and the order of a triangle's vertices does not matter.
             token = f"angle {min(letters, letters[::-1])}" if "angle" in token[:6] else f"triangle {sorted(letters)}"
         if match["accent"]:
             token = (
@@ -135,10 +135,10 @@ class Names:
 
 
 def other_case(gold: str, answer: str) -> bool:
-    """Say whether an answer writes every name of the gold answer in the other case: `3r^2` for `3R^2`.
+    """Return whether an answer has every name of the gold answer in the other case: `3r^2` for `3R^2`.
 
-    A model may write r for R where this is the only difference. One name of several in another case is another name
-    (`gM/R` for `GM/R`), and so are Greek letters.
+    Such an answer may be correct: a model may write r for R throughout. If only some names change their case, they are
+    different names (`gM/R` for `GM/R`). Greek letters always are.
     """
     golds, answers = _names(gold), _names(answer)
     small = {name.lower() for name in golds}

@@ -1,16 +1,18 @@
-"""Worker processes that compare answers under hard limits: a comparison that takes too long ends with its worker.
+"""Worker processes that compare answers with hard limits: a comparison that takes too long ends with its worker.
 
-Plain subprocesses of the same Python that run `ktae_trl.grading.worker`: they never import the main script, so they
-work from any thread, in notebooks, under torchrun and beside CUDA, and they end when the main process does.
+Workers are plain subprocesses of the same Python that run `ktae_trl.grading.worker`. They never import the main script,
+so they work from any thread, in notebooks, under torchrun and in processes that use CUDA. They end when the main
+process ends.
 
-Whose fault is it when a worker ends? Only its own clock (SIGPROF after 2 s of processor time) is surely the answer's
-doing: that is a "timeout". Any other end (killed when memory runs out, frozen, crashed) may have come from outside, so
-the answer is graded again, once, alone on a fresh worker; if it ends that one too, its verdict is "worker died".
+If a worker ends, the answer it was comparing is not always the cause. Only the worker's own timer (SIGPROF after 2 s of
+processor time) is certainly due to the answer: the verdict is "timeout". Any other end (out of memory, frozen, crashed)
+may have an external cause, so the answer is compared once more, alone on a fresh worker. If that worker ends too, the
+verdict is "worker died".
 
-A worker is frozen if it has an answer to compare but for 1.5 s neither says a word, nor uses any processor time, nor
-waits for a processor or a disk (the kernel's word, where there is a /proc). So a busy machine makes nobody look frozen.
-A worker that does not end by itself within 30 s is replaced as well. Time only counts while the main process looks:
-one that was itself held up (a suspended laptop, a debugger) finds its workers as they were.
+A worker counts as frozen if it has an answer to compare and for 1.5 s neither writes a line, nor uses processor time,
+nor waits for a processor or a disk (according to the kernel, where /proc exists). A busy machine alone does not make a
+worker look frozen. A worker that has not finished after 30 s is replaced as well. Only time in which the main process
+itself runs is counted: if it was suspended (a closed laptop, a debugger), the workers are not blamed for it.
 """
 
 import contextlib
@@ -28,15 +30,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-SECONDS = 2.0  # of a worker's processor time; it ends itself by a signal
-_WALL_SECONDS = 30.0  # if it did not, for whatever reason
-_SILENT_SECONDS = 1.5  # with the start of another worker a frozen one costs 3 s at most
+SECONDS = 2.0  # limit on a comparison's processor time, after which a signal ends the worker
+_WALL_SECONDS = 30.0  # limit on a comparison's wall time, in case the signal has no effect
+_SILENT_SECONDS = 1.5  # after this a silent worker counts as frozen; with a new worker's start, that costs at most 3 s
 _LOOK_SECONDS = 0.25
 MEGABYTES = 500
 _START_SECONDS = 120
-_STARTS = 3  # failed starts in a row that are an error; one may be an accident, such as a lack of memory
-_AHEAD = 4  # tasks that a worker has at hand, so that it never waits for us
-# Powers of powers, and powers and factorials of large numbers: most answers that never end are such.
+_STARTS = 3  # failed starts in a row that raise an error; a single failure may be temporary (no memory)
+_AHEAD = 4  # tasks sent to a worker in advance, so that it never waits for the main process
+# Powers of powers, and powers and factorials of large numbers: most answers that time out have one of these forms.
 _COSTLY = re.compile(r"\^\{[^{}^]*\^|\^\{?\d{4}|\d{4}!")
 
 
@@ -46,13 +48,13 @@ class Task(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    verdict: str  # the worker's words, "timeout", "worker died" or "budget"
-    lasting: bool  # whether it would be the same the next time
+    verdict: str  # the worker's verdict, "timeout", "worker died" or "budget"
+    lasting: bool  # whether another comparison would give the same verdict, so that it can be cached
 
 
 class _Worker:
     def __init__(self):
-        # Where this Python finds its packages, the worker must find them too (a checkout, an edited sys.path).
+        # The worker needs the same import path as this process (a checkout, an edited sys.path).
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the worker)
         self.process = subprocess.Popen(
@@ -62,13 +64,13 @@ class _Worker:
             stderr=self.errors,
             env=os.environ | {"PYTHONPATH": path},
         )
-        os.set_blocking(self.process.stdin.fileno(), False)  # a frozen worker does not empty its pipe
+        os.set_blocking(self.process.stdin.fileno(), False)  # because a frozen worker does not read from its pipe
         self.ready = False
-        self.suspect: int | None = None  # number of the task that ended its last worker; this one gets it first, alone
-        self.tasks: deque[int] = deque()  # numbers of the tasks sent; the first is being worked on
-        self.gold_read = False  # of the first task
-        self.seconds = 0.0  # that the first task, or the start, has taken so far
-        self.active = False  # whether processor time was used meanwhile
+        self.suspect: int | None = None  # index of the task that ended its last worker; sent first, and alone
+        self.tasks: deque[int] = deque()  # indices of the tasks sent; the first one is being compared
+        self.gold_read = False  # whether the worker has read the gold answers of the first task
+        self.seconds = 0.0  # wall time of the first task, or of the start, so far
+        self.active = False  # whether the worker has used processor time in it
         self.unsent = b""
         self._begin()
         self._unfinished = b""
@@ -84,16 +86,16 @@ class _Worker:
         self.push()
 
     def push(self) -> None:
-        """Send what there is room for in the pipe."""
+        """Send as much as fits into the pipe."""
         try:
             self.unsent = self.unsent[os.write(self.process.stdin.fileno(), self.unsent) :]
         except BlockingIOError:
             pass
-        except BrokenPipeError:  # it has died; the end of its output will tell
+        except BrokenPipeError:  # the worker has died, which the end of its output will show
             self.unsent = b""
 
     def hear(self, line: str) -> tuple[dict[int, str], float]:
-        """Take note of a line it said; returns the verdict if it was one, and the processor time that it took."""
+        """Process a line from the worker; return its verdict by task index, if it has one, and the processor time."""
         if line == "gold":
             self.gold_read = True
             return {}, 0.0
@@ -112,7 +114,7 @@ class _Worker:
         self._used: bytes | None = None
 
     def is_late(self, seconds: float) -> bool:
-        """Take note of time that has passed without a word from it; returns whether it is to be replaced."""
+        """Add seconds in which the worker wrote nothing; return whether it must be replaced."""
         if self.ready and not self.tasks:
             return False
         self.seconds += seconds
@@ -123,7 +125,7 @@ class _Worker:
 
     def _look(self) -> None:
         state, used = _activity(self.process.pid)
-        # A worker that sleeps while it starts may wait for a file of a slow disk; one that is stopped does not.
+        # A worker that sleeps while it starts may be waiting for a slow disk; a stopped one is not.
         waits = state in ("R", "D") or (state == "S" and not self.ready)
         if used is None or used != self._used or waits:
             self._silent = 0.0
@@ -133,7 +135,7 @@ class _Worker:
         self._used, self._unlooked = used, 0.0
 
     def words(self) -> list[str] | None:
-        """Return what it has said since we last asked; None if it has ended."""
+        """Return the lines that the worker has written since the last call; None if it has ended."""
         data = os.read(self.process.stdout.fileno(), 1 << 16)
         if not data:
             return None
@@ -141,7 +143,7 @@ class _Worker:
         return [line.decode() for line in lines]
 
     def kill(self) -> int:
-        """End it and return its exit code, the one it had if it ended by itself."""
+        """Kill the worker and return its exit code (if it had already ended, the code it ended with)."""
         self.process.kill()
         code = self.process.wait()
         for file in (self.process.stdin, self.process.stdout):
@@ -155,7 +157,7 @@ class _Worker:
 
 
 def _activity(pid: int) -> tuple[str | None, bytes | None]:
-    """Return the kernel's letter for what a process does, and the processor time it has used; None without /proc."""
+    """Return the kernel's state letter of a process and the processor time it has used; None for both without /proc."""
     try:
         status = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:
@@ -164,16 +166,16 @@ def _activity(pid: int) -> tuple[str | None, bytes | None]:
 
 
 class _Call:
-    """The tasks of one call of `Pool.run`, and how far they are."""
+    """The tasks of one call of `Pool.run` and their progress."""
 
     def __init__(self, tasks: Sequence[Task]):
         self.lines = [json.dumps([SECONDS, *task]).encode() + b"\n" for task in tasks]
-        # What may be costly comes last: if the budget does not reach for all, it does for the others.
+        # Costly tasks come last, so that the budget is spent on the others first.
         order = sorted(range(len(tasks)), key=lambda i: _COSTLY.search(tasks[i].answer or "") is not None)
         self.waiting = deque(order)
         self.outcomes: dict[int, Outcome] = {}
         self.suspects: set[int] = set()
-        self.spent = 0.0  # seconds of workers' processor time
+        self.spent = 0.0  # processor time of all workers, in seconds
 
     @property
     def open(self) -> bool:
@@ -187,7 +189,7 @@ class _Call:
             worker.send(number, self.lines[number])
 
     def take_back(self, worker: _Worker, verdict: str, lasting: bool) -> int | None:
-        """Take back the tasks of a worker that has ended; returns the one to grade again on a fresh worker first."""
+        """Take back the tasks of a worker that has ended; return the one that a fresh worker must compare first."""
         suspect = worker.suspect
         if worker.tasks:
             number, suspect = worker.tasks.popleft(), None
@@ -202,7 +204,7 @@ class _Call:
 
 
 class Pool:
-    """Compares answers with up to `size` workers, which start when there is work and stay for the next call."""
+    """Compare answers with up to `size` workers, which start when they are needed and stay alive for the next call."""
 
     def __init__(self, size: int):
         self.size = size
@@ -212,18 +214,18 @@ class Pool:
     def run(self, tasks: Sequence[Task], budget: float | None = None) -> list[Outcome]:
         """Return the outcome of each task, in order.
 
-        A gold answer that was not read in time, or that killed its worker, is an "unparsable gold".
+        If reading a gold answer times out or ends its worker, the verdict is "unparsable gold".
 
         Args:
-            budget: seconds of processor time that each worker may spend, with the starts of those that replace others;
-                None for no limit. What is not done by then has the outcome "budget".
+            budget: seconds of processor time per worker, including the starts of workers that replace others; None for
+                no limit. Tasks that are not finished by then get the outcome "budget".
 
         Raises:
-            RuntimeError: workers cannot start.
+            RuntimeError: the workers cannot start.
         """
         try:
             return self._run(_Call(tasks), budget)
-        except BaseException:  # a Ctrl-C too: answers still on their way would be taken for those of the next call
+        except BaseException:  # also Ctrl-C: the next call would take outstanding verdicts for its own
             self.close()
             raise
 
@@ -232,7 +234,7 @@ class Pool:
             worker.kill()
             self.workers.remove(worker)
         self.workers += [_Worker() for _ in range(min(self.size, len(call.lines)) - len(self.workers))]
-        replaced: set[_Worker] = set()  # those whose start is part of the cost
+        replaced: set[_Worker] = set()  # workers whose start counts towards the budget
         looked = time.monotonic()
         while call.open:
             if budget is not None and call.spent > budget * len(self.workers):
@@ -241,7 +243,7 @@ class Pool:
             for worker in self.workers:
                 call.hand_out(worker)
             heard = self._wait(_LOOK_SECONDS)
-            # A main process that was itself held up does not count the time, and first hears what was said meanwhile.
+            # The cap excludes time in which the main process was suspended; lines written meanwhile are read first.
             passed = min(time.monotonic() - looked, 2 * _LOOK_SECONDS)
             looked = time.monotonic()
             for i, worker in enumerate(self.workers):
@@ -258,19 +260,19 @@ class Pool:
         return [call.outcomes[i] for i in range(len(call.lines))]
 
     def _replacement(self, worker: _Worker, call: _Call, late: bool) -> _Worker:
-        """End a worker that has ended or is late, and start another one."""
+        """Replace a worker that has ended or is late by a fresh one."""
         by_clock = worker.kill() == -signal.SIGPROF
         timed_out = by_clock or (late and worker.active and worker.seconds >= _WALL_SECONDS)
         if not worker.ready:
             self.failed_starts += 1
             if self.failed_starts == _STARTS:
-                raise RuntimeError(f"The grading workers cannot start: {worker.why()}")
+                raise RuntimeError(f"The grading workers cannot start ({_STARTS} attempts failed): {worker.why()}")
         fresh = _Worker()
         fresh.suspect = call.take_back(worker, "timeout" if timed_out else "worker died", lasting=by_clock)
         return fresh
 
     def _give_up(self, call: _Call) -> None:
-        """The budget is spent: end the workers that have tasks, or were started for one."""
+        """End all workers that have tasks or were started for one, because the budget is used up."""
         for worker in [worker for worker in self.workers if worker.tasks or worker.suspect is not None]:
             worker.kill()
             self.workers.remove(worker)
@@ -278,7 +280,7 @@ class Pool:
             call.outcomes.setdefault(number, Outcome("budget", False))
 
     def _wait(self, seconds: float) -> set[_Worker]:
-        """Wait until a worker speaks, or some seconds; returns those that speak. Meanwhile they get what is unsent."""
+        """Wait up to `seconds` for output and return the workers that have some; meanwhile, send what is unsent."""
         with selectors.DefaultSelector() as selector:
             for worker in self.workers:
                 selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
@@ -294,6 +296,6 @@ class Pool:
 
     def close(self) -> None:
         """End all workers and wait for them."""
-        workers, self.workers = self.workers, []  # even if a second Ctrl-C ends this, no call meets them again
+        workers, self.workers = self.workers, []  # even if Ctrl-C ends the loop, no later call uses them
         for worker in workers:
             worker.kill()

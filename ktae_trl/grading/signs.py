@@ -1,6 +1,6 @@
-r"""Signs of Unicode, wide letters and plain-text mathematics in LaTeX: `√3`, `½`, `x²`, `sqrt(3)`, `x**2`, `pi/4`."""
+r"""Write Unicode symbols, full-width letters and plain-text mathematics in LaTeX: `√3`, `½`, `x²`, `sqrt(3)`, `pi`."""
 
-# ruff: noqa: RUF001 (signs that look like others are what this is about)
+# ruff: noqa: RUF001 (ambiguous characters are the point of this module)
 
 import re
 import unicodedata
@@ -48,7 +48,7 @@ _ROOT_IN_BRACKETS = re.compile(r"(\\sqrt|\^)\s*\(((?:[^()]|\([^()]*\))*)\)")
 
 
 def in_latex(text: str) -> str:
-    """Write signs of Unicode in LaTeX, and letters of full width as plain ones; drop invisible characters."""
+    """Write Unicode symbols in LaTeX and full-width letters as plain ones; remove invisible characters."""
     text = _RAISED_RUN.sub(lambda run: f"^{{{run.group().translate(_RAISED)}}}", text)
     text = _LOWERED_RUN.sub(lambda run: f"_{{{run.group().translate(_LOWERED)}}}", text)
     text = "".join(map(_fraction, text))
@@ -58,7 +58,7 @@ def in_latex(text: str) -> str:
 
 
 def _fraction(sign: str) -> str:
-    """Return `\\frac{1}{2}` for ½; other signs as they are."""
+    """Return `\\frac{1}{2}` for ½ and other characters unchanged."""
     kind, *codes = unicodedata.decomposition(sign).split() or [""]
     if kind != "<fraction>" or len(codes) < 3:
         return sign

@@ -1,12 +1,12 @@
-r"""What needs computer algebra: expressions, equations and sets of numbers, read by math-verify's parser into SymPy.
+r"""Compare what needs computer algebra: expressions, equations and sets, read into SymPy by math-verify's parser.
 
-- Names are told apart before the parser sees them (`names`), mixed numbers and degrees are written out.
-- Constants: exact ones are equal if their difference is 0, decimal ones by relative difference. A decimal fraction is
-  no irrational number.
-- Formulas: equal if their values are at a dozen points where both are real, to far more digits than chance could
-  match. So roots and logarithms need no assumption on the signs of letters: `\sqrt{ab}` is `\sqrt{a}\sqrt{b}`, and
-  `\sqrt{x^2}` is not x.
-- Equations and inequalities: the differences of their sides are multiples of each other.
+- Before parsing, each name gets its own symbol (`names`), and mixed numbers and degrees are written out.
+- Exact constants are equal if their difference is 0; decimal ones if their relative difference is small. A decimal
+  fraction does not equal an irrational number.
+- Formulas are equal if their values agree at eight points where both are real, to far more digits than chance could
+  explain. Roots and logarithms therefore need no assumptions about the signs of variables: `\sqrt{ab}` equals
+  `\sqrt{a}\sqrt{b}`, and `\sqrt{x^2}` does not equal x.
+- Equations and inequalities are equal if the differences of their sides are multiples of each other.
 
 Only worker processes import this module.
 """
@@ -33,8 +33,8 @@ _NORMALIZATION = NormalizationConfig(
 )
 _CONVERSION = ConversionConfig(lowercase_symbols=False)
 _DIGITS = 30
-_DIFFERENT = 1e-12  # relative; far above the error of evaluation to 30 digits
-_POINTS = 8  # where two formulas have to agree
+_DIFFERENT = 1e-12  # relative difference; far above the error of an evaluation to 30 digits
+_POINTS = 8  # number of points at which two formulas must agree
 _TRIES = 60
 _REWRITING = [
     (re.compile(pattern), replacement)
@@ -65,19 +65,19 @@ _REWRITING = [
 ]
 _RELATION = re.compile(r"\\(?:le|ge|lt|gt|ne)(?![A-Za-z])|[<>]")
 
-# Time is limited from outside (`pool`), by a signal that cannot be missed; math-verify warns that it does not do it.
+# `pool` limits the time by a signal that cannot be missed. math-verify's own time-outs are off; silence its warnings.
 for name in ("math_verify.parser", "math_verify.grader"):
     logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def equal(gold: str, answer: str) -> bool:
-    """Compare two answers in full."""
+    """Return whether two answers are equal."""
     return bool(answers.compare(gold, answer, leaf=_same_leaf))
 
 
 @lru_cache(maxsize=4096)
 def parsable(gold: str) -> bool:
-    """Say whether every part of an accepted answer is mathematics, a number, words or a name."""
+    """Return whether every part of an accepted answer is mathematics, a number, words or a name."""
     if not clean(gold) or len(gold) > MAX_LENGTH:
         return False
     return all(literals.is_literal(part) or _readable(part) for part in answers.parts(gold))
@@ -143,7 +143,7 @@ def _same(gold, answer) -> bool:
         return bool(abs(gold_value - value) <= tolerance * abs(gold_value))
     if abs(gold_value - value) > _DIFFERENT * max(abs(gold_value), abs(value)) and gold_value * value != 0:
         return False
-    return bool((gold.doit() - answer.doit()).equals(0))  # also tells 2^1009 from 2^1009 - 1
+    return bool((gold.doit() - answer.doit()).equals(0))  # exact: distinguishes 2^1009 from 2^1009 - 1
 
 
 def _rational(expression) -> bool:
@@ -151,12 +151,12 @@ def _rational(expression) -> bool:
 
 
 def _exact(expression):
-    """Return an expression with its decimal fractions as ratios."""
+    """Return an expression with its decimal fractions written as ratios."""
     return expression.xreplace({number: Rational(str(number)) for number in expression.atoms(Float)})
 
 
 def _value(expression):
-    """Return a constant's value to 30 digits, None for what is not a finite number."""
+    """Return the value of a constant to 30 digits; None if it is not a finite number."""
     if not isinstance(expression, Expr) or expression.free_symbols:
         return None
     value = _real_roots(expression).doit().evalf(_DIGITS)
@@ -165,7 +165,7 @@ def _value(expression):
 
 
 def _real_roots(expression):
-    """Take odd roots of negative numbers as the real ones: `\\sqrt[3]{-8}` is -2."""
+    """Replace odd roots of negative numbers by their real values: `\\sqrt[3]{-8}` is -2."""
 
     def odd_root(power) -> bool:
         return (
@@ -177,7 +177,7 @@ def _real_roots(expression):
 
 
 def _agree(gold, answer) -> bool | None:
-    """Say whether two formulas have the same values wherever both are real; None if they have too few."""
+    """Return whether two formulas have the same values where both are real; None if too few points are found."""
     gold, answer = gold.doit(), answer.doit()
     symbols = sorted(gold.free_symbols | answer.free_symbols, key=str)
     if any(
@@ -214,7 +214,7 @@ def _close(gold, value, tolerance) -> bool:
 
 
 def _at(expression, point: dict):
-    """Evaluate at a point; None where the expression, or a part of it, is no real number (unless it has an i in it)."""
+    """Evaluate at a point; None if the value or a part of it is not real (allowed if the expression contains i)."""
     complex_values = expression.has(I)
     try:
         value = _evaluated(expression, point, complex_values)
@@ -254,7 +254,7 @@ _SIGNS = {r"\le": "<=", r"\ge": ">=", r"\lt": "<", r"\gt": ">", r"\ne": "!=", "<
 
 
 def _sides(text: str) -> tuple[list[str], str] | None:
-    """Return the sides and the sign of an equation or inequality."""
+    """Return the sides and the sign of an equation or inequality; None for other text."""
     members = split(text, "=")
     found = _RELATION.findall(text)
     if len(members) > 1 and not found:
@@ -281,7 +281,7 @@ def _same_relation(gold: tuple[list[str], str], answer: tuple[list[str], str]) -
 
 
 def _ratio(gold, answer):
-    """Return the constant that one formula is the other times, None if there is none."""
+    """Return the constant ratio of two formulas; None if their ratio is not constant."""
     symbols = sorted(gold.free_symbols | answer.free_symbols, key=str)
     if not symbols:
         return None
@@ -301,7 +301,7 @@ def _ratio(gold, answer):
 
 
 def _number_set(text: str):
-    """Read unions, intersections and differences of intervals and finite sets of numbers as a SymPy set."""
+    """Read unions, intersections and differences of intervals and finite sets of numbers as a SymPy set, else None."""
     for sign, conjunction, join in ((r"\cup", r"\lor", sympy.Union), (r"\cap", r"\land", sympy.Intersection)):
         for separator in (conjunction, sign):
             pieces = split(text, separator)
@@ -340,13 +340,13 @@ def _real_value(text: str):
 
 
 def _read(names: Names, latex: str):
-    """Return the parser's reading of LaTeX, or None if it found no mathematics in it."""
+    """Return LaTeX as a SymPy expression, or None if the parser finds no mathematics in it."""
     for pattern, replacement in _REWRITING:
         latex = pattern.sub(replacement, latex)
     expression = _parse(latex if r"\int" in latex or r"\lim" in latex else names.rename(latex))
     if isinstance(expression, Expr) and not re.search(r"_\s*+\{?\s*+i\s*+=", latex):
         expression = expression.subs(sympy.Symbol("i"), I)
-    # All infinities are equal to each other.
+    # 1/0 and 2/0 are the same infinity to SymPy and must not count as equal answers.
     return None if expression is None or expression.has(sympy.zoo, sympy.nan) else expression
 
 
@@ -355,8 +355,8 @@ def _parse(latex: str):
     try:
         expression = latex2sympy(latex, normalization_config=_NORMALIZATION, conversion_config=_CONVERSION)
     except MemoryError:
-        raise  # of this moment, not of this text: it must not be remembered
-    except Exception:  # the parser fails in many ways on what a model may write
+        raise  # must not be cached: it depends on the moment, not on the text
+    except Exception:  # the parser raises many kinds of errors on text written by a model
         return None
     return expression if isinstance(expression, sympy.Basic | MatrixBase) else None
 

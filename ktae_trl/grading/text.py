@@ -1,4 +1,4 @@
-r"""Answers as text: cleaning LaTeX of what does not matter."""
+r"""Clean the text of answers: remove LaTeX that does not change their meaning, and split it at separators."""
 
 import re
 from functools import lru_cache
@@ -140,10 +140,10 @@ _SPACE = re.compile(r"(?<!\d) | (?!\d)")  # not the one in `1 1/2`
 
 @lru_cache(maxsize=1024)
 def clean(text: str) -> str:
-    """Remove what does not change the meaning: spacing, sizes, colours, wrappers, second names of signs.
+    """Remove what does not change the meaning: spacing, sizes, colours, wrappers and alternative names of symbols.
 
-    Thousands are joined (`10 000`), arguments get braces (`\\frac\\pi6`), number words digits (`eleven`), and "and" and
-    "or" become `\\land` and `\\lor`, which separate the elements of a list as commas do.
+    Thousands are joined (`10 000`), arguments get braces (`\\frac\\pi6`), number words (`eleven`) become digits, and
+    "and" and "or" become `\\land` and `\\lor`, which separate the elements of a list as commas do.
     """
     if not text.isascii():
         text = signs.in_latex(text)
@@ -158,7 +158,7 @@ def clean(text: str) -> str:
 
 
 def _unwrapped(text: str) -> str:
-    """Remove what stands around a whole answer: bold, display brackets, "The answer is"."""
+    """Remove what encloses or introduces a whole answer: bold, display brackets, "The answer is"."""
     for _ in range(4):
         match = _WRAPPED.fullmatch(text)
         if not match:
@@ -200,7 +200,7 @@ def _in_digits(text: str) -> str:
 
 
 def _words_value(words: str) -> int | None:
-    """Return the number that words such as "two hundred and five" or "twenty-one" are."""
+    """Return the number written as "two hundred and five" or "twenty-one"; None for other words."""
     total, current, found = 0, 0, False
     for word in words.lower().replace("-", " ").split():
         if word in _NUMBER_WORDS:
@@ -219,7 +219,7 @@ def _words_value(words: str) -> int | None:
 
 
 def _with_arguments(text: str) -> str:
-    r"""Give the arguments of `\frac`, `\binom` and `\sqrt` their braces; remove braces that group nothing."""
+    r"""Put braces around the arguments of `\frac`, `\binom` and `\sqrt`, and remove braces that group nothing."""
     written, open_braces, wanting, previous = [], [], [], ""
     option = False
     for token in _ARGUMENTS.findall(text):
@@ -255,7 +255,7 @@ def _with_arguments(text: str) -> str:
                 wanting.pop()
         else:
             if waits:
-                wanting.pop()  # \frac\sqrt2 3 is left as it is
+                wanting.pop()  # \frac\sqrt2 3 is left unchanged
             written.append(token)
             if token in _TAKES:
                 wanting.append([_TAKES[token], len(open_braces)])
@@ -264,12 +264,12 @@ def _with_arguments(text: str) -> str:
 
 
 def squeeze(text: str) -> str:
-    """Return clean text without spaces and needless braces: equal for two texts that are the same."""
+    """Return clean text without spaces and unnecessary braces, so that equivalent texts become equal strings."""
     return _SUPERFLUOUS_BRACES.sub(r"\1", _SPACE.sub("", text))
 
 
 def split(text: str, *separators: str) -> list[str]:
-    """Split clean text at the separators outside all brackets; [text] if brackets do not match or a piece is empty."""
+    """Split clean text at separators outside brackets; return [text] if brackets do not match or a piece is empty."""
     pieces, depth, start = [], 0, 0
     for token in _BRACKETS.finditer(text):
         found = "=" if token.group()[0] == "=" else token.group()

@@ -1,8 +1,8 @@
-r"""Units: which words after a number are a unit, what they measure, and how many of a base unit they are.
+r"""Read units: which words after a number are a unit, what they measure, and their size in base units.
 
-A unit is a word of these tables, not any word: "5 squared" and "5 or seven" are not the number 5. `read` takes the
-text of a unit (`\text{ km}/\text{h}`, `m/s^2`, `\text{square feet}`) and returns what it measures, as powers of base
-units, with a factor. Two units are equal if both are; units of one dimension convert (500 cm is 5 m).
+Only words in these tables are units: "5 squared" and "5 or seven" are not the number 5. `read` takes the text of a unit
+(`\text{ km}/\text{h}`, `m/s^2`, `\text{square feet}`) and returns its dimension, as powers of base units, and a factor.
+Two units are equal if both agree. Units of the same dimension can be converted (500 cm is 5 m).
 """
 
 import re
@@ -13,14 +13,14 @@ from typing import NamedTuple
 
 
 class Unit(NamedTuple):
-    dimension: frozenset[tuple[str, int]]  # base units with their powers; counted things are base units of their own
+    dimension: frozenset[tuple[str, int]]  # base units with their powers; each counted thing is a base unit
     factor: Fraction
 
     def converts_to(self, other: "Unit") -> bool:
         return self.dimension == other.dimension
 
 
-# Symbols that take a prefix (km, MHz, mL, keV): what they measure, in base units, with the factor.
+# Symbols that take a prefix (km, MHz, mL, keV): dimension in base units, and factor.
 _SYMBOLS = {
     "m": ("m", 1), "g": ("g", 1), "s": ("s", 1), "A": ("A", 1), "K": ("K", 1), "mol": ("mol", 1),
     "L": ("m^3", "1/1000"),
@@ -33,7 +33,7 @@ _PREFIXES = {
     "": 1, "T": 10**12, "G": 10**9, "M": 10**6, "k": 1000, "h": 100, "d": "1/10", "c": "1/100", "m": "1/1000",
     "µ": "1/1000000", "n": "1/1000000000", "p": "1/1000000000000", "f": "1/1000000000000000",
 }  # fmt: skip
-# Names and symbols without prefix: base units and factor. Plurals in -s are understood.
+# Names and symbols that take no prefix: base units and factor. Plurals in -s are accepted too.
 _NAMES = {
     "m": {"meter": 1, "metre": 1, "米": 1, "inch": "127/5000", "inches": "127/5000", "in": "127/5000",
           "foot": "381/1250", "feet": "381/1250", "ft": "381/1250", "yard": "1143/1250", "yd": "1143/1250",
@@ -74,7 +74,7 @@ _NAMES = {
     "ppm": {"ppm": 1}, "arcsec": {"arcsec": 1, "arcsecond": 1}, "arcmin": {"arcmin": 1, "arcminute": 1},
     "mas": {"mas": 1},
 }  # fmt: skip
-# Things that are counted, in the singular; each is a dimension of its own. From word problems.
+# Counted things from word problems, in the singular. Each one is a separate dimension.
 _COUNTED_WORDS = """
     acorn action adult airplane album alligator angle animal answer ant apartment apple appointment area arm
     arrangement arrow article athlete attempt award baby backpack badge bag bagel bakery bale ball balloon banana
@@ -126,7 +126,7 @@ _IRREGULAR = {
     "geese": "goose", "vertices": "vertex", "matrices": "matrix", "scarves": "scarf", "kids": "child", "kid": "child",
     "persons": "person", "人": "person", "个": "thing", "只": "thing", "本": "thing", "things": "thing", "elves": "elf",
 }  # fmt: skip
-# Words before a counted thing that do not change it; "square" and "cubic" are powers of what follows.
+# Words before a counted thing that do not change it. "square" and "cubic" (below) raise what follows to a power.
 _ADJECTIVE_WORDS = """total different distinct possible red blue green yellow white black brown new small large big
     positive negative real whole full ordinary such of the a an all altogether each average
     remaining left ordered additional extra unique valid linear regular US
@@ -174,7 +174,7 @@ _TABLE = _words()
 
 @lru_cache(maxsize=4096)
 def read(text: str) -> Unit | None:
-    """Return the unit that a text is, None if a part of it is no unit."""
+    """Return the unit that the text means; None if any part of it is not a unit."""
     for pattern, replacement in _SYMBOLS_OF_LATEX:
         text = pattern.sub(replacement, text)
     text = _WRAPPERS.sub(" ", text)
@@ -224,7 +224,7 @@ def read(text: str) -> Unit | None:
 
 
 def word_unit(word: str) -> Unit | None:
-    """Return the unit of one word: of measure, as written or in small letters, or of counted things."""
+    """Return the unit that a word means: a unit of measure (as written or in lower case) or a counted thing."""
     unit = _TABLE.get(word) or (_TABLE.get(word.lower()) if len(word) > 3 else None)
     if unit:
         return unit
@@ -233,7 +233,7 @@ def word_unit(word: str) -> Unit | None:
 
 
 def singular(word: str) -> str:
-    """Return an English word without the ending of its plural."""
+    """Return the singular of an English word."""
     if word in _IRREGULAR:
         return _IRREGULAR[word]
     if word.endswith("s") and word[:-1] in _COUNTED:

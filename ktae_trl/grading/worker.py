@@ -1,8 +1,8 @@
-"""The worker process: reads one comparison a line, answers with its verdict. Never imports torch or the main script.
+"""The worker process: reads one comparison per line and writes its verdict. Never imports torch or the main script.
 
-Line in: JSON [seconds, [gold, ...], answer or null]. Lines out: "ready" once, then for each comparison "gold" when all
-accepted answers have been read, and the verdict: "equal", "different", "unparsable answer" or "unparsable gold". After
-"ready" and each verdict stand the seconds of processor time that it took.
+Input line: JSON [seconds, [gold, ...], answer or null]. Output lines: "ready" once, then for each comparison "gold"
+when all accepted answers have been read, and the verdict: "equal", "different", "unparsable answer" or "unparsable
+gold". "ready" and each verdict are followed by the processor time they took, in seconds.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 def _limit_memory(megabytes: int) -> None:
     limit = megabytes << 20
-    with contextlib.suppress(ValueError, OSError):  # macOS knows the limit, but does not take it
+    with contextlib.suppress(ValueError, OSError):  # macOS has this limit, but refuses to set it
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
@@ -27,8 +27,8 @@ def _verdict(golds: list[str], answer: str | None, say) -> str:
 
     known = [gold for gold in golds if _surely(symbolic.parsable, gold)]
     say("gold")
-    # A gold answer that cannot be parsed accepts nothing, not even its own words: an answer that gets a verdict only if
-    # it is right would look like one that is always right.
+    # An unparsable gold answer accepts nothing, not even the same text: if only correct completions had a verdict, the
+    # problem would seem to be always solved.
     if not known:
         return "unparsable gold"
     if answer is not None and any(_surely(symbolic.equal, gold, answer) for gold in known):
@@ -37,7 +37,7 @@ def _verdict(golds: list[str], answer: str | None, say) -> str:
 
 
 def _surely(question: Callable[..., bool], *answers: str) -> bool:
-    """Ask, and take any error for a no: whatever a model writes is at most a wrong answer."""
+    """Return the result of `question`, and False on any error: an answer that causes one is a wrong answer."""
     try:
         return question(*answers)
     except MemoryError:
@@ -48,12 +48,12 @@ def _surely(question: Callable[..., bool], *answers: str) -> bool:
 
 def main(megabytes: int) -> None:
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends the workers
-    # The pipe to the main process is ours alone: what a library prints must not look like a verdict.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C, the main process ends the workers
+    # Keep the pipe to the main process for verdicts: what a library prints must not look like one.
     verdicts = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)
     _limit_memory(megabytes)
-    # Before "ready", so that start-up does not count against the limit: imports, and what the first parse sets up.
+    # Import and parse once before "ready", so that the start-up does not count against the time limit.
     from ktae_trl.grading import confinement, symbolic
 
     symbolic.equal(r"\frac{x}{2}+1", "1+x/2")
@@ -66,8 +66,8 @@ def main(megabytes: int) -> None:
     for line in sys.stdin.buffer:
         begin = time.process_time()
         seconds, golds, answer = json.loads(line)
-        # The clock counts our own processor time and ends us without asking Python: no computation can miss it, and a
-        # busy machine does not make a right answer wrong.
+        # The timer counts this process's processor time and ends it without involving Python. No computation can delay
+        # it, and a busy machine does not turn a correct answer into a wrong one.
         signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
             verdict = _verdict(golds, answer, say)

@@ -1,9 +1,9 @@
-"""Key tokens for a person to read: a page of a run's records, and the same for rollouts of any origin.
+"""Show key tokens: an HTML page or a notebook view of a run's records, or of rollouts from any source.
 
-    records (Parquet) -> group_view (statistics again, what is shown of a group) -> contents, curves -> page (HTML)
-    rows of any origin -> a record -> the same, or a notebook
+    records (Parquet) -> group_view (statistics, data of a group) -> contents, curves -> page (HTML)
+    rows from any source -> a record -> the same page, or a notebook view
 
-`tokens` shows token strings safely; a console can use it too. Lazy: importing this loads none of it.
+`tokens` makes token strings safe to display, on a page or in a console. Importing the package loads no other module.
 """
 
 import importlib

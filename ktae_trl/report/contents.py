@@ -1,4 +1,4 @@
-"""What a page holds: the groups of records, each described and packed, and what is said of them."""
+"""Collect the contents of a page: the groups of records, described and packed, and notes about them."""
 
 import base64
 import json
@@ -17,20 +17,20 @@ _PREVIEW = 160  # characters of a prompt in the list of groups
 
 
 class Shown(NamedTuple):
-    """What a page holds."""
+    """The contents of a page."""
 
-    groups: list[dict[str, Any]]  # an entry of the page's list each
-    blocks: list[str]  # their data, packed
-    methods: list[dict[str, Any]]
-    recorded: list[Method]  # these, as the records have them
-    by_step: list[dict[str, float]]  # what the records say of each step, named like the trainer's metrics
-    notes: list[str]  # what of the records is not in it
+    groups: list[dict[str, Any]]  # entries of the list of groups
+    blocks: list[str]  # packed data of each group
+    methods: list[dict[str, Any]]  # as displayed
+    recorded: list[Method]  # as recorded
+    by_step: list[dict[str, float]]  # means over each step's groups, named like the trainer's metrics
+    notes: list[str]  # about records and groups that are not on the page
 
 
 def collect(some: Iterable[Record], most: int | None = None) -> Shown:
-    """Describe and pack the groups of these records, one record at a time and at most so many of each."""
+    """Describe and pack the groups of records, one record at a time and at most `most` groups of each."""
     shown = Shown([], [], [], [], [], [])
-    recorded, known, generated = 0, 0, 0  # groups; those of generations whose size is known; in these generations
+    recorded, known, generated = 0, 0, 0  # recorded groups; those with a known generation size; sum of these sizes
     methods = shown.recorded
     prompts: list[str] = []
     for record in some:
@@ -61,12 +61,12 @@ def collect(some: Iterable[Record], most: int | None = None) -> Shown:
             step = shown.groups[begin]["step"]
             shown.by_step.append({"step": step, **means_of(means, shown.groups[begin:])})
     if known < generated:
-        shown.notes.append(f"Recorded: {known} of the {generated} groups of these generations.")
+        shown.notes.append(f"The run recorded {known} of the {generated} groups generated in these steps.")
     if len(shown.groups) < recorded:
         shown.notes.append(
-            f"This page holds {len(shown.groups)} of {recorded} recorded groups: of each step those whose right and "
-            "wrong rollouts are nearest to half and half. All of one step: make the page of its file, or raise "
-            "max_groups."
+            f"This page shows {len(shown.groups)} of {recorded} recorded groups: for each step, those closest to an "
+            "equal number of correct and wrong rollouts. To see all groups of a step, make a page of its file "
+            "(ktae report step_N.parquet) or raise --max_groups."
         )
     begin, end = _own_part(prompts)
     for group, prompt in zip(shown.groups, prompts, strict=True):
@@ -75,7 +75,7 @@ def collect(some: Iterable[Record], most: int | None = None) -> Shown:
 
 
 def _nearest_to_half(groups: list[list[dict[str, Any]]], most: int | None) -> list[list[dict[str, Any]]]:
-    """Return so many of the groups, in their order: those with most rollouts on their smaller side, right or wrong."""
+    """Return at most `most` groups, in their order: those closest to equal numbers of correct and wrong rollouts."""
 
     def smaller_side(i: int) -> int:
         return min(sum(row["correct"] is side for row in groups[i]) for side in (True, False))
@@ -84,7 +84,7 @@ def _nearest_to_half(groups: list[list[dict[str, Any]]], most: int | None) -> li
 
 
 def _own_part(prompts: list[str]) -> tuple[int, int]:
-    """Return how many characters all prompts begin and end with: a template, which tells nothing in a list of them."""
+    """Return the lengths of the beginning and end that all prompts share (a template), to hide them in the list."""
     if len(set(prompts)) < 2:
         return 0, 0
     begin = _same_beginning(prompts)
@@ -92,17 +92,17 @@ def _own_part(prompts: list[str]) -> tuple[int, int]:
 
 
 def _same_beginning(texts: list[str]) -> int:
-    """Return how many characters all texts begin with, up to the end of a word."""
+    """Return the length of the longest common beginning of all texts that ends after a space or newline."""
     first, last = min(texts), max(texts)
     same = next((i for i, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))
     return max(first.rfind(" ", 0, same), first.rfind("\n", 0, same)) + 1
 
 
 def _method(method: Method) -> dict[str, Any]:
-    """Return a method's names for the page."""
+    """Return a method's title, symbols and settings as the page displays them."""
     settings = {}
     if method.how is not None:
-        settings["advantage of a token"] = _FORMULA[method.how].format(visible(method.symbol))
+        settings["token advantage"] = _FORMULA[method.how].format(visible(method.symbol))
     settings |= {visible(name): visible(str(value)) for name, value in method.settings.items()}
     key_tokens = is_key_token_value(method)
     return {
@@ -117,6 +117,6 @@ def _method(method: Method) -> dict[str, Any]:
 
 
 def pack(data: Any) -> str:
-    """Return data as compressed JSON in base64, which is safe in a script element."""
+    """Return data as compressed JSON in base64, which is safe inside a script element."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return base64.b64encode(zlib.compress(text.encode(), 6)).decode()

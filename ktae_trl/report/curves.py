@@ -1,4 +1,4 @@
-"""The curves of a run: panels of its metrics, as the trainer logged them or as its records give them."""
+"""The curves of a run: panels of metrics that the trainer logged or that are computed from the records."""
 
 import re
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from ktae_trl.report.group_view import number
 from ktae_trl.report.records import Method
 from ktae_trl.report.tokens import visible
 
-# Panel -> the metrics it shows, `*` for any letters. Those of the credit methods come after them.
+# Panel -> patterns of its metrics. The panels of the credit methods follow.
 _PANELS = {
     "Reward": ["reward"],
     "Rewards by function": ["rewards/*/mean"],
@@ -21,12 +21,12 @@ _PANELS = {
 
 
 def curves(metrics: list[dict[str, float]], methods: Iterable[Method] = ()) -> list[dict[str, Any]]:
-    """Return the panels with Plotly's traces of the metrics that are known at two steps or more.
+    """Return panels with Plotly traces of the metrics that have finite values at two or more steps.
 
-    Metrics of the evaluation (`eval_...`) go beside those of the training, dashed.
+    Evaluation metrics (`eval_...`) are dotted lines in the panel of the training metric.
 
     Args:
-        methods: those of the records, which have panels of their own.
+        methods: The methods of the records, which define further panels.
     """
     wanted = {title: list(patterns) for title, patterns in _PANELS.items()}
     for method in methods:
@@ -61,13 +61,13 @@ def curves(metrics: list[dict[str, float]], methods: Iterable[Method] = ()) -> l
 
 
 def _short(metric: str) -> str:
-    """Return a metric's name without its family: `abs_value` of `FAMILY/abs_value`."""
+    """Return a metric's name without its family: `abs value` for `FAMILY/abs_value`."""
     inner = re.fullmatch(r"rewards/(.+)/mean", metric)
     return (inner[1] if inner else metric.rpartition("/")[2]).replace("_", " ")
 
 
 def sums_of(group: dict[str, Any]) -> dict[str, list[float]]:
-    """Return what the curves need of a group, when the trainer left no metrics: lists to take means of."""
+    """Return the values of a group by metric, whose means replace the trainer's metrics if there are none."""
     found: dict[str, list[float]] = {"completions/mean_length": [len(r["at"]) for r in group["rollouts"]]}
     for rollout in group["rollouts"]:
         for name, reward in rollout["rewards"].items():

@@ -1,6 +1,6 @@
-"""From the rows of a group to what is shown of it: its key-token statistics, computed again, and its tokens.
+"""Turn the rows of a group into the data that is displayed: its tokens, and its key-token statistics computed again.
 
-The result is plain data that JSON can hold: the page reads it in the browser, the notebook's view from Python.
+The result can be written as JSON. The page reads it in the browser, the notebook view in Python.
 """
 
 import math
@@ -14,22 +14,22 @@ from ktae_trl.credit.ktae.values import key_token_table
 from ktae_trl.report.records import Method, Record
 from ktae_trl.report.tokens import visible
 
-LONGEST_TOKEN = 200  # characters that are shown of one
-_AGREE = 1e-4  # K of the record and K computed again differ by no more, if the same code made them
+LONGEST_TOKEN = 200  # displayed characters of a token
+_AGREE = 1e-4  # largest difference between the recorded K and K computed again by the same code
 _STATISTICS = ("a", "b", "p", "F", "IG", "D", "K")
 
 
 class Statistics(NamedTuple):
     """Key-token statistics of one group."""
 
-    right: int  # right rollouts that vote
-    wrong: int
-    values: list[list[float]]  # K of each position of each rollout, by the method's settings
-    tokens: dict[int, tuple]  # token id -> _STATISTICS, K of the whole group; none unless both sides vote
+    right: int  # correct rollouts that count
+    wrong: int  # wrong rollouts that count
+    values: list[list[float]]  # K at each position of each rollout, with the method's settings
+    tokens: dict[int, tuple]  # token id -> _STATISTICS with K of the whole group; empty without correct or wrong ones
 
 
 def split(record: Record) -> Iterator[list[dict[str, Any]]]:
-    """Yield the rows of each group, in the order of their first rows."""
+    """Yield the rows of each group, in the order in which the groups first appear."""
     groups: dict[tuple[int, int], list[dict]] = {}
     for row in record.rows:
         groups.setdefault((row["step"], row["group"]), []).append(row)
@@ -37,21 +37,24 @@ def split(record: Record) -> Iterator[list[dict[str, Any]]]:
 
 
 def is_key_token_value(method: Method) -> bool:
-    """Return whether the credit of a record is the statistic that is computed again here."""
+    """Return whether the recorded credit is the key-token value K, which is computed again here."""
     return method.credit == KTAE.name
 
 
 def counted(method: Method, row: dict[str, Any]) -> list[bool]:
-    """Return which tokens of a rollout count: those trained on; where rows share tokens all, as one row trains them."""
+    """Return which tokens of a rollout count: those trained on.
+
+    If rows share tokens, all count, because each shared token is trained on in one row only.
+    """
     return [True] * len(row["trained"]) if method.shares_tokens else row["trained"]
 
 
 def statistics(method: Method, rows: list[dict[str, Any]]) -> Statistics:
-    """Compute the key-token statistics of a group from its rows' token ids and verdicts.
+    """Compute the key-token statistics of a group from the token ids and verdicts of its rows.
 
     Args:
-        method: KTAE's settings are used as it has them, the defaults for other credit; and its special ids.
-        rows: all rows of one group, with the columns of `records.schema`.
+        method: Provides KTAE's settings (defaults if the credit is not KTAE) and the special ids.
+        rows: All rows of one group, with the columns of `records.schema`.
     """
     lengths = [len(row["token_ids"]) for row in rows]
     ids = torch.zeros(1, len(rows), max(lengths), dtype=torch.int64)
@@ -80,10 +83,10 @@ def statistics(method: Method, rows: list[dict[str, Any]]) -> Statistics:
 
 
 def describe(method: Method, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return what is shown of a group, with every string made visible and every number fit for JSON.
+    """Return the data that is displayed of a group, with visible strings and numbers that JSON can represent.
 
-    `tokens` are columns over the distinct tokens of the group; a rollout's `at` has a number for each of its
-    positions, that of an entry of its `cells`: a token with a value, an advantage and whether it is trained on.
+    `tokens` has one column per statistic, over the distinct tokens of the group. A rollout's `cells` are its distinct
+    combinations of token, value, advantage and whether it is trained on. Its `at` has a cell's index for each position.
     """
     found = statistics(method, rows)
     number_of: dict[tuple[int, str], int] = {}
@@ -133,19 +136,19 @@ def describe(method: Method, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def number(x: float | None) -> float | str | None:
-    """Return `x` to 7 digits, the precision of a record; what JSON does not know (NaN, infinities) as its name."""
+    """Return `x` rounded to 7 digits, the precision of records. NaN and infinities become strings, for JSON."""
     if x is None or isinstance(x, int):
         return x
     return float(f"{x:.7g}") if math.isfinite(x) else str(x)
 
 
 def clip(text: str, length: int) -> str:
-    """Return the first characters of `text`, and how many it has if there are more."""
+    """Return `text`, cut to `length` characters and followed by its full length if it is longer."""
     return text if len(text) <= length else f"{text[:length]}… ({len(text):,} characters)"
 
 
 def _mean_abs(values: list[list[float]], counted: list[list[bool]]) -> float:
-    """Return the mean |K| of the tokens that count: how much a group tells."""
+    """Return the mean |K| of the tokens that count, which measures the strength of a group's signal."""
     return sum(abs(v) for row in values for v in row) / max(sum(map(sum, counted)), 1)
 
 
@@ -153,14 +156,14 @@ def _notes(method: Method, rows: list[dict[str, Any]], found: Statistics) -> lis
     notes = []
     silent = sum(row["correct"] is not None and not any(counted(method, row)) for row in rows)
     if len(rows) == 1:
-        notes.append("There is one rollout only: nothing to compare it with, so K is 0 for all tokens.")
+        notes.append("The group has a single rollout and nothing to compare it with, so K is 0 for all tokens.")
     elif not found.right and not found.wrong:
-        notes.append("No rollout could be judged, so there are no statistics.")
+        notes.append("No rollout could be graded, so there are no statistics.")
     elif not found.right or not found.wrong:
-        side = "right" if found.right else "wrong"
-        notes.append(f"All rollouts that count are {side}: there is nothing to compare, so K is 0 for all tokens.")
+        side = "correct" if found.right else "wrong"
+        notes.append(f"All rollouts that count are {side}, so there is nothing to compare and K is 0 for all tokens.")
     if silent:
-        notes.append(f"Rollouts without a token that is trained on do not count: {silent}.")
+        notes.append(f"Rollouts that do not count, because none of their tokens is trained on: {silent}.")
     if is_key_token_value(method):
         differences = [
             abs(recorded - again)
@@ -170,8 +173,8 @@ def _notes(method: Method, rows: list[dict[str, Any]], found: Statistics) -> lis
         largest = max((math.inf if d != d else d for d in differences), default=0.0)
         if largest > _AGREE:
             notes.append(
-                f"K computed again differs from the recorded K by up to {largest:.2g}: another version of ktae_trl "
-                "made the record, or the group is not whole. Tokens are coloured by the recorded K; a, b, p, F, IG "
-                "and D are computed again."
+                f"K computed for this page differs from the recorded K by up to {largest:.2g}: the record was written "
+                "by another version of ktae_trl, or the group is incomplete. The colours show the recorded K; a, b, p, "
+                "F, IG and D are computed for this page."
             )
     return notes

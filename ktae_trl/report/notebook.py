@@ -1,4 +1,4 @@
-"""Key tokens in a notebook: some groups in colour, with the tokens that tell most. The page has all."""
+"""Show key tokens in a notebook: a few coloured groups with their most informative tokens. The page has all of them."""
 
 from collections import Counter
 from pathlib import Path
@@ -12,33 +12,33 @@ from ktae_trl.report.page import write
 from ktae_trl.report.records import Method, Record
 from ktae_trl.report.tokens import colour, one_line, shade, visible
 
-# At most so many are shown.
+# Maximum number of each that is displayed.
 _INLINE = {"groups": 3, "rollouts": 3, "tokens": 400, "key_tokens": 12, "characters": 2000}
 
 
 class KeyTokens(NamedTuple):
-    """Rollouts with their key-token values. A notebook shows some of it, `save` writes the whole page."""
+    """Rollouts with their key-token values. A notebook displays a few of them; `save` writes a page with all."""
 
     record: Record
     name: str = "rollouts"
 
     def save(self, path: str | Path) -> Path:
-        """Write the page with every group and return where it is."""
+        """Write a page with all groups to `path` and return the path."""
         return write(path, self.name, collect([self.record]))
 
     def summary(self) -> str:
-        """Say in a line how many groups and rollouts there are, and what can be compared of them."""
+        """Return one line with the numbers of groups, by verdicts, and of rollouts."""
         groups = list(split(self.record))
         kinds = Counter(map(_kind, groups))
         parts = [f"{count} {kind}" for kind in _KINDS if (count := kinds[kind])]
         unscored = sum(row["correct"] is None for row in self.record.rows)
         text = f"prompts: {len(groups)} ({', '.join(parts)}); rollouts: {len(self.record.rows)}"
         if unscored:
-            text += f", {unscored} without a verdict, left out of the statistics"
+            text += f" ({unscored} not graded and excluded from the statistics)"
         return text
 
     def __repr__(self) -> str:
-        return f"KeyTokens: {self.summary()}"  # a notebook stores it beside the HTML
+        return f"KeyTokens: {self.summary()}"  # notebooks store it together with the HTML
 
     def _repr_html_(self) -> str:
         groups = sorted(split(self.record), key=lambda rows: _KINDS.index(_kind(rows)))
@@ -55,20 +55,20 @@ class KeyTokens(NamedTuple):
         )
 
 
-_KINDS = ("with right and wrong rollouts", "all right", "all wrong", "with one rollout only", "not judged")
+_KINDS = ("with correct and wrong rollouts", "all correct", "all wrong", "with a single rollout", "not graded")
 
 
 def _kind(rows: list[dict[str, Any]]) -> str:
     verdicts = {row["correct"] for row in rows} - {None}
     if len(rows) == 1:
-        return "with one rollout only"
+        return "with a single rollout"
     if len(verdicts) == 2:
-        return "with right and wrong rollouts"
-    return "not judged" if not verdicts else "all right" if True in verdicts else "all wrong"
+        return "with correct and wrong rollouts"
+    return "not graded" if not verdicts else "all correct" if True in verdicts else "all wrong"
 
 
 def _known(value: float | str | None) -> float | None:
-    """Return a number as it is, and None for what is none: no credit, or the name of a NaN."""
+    """Return a number unchanged, and None for a value without credit (None) or that is not finite (a string)."""
     return None if isinstance(value, str) else value
 
 
@@ -77,21 +77,21 @@ def _written(value: float | str) -> str:
 
 
 def _ends(method: Method) -> tuple[str, str]:
-    """Return what the ends of the colours mean."""
+    """Return the labels of both ends of the colour scale."""
     if method.how is None or is_key_token_value(method):
-        return "K: wrong -1", "+1 right"
+        return "K: wrong -1", "+1 correct"
     ends = {"scale": ("weight 0", "2 or more"), "replace": ("advantage below 0", "above 0")}
     return ends.get(method.how, (f"{visible(method.symbol)}: -1", "+1"))
 
 
 def _inline(method: Method, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return what a notebook shows of a group: some rollouts of each side and the tokens that tell most."""
+    """Return what a notebook displays of a group: some correct and wrong rollouts and the most informative tokens."""
     group = describe(method, rows)
     tokens = group["tokens"]
 
     def facts(i: int) -> str:
         if tokens["p"][i] is None:
-            return f"{label_of(i)}: not counted"
+            return f"{label_of(i)}: no statistics"
         a, b = tokens["a"][i], tokens["b"][i]
         numbers = "".join(f"  {name} {tokens[name][i]:.4g}" for name in ("p", "F", "IG", "D", "K"))
         return f"{label_of(i)}  a {a}  b {b}  c {group['right'] - a}  d {group['wrong'] - b}{numbers}"
@@ -122,7 +122,7 @@ def _inline(method: Method, rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "prompt": clip(visible(rows[0]["prompt"]), _INLINE["characters"]),
         "notes": group["notes"],
-        "sides": {"Right": side(True), "Wrong": side(False), "Not judged": side(None)},
+        "sides": {"Correct": side(True), "Wrong": side(False), "Not graded": side(None)},
         "right": group["right"],
         "wrong": group["wrong"],
         "key_tokens": [

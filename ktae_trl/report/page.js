@@ -1,7 +1,7 @@
 "use strict";
-// Strings of prompts and tokens are only ever put in as text (textContent), never as markup.
+// Prompts and tokens are untrusted: they are inserted as text (textContent), never as markup.
 (() => {
-  const FIRST_TOKENS = 2000; // of a rollout; then so many more at a time
+  const FIRST_TOKENS = 2000; // of each rollout; the button adds MORE_TOKENS
   const MORE_TOKENS = 10000;
   const PROMPT_PIECE = 20000; // characters
   const LIST_PIECE = 100;
@@ -26,7 +26,7 @@
     return JSON.parse(await new Response(stream).text());
   }
 
-  // Numbers. A string is one that JSON does not know: nan, inf.
+  // Numbers. Those that JSON lacks are strings: nan, inf.
   const minus = (text) => text.replace("-", "−");
   function decimal(x, signed = false, digits = 4) {
     if (x === null || x === undefined) return "–";
@@ -39,19 +39,19 @@
   const largest = (numbers) => numbers.reduce((most, x) => Math.max(most, Math.abs(asNumber(x))), 0);
 
   let index; // groups, methods, panels, levels
-  let found = []; // numbers of the groups that the filters leave, in order
+  let found = []; // indices of the groups that pass the filters, in order
   let listed = LIST_PIECE;
   let filtering = 0;
   let showing = 0;
-  let current = null; // the number of the group that is wanted; it may not be unpacked yet
-  let shown = null; // what is on the page: {number, data, rollouts, modes, mode, marked, ...}
+  let current = null; // index of the selected group, which may not be unpacked yet
+  let shown = null; // the displayed group: {number, data, rollouts, modes, mode, marked, ...}
   const kept = new Map();
   const texts = [];
 
   async function load(number) {
     const data = kept.get(number) ?? (await unpack(`block-${number}`));
     kept.delete(number);
-    kept.set(number, data); // the latest last
+    kept.set(number, data); // most recently used last
     if (kept.size > KEPT_GROUPS) kept.delete(kept.keys().next().value);
     return data;
   }
@@ -112,8 +112,8 @@
   }
 
   function tally(group) {
-    const parts = [`${group.right} right`, `${group.wrong} wrong`];
-    if (group.unscored) parts.push(`${group.unscored} not judged`);
+    const parts = [`${group.right} correct`, `${group.wrong} wrong`];
+    if (group.unscored) parts.push(`${group.unscored} not graded`);
     return parts.join(", ");
   }
 
@@ -159,7 +159,7 @@
     history.replaceState(null, "", `#${key(index.groups[number])}`);
   }
 
-  // Not by the browser's way of following a link, which takes the focus from it.
+  // The browser's own handling of a link would take the focus from the list.
   $("list").addEventListener("click", (event) => {
     const link = event.target.closest("a");
     if (!link || event.ctrlKey || event.metaKey || event.shiftKey) return;
@@ -201,7 +201,7 @@
     if (jump) head.scrollIntoView();
     for (const rollout of shown.rollouts) {
       fill(rollout, FIRST_TOKENS);
-      await pause(); // what is seen first is there; the page stays alive
+      await pause(); // display what is there and keep the page responsive
       if (turn !== showing) return;
     }
     $("group").dataset.complete = "";
@@ -215,7 +215,7 @@
       { className: "head" },
       make("h2", { textContent: titled(group).replace(/^./, (first) => first.toUpperCase()) }),
       make("span", { className: "tally", textContent: tally(group) + score }),
-      make("span", { className: "steps" }, move(-1, "← Previous", "k"), move(1, "Next →", "j")),
+      make("span", { className: "steps" }, move(-1, "← Previous", "Shortcut: k"), move(1, "Next →", "Shortcut: j")),
     );
   }
 
@@ -235,14 +235,14 @@
     return box;
   }
 
-  // What tokens can be coloured by: a number in [-1, 1] for a cell of a rollout.
+  // Colour modes. Each maps a cell of a rollout to a number in [-1, 1].
   function modes(data, method) {
     const K = data.tokens.K;
     const all = [];
     const credit = (name, of, ends) => all.push({ name, of, ends });
     const { name, symbol } = method.value ?? {};
     if (method.how === "multiply" || method.how === "add") {
-      credit(name, (r, c) => r.cells.value[c], method.key_tokens ? ["−1 wrong", "right +1"] : ["−1", "+1"]);
+      credit(name, (r, c) => r.cells.value[c], method.key_tokens ? ["−1 wrong", "correct +1"] : ["−1", "+1"]);
     } else if (method.how === "scale") {
       credit(name, (r, c) => (r.cells.value[c] === null ? 0 : asNumber(r.cells.value[c]) - 1), [`${symbol} = 0`, "2 or more"]);
     } else if (method.how === "replace") {
@@ -251,12 +251,12 @@
       credit(name, (r, c) => asNumber(r.cells.value[c]) / most, ends);
     }
     if (!method.key_tokens) {
-      const computed = "key-token value K (computed for this page, not trained with)";
-      credit(computed, (r, c) => (r.cells.trained[c] || method.shares_tokens ? K[r.cells.token[c]] : 0), ["−1 wrong", "right +1"]);
+      const computed = "key-token value K (computed for this page, not used in training)";
+      credit(computed, (r, c) => (r.cells.trained[c] || method.shares_tokens ? K[r.cells.token[c]] : 0), ["−1 wrong", "correct +1"]);
     }
     const most = largest(data.rollouts.flatMap((r) => r.cells.advantage)) || 1;
     const ends = [decimal(-most, true), decimal(most, true)];
-    credit("advantage A' of the token", (r, c) => asNumber(r.cells.advantage[c]) / most, ends);
+    credit("token advantage A'", (r, c) => asNumber(r.cells.advantage[c]) / most, ends);
     return all;
   }
 
@@ -281,12 +281,12 @@
       make("label", {}, "Colour: ", choice),
       make("span", { className: "scale" }, ends[0], ramp, ends[1]),
       shown.data.rollouts.some((r) => r.cells.trained.includes(0))
-        ? make("span", {}, make("span", { className: "u", textContent: "dotted" }), " not trained on")
+        ? make("span", {}, make("span", { className: "u", textContent: "dotted" }), ": not trained on")
         : null,
     );
   }
 
-  const TITLES = { right: "Right", wrong: "Wrong", unscored: "Not judged" };
+  const TITLES = { right: "Correct", wrong: "Wrong", unscored: "Not graded" };
 
   function column(side, data) {
     const correct = { right: true, wrong: false, unscored: null }[side];
@@ -302,7 +302,7 @@
 
   function article(data) {
     const text = make("div", { className: "text", tabIndex: 0, role: "group" });
-    text.ariaLabel = `Tokens of rollout ${data.rollout}: arrow keys go through them`;
+    text.ariaLabel = `Tokens of rollout ${data.rollout} (use the arrow keys)`;
     const more = make("button", { type: "button", className: "more", hidden: true });
     const rollout = { data, text, more, spans: [], classes: [] };
     text.rollout = rollout;
@@ -361,7 +361,7 @@
 
   const COLUMNS = [
     ["token", "token", (t, i) => t.text[i], String],
-    ["right", "a", (t, i) => t.a[i]],
+    ["correct", "a", (t, i) => t.a[i]],
     ["wrong", "b", (t, i) => t.b[i]],
     ["p", "p", (t, i) => t.p[i]],
     ["IG", "IG", (t, i) => t.IG[i]],
@@ -369,8 +369,8 @@
     ["K", "K", (t, i) => t.K[i]],
   ];
   const HINTS = {
-    right: "right rollouts that have it", wrong: "wrong rollouts that have it", p: "Fisher’s exact test, two-sided",
-    IG: "information gain, bits", D: "direction", K: "key-token value",
+    correct: "correct rollouts that contain it (a)", wrong: "wrong rollouts that contain it (b)",
+    p: "two-sided p-value of Fisher’s exact test", IG: "information gain in bits", D: "direction", K: "key-token value",
   };
   const oneLine = (text) => text.replace(/[\n\t]/g, "").replaceAll(" ", "␣");
 
@@ -381,7 +381,7 @@
     const box = make("section", { className: "table" });
     box.ariaLabel = "Key tokens";
     if (!rows.length) {
-      box.append(make("h3", { textContent: "Key tokens" }), make("p", { className: "note", textContent: "None: this group has no right and wrong rollouts to compare." }));
+      box.append(make("h3", { textContent: "Key tokens" }), make("p", { className: "note", textContent: "None: this group does not have both correct and wrong rollouts." }));
       return box;
     }
     let [by, down, told] = ["IG", true, TABLE_PIECE];
@@ -417,13 +417,13 @@
     draw();
     shown.redraw = draw;
     box.append(make("h3", { textContent: `Key tokens (${rows.length})` }), make("table", {}, make("thead", {}, make("tr", {}, ...headers)), body), more);
-    if (shown.method.leave_one_out) box.append(make("p", { className: "note", textContent: "K of the whole group. In a rollout K leaves that rollout out." }));
+    if (shown.method.leave_one_out) box.append(make("p", { className: "note", textContent: "This table shows K of the whole group. The colours and tooltips show K computed without the token’s own rollout." }));
     return box;
   }
 
   function tableRow(i, tokens, data) {
     const name = make("button", { type: "button", className: `name`, textContent: oneLine(tokens.text[i]) });
-    name.title = "Mark its occurrences";
+    name.title = "Highlight all occurrences";
     name.onclick = () => mark(shown.marked === i ? null : i, true);
     const cell = (text) => make("td", { className: "number", textContent: text });
     const value = make("span", { className: `value v${level(tokens.K[i])}`, textContent: decimal(tokens.K[i], true, 3) });
@@ -487,7 +487,7 @@
     if (counted) {
       const [a, b] = [tokens.a[token], tokens.b[token]];
       gap();
-      fact("a", `${a} of ${right} right`);
+      fact("a", `${a} of ${right} correct`);
       fact("b", `${b} of ${wrong} wrong`);
       fact("c", String(right - a));
       fact("d", String(wrong - b));
@@ -498,15 +498,15 @@
       fact("D", decimal(tokens.D[token], true));
     }
     const remarks = [];
-    if (shown.method.leave_one_out && counted) remarks.push("K leaves this rollout out; the other numbers are the whole group's.");
+    if (shown.method.leave_one_out && counted) remarks.push("K is computed without this rollout, the other numbers from the whole group.");
     if (!data.cells.trained[cell]) remarks.push("Not trained on in this rollout.");
-    if (!counted) remarks.push(right && wrong ? "Not counted." : "No statistics: nothing to compare in this group.");
+    if (!counted) remarks.push(right && wrong ? "No statistics for this token." : "No statistics: the group does not have both correct and wrong rollouts.");
     $("tip").replaceChildren(
       make(
         "div",
         { className: "title" },
         make("b", { textContent: oneLine(tokens.text[token]) }),
-        make("span", { textContent: `id ${tokens.id[token]} · no. ${span.place + 1}` }),
+        make("span", { textContent: `id ${tokens.id[token]} · position ${span.place + 1}` }),
       ),
       facts,
       ...remarks.map((text) => make("p", { textContent: text })),
@@ -566,7 +566,7 @@
     if (event.ctrlKey || event.metaKey || event.altKey || $("help").open) return;
     const field = event.target.matches?.("input, select, textarea");
     if (event.key === "Escape") {
-      if (field) event.target.blur(); // and keep what was found, to go through it with j and k
+      if (field) event.target.blur(); // keeps the search results, to step through with j and k
       if (field) event.preventDefault();
       if (!$("tip").hidden) hideTip();
       else if (shown && shown.marked !== null) mark(null);
@@ -656,7 +656,7 @@
           plot_bgcolor: "transparent",
           hovermode: "x unified",
           hoverlabel: { bgcolor: resolved("--bg"), bordercolor: line, font: { color: resolved("--text") } },
-          showlegend: false, // the caption is one
+          showlegend: false, // the caption has one
           xaxis: { ...axis, nticks: 6 },
           yaxis: { ...axis, nticks: 5 },
         },
@@ -683,7 +683,7 @@
     index.steps = new Set(index.groups.map((group) => group.step)).size;
     $("step").parentElement.hidden = index.steps < 2;
     await filter();
-    addEventListener("popstate", () => open(true)); // also when the address was changed by hand
+    addEventListener("popstate", () => open(true)); // also fires when the user edits the address
     await open(false);
     setTimeout(plot);
   }
@@ -691,11 +691,11 @@
   async function open(jump) {
     const number = fromHash();
     if (number !== null) return show(number, jump);
-    $("group").replaceChildren(make("p", { className: "warn", textContent: "There is no such group here. Choose one from the list." }));
+    $("group").replaceChildren(make("p", { className: "warn", textContent: "This page does not have the group named in the address. Choose one from the list." }));
   }
 
   if (typeof DecompressionStream === "undefined") {
-    $("waiting").textContent = "This browser cannot unpack the page's data (it lacks DecompressionStream). Use one of 2023 or later.";
+    $("waiting").textContent = "This browser cannot unpack the page's data, because it lacks DecompressionStream. Use a browser from 2023 or later.";
   } else {
     begin();
   }

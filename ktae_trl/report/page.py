@@ -1,7 +1,7 @@
-"""One HTML file that shows a run's recorded groups, their key tokens, and the run's curves. It asks no network.
+"""Write a self-contained HTML page with a run's recorded groups, their key tokens, and the run's curves.
 
-Model output never becomes markup: groups travel as compressed JSON in base64, each unpacked when it is shown, and the
-page's script puts them in as text. The page's policy lets no other script run and loads nothing.
+Model output never becomes markup: groups are stored as compressed JSON in base64, unpacked on display, and inserted as
+text. The page's content security policy forbids all other scripts and all network requests.
 """
 
 import base64
@@ -24,24 +24,28 @@ from ktae_trl.report.contents import Shown, collect, pack
 from ktae_trl.report.curves import curves
 from ktae_trl.report.tokens import colour, visible
 
-MAX_GROUPS = 400  # 0.13 MB each, for 16 rollouts of 1,000 tokens
-LEVELS = 20  # shades on each side of 0
+MAX_GROUPS = 400  # a group of 16 rollouts of 1,000 tokens takes 0.13 MB
+LEVELS = 20  # colour shades on each side of 0
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
 def write_report(source: str | Path, output: str | Path, max_groups: int = MAX_GROUPS) -> Path:
-    """Write the page of a run: its curves, and its recorded groups with their tokens coloured by their values.
+    """Write a page with a run's curves and its recorded groups, with tokens coloured by their values.
 
     Args:
-        source: a run's folder, its folder of records, or one record.
-        output: the HTML file; its folder is made if need be.
-        max_groups: of a run that recorded more, each record gives an equal share of so many, and at least one: the
-            groups whose right and wrong rollouts are nearest to half and half. The page says so.
+        source: A run's folder, its folder of records, or one record.
+        output: The HTML file. Its folder is created if it does not exist.
+        max_groups: Maximum number of groups on the page. If the run recorded more, each record contributes an equal
+            share, but at least one group: those closest to equal numbers of correct and wrong rollouts. A note on the
+            page says so.
+
+    Returns:
+        The path of the page.
 
     Raises:
-        FileNotFoundError: there are no records.
-        ValueError: a file is not a record, or of another schema version; or `max_groups` is below 1.
+        FileNotFoundError: There are no records.
+        ValueError: A file is not a record or has an unsupported schema version, or `max_groups` is below 1.
     """
     if max_groups < 1:
         raise UserError(f"max_groups must be at least 1, not {max_groups}")
@@ -49,9 +53,10 @@ def write_report(source: str | Path, output: str | Path, max_groups: int = MAX_G
     paths = [source] if source.is_file() else records.files(source)
     if not paths:
         raise NotFoundError(
-            f"{source} holds no records (step_*.parquet, also in its folder {records.FOLDER!r})"
+            f"{source} contains no records (step_*.parquet, also looked in its folder {records.FOLDER!r}). A run "
+            "records its rollouts if record_steps is set"
             if source.is_dir()
-            else f"There is no {source} (looked in {Path.cwd()})"
+            else f"{source} does not exist (looked in {Path.cwd()})"
         )
     folder = source.parent if source.is_file() else source
     run = folder.resolve()
@@ -64,32 +69,32 @@ def write_report(source: str | Path, output: str | Path, max_groups: int = MAX_G
         panels = []
         shown.notes.append(missing)
     if panels and not metrics:
-        shown.notes.append("The curves are means over the groups of this page: there are no metrics of the trainer.")
+        shown.notes.append("The trainer's metrics are missing: the curves are means over the groups on this page.")
     return write(output, name, shown, panels)
 
 
 def _without_plotly() -> str:
-    """Return what a page without Plotly says, and warn; empty if it is installed."""
+    """Return the note for a page without curves and log a warning, or return "" if Plotly is installed."""
     try:
         need("plotly", "report")
     except NotImportedError as error:
-        logger.warning("The page is without the run's curves: %s", error)
-        return f"The run's curves are not on this page: {error}"
+        logger.warning("The page does not show the run's curves: %s", error)
+        return f"This page does not show the run's curves: {error}"
     return ""
 
 
 def write(output: str | Path, name: str, shown: Shown, panels: Sequence[dict[str, Any]] = ()) -> Path:
-    """Write a page, atomically."""
+    """Write a page atomically and return its path."""
     output = Path(output)
     if output.is_dir():
-        raise UserError(f"{output} is a folder: name a file, such as {output / 'report.html'}")
+        raise UserError(f"The output {output} is a folder. Give a file, such as {output / 'report.html'}")
     output.parent.mkdir(parents=True, exist_ok=True)
     replace_text(output, render(name, shown, panels))
     return output
 
 
 def render(name: str, shown: Shown, panels: Sequence[dict[str, Any]] = ()) -> str:
-    """Return the page. Plotly's script is in it only if there are curves."""
+    """Return the HTML of a page. It includes Plotly's script only if there are curves."""
     environment = Environment(
         loader=PackageLoader("ktae_trl.report", "."),
         autoescape=True,
@@ -122,7 +127,7 @@ def render(name: str, shown: Shown, panels: Sequence[dict[str, Any]] = ()) -> st
 
 
 def script(text: str) -> Markup:
-    """Return the text of a script so that HTML leaves it as it is, to the byte: its hash is in the page's policy."""
+    """Return a script as HTML parsers keep it, byte for byte, because the page's policy has its hash."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     return Markup(text.replace("</script", "<\\/script").replace("<!--", "<\\!--"))
 
@@ -132,6 +137,6 @@ def _sha256(text: str) -> str:
 
 
 def progress(some: Iterable[T], what: str) -> Iterable[T]:
-    """Show on a terminal how far the work on these has come."""
+    """Yield the items and show a progress bar on a terminal."""
     console = Console(stderr=True, markup=False, emoji=False)
     return track(some, what, console=console, transient=True, disable=not (console.is_terminal and sys.stderr.isatty()))

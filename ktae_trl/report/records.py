@@ -1,7 +1,7 @@
-"""Records of a training's rollouts, for reports and for pandas: a Parquet file for each step that is recorded.
+"""Records of the rollouts of a training run, for reports and pandas: one Parquet file per recorded step.
 
-`OUTPUT_DIR/rollouts/step_000010.parquet` holds whole groups, a row a rollout; `metrics.jsonl` beside it has a line for
-each time that the trainer logged.
+`OUTPUT_DIR/rollouts/step_000010.parquet` contains whole groups, one row per rollout. `metrics.jsonl` in the same folder
+has one line per log of the trainer.
 """
 
 import json
@@ -20,73 +20,77 @@ from ktae_trl.files.writing import open_to_append, replace_json_lines, replacing
 
 FOLDER = "rollouts"
 METRICS = "metrics.jsonl"
-SCHEMA_VERSION = 2  # of 1, the metadata differ
+SCHEMA_VERSION = 2  # version 1 had other metadata
 _METADATA = b"ktae_trl"
 _NAME = re.compile(r"step_(\d+)\.parquet", re.ASCII)
 logger = logging.getLogger(__name__)
 
 
 def schema(rewards: list[str]) -> pa.Schema:
-    """Return the columns of a record; the names are the reward functions'."""
+    """Return the columns of a record.
+
+    Args:
+        rewards: The names of the reward functions.
+    """
     return pa.schema(
         {
             "schema_version": pa.int8(),
-            "step": pa.int32(),  # the first optimizer step that trains on it
-            "group": pa.int32(),  # its prompt's number in the generation
-            "rollout": pa.int32(),  # its number in the group
-            "prompt": pa.string(),  # as the model saw it
+            "step": pa.int32(),  # the first optimizer step that trains on the rollout
+            "group": pa.int32(),  # index of the prompt in the generation
+            "rollout": pa.int32(),  # index of the rollout in its group
+            "prompt": pa.string(),  # as the model reads it
             "completion": pa.string(),
             "token_ids": pa.list_(pa.int32()),
             "tokens": pa.list_(pa.string()),
-            # False: not trained on in this row (a tool's output; in a tree, what another row trains).
+            # False: not trained on in this row (a tool's output, or a tree's segment that another row trains on).
             "trained": pa.list_(pa.bool_()),
-            "rewards": pa.struct({name: pa.float32() for name in rewards}),  # null: a function gave none
-            "correct": pa.bool_(),  # null: it could not be judged
-            "advantage": pa.float32(),  # of the rollout: A
-            "credit": pa.list_(pa.float32()),  # null without a credit method
-            "advantages": pa.list_(pa.float32()),  # of each token: A'
+            "rewards": pa.struct({name: pa.float32() for name in rewards}),  # null: the function returned None
+            "correct": pa.bool_(),  # null: it could not be graded
+            "advantage": pa.float32(),  # A of the rollout
+            "credit": pa.list_(pa.float32()),  # value of each token; null without a credit method
+            "advantages": pa.list_(pa.float32()),  # A' of each token
         }
     )
 
 
 class Method(NamedTuple):
-    """How the credit of a record was made: enough to explain it again, and to show it without the method's code."""
+    """The credit method of a record, with everything needed to compute K again and to display the record."""
 
     credit: str  # as in the config: ktae, oar_g, ..., none, or a dotted path
-    how: str | None  # how it met the advantages: multiply, add, scale, replace
-    settings: dict[str, Any] = {}  # the method's own fields of the config
+    how: str | None  # how credit changes the advantages: multiply, add, scale, replace; None without credit
+    settings: dict[str, Any] = {}  # the method's fields of the config
     title: str = ""
-    value: str = ""  # what a token's value is called, its symbol last
-    panels: dict[str, list[str]] = {}  # title of a curve -> its metrics
-    shares_tokens: bool = False  # rows share tokens, each of which is trained in one row
+    value: str = ""  # the name of a token's value, ending with its symbol
+    panels: dict[str, list[str]] = {}  # title of a panel of curves -> its metrics
+    shares_tokens: bool = False  # rows share tokens, and each shared token is trained on in one row
     special_ids: tuple[int, ...] = ()
-    generated_groups: int | None = None  # in the generation, of which some may be recorded only
+    generated_groups: int | None = None  # groups in the generation, of which the record may hold only some
 
     @property
     def value_name(self) -> str:
-        """Return what a token's value is called; empty without credit."""
+        """Return the name of a token's value, or "" without credit."""
         names = {"scale": "weight w", "replace": "token advantage v", None: ""}
         return self.value or names.get(self.how, "token value c")
 
     @property
     def symbol(self) -> str:
-        """Return the letter of a token's value."""
+        """Return the symbol of a token's value."""
         return self.value_name.rpartition(" ")[2]
 
 
 def method_of(kind, how: str | None, settings: dict[str, Any], **more) -> Method:
-    """Return what records say of a credit method (a class).
+    """Return the `Method` of a credit method's class.
 
     Args:
-        how: None without credit.
-        settings: its own fields of the config.
-        more: the other fields of `Method`.
+        how: How credit changes the advantages; None without credit.
+        settings: The method's fields of the config.
+        more: The other fields of `Method`.
     """
     return Method(kind.name, how, settings, kind.title, kind.value, kind.panels, kind.shares_tokens, **more)
 
 
 def _of_schema_1(fields: dict[str, Any]) -> Method:
-    """Return the method of a record of version 0.1, which had settings of KTAE, whatever its credit."""
+    """Return the method of a record of version 0.1, which has KTAE's settings for every credit method."""
     from ktae_trl.credit import METHODS  # loads torch
     from ktae_trl.credit.ktae.method import KTAE
     from ktae_trl.credit.method import GRPO
@@ -101,14 +105,14 @@ def _of_schema_1(fields: dict[str, Any]) -> Method:
 
 
 class Record(NamedTuple):
-    """A recorded step: rows as `schema` has them, group after group."""
+    """A recorded step. Its rows have the columns of `schema` and are sorted by group."""
 
     method: Method
     rows: list[dict[str, Any]]
 
 
 def write(path: Path, record: Record) -> None:
-    """Write a record; who reads at the same time sees all of it or nothing."""
+    """Write a record atomically."""
     names = sorted({name for row in record.rows for name in row["rewards"]})
     columns = schema(names).with_metadata({_METADATA: json.dumps(record.method._asdict(), default=str).encode()})
     rows = [{"schema_version": SCHEMA_VERSION, **row} for row in record.rows]
@@ -121,38 +125,40 @@ def read(path: str | Path) -> Record:
     """Read a record.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: the file is no record, or one of another schema version.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is not a record or has an unsupported schema version.
     """
     try:
         table = pq.read_table(path)
     except pa.ArrowInvalid as error:
-        raise UserError(f"{path} is no Parquet file: {error}") from None
+        raise UserError(f"{path} is not a Parquet file: {error}") from None
     text = (table.schema.metadata or {}).get(_METADATA)
     if text is None or "schema_version" not in table.column_names:
-        raise UserError(f"{path} is not a record of ktae_trl: it lacks its metadata")
+        raise UserError(f"{path} is not a record of ktae_trl: its metadata is missing")
     versions = set(table["schema_version"].to_pylist())
     if versions - {1, SCHEMA_VERSION}:
         raise UserError(
-            f"{path} has schema version {max(versions)}, this ktae_trl reads 1 and {SCHEMA_VERSION}: use the "
-            "version of ktae_trl that wrote it"
+            f"{path} has schema version {max(versions)}, but this ktae_trl reads versions 1 and {SCHEMA_VERSION}. Use "
+            "the version of ktae_trl that wrote it"
         )
     try:
         method = (_of_schema_1 if 1 in versions else lambda fields: Method(**fields))(json.loads(text))
     except TypeError as error:
-        raise UserError(f"{path} was made by another version of ktae_trl: {error}") from None
+        raise UserError(
+            f"{path} was written by another version of ktae_trl. Use that version to read it ({error})"
+        ) from None
     method = method._replace(special_ids=tuple(method.special_ids))
     return Record(method, table.drop_columns("schema_version").to_pylist())
 
 
 def folder_of(folder: str | Path) -> Path:
-    """Return the folder of the records: that of a run has them in `rollouts`."""
+    """Return the folder of records for a run's folder (its subfolder `rollouts`) or a folder of records."""
     folder = Path(folder)
     return folder / FOLDER if (folder / FOLDER).is_dir() else folder
 
 
 def files(folder: str | Path) -> list[Path]:
-    """Return the records of a run, by step. Files of other names, such as copies, are none."""
+    """Return the records of a run, sorted by step. Files with other names, such as copies, are ignored."""
     found = folder_of(folder).glob("step_*.parquet")
     return sorted((path for path in found if _NAME.fullmatch(path.name)), key=step_of)
 
@@ -166,9 +172,9 @@ def step_of(path: Path) -> int:
 
 
 def forget(folder: Path, step: int) -> int:
-    """Remove what was recorded after this step, metrics too; return the number of records removed.
+    """Remove the records and metrics of all steps after `step`, and return the number of removed records.
 
-    A link in the place of the metrics becomes a file.
+    If the file of metrics is a link, it is replaced by a copy.
     """
     later = [path for path in files(folder) if step_of(path) > step]
     for path in later:
@@ -181,7 +187,7 @@ def forget(folder: Path, step: int) -> int:
 
 
 def append_metrics(folder: Path, entry: dict[str, Any]) -> None:
-    """Add a line to the metrics; what is no number or not finite becomes null."""
+    """Append a line to the metrics. Values that are not finite numbers become null."""
     folder.mkdir(parents=True, exist_ok=True)
     finite = {k: v if isinstance(v, (int, float)) and math.isfinite(v) else None for k, v in entry.items()}
     with open_to_append(folder / METRICS) as lines:
@@ -189,14 +195,14 @@ def append_metrics(folder: Path, entry: dict[str, Any]) -> None:
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, float]]:
-    """Return what the trainer logged, an entry a step and one an evaluation; of a number logged twice the last one."""
+    """Return the trainer's logs, one entry per step and one per evaluation. Of repeated values, the last counts."""
     path = folder_of(folder) / METRICS
     if not path.exists():
         return []
     found: dict[tuple[int, bool], dict] = {}
     for number, entry in read_json_lines(path, skip_damaged=True):
         if not isinstance(entry.get("step"), int):
-            logger.warning("%s, line %d is left out: it has no step", path, number)
+            logger.warning("Ignored %s, line %d: it has no step", path, number)
             continue
         found.setdefault((entry["step"], any(name.startswith("eval_") for name in entry)), {}).update(entry)
     return [found[key] for key in sorted(found)]

@@ -1,4 +1,4 @@
-"""Key tokens of rollouts of any origin: rows of prompt, completion and verdict, read, graded, tokenised and valued."""
+"""Compute key tokens of rollouts from any source: read, grade and tokenize rows, and value their tokens."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -28,26 +28,28 @@ def explain(
     tf_weight: float = 1.0,
     leave_one_out: bool = False,
 ) -> KeyTokens:
-    """Value the tokens of rollouts as KTAE would in training.
+    """Compute the token values that KTAE would give rollouts in training.
 
-    Rows with the same prompt are a group, wherever they stand. The rollout advantage is GRPO's, of the reward 1 for a
-    right answer and 0 for a wrong one: A = (r - mean) / (std + 1e-4), std unbiased, as TRL has it.
+    Rows with the same prompt form a group, in any order. The advantage of a rollout is GRPO's as in TRL, with reward 1
+    for a correct answer and 0 for a wrong one:
+
+        A = (r - mean) / (std + 1e-4), with the unbiased standard deviation.
 
     Args:
-        rows: mappings with `prompt` and `completion` (texts or lists of chat messages), and `correct` (true, false, or
-            null for one that could not be judged) or `answers` (a text or a list of accepted ones), with which the
-            completion is graded as in training.
-        tokenizer: of transformers; it should be the model's, since tokens are what is valued.
-        combine: how A' comes of A and K, "multiply" or "add", as in `ktae_combine`.
-        fisher_weight, ig_weight, tf_weight, leave_one_out: as in `key_token_table`.
+        rows: Mappings with `prompt` and `completion` (strings or lists of chat messages), and with `correct` (true,
+            false, or null if it could not be graded) or `answers` (the accepted answer or a list of accepted answers).
+            With `answers`, the completion is graded as in training.
+        tokenizer: A transformers tokenizer, which should be that of the model that wrote the completions.
+        combine: How K changes the advantage A: "multiply" or "add", as in `ktae_combine`.
+        fisher_weight, ig_weight, tf_weight, leave_one_out: As in `key_token_table`.
 
-    A prompt whose rollouts are all right or all wrong, or that has one only, is kept and has values of 0. A rollout
-    without a verdict (null, or answers that cannot be parsed) is kept, takes no part in the statistics, and has values
-    of 0. A lone surrogate in a completion, which is no text, counts as U+FFFD.
+    If all rollouts of a prompt are correct or all are wrong, or it has a single rollout, its values are 0. A rollout
+    that cannot be graded (null, or answers that cannot be parsed) does not count in the statistics and has values of 0.
+    A lone surrogate in a text is replaced by U+FFFD.
 
     Raises:
-        ValueError: there are no rows, one lacks a column or has something else in it (its number is named), or a
-            setting is unknown or out of range.
+        ValueError: There are no rows, a row lacks a column or has a value of the wrong type (the message has its
+            number), or a setting is unknown or out of range.
     """
     if combine not in COMBINE:
         raise UserError(f"combine must be one of {', '.join(COMBINE)}, not {combine!r}")
@@ -55,7 +57,7 @@ def explain(
     settings = KTAE.settings_from({**weights, "leave_one_out": leave_one_out}, combine)
     rows = list(rows)
     if not rows:
-        raise UserError("There are no rollouts to explain")
+        raise UserError("No rollouts to explain: rows is empty")
     for number, row in enumerate(rows):
         check_row(row, f"row {number}")
 
@@ -104,34 +106,38 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """Read rollouts from a `.jsonl` or `.jsonl.gz` file.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: a line is not JSON, or is no row for `explain`; the line is named.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is empty, or a line is not a valid row for `explain`. The message has the line number.
     """
     rows = []
     for number, row in read_json_lines(path):
         check_row(row, f"{path}, line {number}")
         rows.append(row)
     if not rows:
-        raise UserError(f"{path} holds no rollouts")
+        raise UserError(f"{path} contains no rollouts")
     return rows
 
 
 def check_row(row: Any, where: str) -> None:
-    """Raise a ValueError that says where, unless this is a row for `explain`."""
+    """Raise a ValueError that begins with `where` if `row` is not a valid row for `explain`."""
     if not isinstance(row, Mapping):
-        raise UserError(f"{where}: a row must be an object with prompt, completion and correct, not {row!r:.60}")
+        raise UserError(
+            f"{where}: a row must be an object with prompt, completion and correct (or answers), not {row!r:.60}"
+        )
     missing = [name for name in ("prompt", "completion") if name not in row]
     if "correct" not in row and "answers" not in row:
         missing.append("correct (or answers)")
     if missing:
-        raise UserError(f"{where}: lacks {', '.join(missing)}. It has: {', '.join(map(str, row)) or 'nothing'}")
+        raise UserError(
+            f"{where}: {', '.join(missing)} is missing. The row has: {', '.join(map(str, row)) or 'nothing'}"
+        )
     for name in ("prompt", "completion"):
         value = row[name]
         chat = isinstance(value, list) and all(
             isinstance(message, Mapping) and isinstance(message.get("content"), str) for message in value
         )
         if not isinstance(value, str) and not chat:
-            raise UserError(f"{where}: {name} must be a text or a list of chat messages, not {value!r:.60}")
+            raise UserError(f"{where}: {name} must be a string or a list of chat messages, not {value!r:.60}")
     if "correct" in row:
         if row["correct"] is not None and row["correct"] not in (0, 1):
             raise UserError(f"{where}: correct must be true, false or null, not {row['correct']!r:.60}")
@@ -140,13 +146,14 @@ def check_row(row: Any, where: str) -> None:
     if not isinstance(answers, str) and not (
         isinstance(answers, list) and answers and all(isinstance(answer, str) for answer in answers)
     ):
-        raise UserError(f"{where}: answers must be a text or a list of texts, not {answers!r:.60}")
+        raise UserError(f"{where}: answers must be a string or a non-empty list of strings, not {answers!r:.60}")
 
 
 def group_advantages(verdicts: list[bool | None]) -> list[float]:
-    """Return GRPO's advantages of a group with reward 1 for right and 0 for wrong rollouts, as TRL 1.16 has them.
+    """Return GRPO's advantages of a group as in TRL 1.16, with reward 1 for correct and 0 for wrong rollouts.
 
-    0 for one without a verdict, and for all if they are alike or fewer than two have one.
+    The advantage is 0 for a rollout without a verdict, and for all rollouts if all verdicts are equal or if fewer than
+    two rollouts have one.
     """
     rewards = torch.tensor([float("nan") if verdict is None else float(verdict) for verdict in verdicts])
     known = rewards[~rewards.isnan()]
@@ -165,7 +172,7 @@ def _verdicts(rows: list[Mapping[str, Any]], completions: list[str]) -> list[boo
 
 
 def _text(value: str | list[Mapping[str, str]], only: str | None = None) -> str:
-    """Return chat messages as a text that can be read; a single one of the role `only` is its content."""
+    """Return chat messages as readable text. For a single message with role `only`, return its content."""
     if isinstance(value, str):
         return value
     if len(value) == 1 and value[0].get("role") == only:

@@ -1,4 +1,4 @@
-"""Key tokens as a page for the browser, from a run's records or from rollouts of any origin.
+"""Write an HTML page with key tokens, from a run's records or from rollouts of any source.
 
 ktae report runs/quickstart -o report.html
 ktae explain rollouts.jsonl --tokenizer Qwen/Qwen2.5-Math-1.5B -o page.html
@@ -19,20 +19,26 @@ def main(words: list[str]) -> None:
     explained = words[:1] == ["explain"]
     try:
         page = _explain(words[1:]) if explained else _report(words)
-    except UserError as error:  # which may quote a file of whatever origin
+    except UserError as error:  # the message may quote an untrusted file
         sys.exit(f"ktae {'explain' if explained else 'report'}: {visible(' '.join(str(error).split()))}")
     size = page.stat().st_size
-    Console(soft_wrap=True, highlight=False, markup=False, emoji=False).print(f"{page}: {size / 1e6:.1f} MB")
+    Console(soft_wrap=True, highlight=False, markup=False, emoji=False).print(f"Saved {page} ({size / 1e6:.1f} MB)")
 
 
 def _report(words: list[str]) -> Path:
     parser = argparse.ArgumentParser(
         prog="ktae report",
-        description="Write a run's recorded rollouts, their key tokens and the run's curves as one page.",
+        description="Write one HTML page with a run's recorded rollouts, their key tokens, and the run's curves.",
     )
-    parser.add_argument("run", type=Path, help="a run's folder, its folder of records, or one step_*.parquet")
-    parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="default: report.html")
-    parser.add_argument("--max_groups", type=int, help="of a run that recorded more, show so many; default: 400")
+    parser.add_argument("run", type=Path, help="a run's folder, its folder of records, or one step_*.parquet file")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("report.html"), help="the HTML file (default: report.html)"
+    )
+    parser.add_argument(
+        "--max_groups",
+        type=int,
+        help="maximum number of groups on the page, but at least one per record (default: 400)",
+    )
     options = vars(parser.parse_args(words))
 
     from ktae_trl.report.page import write_report
@@ -43,20 +49,35 @@ def _report(words: list[str]) -> Path:
 def _explain(words: list[str]) -> Path:
     parser = argparse.ArgumentParser(
         prog="ktae explain",
-        description="Write the key tokens of rollouts of any origin as one page. Rows with one prompt are a group.",
+        description="Write one HTML page with the key tokens of rollouts from any source. Rollouts with the same "
+        "prompt form a group.",
     )
     parser.add_argument(
         "file",
         type=Path,
-        help=".jsonl or .jsonl.gz, a rollout a line: prompt, completion, and correct (true, false, null) or answers",
+        help=".jsonl or .jsonl.gz file, one rollout per line, with prompt, completion, and correct (true, false, null) "
+        "or answers",
     )
-    parser.add_argument("--tokenizer", required=True, help="of the model that wrote them: a Hub id or a folder")
-    parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="default: report.html")
-    parser.add_argument("--combine", choices=("multiply", "add"), default="multiply", help="A + |A| K, or A + K")
-    parser.add_argument("--fisher_weight", type=float, default=1.0, help="h1")
-    parser.add_argument("--ig_weight", type=float, default=1.0, help="h2")
-    parser.add_argument("--tf_weight", type=float, default=1.0, help="h3")
-    parser.add_argument("--leave_one_out", action="store_true", help="value each rollout's tokens by the others")
+    parser.add_argument(
+        "--tokenizer", required=True, help="tokenizer of the model that wrote the completions: a Hub id or a folder"
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("report.html"), help="the HTML file (default: report.html)"
+    )
+    parser.add_argument(
+        "--combine",
+        choices=("multiply", "add"),
+        default="multiply",
+        help="token advantage: multiply is A + |A| K, add is A + K (default: multiply)",
+    )
+    parser.add_argument("--fisher_weight", type=float, default=1.0, help="weight h1 of F (default: 1.0)")
+    parser.add_argument("--ig_weight", type=float, default=1.0, help="weight h2 of IG (default: 1.0)")
+    parser.add_argument(
+        "--tf_weight", type=float, default=1.0, help="weight h3 of the token frequency in D (default: 1.0)"
+    )
+    parser.add_argument(
+        "--leave_one_out", action="store_true", help="compute K for each rollout from the other rollouts of its group"
+    )
     options = vars(parser.parse_args(words))
 
     from transformers import AutoTokenizer

@@ -1,10 +1,10 @@
-"""How a token looks: its own string, what of it can be seen, and the colour of its value. Nothing here knows HTML."""
+"""Display tokens: their strings, invisible characters made visible, and the colour of their values. Without HTML."""
 
 import unicodedata
 from collections.abc import Iterable
 from functools import lru_cache
 
-# Characters without ink that Unicode does not file under controls or formats; the ranges of variation selectors too.
+# Invisible characters outside Unicode's categories of controls and formats, and the variation selectors.
 _INVISIBLE = {0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2800, 0x3164, 0xFFA0, *range(0x180B, 0x1810)}
 _INVISIBLE |= {*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)}
 _CONTROLS = "NUL SOH STX ETX EOT ENQ ACK BEL BS TAB LF VT FF CR SO SI"
@@ -17,8 +17,8 @@ _NAMES = {
 }  # fmt: skip
 _UNSEEN_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs"}
 
-# Blue for positive, orange for negative: apart for all common kinds of colour blindness. On white and on dark ground,
-# so that black or white text keeps a contrast of at least 4.5.
+# Background, positive and negative colour, for light (False) and dark (True) pages. Blue and orange are distinguishable
+# with all common kinds of colour blindness. Black (dark: white) text has a contrast of at least 4.5 on all of them.
 _SCALES = {
     False: ((255, 255, 255), (96, 165, 246), (245, 145, 40)),
     True: ((24, 27, 32), (28, 92, 168), (160, 78, 0)),
@@ -26,11 +26,11 @@ _SCALES = {
 
 
 def visible(text: str) -> str:
-    """Return `text` with everything that has no ink written out, so that it can neither hide nor reorder anything.
+    """Return `text` with all invisible characters made visible, so that it cannot hide or reorder anything.
 
-    A newline becomes `↵` and the newline, a tab `⇥` and the tab. Other control characters, invisible ones, those that
-    turn the direction of writing, and lone surrogates become names: `⟨NUL⟩`, `⟨RLM⟩`, `⟨U+D800⟩` (many fonts lack the
-    pictures of control characters). A combining mark in front has nothing to combine with and gets `◌`. Spaces stay.
+    A newline becomes `↵` and a newline, a tab `⇥` and a tab. Other control characters, invisible characters, those that
+    change the writing direction, and lone surrogates become names: `⟨NUL⟩`, `⟨RLM⟩`, `⟨U+D800⟩`. (Many fonts lack
+    symbols for control characters.) A combining mark at the beginning gets a `◌` to combine with. Spaces stay.
     """
     if text.isascii() and text.isprintable():
         return text
@@ -50,20 +50,21 @@ def _visible_character(character: str) -> str:
 
 
 def label(text: str) -> str:
-    """Return `text` visible and on one line: a token by itself, as in a table."""
+    """Return `text` made visible and on one line, for a single token, as in a table."""
     return one_line(visible(text))
 
 
 def one_line(shown: str) -> str:
-    """Return what `visible` gave on one line, with `␣` for its spaces."""
+    """Return the result of `visible` on one line, with `␣` for spaces."""
     return shown.replace("\n", "").replace("\t", "").replace(" ", "␣")
 
 
 def colour(value: float, dark: bool = False) -> tuple[int, int, int]:
-    """Return the background of a token with this value, red, green and blue up to 255.
+    """Return the background colour of a token with this value, as RGB with components up to 255.
 
-    Blue for positive, orange for negative, the ground (white; near black if `dark`) for 0; values beyond [-1, 1] count
-    as these, NaN as 0. Black text on it (white if `dark`) has a contrast of 4.5 or more.
+    Positive values are blue, negative ones orange, and 0 has the background of the page (white, or near black if
+    `dark`). Values are clipped to [-1, 1], and NaN counts as 0. Black text (white if `dark`) has a contrast of at least
+    4.5 on it.
     """
     ground, positive, negative = _SCALES[dark]
     value = 0.0 if value != value else max(-1.0, min(1.0, value))
@@ -72,12 +73,12 @@ def colour(value: float, dark: bool = False) -> tuple[int, int, int]:
 
 
 def shade(value: float | None, how: str, most: float) -> float:
-    """Return how far, from -1 to 1, the credit of a token speaks against or for it: 0 for what changes nothing.
+    """Return a token's credit on the colour scale: negative is against the token, positive for it, 0 has no effect.
 
     Args:
-        value: as in `Credit.values`; None without credit.
-        how: as in `Credit.how`.
-        most: the largest |value| beside it, to which the segment advantages of `replace` are compared.
+        value: As in `Credit.values`; None without credit.
+        how: As in `Credit.how`.
+        most: The largest |value| of the group, by which the values of `replace` are divided.
     """
     if value is None:
         return 0.0
@@ -85,15 +86,15 @@ def shade(value: float | None, how: str, most: float) -> float:
 
 
 def token_strings(ids: Iterable[int], tokenizer) -> dict[int, str]:
-    """Return the text of each distinct id as it stands inside of a text, with its leading space.
+    """Return the text of each distinct token id, with the leading space that it has inside a text.
 
-    Decoded once each, all in one batch, behind an `a` whose text is then taken off: by itself a tokenizer of the
-    SentencePiece kind would drop the space. An id that is only a part of a character, or has no text, gives the
-    tokenizer's own piece (`Ġâ`, `<0xE2>`), one beyond the vocabulary `⟨id 151999⟩`.
+    All ids are decoded in one batch, each after the text `a`, which is then removed: without it, SentencePiece
+    tokenizers drop the leading space. If an id is only a part of a character or has no text, the result is the
+    tokenizer's own piece (`Ġâ`, `<0xE2>`). An id beyond the vocabulary becomes `⟨id 151999⟩`.
 
     Args:
-        ids: token ids, any number of times.
-        tokenizer: of transformers.
+        ids: Token ids, possibly repeated.
+        tokenizer: A transformers tokenizer.
     """
     distinct = list(dict.fromkeys(int(i) for i in ids))
     anchor = tokenizer("a", add_special_tokens=False)["input_ids"]

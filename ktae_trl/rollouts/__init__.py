@@ -1,1 +1,1 @@
-"""From prompts to judged groups of rollouts: how they are drawn, which are right, and what the model says of them."""
+"""From prompts to graded groups of rollouts: sampling, correctness, and the credit methods' access to the trainer."""

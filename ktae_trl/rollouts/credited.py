@@ -1,4 +1,4 @@
-"""Token credit of a run: between the trainer, which generates, and the credit method, which values tokens."""
+"""The token credit of a run: passes generated rollouts from the trainer to the credit method."""
 
 import time
 from collections.abc import Iterator
@@ -18,17 +18,18 @@ from ktae_trl.rollouts.verdicts import Verdicts
 
 
 class TokenCredit:
-    """The credit method of a run, and what it needs of the trainer.
+    """The credit method of a run and its connection to the trainer.
 
     Attributes:
-        tools: what the method may ask for.
-        method: the object that values tokens; None with `credit: none`.
-        how: how its values meet the rollout advantages; None with `credit: none`.
+        tools: the method's access to the model and the rewards.
+        kind: the class of the method.
+        method: the method; None with `credit: none`.
+        how: how values and rollout advantages are combined; None with `credit: none`.
         special_ids: padding and every end-of-sequence id.
     """
 
     def __init__(self, args, trainer):
-        """Make the method. `trainer` must be built, but for its dataloaders."""
+        """Create the method. `trainer` must be initialized, except for its dataloaders."""
         self.args, self.trainer = args, trainer
         self.tools = TrainerTools(trainer)
         self.special_ids = tuple({self.tools.tokenizer.pad_token_id, *self.tools.eos_ids})
@@ -44,9 +45,9 @@ class TokenCredit:
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
-        """In here, the trainer generates in training by the method's own sampler, if it has one.
+        """Make the trainer generate with the method's own sampler, if it has one, while it trains.
 
-        Its rollouts come in as TRL's `rollout_func`; where one is set already, it stays.
+        The sampler is installed as TRL's `rollout_func`. A `rollout_func` that is already set is kept.
         """
         trainer = self.trainer
         if not self.kind.samples_itself() or not trainer.model.training or trainer.rollout_func is not None:
@@ -68,24 +69,27 @@ class TokenCredit:
     def add_to(
         self, batch: dict[str, Tensor], rows: list[dict[str, Any]], judged: Verdicts
     ) -> dict[str, tuple[float, float]]:
-        """Value the tokens of a generation: the batch gets its `credit` (B, T). Collective.
+        """Add the token values of a generation to the batch, as `credit` (B, T). Collective.
 
-        Nothing is added with `credit: none`, in groups of one, which have nothing to compare, and in evaluation, where
-        nothing trains on it, unless `credit_in_evaluation` is set and TRL sampled as it does in training.
+        Nothing is added with `credit: none`, for groups of one rollout, and in evaluation. With `credit_in_evaluation`
+        values are added in evaluation too, unless the method samples its own rollouts.
 
         Args:
-            batch: TRL's, of this process.
-            rows: of the dataset, one for each rollout of this process.
-            judged: which rollouts of all processes are right.
+            batch: TRL's batch of this process.
+            rows: dataset row of each rollout of this process.
+            judged: verdicts for the rollouts of all processes.
 
         Returns:
             Numerators and denominators of the method's metrics over all processes.
+
+        Raises:
+            UserError: the method returned something other than a value for each token.
         """
         wanted = self.trainer.model.training or (self.args.credit_in_evaluation and not self.kind.samples_itself())
         if self.method is None or not wanted or judged.correct_PG.shape[1] == 1:
             return {}
         started = time.perf_counter()
-        self.tools.model = self.trainer.model  # which transformers replaces under FSDP1
+        self.tools.model = self.trainer.model  # transformers replaces it under FSDP1
         self.tools.images = "pixel_values" in batch
         groups = whole_groups(batch, judged, rows, self.special_ids, self.trainer.accelerator)
         credit = self.method.credit(groups)
@@ -94,8 +98,8 @@ class TokenCredit:
         if not isinstance(credit.values_BT, Tensor) or credit.values_BT.shape != groups.ids_BT.shape:
             shape = getattr(credit.values_BT, "shape", type(credit.values_BT).__name__)
             raise UserError(
-                f"credit={self.args.credit!r} must return a value for each token of the own rollouts, a tensor of "
-                f"shape {tuple(groups.ids_BT.shape)}, not {shape if isinstance(shape, str) else tuple(shape)}"
+                f"credit={self.args.credit!r} must return a value for each token of this process's rollouts: a tensor "
+                f"of shape {tuple(groups.ids_BT.shape)}, not {shape if isinstance(shape, str) else tuple(shape)}"
             )
         values_BT = credit.values_BT.detach().to(batch["advantages"].device, torch.float32)
         batch["credit"] = values_BT[:, : batch["completion_ids"].shape[1]]
@@ -104,18 +108,18 @@ class TokenCredit:
             stacked = torch.stack([torch.stack(pair).float() for pair in credit.sums.values()])
             pooled = self.trainer.accelerator.reduce(stacked, "sum").tolist()
             sums = dict(zip(credit.sums, map(tuple, pooled), strict=True))
-        # Reading the sums has waited for the device. A mean over nothing is left out: TRL would log None, of which
-        # TensorBoard's writer complains at every step.
+        # `tolist` above synchronized with the device, so the time is complete. A mean over nothing is left out: TRL
+        # would log None, and TensorBoard's writer would warn at every step.
         means = {name: total / count for name, (total, count) in sums.items() if count}
         trl_seam.log_metrics(self.trainer, means | {f"{self.kind.family}/seconds": time.perf_counter() - started})
         return sums
 
 
 def check_sampler(kind: type[Method], trainer) -> None:
-    """Raise a UserError if a method that samples its rollouts itself meets another source of rollouts, or images."""
+    """Raise a UserError if a method that samples its own rollouts is combined with another source, or with images."""
     images = {"image", "images"} & set(getattr(trainer.train_dataset, "column_names", None) or ())
     if kind.samples_itself() and (trainer.rollout_func or trainer.tools or trainer.environment_factories or images):
         raise UserError(
-            f"credit={kind.name!r} samples its rollouts itself, from text: it does not go with a rollout_func, tools, "
-            "environments or images"
+            f"credit={kind.name!r} samples its own rollouts from text, so a rollout_func, tools, environments and "
+            "images are not supported. Remove them, or use another credit method"
         )

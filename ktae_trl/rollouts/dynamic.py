@@ -1,7 +1,8 @@
-"""Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): a batch of groups that have right and wrong rollouts.
+"""Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): batches of groups with correct and wrong rollouts.
 
-A group whose rollouts are all right, or all wrong, has no advantages to learn from. Such prompts are replaced by the
-next ones of the training set until the batch is full.
+In a group whose rollouts are all correct or all wrong, the correctness reward gives no advantages. Such prompts are
+replaced by the next prompts of the training set until the batch is full. A group with correct and wrong rollouts is
+called informative.
 """
 
 import copy
@@ -23,11 +24,11 @@ logger = logging.getLogger(__name__)
 
 
 class PromptStream:
-    """The order in which prompts are drawn: permutations of the training set, one after another, without a gap.
+    """The order in which prompts are drawn: consecutive permutations of the training set.
 
-    They are those of TRL's `RepeatSampler` with the same seed, which begins a new one when less than a batch is left of
-    the old. Here the rest comes first, so that no prompt comes again before all others. A place in the stream is one
-    number, `position`: how many prompts were drawn.
+    The permutations are those of TRL's `RepeatSampler` with the same seed. TRL starts a new permutation when less than
+    a batch is left of the current one. Here the rest is drawn first, so that no prompt is repeated before all others
+    were drawn. `position`, the number of prompts drawn so far, is the whole state of the stream.
     """
 
     def __init__(self, size: int, seed: int, shuffle: bool = True):
@@ -36,7 +37,7 @@ class PromptStream:
         self._restart()
 
     def take(self, n: int) -> list[int]:
-        """Draw the next `n` prompts: their numbers in the training set."""
+        """Draw the next `n` prompts and return their indices in the training set."""
         taken = []
         while len(taken) < n:
             epoch, begin = divmod(self.position, self.size)
@@ -46,11 +47,11 @@ class PromptStream:
         return taken
 
     def state(self) -> dict[str, int]:
-        """Return what a checkpoint holds of the stream."""
+        """Return the state for a checkpoint."""
         return {"position": self.position, "size": self.size, "seed": self.seed, "shuffle": self.shuffle}
 
     def restore(self, state: dict[str, int]) -> None:
-        """Resume at the place of a checkpoint, whose prompts and order must be those of this stream."""
+        """Resume from the state of a checkpoint, which must have the same prompts in the same order."""
         self.position = state["position"]
 
     def _permutation(self, epoch: int) -> list[int]:
@@ -65,26 +66,26 @@ class PromptStream:
 
     def _restart(self) -> None:
         self._generator = torch.Generator().manual_seed(self.seed)
-        self._drawn = 0  # permutations so far
+        self._drawn = 0  # permutations drawn so far
 
 
 class Generation(NamedTuple):
-    """Rollouts of P prompts, G of each; a process has B = P G / processes of them, in the order of all processes."""
+    """G rollouts for each of P prompts, spread in order over the processes: B = P G / processes on each."""
 
-    indices: list[int]  # (P,) numbers of the prompts in the training set
+    indices: list[int]  # (P,) indices of the prompts in the training set
     rollouts: list[dict]  # (B,) this process's rollouts, each with its `completion_ids`
     rewards: Tensor  # (P G, reward functions) of all processes
     verdicts: Verdicts
 
 
 class Batch(NamedTuple):
-    """Chosen groups, spread over the processes in order: a process has B rollouts of them."""
+    """The chosen groups, spread in order over the processes: B rollouts on each."""
 
-    rows: list[dict[str, Any]]  # (B,) of the training set
-    rollouts: list[dict]  # (B,) as they were generated
+    rows: list[dict[str, Any]]  # (B,) rows of the training set
+    rollouts: list[dict]  # (B,) as returned by `Generate`
     rewards: Tensor  # (P G, reward functions) of all processes
-    metrics: dict[str, float]  # what it took to fill the batch; README's table of metrics says what each means
-    state: dict[str, float]  # metrics that say where the run is, of which there is no mean
+    metrics: dict[str, float]  # see `docs/metrics.md`
+    state: dict[str, float]  # metrics that are logged as they are, without a mean over steps
 
 
 Generate = Callable[[list[dict[str, Any]]], list[dict]]
@@ -92,19 +93,19 @@ Grade = Callable[[list[dict[str, Any]], list[dict]], tuple[Tensor, Verdicts]]
 
 
 class DynamicSampling:
-    """Fills batches with informative groups, from one stream of prompts.
+    """Fills batches with informative groups from one stream of prompts.
 
-    Every process draws the same prompts and sees the rewards of all, so all come to the same decisions.
+    Every process draws the same prompts and sees the rewards of all processes, so all make the same decisions.
 
     Args:
-        dataset: the training set; its rows are copied, for a reward function may change them.
-        generate: makes a rollout for each row of this process: a dict with its `completion_ids`. Collective.
-        grade: the rewards (P G, reward functions) of all processes' rollouts, and what they say. Collective.
-        groups: P, groups of a batch and of each generation.
-        num_generations: G, rollouts of a group.
-        max_batches: generations for one batch at most.
-        seed, shuffle: of the stream.
-        process_index, num_processes: of this process, and how many there are.
+        dataset: the training set. Its rows are copied, because a reward function may change them.
+        generate: returns a rollout for each row of this process, a dict with its `completion_ids`. Collective.
+        grade: returns the rewards (P G, reward functions) of all processes' rollouts, and their verdicts. Collective.
+        groups: P, the number of groups in a batch and in each generation.
+        num_generations: G, the number of rollouts in a group.
+        max_batches: maximum number of generations for one batch.
+        seed, shuffle: for the stream.
+        process_index, num_processes: index of this process, and number of processes.
     """
 
     def __init__(
@@ -128,22 +129,21 @@ class DynamicSampling:
         self._warned_of_filling = False
 
     def state(self) -> dict[str, int]:
-        """Return what a checkpoint holds."""
+        """Return the state for a checkpoint."""
         return self.stream.state()
 
     def restore(self, state: dict[str, int]) -> None:
-        """Resume where a checkpoint was, whose prompts and order must be those of this run."""
+        """Resume from the state of a checkpoint, which must have the same prompts in the same order."""
         self.stream.restore(state)
 
     def batch(self, step: int) -> Batch:
         """Generate until there are P informative groups, at most `max_batches` times. Collective.
 
-        The first informative ones are chosen, in the order of the stream; those left over were made by the same policy,
-        but the next batch is trained after it has changed, so they are dropped. If there are too few, the first of the
-        others fill the batch.
+        The first P informative groups are chosen, in the order of the stream. If there are fewer, the first other
+        groups fill the batch. Surplus groups are dropped: the policy will have changed by the next batch.
 
         Args:
-            step: optimizer steps so far, for warnings.
+            step: number of optimizer steps so far, for warnings.
         """
         begin = self.stream.position
         generations: list[Generation] = []
@@ -176,21 +176,21 @@ class DynamicSampling:
         return Generation(indices, rollouts, *self.grade(rows, rollouts))
 
     def _rows(self, indices: list[int]) -> list[dict[str, Any]]:
-        """Return a row for each rollout of this process, of groups for these prompts."""
+        """Return the dataset row of each rollout that this process generates for these prompts."""
         G, B = self.num_generations, len(indices) * self.num_generations // self.num_processes
         own = [indices[row // G] for row in range(self.process_index * B, (self.process_index + 1) * B)]
         once = {index: self.dataset[index] for index in dict.fromkeys(own)}
         return [copy.deepcopy(once[index]) for index in own]
 
     def _spread(self, generations: list[Generation], chosen: list[int]) -> tuple[list[dict], float]:
-        """Spread the chosen groups over the processes again, in order. Collective.
+        """Redistribute the chosen groups over the processes, in order. Collective.
 
         Returns:
-            This process's rollouts, and the share of the generated tokens that are in no chosen group.
+            This process's rollouts, and the share of the generated tokens that are discarded.
         """
         P, G, B = self.groups, self.num_generations, len(generations[0].rollouts)
         begin = self.process_index * B
-        own = []  # (place in the batch, rollout), for the chosen ones that this process generated
+        own = []  # (place in the batch, rollout) of each chosen rollout that this process generated
         for place, group in enumerate(chosen):
             generation, number = divmod(group, P)
             rollouts = generations[generation].rollouts
@@ -208,16 +208,16 @@ class DynamicSampling:
             return
         if stream.position // stream.size > begin // stream.size:
             logger.warning(
-                "Dynamic sampling has drawn all %d training prompts at optimizer step %d and begins anew: pass %d.",
+                "Dynamic sampling has drawn all %d training prompts by optimizer step %d and starts pass %d over them.",
                 *(stream.size, step, stream.position // stream.size + 1),
             )
         if filled and not self._warned_of_filling:
             self._warned_of_filling = True
             logger.warning(
-                "Dynamic sampling found %d informative groups of %d in %d generations (the most that "
-                "dynamic_sampling_max_batches allows) and filled the batch with groups that are all right or all "
-                "wrong, which teach nothing. The problems may be too easy or too hard for the model: see the metrics "
-                "dynamic_sampling/filled, all_right and all_wrong. This is said once.",
+                "Dynamic sampling found only %d of %d groups with both correct and wrong rollouts in %d generations "
+                "(the limit of dynamic_sampling_max_batches) and filled the batch with other groups. The problems may "
+                "be too easy or too hard for the model: see the metrics dynamic_sampling/filled, all_right and "
+                "all_wrong. This warning is shown once.",
                 *(self.groups - filled, self.groups, generations),
             )
 
@@ -240,21 +240,22 @@ def _metrics(generations: list[Generation], informative: Tensor, filled: int, gr
 
 
 def in_trainer(trainer, judged: Callable[[Tensor], Verdicts]) -> DynamicSampling:
-    """Return the dynamic sampling of a `KTAEGRPOTrainer`.
+    """Create the dynamic sampling of a `KTAEGRPOTrainer`.
 
     Args:
-        judged: what the rewards (P G, reward functions) of all processes' rollouts say.
+        trainer: the trainer, initialized except for its dataloaders.
+        judged: maps the rewards (P G, reward functions) of all processes' rollouts to verdicts.
 
     Raises:
-        UserError: the run's data or rewards do not go with it.
+        UserError: the run's dataset or reward functions are not supported.
     """
     _check(trainer)
 
     def generate(rows: list[dict[str, Any]]) -> list[dict]:
         made = trl_seam.generate(trainer, [row["prompt"] for row in rows])
         if made.images is not None:
-            raise UserError("dynamic_sampling does not go with images, which some prompts hold")
-        for name, values in made.extra_fields.items():  # of a rollout_func, for the reward functions
+            raise UserError("dynamic_sampling does not support prompts with images. Set dynamic_sampling: false")
+        for name, values in made.extra_fields.items():  # from a rollout_func, for the reward functions
             for i, row in enumerate(rows):
                 if not isinstance(values, list):
                     row[name] = values
@@ -278,7 +279,8 @@ def in_trainer(trainer, judged: Callable[[Tensor], Verdicts]) -> DynamicSampling
         for name, values in columns.items():
             if len(values) != len(rows):
                 raise UserError(
-                    f"A reward function logged {len(values)} values of {name!r} for {len(rows)} completions"
+                    f"A reward function logged {len(values)} values of {name!r} for {len(rows)} completions. Log one "
+                    "value for each completion"
                 )
         for i, rollout in enumerate(rollouts):
             rollout["columns"] = {name: values[i] for name, values in columns.items()}
@@ -303,17 +305,20 @@ def _check(trainer) -> None:
     data, names, named = trainer.train_dataset, trainer.reward_func_names, trainer.args.correctness_reward
     if not isinstance(data, Dataset):
         raise UserError(
-            f"dynamic_sampling draws prompts by their number, which a {type(data).__name__} does not have: "
-            "load the dataset without streaming"
+            f"dynamic_sampling needs a dataset with random access, not of type {type(data).__name__}. Load the dataset "
+            "without streaming"
         )
     if named is None and len(names) > 1:
-        problem = f"There are several: {', '.join(names)}. Set correctness_reward"
+        problem = f"There are several ({', '.join(names)}). Set correctness_reward to one of them"
     elif (named or names[0]) in SHAPING:
-        problem = f"{named or names[0]!r} only shapes the reward. Add one such as math_accuracy, and name it"
+        problem = (
+            f"{named or names[0]!r} only shapes the reward. Add one such as math_accuracy to reward_funcs, and set "
+            "correctness_reward to it"
+        )
     else:
         problem = None
     if problem:
-        raise UserError(f"dynamic_sampling needs a reward function that says which rollouts are right. {problem}")
+        raise UserError(f"dynamic_sampling needs a reward function that decides which rollouts are correct. {problem}")
     if trainer.tools or trainer.environment_factories or {"image", "images"} & set(data.column_names):
-        raise UserError("dynamic_sampling does not go with tools, environments or images")
+        raise UserError("dynamic_sampling does not support tools, environments or images. Set dynamic_sampling: false")
     trl_seam.need("dynamic_sampling", trainer)

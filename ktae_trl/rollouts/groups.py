@@ -1,4 +1,4 @@
-"""From the batch of a process to whole groups, which may lie on several processes."""
+"""Complete the groups of a process's batch, which may be spread over several processes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,13 +17,14 @@ def whole_groups(
     special_ids: tuple[int, ...],
     accelerator: Accelerator,
 ) -> Groups:
-    """Return the groups that this process holds rollouts of, complete with those of other processes. Collective.
+    """Return the groups of which this process holds rollouts, completed from other processes. Collective.
 
     Args:
-        batch: TRL's, of this process.
-        judged: of the groups of all processes.
-        rows: of the dataset, one for each rollout of this process.
+        batch: TRL's batch of this process.
+        judged: verdicts for the groups of all processes.
+        rows: dataset row of each rollout of this process.
         special_ids: padding and every end-of-sequence id.
+        accelerator: of the trainer.
     """
     ids = batch["completion_ids"].int()
     mask = batch["completion_mask"].bool()
@@ -32,7 +33,7 @@ def whole_groups(
     B, G = len(ids), judged.correct_PG.shape[1]
     begin = accelerator.process_index * B
     first, last = begin // G, -(-(begin + B) // G)  # groups, in the order of all processes
-    if B % G:  # groups straddle processes
+    if B % G:  # some groups are spread over processes
         ids, mask = (accelerator.pad_across_processes(x, dim=1) for x in (ids, mask.int()))
         ids, mask = (accelerator.gather(x)[first * G : last * G] for x in (ids, mask))
     correct_PG, scored_PG = (x[first:last] for x in judged)

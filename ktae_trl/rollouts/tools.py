@@ -1,4 +1,4 @@
-"""What a credit method may ask of the training: the model, extra rollouts, the correctness reward, a second model."""
+"""The `Tools` of a credit method: the model, extra rollouts, the correctness reward and a second model."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,33 +20,33 @@ from ktae_trl.rollouts.verdicts import AUTO, verdicts
 class Policy:
     """The model that is trained: logits at chosen positions, in evaluation mode.
 
-    No parameter gets a gradient, and what DDP, DeepSpeed or FSDP2 do in a training step does not happen: forwards go
-    through the model itself, and gradients are asked for with `torch.autograd.grad`, for embeddings only.
+    Forward passes go through the model itself, and gradients are computed with `torch.autograd.grad` for embeddings
+    only. So no parameter gets a gradient, and the training-step logic of DDP, DeepSpeed and FSDP2 does not run.
     """
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator):
         self.model, self.tokenizer, self.accelerator = model, tokenizer, accelerator
         self.device = accelerator.device
-        self.images = False  # whether the rollouts have any
+        self.images = False  # whether the rollouts contain images
 
     @property
     def tokens_per_logits(self) -> float:
-        """Return how many tokens' hidden states take as much memory as one logit vector."""
+        """Return the memory of one logit vector, in units of one token's hidden state."""
         config = self.model.config.get_text_config()
         return config.vocab_size / config.hidden_size
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Put the model in evaluation mode, and back as it was.
+        """Put the model in evaluation mode, and restore its modes at the end.
 
-        Layers that are checkpointed in training are here too where gradients are on (not with `use_reentrant`, which
-        knows no `torch.autograd.grad`); dropout, which is inside of them, is off.
+        With gradients on, layers use gradient checkpointing here as in training, but with dropout off. Reentrant
+        checkpointing is not used because it does not support `torch.autograd.grad`.
 
         Raises:
-            ValueError: the rollouts have images, which do not come this way.
+            UserError: the rollouts contain images.
         """
         if self.images:
-            raise UserError("This credit method reads the model by text only: it does not go with images")
+            raise UserError("This credit method does not support rollouts with images. Use another one")
         modules = list(self.model.modules())
         training = [module.training for module in modules]
         self.model.eval()
@@ -69,7 +69,7 @@ class Policy:
         """Return the logits at chosen positions: see `Tools`."""
 
         def pick(head: nn.Module, inputs: tuple) -> tuple:
-            hidden, *rest = inputs  # no logits of the whole batch: they can be larger than all else
+            hidden, *rest = inputs  # select before the head: logits of all positions can be huge
             return hidden.gather(1, at_BA[..., None].expand(-1, -1, hidden.shape[-1])), *rest
 
         hooks = [self.model.get_output_embeddings().register_forward_pre_hook(pick)]
@@ -84,18 +84,18 @@ class Policy:
         return output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
 
     def empty_cache(self) -> DynamicCache:
-        """Return a cache for `logits` to fill."""
+        """Return an empty cache for `logits`."""
         return DynamicCache(config=self.model.config)
 
     def beginning(self, cache: DynamicCache, length: int, rows: int) -> tuple[DynamicCache | None, int]:
-        """Return the first `length` tokens of a cache with one row, for so many rows: see `Tools`."""
+        """Return the first `length` tokens of a one-row cache, repeated for `rows` rows: see `Tools`."""
         if length == 0 or any(type(layer) is not DynamicLayer for layer in cache.layers):
             return None, 0
         cut = (tuple(x[:, :, :length].expand(rows, -1, -1, -1) for x in (keys, values)) for keys, values, *_ in cache)
         return DynamicCache(cut, self.model.config), length
 
     def missing_rounds(self, rounds: int) -> int:
-        """Return how many rounds of forwards the process with most makes beyond the `rounds` of this one."""
+        """Return how many more rounds the busiest process makes than this one: see `Tools`."""
         kind = self.accelerator.distributed_type
         plugin = self.accelerator.state.deepspeed_plugin
         if kind != DistributedType.FSDP and not (kind == DistributedType.DEEPSPEED and plugin.zero_stage == 3):
@@ -113,9 +113,9 @@ class TrainerTools(Policy):
         self._frozen: dict[str, nn.Module] = {}
 
     def token_stats(self, groups: Groups, model: nn.Module | Literal["policy"] = "policy") -> tuple[Tensor, Tensor]:
-        """Return log-probabilities and entropies of the own tokens: see `Tools`."""
+        """Return the log-probabilities and entropies of this process's tokens: see `Tools`."""
         if model is None:
-            raise TypeError("token_stats needs a model: leave it out for the policy, or give what `frozen` returned")
+            raise TypeError("token_stats: model is None. Omit it for the policy, or pass a model from `frozen`")
         trl_seam.need("token_stats", self.trainer)
         T = groups.ids_PGT.shape[2]
         mask_BT = torch.arange(T, device=self.device) < groups.lengths_B[:, None]
@@ -134,12 +134,12 @@ class TrainerTools(Policy):
     def generate(self, prefixes: list[list[int]], limit: int) -> tuple[list[list[int]], list[list[float]] | None]:
         """Sample a continuation of each prefix: see `Tools`.
 
-        With transformers at most as many at once as the rollouts of a generation.
+        Without vLLM, at most as many prefixes are processed at once as a generation has rollouts on this process.
         """
         trl_seam.need("sampling", self.trainer)
         args = self.trainer.args
         at_once = args.per_device_train_batch_size * args.steps_per_generation
-        if self.trainer.use_vllm:  # which queues them itself
+        if self.trainer.use_vllm:  # vLLM batches by itself
             at_once = max(len(prefixes), 1)
         rounds = max(most(-(-len(prefixes) // at_once), self.accelerator), 1)
         ids: list[list[int]] = []
@@ -154,26 +154,26 @@ class TrainerTools(Policy):
         own = longest = len(prefixes)
         trainer = self.trainer
         if trainer.use_vllm and (trainer.vllm_mode == "server" or trainer.args.vllm_tensor_parallel_size > 1):
-            # vLLM then takes as many prompts from each process, and the limit from one.
+            # vLLM then expects equally many prompts from each process and takes the limit from one of them.
             longest = most(own, self.accelerator)
         filling = [[self.eos_ids[0]]] * (max(longest, 1) - own)
         ids, logprobs = trl_seam.continuations(trainer, prefixes + filling, limit if longest else 1)
         return ids[:own], None if logprobs is None else logprobs[:own]
 
     def grade(self, rows: list[dict[str, Any]], completions: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Return which completions are right, and which could be judged: see `Tools`."""
+        """Return which completions are correct, and which could be graded: see `Tools`."""
         threshold = self.trainer.args.correctness_threshold
         if threshold == AUTO:
             raise UserError(
                 f"correctness_threshold: {AUTO} compares the rollouts of a group, but credit: "
-                f"{self.trainer.args.credit} grades completions by themselves. Set correctness_threshold to a number"
+                f"{self.trainer.args.credit} grades single completions. Set correctness_threshold to a number"
             )
         sizes = gather_object([len(rows)])
         own, longest = len(rows), max(sizes)
         if not longest:
             nothing = torch.zeros(0, dtype=torch.bool, device=self.device)
             return nothing, nothing
-        if min(sizes) < longest:  # TRL gathers as many rewards from each process
+        if min(sizes) < longest:  # TRL gathers equally many rewards from each process
             row, completion = next(pair for pair in gather_object([(rows[:1], completions[:1])]) if pair[0])
             rows = rows + row * (longest - own)
             completions = completions + completion * (longest - own)
@@ -183,20 +183,22 @@ class TrainerTools(Policy):
         return correct_1N[0], scored_1N[0]
 
     def rewards(self, rows: list[dict[str, Any]], completions: list[list[int]]) -> Tensor:
-        """Return the correctness reward of the completions of all processes, NaN where there is none; logs nothing.
-
-        All processes must call it, with as many completions each.
+        """Return the correctness reward of the completions of all processes. Collective; logs nothing.
 
         Args:
-            rows: of a dataset, one per completion: `prompt`, and the columns that the reward function takes.
-            completions: the tokens of each.
+            rows: dataset row of each completion, with `prompt` and the columns that the reward function needs. All
+                processes must pass equally many.
+            completions: token ids, without the prompt.
+
+        Returns:
+            (N,) over all processes, NaN for completions without a reward.
         """
         trl_seam.need("grading", self.trainer)
         i = self.trainer.reward_func_names.index(self.trainer.correctness_reward)
         return trl_seam.rewards(self.trainer, i, rows, completions)
 
     def frozen(self, model_name: str) -> nn.Module:
-        """Return a second model: see `Tools`."""
+        """Load a second model: see `Tools`."""
         trl_seam.need("frozen", self.trainer)
         if model_name not in self._frozen:
             self._frozen[model_name] = trl_seam.frozen_model(self.trainer, model_name)
@@ -204,5 +206,5 @@ class TrainerTools(Policy):
 
 
 def most(number: int, accelerator: Accelerator) -> int:
-    """Return the largest of the processes' numbers. Collective."""
+    """Return the maximum of `number` over all processes. Collective."""
     return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())

@@ -1,4 +1,4 @@
-"""Which rollouts are right: the one place that turns a correctness reward into verdicts."""
+"""Convert the correctness reward to verdicts: which rollouts are correct."""
 
 import math
 from typing import NamedTuple
@@ -11,18 +11,18 @@ AUTO = "auto"
 
 
 class Verdicts(NamedTuple):
-    """What a correctness reward says about the rollouts of P groups of G."""
+    """Verdicts for the rollouts of P groups of G."""
 
-    correct_PG: Tensor  # bool: the rollout is right
-    scored_PG: Tensor  # bool: it could be judged
+    correct_PG: Tensor  # bool: the rollout is correct
+    scored_PG: Tensor  # bool: the rollout could be graded
 
     @property
     def informative(self) -> Tensor:
-        """Return which groups have right and wrong rollouts."""
+        """Return which groups have both correct and wrong rollouts, (P,)."""
         return (self.correct_PG & self.scored_PG).any(1) & (~self.correct_PG & self.scored_PG).any(1)
 
     def metrics(self) -> dict[str, float]:
-        """Return the shares of rollouts that were judged and, of these, that are right (NaN if none was judged)."""
+        """Return the share of rollouts that were graded and, of these, the share that is correct (NaN if none was)."""
         right, judged = (self.correct_PG & self.scored_PG).sum(), self.scored_PG.sum()
         return {
             "correctness/right": (right / judged).item(),
@@ -31,28 +31,28 @@ class Verdicts(NamedTuple):
 
 
 def verdicts(reward_PG: Tensor, threshold: float | str) -> Verdicts:
-    """Say which rollouts are right: those whose reward is above the threshold.
+    """Return which rollouts are correct: those with a correctness reward above the threshold.
 
     Args:
-        reward_PG: (P, G) float32, NaN where the reward function gave none.
-        threshold: a number, or `"auto"` for the mean reward of the rollout's own group.
+        reward_PG: (P, G) float32, NaN for rollouts without a reward.
+        threshold: a number, or `"auto"` for the mean reward of the rollout's group.
 
-    A rollout without a reward is not scored. With `"auto"` neither is one in a group whose rewards are all equal (or of
-    which one is infinite): such a group has no right and no wrong rollouts. What is not scored is not correct.
+    A rollout without a reward is not scored. With `"auto"`, neither are the rollouts of a group whose rewards are all
+    equal or include an infinite one. Rollouts that are not scored are not correct.
     """
     if threshold != AUTO:
         return Verdicts(reward_PG > threshold, ~reward_PG.isnan())
-    reward_PG = reward_PG.double()  # so that the mean of equal rewards is exactly that reward
+    reward_PG = reward_PG.double()  # exact mean for equal rewards
     mean_P1 = reward_PG.nanmean(1, keepdim=True)
     correct_PG = reward_PG > mean_P1
     return Verdicts(correct_PG, ~reward_PG.isnan() & mean_P1.isfinite() & correct_PG.any(1, keepdim=True))
 
 
 def read_threshold(value: float | str) -> float | str:
-    """Return `correctness_threshold` as a number or `"auto"`; the command line gives words.
+    """Return `correctness_threshold` as a number or `"auto"`. The command line passes strings.
 
     Raises:
-        ValueError: it is neither.
+        UserError: the value is neither.
     """
     if value == AUTO:
         return AUTO
@@ -66,21 +66,21 @@ def read_threshold(value: float | str) -> float | str:
 
 
 def correctness_index(names: list[str], wanted: str | None) -> int:
-    """Return which of the reward functions says what is right: the one that is named, else the first.
+    """Return the index of the correctness reward: the function named `wanted`, or the first without a name.
 
     Raises:
-        ValueError: none of them, or more than one, has this name.
+        UserError: no function, or more than one, has this name.
     """
     if wanted is None:
         return 0
     if wanted not in names:
         raise UserError(
-            f"correctness_reward={wanted!r} is none of the reward functions{nearest(wanted, names)}. "
-            f"There are: {', '.join(names)}"
+            f"correctness_reward={wanted!r} is not one of the reward functions{nearest(wanted, names)}. "
+            f"Choose from: {', '.join(names)}"
         )
     if names.count(wanted) > 1:
         raise UserError(
-            f"correctness_reward={wanted!r} is the name of {names.count(wanted)} reward functions. There are: "
-            f"{', '.join(names)}. Give each a name of its own (its __name__, as in `def name`)"
+            f"correctness_reward={wanted!r} is the name of {names.count(wanted)} reward functions "
+            f"({', '.join(names)}). Give each function a different __name__"
         )
     return names.index(wanted)

@@ -394,7 +394,7 @@ def test_groups_are_valued_in_rounds(leave_one_out, monkeypatch):
         ({"mask": torch.ones(2, 4)}, ValueError, r"mask must have shape \(2, 4, 5\).* not \(2, 4\)"),
         ({"correct": torch.ones(2, 5)}, ValueError, r"correct must have shape \(2, 4\)"),
         ({"scored": torch.ones(8)}, ValueError, r"scored must have shape \(2, 4\)"),
-        ({"ig_weight": -1.0}, ValueError, "ig_weight must be a finite number of at least 0, not -1.0"),
+        ({"ig_weight": -1.0}, ValueError, "ig_weight must be a finite number >= 0, not -1.0"),
         ({"tf_weight": float("nan")}, ValueError, "tf_weight must be a finite number"),
         ({"fisher_weight": 0.0, "ig_weight": 0.0}, ValueError, "fisher_weight and ig_weight are both 0"),
     ],

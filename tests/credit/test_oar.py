@@ -138,7 +138,7 @@ def test_bytes_that_make_no_character():
 
 def test_a_tokenizer_without_offsets_is_refused():
     slow = SimpleNamespace(is_fast=False)
-    with pytest.raises(ValueError, match=r"offsets, which a slow one .* does not have.*such as credit: ktae"):
+    with pytest.raises(ValueError, match=r"offsets of a fast tokenizer, but .* is a slow one.*such as credit: ktae"):
         oar.OARG(None, SimpleNamespace(tokenizer=slow))
     with pytest.raises(ValueError, match="offsets"):
         oar.OARP(None, SimpleNamespace(tokenizer=slow))
@@ -502,6 +502,6 @@ def test_settings_out_of_range_are_named(tmp_path, setting, words):
 def test_padding_that_is_an_ordinary_token_is_refused(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny.MODEL)
     tokenizer.pad_token = "7"
-    with pytest.raises(ValueError, match=r"'7' \(id \d+\) is an ordinary token.*or take credit: oar_g"):
+    with pytest.raises(ValueError, match=r"'7' \(id \d+\) is an ordinary token.*or use credit: oar_g"):
         make_trainer(tmp_path, credit="oar_p", processing_class=tokenizer, **OAR)
     make_trainer(tmp_path, credit="oar_g", processing_class=tokenizer, **OAR)

@@ -310,12 +310,12 @@ def test_in_yaml_and_on_the_command_line(here):
         ("windw", r"credit='windw' is unknown\. Choose from: none, ktae, .*, or give a dotted path such as my_package"),
         ("no_such.thing", "The credit method 'no_such.thing' could not be imported: there is no module 'no_such'"),
         ("own_credit.Windw", r"the module 'own_credit' .* has no 'Windw' \(did you mean 'Window'\?\)"),
-        ("own_credit.NoMethod", r"credit='own_credit.NoMethod' is a class, but no subclass of .*\.Method"),
-        ("own_credit.number", "credit='own_credit.number' is neither a class nor a function, but a int"),
+        ("own_credit.NoMethod", r"credit='own_credit.NoMethod' is a class, but not a subclass of .*\.Method"),
+        ("own_credit.number", "credit='own_credit.number' must be a class or a function, not an object of type int"),
         ("own_credit.crooked", "credit='own_credit.crooked': how must be one of multiply, .*, not 'times'"),
         (
             "own_credit.Taken",
-            "credit='own_credit.Taken' has settings .* already: learning_rate. Rename",
+            "credit='own_credit.Taken' has settings .* in the config: learning_rate. Rename",
         ),
     ],
 )
@@ -448,7 +448,9 @@ def test_adding_a_method_touches_its_file_its_line_its_page_and_its_tests(tmp_pa
     text = methods.read_text().replace("(KTAE, OARG", "(KTAE, Early, OARG")
     place = "from ktae_trl.credit.oar"
     methods.write_text(text.replace(place, f"from ktae_trl.credit.early import Early\n{place}"))
-    (tmp_path / "docs/methods/early.md").write_text("# Early\n\nThe first tokens: [metrics](../metrics.md).\n")
+    (tmp_path / "docs/methods/early.md").write_text(
+        "# Early\n\nThe first tokens: [metrics](../reference/metrics.md).\n"
+    )
     (tmp_path / "tests/credit").mkdir(parents=True)
     (tmp_path / "tests/credit/test_early.py").write_text("")
     after = files_of(tmp_path)

@@ -97,7 +97,7 @@ def test_nested_columns():
     inside = [{"extra": {"problem": "p", "a": {"b": "5"}}}]
     prompts = data.to_prompts(Dataset.from_list(inside), problem_column="extra.problem", answer_column="extra.a.b")
     assert (prompts[0]["prompt"][-1]["content"], prompts[0]["solution"]) == ("p", ["5"])
-    with pytest.raises(ValueError, match=r"'reward_model' has no field 'truth' .*There are: ground_truth, style\."):
+    with pytest.raises(ValueError, match=r"'reward_model' has no field 'truth' .*Its fields: ground_truth, style\."):
         data.to_prompts(Dataset.from_list(rows), problem_column="prompt", answer_column="reward_model.truth")
 
 
@@ -111,7 +111,7 @@ def test_worked_solutions_stay_under_another_name(caplog):
     with caplog.at_level(logging.WARNING):
         prompts = data.to_prompts(Dataset.from_list(rows))
     assert (prompts[0]["solution"], prompts[0]["data_solution"]) == (["5"], rows[0]["solution"])
-    assert "get others: solution is now data_solution" in caplog.text
+    assert "uses their names: solution is now data_solution" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         prompts = data.to_prompts(Dataset.from_list(rows), answer_column="solution")
@@ -148,7 +148,7 @@ def test_rows_with_images_are_left_out_of_a_training_on_text(write, tokenizer, c
     with caplog.at_level(logging.WARNING):
         train, _ = data.load_prompts(data.DataArguments(write(lines(rows))), tokenizer)
     assert (len(train), "image" in train.column_names) == (1, False)
-    assert "Left out 1 of 2 rows: they have an image (column 'image'), and the prompts are text" in caplog.text
+    assert "Left out 1 of 2 rows: they have an image (column 'image'), but prompts are text only" in caplog.text
     assert "image" in data.to_prompts(Dataset.from_list(rows)).column_names  # for a model that sees them
 
 
@@ -161,9 +161,9 @@ def test_answers_without_a_verdict_are_left_out_and_counted(write, tokenizer, ca
     prose = {"problem": "p", "answer": "If she gives 5 of her 12 pens to Tom, she has 12 - 5 = 7 pens left."}
     with caplog.at_level(logging.WARNING):
         assert len(data.to_prompts(Dataset.from_list([*ROWS, prose]))) == 2
-    assert "Left out 1 of 3 rows: answers in prose, without a last line ####, a box, or 'The answer is" in caplog.text
+    assert "Left out 1 of 3 rows: answers in prose that do not end with a line ####, a box or 'The" in caplog.text
     assert len(data.to_prompts(rows, gradable_only=False)) == 3  # for a reward function that does not grade
-    with pytest.raises(ValueError, match="No row is left of 1: answers that cannot be graded, such as"):
+    with pytest.raises(ValueError, match=r"No rows are left. Left out 1 of 1 rows: answers that cannot be graded"):
         data.to_prompts(rows.select([2]))
 
 
@@ -183,7 +183,7 @@ def test_long_prompts_are_left_out_and_counted(tokenizer, caplog):
     assert kept["solution"] == [["2"], ["4"]]
     assert f"Left out 1 of 3 rows: more than {length} tokens (max_prompt_length)" in caplog.text
     assert len(drop_long(prompts, tokenizer, None)) == 3
-    with pytest.raises(ValueError, match=f"No row is left of 3: more than {length - 1} tokens"):
+    with pytest.raises(ValueError, match=f"No rows are left. Left out 3 of 3 rows: more than {length - 1} tokens"):
         drop_long(prompts, tokenizer, length - 1)
 
 
@@ -239,7 +239,7 @@ def test_unknown_format(write, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"problem": 5, "answer": "5"}, "a problem must be a text or a list of chat messages, not int: 5"),
+        ({"problem": 5, "answer": "5"}, "a problem must be text or a list of chat messages, not int: 5"),
         ({"problem": None, "answer": "5"}, "not null"),
         ({"problem": [], "answer": "5"}, "not an empty list"),
         ({"problem": [{"role": "user", "content": None}], "answer": "5"}, "has no content"),
@@ -262,7 +262,7 @@ def test_the_row_is_that_of_the_file(write, tokenizer):
 
 
 def test_missing_column():
-    with pytest.raises(ValueError, match=r"no column 'answer'. There are: problem, reply. Set problem_column and"):
+    with pytest.raises(ValueError, match=r"no column 'answer'. Its columns: problem, reply. Set problem_column and"):
         data.to_prompts(Dataset.from_list([{"problem": "p", "reply": "r"}]))
 
 
@@ -346,16 +346,16 @@ def test_a_filter_from_the_command_line():
 
 @pytest.mark.parametrize("bad", ["{level: [3]}", '{"level": 3}', "[3]", {"level": 3}])
 def test_a_filter_of_another_form(bad):
-    with pytest.raises(ValueError, match=r"dataset_filter (is not JSON|maps columns to lists of values)"):
+    with pytest.raises(ValueError, match=r"dataset_filter (is not JSON|must map columns to lists of values)"):
         data.DataArguments("x", dataset_filter=bad)
 
 
 def test_a_filter_that_leaves_nothing_says_what_there_is():
     rows = Dataset.from_list(LEVELS)
-    with pytest.raises(ValueError, match=r"no row has level in \['Level 3'\]. There are: 1, 2, 3, 4, 5"):
+    with pytest.raises(ValueError, match=r"no row has level in \['Level 3'\]. Values found: 1, 2, 3, 4, 5"):
         data.keep_rows(rows, {"level": ["Level 3"]})
     with pytest.raises(
-        ValueError, match=r"no column 'levels' \(did you mean 'level'\?\). There are: problem, answer, "
+        ValueError, match=r"no column 'levels' \(did you mean 'level'\?\). Its columns: problem, answer, "
     ):
         data.keep_rows(rows, {"levels": [3]})
 

@@ -62,9 +62,7 @@ def test_training_and_evaluation_ask_the_same(tmp_path, shown):
     problem = Problem("b", "1", "2 + 2 = ?", ("4",))
     (text,), _ = prompts([problem], "chat", "Box it.", tokenizer, examples=worked_examples(few_shot))
     assert text == tokenizer.apply_chat_template(train["prompt"][0], tokenize=False, add_generation_prompt=True)
-    with pytest.raises(
-        ValueError, match=r"few_shot are for the model's own chat template \(prompt: chat\), not .* qwen"
-    ):
+    with pytest.raises(ValueError, match=r"few_shot need the model's own chat template \(prompt: chat\), not .* qwen"):
         prompts([problem], "qwen", "Box it.", tokenizer, examples=worked_examples(few_shot))
 
 
@@ -80,9 +78,9 @@ def test_the_package_brings_examples_that_are_right():
     ("row", "message"),
     [
         ({"problem": "1 + 1 = ?"}, r"shown\.jsonl: The dataset has no column 'solution'"),
-        ({"problem": "1 + 1 = ?", "solution": " "}, r"row 1: the solution must be a text, not ' '"),
-        ({"problem": None, "solution": r"\boxed{2}"}, r"row 1: the problem must be a text, not None"),
-        ({"problem": "1 + 1 = ?", "solution": "#### 2"}, "no answer in the format of the run, answer_format: boxed"),
+        ({"problem": "1 + 1 = ?", "solution": " "}, r"row 1: the solution must be text, not ' '"),
+        ({"problem": None, "solution": r"\boxed{2}"}, r"row 1: the problem must be text, not None"),
+        ({"problem": "1 + 1 = ?", "solution": "#### 2"}, r"no answer in .* \(answer_format: boxed\)"),
     ],
 )
 def test_bad_examples_are_named(shown, row, message):

@@ -116,20 +116,20 @@ def test_the_system_prompt_at_the_head_of_the_problem():
         (None, "not null"),
         ([], "not an empty list"),
         ({"role": "user"}, "not dict"),
-        (["1 + 1?"], "message 1 has no role and content, but is str"),
-        ([{"from": "human", "value": "?"}], "message 1 has no role and content. There are: from, value"),
+        (["1 + 1?"], "message 1 must be a dict with role and content, not str"),
+        ([{"from": "human", "value": "?"}], "message 1 has neither role nor content. Its keys: from, value"),
         (
             [ASKED, {"role": "tool", "content": "x"}],
-            "message 2 has the role 'tool', which is none of",
+            "message 2 has the role 'tool'. Supported roles: system, user, assistant",
         ),
         ([{"role": "user", "content": None}], r"message 1 \(user\) has no content"),
         ([{"role": "user", "content": " "}], r"message 1 \(user\) has no content"),
         ([{"role": "user", "content": []}], r"message 1 \(user\) has no content"),
-        ([{"role": "user", "content": 5}], "message 1 has no text as its content, but int: 5"),
-        ([{"role": "user", "content": [{"type": "image"}]}], "message 1 has a part that is no text: .*image"),
-        ([{"role": "user", "content": [{"text": None}]}], "message 1 has a part that is no text"),
-        ([ASKED, {"role": "assistant", "content": "2"}], "the last message is the assistant's, but the model is to"),
-        ([ASKED, SYSTEM, ASKED], "message 2 is a system message, which must be the first"),
+        ([{"role": "user", "content": 5}], "the content of message 1 must be text, not int: 5"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "message 1 has a part that is not text: .*image"),
+        ([{"role": "user", "content": [{"text": None}]}], "message 1 has a part that is not text"),
+        ([ASKED, {"role": "assistant", "content": "2"}], "the last message must have the role 'user', not 'assistant'"),
+        ([ASKED, SYSTEM, ASKED], "message 2 is a system message, but only the first message can be one"),
     ],
 )
 def test_what_is_no_problem(problem, words):
@@ -139,8 +139,8 @@ def test_what_is_no_problem(problem, words):
 
 def test_a_template_without_a_system_role(tokenizer_with):
     tokenizer = tokenizer_with(GEMMA)
-    remedy = r"To put the system prompt at the head of the problem: --system_prompt_in_user true\. Without .* null"
-    with pytest.raises(ValueError, match=f"refuses a conversation: System role not supported. {remedy}") as caught:
+    remedy = r"Put the system prompt before .* \(--system_prompt_in_user true\), or use .* \(--system_prompt null\)"
+    with pytest.raises(ValueError, match=f"rejects a conversation: System role not supported. {remedy}") as caught:
         check_template([[SYSTEM, ASKED]], tokenizer)
     assert "\n" not in str(caught.value)
     prompt = conversation("1 + 1?", "Box it.", in_user=True)
@@ -150,7 +150,7 @@ def test_a_template_without_a_system_role(tokenizer_with):
 
 @pytest.mark.parametrize("role", ["system", "user"])
 def test_a_template_that_leaves_a_message_out_in_silence(tokenizer_with, role):
-    with pytest.raises(ValueError, match=f"leaves the {role} message out of the prompt. To put the system prompt"):
+    with pytest.raises(ValueError, match=f"omits the {role} message from the prompt. Put the system prompt"):
         check_template([[ASKED], [SYSTEM, ASKED]], tokenizer_with(FORGETFUL.replace("'system'", f"'{role}'")))
 
 
@@ -160,7 +160,7 @@ def test_every_form_of_conversation_is_tried(tokenizer_with):
 
 
 def test_a_model_without_a_template(tokenizer_with):
-    with pytest.raises(ValueError, match="has no chat template, which makes a prompt of a problem"):
+    with pytest.raises(ValueError, match="has no chat template, which is needed to turn a problem into a prompt"):
         texts([[ASKED]], tokenizer_with(None))
     assert token_ids(["1 + 1?"], tokenizer_with(None)) == [tokenizer_with(None)("1 + 1?")["input_ids"]]  # as TRL does
     assert token_ids([], tokenizer_with(None)) == []
@@ -171,23 +171,23 @@ def test_an_argument_that_the_template_does_not_have(tokenizer_with, caplog):
         check_template([[ASKED]], tokenizer_with(THINKING), {"enable_thinking": False, "padding": False})
         assert not caplog.text
         check_template([[ASKED]], tokenizer_with(THINKING), {"enable_thinkin": False})
-    assert "has no 'enable_thinkin', so it changes nothing" in caplog.text
+    assert "does not use 'enable_thinkin', so it has no effect" in caplog.text
 
 
 def test_prompts_that_are_no_chat_take_no_settings_of_a_chat(tokenizer):
     problem = Problem("m", "1", "1 + 1?", ("2",))
     for options in ({"template_kwargs": {"enable_thinking": False}}, {"system_in_user": True}):
-        with pytest.raises(ValueError, match=r"are for the model's own chat template \(prompt: chat\)"):
+        with pytest.raises(ValueError, match=r"need the model's own chat template \(prompt: chat\)"):
             benchmarks.prompts([problem], "qwen", "Box it.", tokenizer, **options)
     several = problem._replace(messages=[SYSTEM, ASKED])
-    with pytest.raises(ValueError, match="problem '1' has several chat messages, which need prompt: chat, not r1"):
+    with pytest.raises(ValueError, match="problem '1' has several chat messages, which prompt: r1 does not support"):
         benchmarks.prompts([several], "r1", "Box it.", tokenizer)
 
 
 def test_the_data_of_a_recipe_for_gemma(tokenizer_with, tmp_path):
     file = tmp_path / "problems.jsonl"
     file.write_text('{"problem": "1 + 1?", "answer": "2"}\n')
-    with pytest.raises(ValueError, match=r"problems\.jsonl: The chat template of .* refuses .*--system_prompt null"):
+    with pytest.raises(ValueError, match=r"problems\.jsonl: The chat template of .* rejects .*--system_prompt null"):
         data.load_prompts(data.DataArguments(str(file), max_prompt_length=None), tokenizer_with(GEMMA))
     arguments = data.DataArguments(str(file), system_prompt_in_user=True)
     (prompt,) = data.load_prompts(arguments, tokenizer_with(GEMMA))[0]["prompt"]
@@ -210,4 +210,4 @@ def test_problems_with_their_own_system_prompt_are_counted(caplog):
     with caplog.at_level(logging.WARNING):
         prompts = data.to_prompts(Dataset.from_list(rows), system_prompt="Think.")
     assert [prompt[0]["content"] for prompt in prompts["prompt"]] == ["Think.", "Box it."]
-    assert "1 of 2 problems have a system prompt of their own" in caplog.text
+    assert "1 of 2 problems keep their own system message" in caplog.text

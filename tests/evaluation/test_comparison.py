@@ -96,7 +96,7 @@ def test_a_clear_difference_and_none():
     assert expected[0] > family[0].accuracy.p
     assert sentence(by["b", MEAN]).startswith("mean of benchmarks: b is better: +")
     assert by["c", MEAN].accuracy == (0, 0, 0, 1)
-    assert sentence(by["c", "hard"]) == "hard: no evidence of a difference: the same on every problem"
+    assert sentence(by["c", "hard"]) == "hard: no evidence of a difference: identical on every problem"
 
 
 def test_the_worse_model_is_not_called_better():
@@ -113,17 +113,17 @@ def test_lengths_are_compared_too():
 def test_runs_that_do_not_match():
     with pytest.raises(ValueError, match="two or more"):
         compare([run("a", 0.5)])
-    with pytest.raises(ValueError, match="Two of the folders are named 'a'"):
+    with pytest.raises(ValueError, match="Two folders have the same name, 'a'"):
         compare([run("a", 0.5), run("a", 0.5)])
     with pytest.raises(ValueError, match="a and b were measured on different benchmarks: easy, hard and easy"):
         compare([run("a", 0.5), run("b", 0.5, ["easy"])])
     with pytest.raises(
-        ValueError, match=r"a and b have different problems in easy: 40, 41, 42, 43, 44 \.\.\. are only"
+        ValueError, match=r"a and b have different problems in easy\. Only one of them has: 40, 41, 42, 43, 44 \.\.\."
     ):
         compare([run("a", 0.5), run("b", 0.5, problems=50)])
     other = run("b", 0.5)
     other.benchmarks["hard"].problems[3] = "something else"
-    with pytest.raises(ValueError, match="Problem '3' of hard has another text in a than in b"):
+    with pytest.raises(ValueError, match="The text of problem '3' of hard differs between a and b"):
         compare([run("a", 0.5), other])
 
 
@@ -132,7 +132,7 @@ def test_answers_that_differ_are_no_difference_between_models():
         Run(n, {}, {"x": results("x", graded([row("1", 0, r"\boxed{0}")], [(gold,)]))})
         for n, gold in (("a", "0"), ("b", "1"))
     )
-    with pytest.raises(ValueError, match="Problem '1' of x has other accepted answers in a than in b"):
+    with pytest.raises(ValueError, match="The accepted answers of problem '1' of x differ between a and b"):
         compare([a, b])
 
 
@@ -200,18 +200,18 @@ def test_what_another_version_graded_is_graded_again(tmp_path, caplog):
     store.add("b", [row("1", 0, r"\boxed{0}")])
     store.finish("b", {"1": ("0",)}, 1)
     load_run(str(tmp_path / "model"))
-    assert "graded again" not in caplog.text
+    assert "grading it again" not in caplog.text
     (judged,) = read_samples(store.path("b"))
     judged |= {"verdict": False, "graded_by": "an earlier one"}
     store.path("b").write_text(json.dumps(judged) + "\n")
     assert load_run(str(tmp_path / "model")).benchmarks["b"].right.tolist() == [[True]]
-    assert "b.jsonl was graded by another version: it is graded again for this comparison" in caplog.text
+    assert "b.jsonl was graded by another version of the grader: grading it again for this comparison" in caplog.text
 
 
 def test_results_of_version_0_1_are_named():
     runs = [Run("a", {"fingerprint": "f" * 32}, {}), Run("b", {"fingerprint": "0123456789abcdef"}, {})]
     (note,) = differing_settings(runs)
-    assert note.startswith("b was measured by version 0.1, which did not read all of the model's weights")
+    assert note.startswith("b was measured by version 0.1, which did not check all of the model's weights")
 
 
 def test_safe_name():
@@ -230,7 +230,7 @@ def test_a_store_takes_up_where_it_stopped(tmp_path, caplog):
         file.write('{"id": "1", "sam')  # killed while writing
     store = Store(tmp_path, {"seed": 1})
     assert [r["id"] for r in store.read("b")] == ["2", "1"]
-    assert "cut off" in caplog.text
+    assert "the last line is incomplete" in caplog.text
     store.add("b", [row("1", 1, "\\boxed{0} \udcff\u2028\r\n")])
     rows = store.finish("b", {"1": ("0",), "2": ("0",)}, 2)
     assert [(r["id"], r["sample"], r["verdict"]) for r in rows] == [("1", 0, False), ("1", 1, True), ("2", 0, True)]
@@ -256,7 +256,7 @@ def test_other_settings_need_another_folder(tmp_path):
     store.add("b", [row("1", 0, "x")])
     store.close()
     with pytest.raises(
-        ValueError, match=r"other settings: temperature was 0.5, now it is 1.0. Choose another output_dir"
+        ValueError, match=r"other settings: temperature was 0.5 and is now 1.0. Choose another output_dir"
     ):
         Store(tmp_path, {"seed": 1, "temperature": 1.0})
 
@@ -264,11 +264,11 @@ def test_other_settings_need_another_folder(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("not json", r"line 2: not JSON: .*Move that line to another file and run ktae eval with the same settings"),
-        ("17", r"line 2: an object was expected, not 17\. Move that line to another file"),
-        ('{"id": "1"}', "line 2 is not a sample .no sample, problem, prompt, completion, tokens, truncated"),
-        (json.dumps(row(["1"], 0, "x")), r"line 2 is not a sample \(no id\)"),
-        (json.dumps(row("1", 0, "again")), "line 2 is problem '1', sample 0 again"),
+        ("not json", r"line 2: not JSON: .*Move this line to another file and run ktae eval with the same settings"),
+        ("17", r"line 2: an object was expected, not 17\. Move this line to another file"),
+        ('{"id": "1"}', "line 2 is not a sample: it lacks sample, problem, prompt, completion, tokens, truncated"),
+        (json.dumps(row(["1"], 0, "x")), "line 2 is not a sample: it lacks id"),
+        (json.dumps(row("1", 0, "again")), "line 2 repeats problem '1', sample 0"),
     ],
 )
 def test_corrupt_lines_are_named(tmp_path, line, message):
@@ -280,17 +280,17 @@ def test_corrupt_lines_are_named(tmp_path, line, message):
 
 def test_unfinished_results_are_not_compared(tmp_path):
     Store(tmp_path, {}).add("b", [row("1", 0, "x")])
-    with pytest.raises(ValueError, match="is not finished: some samples are not graded yet"):
+    with pytest.raises(ValueError, match="is incomplete: some samples are not graded"):
         load_run(str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"nowhere holds no results of ktae eval"):
+    with pytest.raises(FileNotFoundError, match="nowhere contains no results of ktae eval"):
         load_run("nowhere")
 
 
 def test_problems_need_the_same_number_of_samples():
     rows = graded([row("1", 0, "x"), row("1", 1, "x"), row("2", 0, "x")], [("0",)] * 3)
-    with pytest.raises(ValueError, match="problem '2' has 1 samples, problem '1' has 2"):
+    with pytest.raises(ValueError, match="problem '2' has 1 samples, but problem '1' has 2"):
         results("b", rows)
-    with pytest.raises(ValueError, match="none of its 1 problems has an answer that can be parsed"):
+    with pytest.raises(ValueError, match="none of the gold answers of its 1 problems can be parsed"):
         results("b", graded([row("1", 0, "x")], [("???",)]))
 
 
@@ -333,7 +333,7 @@ def test_compare(evaluated, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "other against tiny" in said
     assert "sums: no evidence of a difference: " in said
-    assert "no evidence of another length: " in said
+    assert "no evidence of a difference in length: " in said
     assert "seed differs: 0 in tiny, 1 in other" in said
     (entry,) = json.loads((tmp_path / "compared" / "comparison.json").read_text())["comparisons"]
     a, b = (sum(row["verdict"] for row in samples(folder)) / 96 for folder in (evaluated, tmp_path / "other"))
@@ -348,14 +348,14 @@ def test_compare_without_matplotlib(evaluated, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "matplotlib" else found(name))
     main(["compare", str(evaluated), str(shutil.copytree(evaluated, tmp_path / "b")), "--output_dir", str(tmp_path)])
     said = capsys.readouterr().out
-    assert "sums: no evidence of a difference: the same on every problem" in said
-    assert f"Note: there is no plot: matplotlib is not installed: {pip_install('eval')}" in said.splitlines()
+    assert "sums: no evidence of a difference: identical on every problem" in said
+    assert f"Note: no plot: matplotlib is not installed: {pip_install('eval')}" in said.splitlines()
     assert json.loads((tmp_path / "comparison.json").read_text())["comparisons"]
     assert not list(tmp_path.glob("*.png"))
 
 
 def test_folders_without_results(evaluated, tmp_path):
-    assert "nowhere holds no results of ktae eval" in complaint(["compare", str(evaluated), "nowhere"])
+    assert "nowhere contains no results of ktae eval" in complaint(["compare", str(evaluated), "nowhere"])
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "sums.jsonl").write_text("{}\n")
@@ -385,5 +385,5 @@ def test_what_was_sampled_can_be_compared_whatever_else_is_damaged(evaluated, tm
         (one / "summary.json").unlink()
     main(["compare", str(one), str(other), "--output_dir", str(tmp_path / "compare")])
     out = capsys.readouterr().out
-    assert "the same on every problem" in out
-    assert ("how one was sampled is not known here" in out) == (name == "settings.json")
+    assert "identical on every problem" in out
+    assert ("the sampling settings are unknown for: one" in out) == (name == "settings.json")

@@ -64,9 +64,9 @@ def test_a_second_run_samples_nothing(evaluated, tmp_path, capsys):
     folder = Path(shutil.copytree(evaluated, tmp_path / "tiny"))  # other tests read the summary
     main([*QUICK, "--output_dir", str(folder), "--k", "4"])
     assert (folder / "sums.jsonl").read_bytes() == (evaluated / "sums.jsonl").read_bytes()
-    assert "All 96 samples are in" in capsys.readouterr().out.replace("\n", " ")
+    assert "All 96 samples are already in" in capsys.readouterr().out.replace("\n", " ")
     assert complaint([*QUICK, "--output_dir", str(folder), "--seed", "3"]).startswith(
-        f"eval.py: {folder} holds samples made with other settings: seed was 0, now it is 3."
+        f"eval.py: {folder} contains samples generated with other settings: seed was 0 and is now 3."
     )
 
 
@@ -76,7 +76,7 @@ def test_another_answer_format_grades_the_same_samples_again(evaluated, tmp_path
     words = [*QUICK, "--output_dir", str(folder)]
     asked = json.loads((folder / "settings.json").read_text())["system_prompt"]
     main([*words, "--answer_format", "tag", "--system_prompt", asked])
-    assert "All 96 samples are in" in capsys.readouterr().out.replace("\n", " ")
+    assert "All 96 samples are already in" in capsys.readouterr().out.replace("\n", " ")
     assert {row["reason"] for row in samples(folder)} == {"no answer"}
     assert json.loads((folder / "summary.json").read_text())["benchmarks"]["sums"]["boxed"] == 0
     main([*words, "--answer_format", "auto", "--system_prompt", asked])
@@ -103,7 +103,7 @@ def test_the_batch_makes_no_difference(evaluated, tmp_path, capsys):
     main([*QUICK, "--output_dir", str(tmp_path), "--batch_size", "7"])
     assert samples(tmp_path) == samples(evaluated)
     main([*QUICK, "--output_dir", str(tmp_path), "--batch_size", "96"])
-    assert "All 96 samples are in" in capsys.readouterr().out.replace("\n", " ")
+    assert "All 96 samples are already in" in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_samples_are_drawn_as_by_hand(tmp_path, tokenizer):
@@ -135,7 +135,7 @@ def test_samples_follow_the_model():
     shares = torch.bincount(tokens, minlength=5) / 4000
     assert torch.allclose(shares, scores[0].softmax(0), atol=0.02)
     assert shares[4] == 0
-    with pytest.raises(ValueError, match="no numbers"):
+    with pytest.raises(ValueError, match="probabilities are NaN"):
         sampling._Draw(torch.zeros(1, 1))(None, scores * torch.nan)
 
 
@@ -156,7 +156,7 @@ def test_more_and_fewer_samples_use_those_there_are(evaluated, tmp_path, capsys,
     assert samples(tmp_path) == [row for row in whole if int(row["id"]) < 10 and row["sample"] < 2]
     main([*words, "--limit", "24", "--samples", "4"])
     said = capsys.readouterr().out.replace("\n", " ")
-    assert "20 of 96 samples are in" in said
+    assert "20 of 96 samples are already in" in said
     assert samples(tmp_path) == whole
     main([*words, "--limit", "5", "--samples", "1", "--k", "1"])
     figures = json.loads((tmp_path / "summary.json").read_text())
@@ -181,7 +181,10 @@ def test_samples_of_another_model_are_refused(model, tmp_path):
     after = (model / "model.safetensors").read_bytes()
     assert (before[: 1 << 20], before[-1 << 20 :]) == (after[: 1 << 20], after[-1 << 20 :])
     said = complaint(words)
-    assert f"{tmp_path / 'out'} holds another model's samples, or its files have changed: fingerprint was " in said
+    assert (
+        f"{tmp_path / 'out'} contains samples of another model, or the model's files have changed: fingerprint was "
+        in said
+    )
     assert "Choose another output_dir, or move that folder away" in said
 
 
@@ -193,7 +196,7 @@ def test_the_same_model_by_another_path(model, tmp_path, capsys, monkeypatch):
     for path in (f"{model}/", os.path.relpath(model), str(tmp_path / "saved_again")):
         capsys.readouterr()
         main([*words, path])
-        assert "All 8 samples are in" in capsys.readouterr().out.replace("\n", " ")
+        assert "All 8 samples are already in" in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_greedy_samples_depend_on_no_seed(tmp_path, capsys):
@@ -201,7 +204,7 @@ def test_greedy_samples_depend_on_no_seed(tmp_path, capsys):
     main(words)
     capsys.readouterr()
     main([*words, "--seed", "5", "--top_p", "0.5"])
-    assert "All 2 samples are in" in capsys.readouterr().out.replace("\n", " ")
+    assert "All 2 samples are already in" in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_each_config_has_a_folder_of_its_own(model, tmp_path, monkeypatch, capsys):
@@ -215,12 +218,12 @@ def test_each_config_has_a_folder_of_its_own(model, tmp_path, monkeypatch, capsy
     assert sorted(path.parent.name for path in folder.glob("*/summary.json")) == ["greedy", "sampled"]
     capsys.readouterr()
     main(["--config", "sampled.yaml", "--model_name_or_path", str(model)])  # the same folder, absolute
-    assert "All 16 samples are in runs/eval/model/sampled already" in capsys.readouterr().out
-    assert "There are: runs/eval/model/greedy, runs/eval/model/sampled" in complaint(
+    assert "All 16 samples are already in runs/eval/model/sampled" in capsys.readouterr().out
+    assert "Its subfolders with results: runs/eval/model/greedy, runs/eval/model/sampled" in complaint(
         ["compare", str(folder), str(folder / "greedy")]
     )
     said = complaint(["--config", "sampled.yaml", "--seed", "1"])
-    assert "runs/eval/model/sampled holds samples made with other settings: seed was 0, now it is 1." in said
+    assert "runs/eval/model/sampled contains samples generated with other settings: seed was 0 and is now 1." in said
 
 
 def test_results_of_version_0_1(evaluated, model, tmp_path, monkeypatch, caplog):
@@ -230,14 +233,14 @@ def test_results_of_version_0_1(evaluated, model, tmp_path, monkeypatch, caplog)
     settings = json.loads((old / "settings.json").read_text())
     (old / "settings.json").write_text(json.dumps(settings | {"fingerprint": "0123456789abcdef"}))
     said = complaint([*QUICK, "--output_dir", str(old)])
-    assert "holds samples of version 0.1, which did not read all of the model's weights" in said
+    assert "contains samples of version 0.1, which did not check all of the model's weights" in said
     assert "Choose another output_dir, or move that folder away" in said
     config = yaml.safe_load((ROOT / "configs" / "eval" / "quickstart.yaml").read_text())
     (tmp_path / "quick.yaml").write_text(yaml.safe_dump(config | {"limit": 2, "samples": 1}))
     monkeypatch.chdir(tmp_path)
     before = (old / "sums.jsonl").read_bytes()
     main(["--config", "quick.yaml", "--model_name_or_path", "model"])
-    assert "runs/eval/model holds results of version 0.1" in caplog.text
+    assert "runs/eval/model contains results of version 0.1" in caplog.text
     assert len(samples(old / "quick")) == 2
     assert (old / "sums.jsonl").read_bytes() == before
 
@@ -245,7 +248,7 @@ def test_results_of_version_0_1(evaluated, model, tmp_path, monkeypatch, caplog)
 def test_outputs_of_others_are_no_samples(tmp_path):
     shutil.copy(ROOT / "ktae_trl" / "tiny" / "data" / "held_out.jsonl", tmp_path / "sums.jsonl")
     said = complaint([*QUICK, "--output_dir", str(tmp_path)])
-    assert "sums.jsonl is there already, and no settings.json says how it was made" in said
+    assert "sums.jsonl already exists, but the folder has no settings.json" in said
     assert "delete" not in said
 
 
@@ -301,26 +304,26 @@ def test_damaged_models_are_named(model, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--k", "5"], r"k must lie between 1 and samples (4), not 5"),
-        (["--temperature", "0"], "temperature 0 gives the same completion every time"),
+        (["--k", "5"], "k must be between 1 and samples (4), not 5"),
+        (["--temperature", "0"], "temperature 0 always gives the same completion, but samples is 4"),
         (["--samples", "0"], "samples must be at least 1, not 0"),
         (["--backend", "tgi"], "backend must be one of vllm, transformers, not 'tgi'"),
         (["--prompt", "qwn"], "prompt must be one of chat, qwen, r1, none, not 'qwn' (did you mean 'qwen'?)"),
         (["--dtype", "flot32"], "dtype must be one of auto, float32, bfloat16, float16, not 'flot32'"),
         (["--limit", "0"], "limit must be at least 1, not 0"),
-        (["--temperature", "nan"], "temperature nan or top_p 1.0 is out of range"),
-        (["--vllm_options", "{bad"], "vllm_options is not JSON"),
-        (["--vllm_options", "[1]"], "vllm_options must be an object"),
-        (["--chat_template_kwargs", "{enable_thinking"], "chat_template_kwargs is not JSON"),
-        (["--chat_template_kwargs", "[1]"], "chat_template_kwargs must be an object"),
-        (["--prompt", "none", "--chat_template_kwargs", '{"a": 1}'], "are for the model's own chat template"),
+        (["--temperature", "nan"], "temperature must be at least 0 and finite, not nan"),
+        (["--vllm_options", "{bad"], "vllm_options is not valid JSON"),
+        (["--vllm_options", "[1]"], "vllm_options must be a JSON object, not [1]"),
+        (["--chat_template_kwargs", "{enable_thinking"], "chat_template_kwargs is not valid JSON"),
+        (["--chat_template_kwargs", "[1]"], "chat_template_kwargs must be a JSON object, not [1]"),
+        (["--prompt", "none", "--chat_template_kwargs", '{"a": 1}'], "need the model's own chat template"),
         (["--model_name_or_path", "ktae_trl/no_such_model"], "The model 'ktae_trl/no_such_model' (model_name"),
-        (["--only", "sum"], "There is no benchmark 'sum' (did you mean 'sums'?)"),
+        (["--only", "sum"], "Unknown benchmark 'sum' in only (did you mean 'sums'?)"),
         (["--model_name_or_path", "./no/model"], "There is no model ./no/model"),
         (["--model_name_or_path", "configs"], "configs (model_name_or_path) holds neither config.json nor"),
         (["--benchmark_folder", "configs"], "There is no data file configs/sums.jsonl"),
         (["--sample", "4"], "Unknown setting: 'sample' (did you mean 'samples'?)"),
-        (["--top_p", "1.5"], "temperature 1.0 or top_p 1.5 is out of range"),
+        (["--top_p", "1.5"], "top_p must be above 0 and at most 1, not 1.5"),
     ],
 )
 def test_bad_settings(tmp_path, words, message):
@@ -380,13 +383,13 @@ def test_damaged_settings_are_those_of_the_summary(evaluated, tmp_path, caplog, 
     folder = Path(shutil.copytree(evaluated, tmp_path / "tiny"))
     damage(folder / "settings.json", kind)
     main([*QUICK, "--output_dir", str(folder)])
-    assert "All 96 samples are in" in capsys.readouterr().out
-    assert "the settings are taken from summary.json" in caplog.text
+    assert "All 96 samples are already in" in capsys.readouterr().out
+    assert "Using the settings in summary.json" in caplog.text
     for name in ("settings.json", "sums.jsonl"):
         assert (folder / name).read_bytes() == (evaluated / name).read_bytes()
     damage(folder / "settings.json", kind)
     said = complaint([*QUICK, "--temperature", "0.5", "--output_dir", str(folder)])  # they are compared
-    assert "holds samples made with other settings: temperature was 1.0, now it is 0.5" in said
+    assert "contains samples generated with other settings: temperature was 1.0 and is now 0.5" in said
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
@@ -399,15 +402,15 @@ def test_advice_on_damaged_settings_loses_nothing(evaluated, tmp_path, capsys, k
     assert {path.name: path.read_bytes() for path in folder.glob("*.json*")} == before
     assert "delete" not in said.lower()
     if kind == "missing":  # it could be anybody's
-        assert f"To grade what is in it: ktae grade {folder / 'sums.jsonl'}" in said
+        assert f"To grade the file: ktae grade {folder / 'sums.jsonl'}" in said
         main(["grade", str(folder / "sums.jsonl"), "--output_dir", str(tmp_path / "graded")])
         return
     assert "settings.json is damaged (" in said
-    assert "run it with another output_dir, stop it when it samples, and copy the settings.json from there" in said
+    assert "run it with another output_dir, stop it when sampling has begun, and copy settings.json from there" in said
     shutil.copy(evaluated / "settings.json", folder)  # as such a run writes it before its first sample
     capsys.readouterr()
     main([*QUICK, "--output_dir", str(folder)])
-    assert "All 96 samples are in" in capsys.readouterr().out
+    assert "All 96 samples are already in" in capsys.readouterr().out
     assert (folder / "sums.jsonl").read_bytes() == before["sums.jsonl"]
     assert json.loads((folder / "summary.json").read_text())["benchmarks"]
 
@@ -463,7 +466,7 @@ def test_a_last_line_that_is_whole_is_kept(evaluated, tmp_path, capsys):
     whole = (folder / "sums.jsonl").read_bytes()
     (folder / "sums.jsonl").write_bytes(whole.rstrip(b"\n"))
     main([*QUICK, "--output_dir", str(folder)])
-    assert "All 96 samples are in" in capsys.readouterr().out
+    assert "All 96 samples are already in" in capsys.readouterr().out
     assert (folder / "sums.jsonl").read_bytes() == whole
 
 
@@ -481,7 +484,7 @@ def test_only_keeps_the_other_benchmarks_in_the_summary(tmp_path, caplog):
     main(["--config", str(tmp_path / "two.yaml"), "--only", "again", "--samples", "2"])
     summary = json.loads((tmp_path / "o" / "summary.json").read_text())
     assert list(summary["benchmarks"]) == ["again"]
-    assert "sums is left out of the summary: 4 of the samples that are asked for now are not in" in caplog.text
+    assert "sums is not in the summary, because 4 of the requested samples are missing in" in caplog.text
 
 
 def test_settings_of_the_model_do_not_leak_into_sampling(evaluated, tmp_path):
@@ -503,7 +506,7 @@ def test_settings_of_the_model_do_not_leak_into_sampling(evaluated, tmp_path):
 
 def test_the_context_bounds_completions(tmp_path, caplog):
     main([*QUICK, "--max_new_tokens", "100000", "--limit", "4", "--output_dir", str(tmp_path)])
-    assert "16 of 16 completions get less than max_new_tokens (100000)" in caplog.text
+    assert "16 of 16 completions are limited to fewer than max_new_tokens (100000) tokens" in caplog.text
     problem = {"id": 1, "problem": "1 + " * 1000 + "1 =", "answers": ["1001"]}
     (tmp_path / "sums.jsonl").write_text(json.dumps(problem) + "\n")
     said = complaint([*QUICK, "--benchmark_folder", str(tmp_path), "--output_dir", str(tmp_path / "out")])
@@ -519,7 +522,7 @@ def test_unparsable_answers_are_listed(tmp_path, caplog):
     )
     main([*QUICK, "--benchmark_folder", str(tmp_path), "--output_dir", str(tmp_path / "out")])
     assert (
-        r"sums: the answers of 1 of 2 problems cannot be parsed; they are left out of the figures: q: \frac{"
+        r"sums: the gold answers of 1 of 2 problems cannot be parsed. These problems are excluded: q: \frac{"
         in caplog.text
     )
     figures = json.loads((tmp_path / "out" / "summary.json").read_text())["benchmarks"]["sums"]
@@ -566,8 +569,8 @@ def test_killed_in_the_middle(tmp_path, blow):
         said = process.communicate()[0]
     there = (tmp_path / "killed" / "sums.jsonl").read_bytes().count(b"\n")
     assert 8 <= there < 96
-    assert ("Stopping after the batch" in said) == (blow == signal.SIGINT)
-    assert ("what was generated is saved" in said) == (blow != signal.SIGKILL)
+    assert ("Stopping after the current batch" in said) == (blow == signal.SIGINT)
+    assert ("The samples generated so far are saved" in said) == (blow != signal.SIGKILL)
     assert "96/96" in output_of(tmp_path / "killed")
     assert (tmp_path / "killed" / "sums.jsonl").read_bytes() == (tmp_path / "whole" / "sums.jsonl").read_bytes()
 

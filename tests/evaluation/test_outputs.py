@@ -30,7 +30,7 @@ def test_grade_outputs_of_others(tmp_path, capsys):
     assert summary["benchmarks"]["easy"]["tokens"] is None
     main(["grade", str(path), "--output_dir", str(tmp_path / "twice")])
     main(["compare", str(tmp_path / "graded"), str(tmp_path / "twice"), "--output_dir", str(tmp_path / "c")])
-    assert "no evidence of a difference: the same on every problem" in capsys.readouterr().out
+    assert "no evidence of a difference: identical on every problem" in capsys.readouterr().out
 
 
 def test_graded_outputs_give_the_published_accuracy(shared, tmp_path):
@@ -59,7 +59,7 @@ def test_outputs_in_lists(tmp_path):
     figures = json.loads((tmp_path / "out" / "summary.json").read_text())["benchmarks"]["outputs"]
     assert (figures["samples"], figures["accuracy"][0]) == (2, 0.5)
     path.write_text(json.dumps({"output": [{"role": "assistant", "content": "2"}], "answer": "2"}) + "\n")
-    assert "line 1: an output must be a text or a list of texts" in complaint(["grade", str(path)])
+    assert "line 1: an output must be a string or a list of strings" in complaint(["grade", str(path)])
     path.write_text(json.dumps({"output": None, "answer": "2"}) + "\n")
     assert "line 1: output is null" in complaint(["grade", str(path)])
     path.write_text(json.dumps({"output": "2", "answer": "2", "tokens": "x"}) + "\n")
@@ -72,7 +72,7 @@ def test_no_problem_vanishes(tmp_path):
     rows = [{"id": "a", "output": [r"\boxed{2}"], "answer": "2"}, {"id": "b", "output": [], "answer": "3"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     said = complaint(["grade", str(path), "--output_dir", str(tmp_path / "out")])
-    assert "x.jsonl, line 2: problem 'b' has no outputs. Grade a copy of the file without that line, to leave" in said
+    assert "x.jsonl, line 2: problem 'b' has no outputs. To exclude it, grade a copy of the file without" in said
     rows[1]["output"] = [""]  # as the message says
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert grade_file(path)["accuracy"][0] == 0.5
@@ -90,11 +90,11 @@ def test_one_id_for_two_problems(tmp_path):
     rows = [{"id": 1, "output": r"\boxed{2}", "answer": "2"}, {"id": 2, "output": "", "answer": "5"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0] | {"answer": "3"}]))
     said = complaint(["grade", str(path)])
-    assert "x.jsonl, line 3: problem '1' of outputs has the answer 3, and in line 1 2." in said
-    assert "Two problems need two ids (--id_column)" in said
+    assert "x.jsonl, line 3: problem '1' of outputs has the answer 3, but in line 1 the answer 2." in said
+    assert "Give each problem its own id (--id_column)" in said
     rows[0]["problem"] = "1 + 1 ="
     path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0] | {"problem": "4 - 2 ="}]))
-    assert "line 3: problem '1' of outputs has another text than in line 1" in complaint(["grade", str(path)])
+    assert "line 3: problem '1' of outputs has a different text than in line 1" in complaint(["grade", str(path)])
     rows[0]["answer"] = 2  # the same answer in another form
     path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0] | {"answer": ["2"]}][::2]))
     assert grade_file(path)["samples"] == 2
@@ -142,11 +142,10 @@ def test_answers_of_any_kind(tmp_path, caplog):
     grade_file(path)
     judged = samples(path.with_suffix(".graded"), "outputs")
     assert [row["verdict"] for row in judged] == [right for *_, right in cases]
-    assert "2 lines of" in caplog.text
-    assert "have lists of answers with null or empty ones: left out" in caplog.text
+    assert "Ignored null and empty answers in the lists of answers of 2 lines of" in caplog.text
     for answer in ([], [None], "", float("nan")):
         path.write_text(json.dumps({"output": "", "answer": answer}) + "\n")
-        assert "line 1: no answer, only " in complaint(["grade", str(path)]), answer
+        assert "line 1: the answer is empty (" in complaint(["grade", str(path)]), answer
     path.write_text(json.dumps({"output": "", "answer": {"a": 1}}) + "\n")
     assert "line 1: An answer must be " in complaint(["grade", str(path)])
 
@@ -162,20 +161,20 @@ def test_graded_outputs_of_another_file_stay(tmp_path):
     other = tmp_path / "y.jsonl"
     shutil.copy(path, other)
     said = complaint(["grade", str(other), "--output_dir", str(folder)])
-    assert f"{folder} holds the results of {path}. Choose another --output_dir" in said
+    assert f"{folder} already contains the results of {path}. Choose another --output_dir" in said
 
 
 def test_bad_files(tmp_path):
     assert "There is no file nothing.jsonl" in complaint(["grade", "nothing.jsonl"])
     path = tmp_path / "x.jsonl"
     path.write_text("")
-    assert "holds no outputs" in complaint(["grade", str(path)])
+    assert "contains no outputs" in complaint(["grade", str(path)])
     path.write_text('{"output": "a", "answer": "1"}\nnot json\n')
     assert "x.jsonl, line 2: not JSON" in complaint(["grade", str(path)])
     path.write_text('{"output": "a"}\n')
     said = complaint(["grade", str(path)])
-    assert "line 1: no column answers or answer or solution. There are: output" in said
+    assert "line 1: no column answers or answer or solution. Its columns: output. Choose one with" in said
     path.write_text('{"output": "a", "answer": "1"}\n')
-    assert "k must lie between 1 and the samples of a problem (1 in outputs), not 2" in complaint(
+    assert "k must be between 1 and the number of samples per problem (1 in outputs), not 2" in complaint(
         ["grade", str(path), "--k", "2", "--output_dir", str(tmp_path / "g")]
     )

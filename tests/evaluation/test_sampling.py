@@ -50,7 +50,9 @@ def test_end_tokens(model, tmp_path, tokenizer):
     assert stop_token_ids(str(model), tokenizer, ()) == expected
     assert stop_token_ids(adapter(tmp_path / "adapter", model), tokenizer, ()) == expected
     assert set(stop_token_ids(str(model), tokenizer, ("7",))) == {*expected, tokenizer.convert_tokens_to_ids("7")}
-    with pytest.raises(ValueError, match=r"has no <\|turn\|>: this prompt is not for it. Set prompt: chat"):
+    with pytest.raises(
+        ValueError, match=r"has no token <\|turn\|>, which this prompt template needs. Set prompt: chat"
+    ):
         stop_token_ids(str(model), tokenizer, ("<|turn|>",))
 
 
@@ -61,5 +63,5 @@ def test_adapters(model, tmp_path):
     assert _lora_rank(adapter(tmp_path / "c", model, r=8, rank_pattern={"q_proj": 65})) == 128
     with pytest.raises(ValueError, match=r"LoRA ranks up to 512, not 600\. Set backend: transformers"):
         _lora_rank(adapter(tmp_path / "d", model, r=600))
-    with pytest.raises(ValueError, match="LoRA adapters only, not IA3"):
+    with pytest.raises(ValueError, match="supports only LoRA adapters, not IA3"):
         _lora_rank(adapter(tmp_path / "e", model, peft_type="IA3"))

@@ -169,7 +169,7 @@ def test_the_card_says_what_the_run_was(tmp_path):
     assert {"ktae", "trl", "grpo"} <= set(card.data.tags)
     assert card.data.datasets == "nlile/hendrycks-MATH-benchmark"
     assert card.data.library_name == "transformers"
-    assert "scaled by how much the token goes with the right or the wrong rollouts" in text
+    assert "associated with the correct or the wrong rollouts" in text
     assert "version of a local model (model) on the [nlile/hendrycks-MATH-benchmark]" in text
     settings = yaml.safe_load(re.search(r"^(`{4})yaml\n(.*?)^\1$", text, re.DOTALL | re.MULTILINE)[2])
     assert settings["ktae_tf_weight"] == 2.0

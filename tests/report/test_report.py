@@ -127,7 +127,7 @@ def test_a_record_of_other_values_is_told():
 
 @pytest.mark.parametrize(
     ("correct", "told"),
-    [([True], "one rollout only"), ([True, True], "right"), ([False, False], "wrong"), ([None, None], "judged")],
+    [([True], "single rollout"), ([True, True], "correct"), ([False, False], "wrong"), ([None, None], "graded")],
 )
 def test_groups_without_contrast_say_so(correct, told):
     group = describe(KTAE, rows_of_group([["x", "y"]] * len(correct), correct))
@@ -175,7 +175,7 @@ def test_the_page_of_a_run(tmp_path):
     train, held_out = index["panels"][0]["traces"]
     assert (train["x"], train["y"], train["evaluated"]) == ([1, 2], [0.1, 0.2], False)
     assert (held_out["x"], held_out["y"], held_out["evaluated"]) == ([2, 4], [0.25, 0.5], True)
-    assert "Recorded: 4 of the 16 groups of these generations" in page.text
+    assert "The run recorded 4 of the 16 groups generated in these steps" in page.text
     assert len(page.code) == 2  # Plotly's and ours
 
     one = Page(write_report(sources[1] / "step_000020.parquet", tmp_path / "one.html").read_text())
@@ -196,8 +196,8 @@ def test_a_page_of_a_long_run_holds_a_share_of_each_step(tmp_path):
     for most, groups in ((4, [(3, 1), (2, 2), (1, 3)]), (1, [(2, 2), (1, 3)])):
         found, text = shown(most)
         assert found == groups
-        assert f"holds {len(groups)} of 4 recorded groups" in text
-        assert "Recorded: 4 of the 6 groups" in text
+        assert f"shows {len(groups)} of 4 recorded groups" in text
+        assert "recorded 4 of the 6 groups" in text
     found, text = shown(6)
     assert len(found) == 4
     assert "recorded groups" not in text
@@ -222,7 +222,7 @@ def test_curves_without_metrics_come_from_the_records(tmp_path):
     titles = [panel["title"] for panel in curves(shown.by_step, [KTAE])]
     assert titles == ["Rewards by function", "Completion length (tokens)", "Mean value K", "Shares"]
     write_run(tmp_path, {1: [mixed], 2: [mixed]})
-    assert "means over the groups of this page" in Page(write_report(tmp_path, tmp_path / "p.html").read_text()).text
+    assert "means over the groups on this page" in Page(write_report(tmp_path, tmp_path / "p.html").read_text()).text
 
 
 def test_curves_need_two_points_that_are_numbers():
@@ -303,12 +303,12 @@ def test_the_list_leaves_out_what_all_prompts_share():
 
 def test_a_page_without_groups_or_records(tmp_path):
     assert Page(render("empty", collect([]))).data("index")["groups"] == []
-    with pytest.raises(FileNotFoundError, match="holds no records"):
+    with pytest.raises(FileNotFoundError, match="contains no records"):
         write_report(tmp_path, tmp_path / "page.html")
-    with pytest.raises(FileNotFoundError, match="There is no"):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         write_report(tmp_path / "nowhere", tmp_path / "page.html")
     (tmp_path / "step_000001.parquet").write_text("no parquet")
-    with pytest.raises(ValueError, match=r"step_000001\.parquet is no Parquet file"):
+    with pytest.raises(ValueError, match=r"step_000001\.parquet is not a Parquet file"):
         write_report(tmp_path, tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
 
@@ -483,7 +483,7 @@ def test_answers_are_graded_and_what_cannot_be_is_left_out(tokenizer):
     found = explain(rows, tokenizer)
     assert [row["correct"] for row in found.record.rows] == [True, False, None]
     assert found.summary() == (
-        "prompts: 1 (1 with right and wrong rollouts); rollouts: 3, 1 without a verdict, left out of the statistics"
+        "prompts: 1 (1 with correct and wrong rollouts); rollouts: 3 (1 not graded and excluded from the statistics)"
     )
 
 
@@ -503,11 +503,14 @@ def test_chats_are_prompts_and_completions(tokenizer):
     [
         ("[1]", "line 2: an object was expected"),
         ('{"prompt": "p", "completion": "c"', "line 2: not JSON"),
-        ('{"prompt": "p", "text": "c"}', r"line 2: lacks completion, correct \(or answers\). It has: prompt, text"),
-        ('{"prompt": 3, "completion": "c", "correct": true}', "line 2: prompt must be a text or a list"),
-        ('{"prompt": "p", "completion": [3], "correct": true}', "line 2: completion must be a text or a list"),
+        (
+            '{"prompt": "p", "text": "c"}',
+            r"line 2: completion, correct \(or answers\) is missing\. The row has: prompt, text",
+        ),
+        ('{"prompt": 3, "completion": "c", "correct": true}', "line 2: prompt must be a string or a list"),
+        ('{"prompt": "p", "completion": [3], "correct": true}', "line 2: completion must be a string or a list"),
         ('{"prompt": "p", "completion": "c", "correct": "yes"}', "line 2: correct must be true, false or null"),
-        ('{"prompt": "p", "completion": "c", "answers": []}', "line 2: answers must be a text or a list"),
+        ('{"prompt": "p", "completion": "c", "answers": []}', "line 2: answers must be a string or a non-empty list"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, row, message):
@@ -518,9 +521,9 @@ def test_a_bad_line_is_named(tmp_path, row, message):
 
 
 def test_bad_rows_and_settings_are_named(tokenizer):
-    with pytest.raises(ValueError, match="row 1: lacks completion"):
+    with pytest.raises(ValueError, match="row 1: completion is missing"):
         explain([rollouts()[0], {"prompt": "p", "correct": True}], tokenizer)
-    with pytest.raises(ValueError, match="no rollouts"):
+    with pytest.raises(ValueError, match="No rollouts"):
         explain([], tokenizer)
     with pytest.raises(ValueError, match="combine must be one of"):
         explain(rollouts(), tokenizer, combine="scale")
@@ -567,7 +570,7 @@ def test_a_notebook_shows_coloured_tokens_and_the_table(tokenizer):
     assert f"A' {four['advantages'][place]:+.4f}" in title
     assert f"rgb{colour(four['credit'][place])}" in style
     assert "2 of 2" in parsed.text
-    assert "one rollout only" in parsed.text
+    assert "single rollout" in parsed.text
     assert (
         "↵↵"
         not in explain([{**row, "completion": row["completion"] + "\n"} for row in rollouts()], tokenizer)._repr_html_()
@@ -596,7 +599,7 @@ def test_a_notebook_shows_other_methods_too(how, values, shades, told):
 def test_the_command_line(tmp_path, capsys):
     write_run(tmp_path / "run", {1: [random_group(0)]})
     main([str(tmp_path / "run"), "-o", str(tmp_path / "run.html"), "--max_groups", "3"])
-    assert re.fullmatch(rf"{tmp_path}/run\.html: [\d.]+ MB\n", capsys.readouterr().out)
+    assert re.fullmatch(rf"Saved {tmp_path}/run\.html \([\d.]+ MB\)\n", capsys.readouterr().out)
 
     with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:
         file.write("".join(json.dumps(row) + "\n\n" for row in rollouts()))
@@ -612,11 +615,11 @@ def test_the_command_line(tmp_path, capsys):
             *options,
         ]
     )
-    assert "prompts: 1 (1 with right and wrong rollouts); rollouts: 4" in capsys.readouterr().err
+    assert "prompts: 1 (1 with correct and wrong rollouts); rollouts: 4" in capsys.readouterr().err
     page = Page((tmp_path / "e.html").read_text())
     (method,) = page.data("index")["methods"]
     assert method["settings"] == {
-        "advantage of a token": "A' = A + K",
+        "token advantage": "A' = A + K",
         "ktae_combine": "add",
         "ktae_fisher_weight": "2.0",
         "ktae_ig_weight": "3.0",
@@ -631,12 +634,12 @@ def test_the_command_line(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["{}/none"], "There is no {}/none"),
-        (["{}"], "{} holds no records"),
+        (["{}/none"], "{}/none does not exist"),
+        (["{}"], "{} contains no records"),
         (["{}", "--max_groups", "0"], "max_groups must be at least 1, not 0"),
-        (["{}/bad.parquet"], "{}/bad.parquet is no Parquet file"),
+        (["{}/bad.parquet"], "{}/bad.parquet is not a Parquet file"),
         (["explain", "{}/none.jsonl", "--tokenizer", str(tiny.MODEL)], "There is no file {}/none.jsonl"),
-        (["explain", "{}/empty.jsonl", "--tokenizer", str(tiny.MODEL)], "{}/empty.jsonl holds no rollouts"),
+        (["explain", "{}/empty.jsonl", "--tokenizer", str(tiny.MODEL)], "{}/empty.jsonl contains no rollouts"),
         (["explain", "{}/bad.parquet", "--tokenizer", str(tiny.MODEL)], "{}/bad.parquet, line 1: not JSON"),
         (["explain", "{}/binary.jsonl.gz", "--tokenizer", str(tiny.MODEL)], "binary.jsonl.gz is a damaged gzip file"),
         (["explain", "{}/good.jsonl", "--tokenizer", "{}/none"], "'{}/none' (--tokenizer) could not be loaded"),
@@ -714,13 +717,13 @@ def test_a_byte_order_mark_is_no_fault(tmp_path):
 def test_messages_quote_no_escape_sequences(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"\x1b[31mred": 1}))
-    with pytest.raises(SystemExit, match=r"It has: ⟨ESC⟩\[31mred"):
+    with pytest.raises(SystemExit, match=r"The row has: ⟨ESC⟩\[31mred"):
         main(["explain", str(path), "--tokenizer", "x"])
 
 
 def test_a_folder_is_no_place_for_a_page(tmp_path):
     write_run(tmp_path, {1: [rows_of_group([["x"], ["y"]], [True, False])]})
-    with pytest.raises(UserError, match="is a folder: name a file"):
+    with pytest.raises(UserError, match=r"is a folder\. Give a file"):
         write_report(tmp_path, tmp_path)
     assert not list(tmp_path.parent.glob("*.part"))
 

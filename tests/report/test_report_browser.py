@@ -91,7 +91,7 @@ def information_gain(a: int, b: int, c: int, d: int) -> float:
 
 
 def direction(token: int, right: list[dict], wrong: list[dict]) -> float:
-    """D by the formulas of docs/how_ktae_works.md."""
+    """D by the formulas of docs/methods/ktae.md."""
     sides = [[ids for row in side for ids in row["token_ids"]] for side in (right, wrong)]
     mean = sum(map(len, sides)) / 2
     shares = [sum(token in row["token_ids"] for row in side) / len(side) for side in (right, wrong)]
@@ -123,7 +123,7 @@ def test_a_tooltip_has_the_numbers_of_the_parquet_row(visit, report, run):
                 assert "p" not in shown
                 continue
             a, b = (sum(token in r["token_ids"] for r in side) for side in (right, wrong))
-            assert (shown["a"], shown["b"]) == (f"{a} of {len(right)} right", f"{b} of {len(wrong)} wrong")
+            assert (shown["a"], shown["b"]) == (f"{a} of {len(right)} correct", f"{b} of {len(wrong)} wrong")
             assert (shown["c"], shown["d"]) == (str(len(right) - a), str(len(wrong) - b))
             p = fisher_exact([[a, b], [len(right) - a, len(wrong) - b]]).pvalue
             assert float(shown["p"]) == pytest.approx(p, abs=6e-5)
@@ -142,7 +142,7 @@ def test_leave_one_out_is_told(visit, tmp_path):
     page = visit(write_report(tmp_path, tmp_path / "page.html"))
     page.locator("article.rollout", has_text="Rollout 0").locator(".t").first.hover()
     assert float(facts(page)["K"]) == pytest.approx(rows[0]["credit"][0], abs=6e-5)
-    assert "K leaves this rollout out" in page.locator("#tip").inner_text()
+    assert "K is computed without this rollout" in page.locator("#tip").inner_text()
     assert "K of the whole group" in page.locator(".table").inner_text()
 
 
@@ -201,7 +201,7 @@ def test_search_filters_and_order(visit, report):
         search.fill(text)
         page.wait_for_function("n => document.querySelectorAll('#list a').length === n", arg=len(found))
         assert listed(page) == found
-    page.get_by_label("in completions too").check()
+    page.get_by_label("also search completions").check()
     page.wait_for_function("() => document.querySelectorAll('#list a').length === 1")
     assert listed(page) == everything[2:3]
     search.fill("")
@@ -249,7 +249,7 @@ def test_the_keyboard(visit, report):
     assert page.url.endswith("#step-10-group-2")
     page.keyboard.press("k")
     complete(page, 10, 1)
-    assert "All rollouts that count are right" in page.locator("#group .warn").inner_text()
+    assert "All rollouts that count are correct" in page.locator("#group .warn").inner_text()
     page.keyboard.press("j")
     complete(page, 10, 2)
 
@@ -258,7 +258,7 @@ def test_the_keyboard(visit, report):
         page.keyboard.press(key)
         assert page.evaluate("document.activeElement.textContent") == text
         assert page.evaluate("document.activeElement.getAttribute('aria-describedby')") == "tip"
-        assert facts(page)["a"] == {"z": "1 of 1 right", " zebra": "0 of 1 right"}[text]
+        assert facts(page)["a"] == {"z": "1 of 1 correct", " zebra": "0 of 1 correct"}[text]
     page.keyboard.press("End")
     page.keyboard.press("Enter")
     assert page.locator(".hit").count() == 5
@@ -299,7 +299,7 @@ def test_a_link_names_its_group(visit, report):
     page = visit(report, "#step-20-group-0")
     assert page.locator("#group h2").inner_text() == "Step 20 · group 0"
     page = visit(report, "#step-7-group-7")
-    assert "There is no such group" in page.locator("#group").inner_text()
+    assert "does not have the group" in page.locator("#group").inner_text()
     page.locator("#list a").nth(1).click()
     complete(page, 10, 1)
     assert page.locator(".prompt").inner_text() == "An easy one"
@@ -322,11 +322,11 @@ def test_other_methods(visit, tmp_path, credit, how, name, value):
     page = visit(write_report(tmp_path, tmp_path / "page.html"))
     modes = page.locator("#mode option").all_text_contents()
     assert modes[0].startswith(name)
-    assert any("not trained with" in mode for mode in modes)
+    assert any("not used in training" in mode for mode in modes)
     page.locator(".t").nth(1).hover()
     shown = facts(page)
     assert shown["A'"] == f"{rows[0]['advantages'][1]:+.4f}"
-    assert shown["a"] == "1 of 1 right"
+    assert shown["a"] == "1 of 1 correct"
     if value:
         assert float(shown[value]) == 1.5
         levels = [int(name.split()[1][1:]) for name in page.locator(".t").evaluate_all("a => a.map(t => t.className)")]

@@ -122,7 +122,7 @@ def test_it_runs_and_shows_what_it_says(tmp_path):
         assert blue
         assert min(blue) > 0
         assert max(orange, default=-1) < 0
-        assert re.search(r"Right \(\d\)", html)
+        assert re.search(r"Correct \(\d\)", html)
         assert re.search(r"Wrong \(\d\)", html)
         assert re.search(r"<td[^>]*>\d of \d</td>", html)
     assert ">That</span>" in shown(cells["key-tokens"], "text/html")  # the careless habit
@@ -158,6 +158,6 @@ def test_the_cells_of_a_real_model_run(tmp_path):
         },
     )
     assert f"answer: {rows[0]['answer']}" in re.sub(r" +", " ", printed(cells["data"]))
-    assert "% of 512 answers are right" in printed(cells["sample"])
+    assert "% of 512 answers are correct" in printed(cells["sample"])
     assert re.search(r"before +[\d.]+%\nafter +[\d.]+%", printed(cells["compare"]))
     assert "Not pushed" in printed(cells["hub"])

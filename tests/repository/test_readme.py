@@ -1,7 +1,9 @@
-"""What README shows is what the code does."""
+"""What README, and the pages that it refers to, show is what the code does."""
 
 import json
+import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,12 +12,15 @@ import yaml
 
 from benchmarks import tested_where
 from benchmarks.published import gains
+from ktae_trl import tiny
 from ktae_trl.credit.combine import combine
 from ktae_trl.credit.ktae.values import key_token_values
 from ktae_trl.training.plan import ModelSize, memory_table
+from tests.processes import run
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+DOCS = ROOT / "docs"
 CAREFUL = "1: 9-3=6\n2: 6-1=5\n3: 5-3=2\n4: 2+5=7\nThe answer is \\boxed{7}."
 ROLLOUTS = [
     *[CAREFUL] * 4,
@@ -26,7 +31,7 @@ ROLLOUTS = [
 ]
 
 
-def test_the_group_at_the_top(tokenizer):
+def test_the_group_of_the_overview_of_methods(tokenizer):
     batch = tokenizer([text + tokenizer.eos_token for text in ROLLOUTS], padding=True, return_tensors="pt")
     ids, mask = batch["input_ids"], batch["attention_mask"]
     right = torch.tensor([True] * 4 + [False] * 4)
@@ -35,7 +40,8 @@ def test_the_group_at_the_top(tokenizer):
     advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-4)  # TRL's
     final = combine(advantages, values, "multiply")
 
-    rows = re.findall(r"^  (\S+) +(\d)(?: of 4)? +(\d)(?: of 4)? +([-+]?\d\.\d\d) +(.*)$", README, re.MULTILINE)
+    page = (DOCS / "methods/index.md").read_text()
+    rows = re.findall(r"^  (\S+) +(\d)(?: of 4)? +(\d)(?: of 4)? +([-+]?\d\.\d\d) +(.*)$", page, re.MULTILINE)
     assert [row[0] for row in rows] == ["7", "+", ":", "is", "8", "That"]
     for word, in_right, in_wrong, value, rest in rows:
         token = tokenizer.convert_tokens_to_ids(word if word != "is" else "Ġis")
@@ -50,7 +56,7 @@ def test_the_group_at_the_top(tokenizer):
 
 def test_the_published_table_is_what_the_command_prints(shared):
     results = json.loads((shared / "published_results.json").read_text())
-    assert gains(results) in README
+    assert gains(results) in (DOCS / "evidence/published_gains.md").read_text()
 
 
 def test_the_gpus_are_those_of_the_files():
@@ -70,7 +76,7 @@ def test_every_file_that_is_named_is_there():
     """By a whole address: a package index shows this page, too."""
     links = re.findall(r"\]\(([^)#][^)]*)\)", README)
     files = [link for link in links if "/ktae-trl/ktae-trl/" in link]
-    assert len(files) > 50
+    assert len(files) > 15
     assert all(link.startswith("https://") for link in links)
     for link in files:
         path = re.sub(r"^https://(github|raw.githubusercontent).com/ktae-trl/ktae-trl/(blob/)?main/", "", link)
@@ -79,16 +85,37 @@ def test_every_file_that_is_named_is_there():
         assert link.startswith("https://raw.githubusercontent.com/"), link  # the picture, not a page about it
 
 
-def test_the_python_of_the_readme_compiles():
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 3
-    for block in blocks:
-        compile(block, "README.md", "exec")
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 200
+    assert len(README.split()) <= 1500
+
+
+def test_two_lines_turn_a_program_of_trl_into_ours(tmp_path):
+    """The diff of README, applied to TRL's program and run with a small model, its own data and reward."""
+    (diff,) = re.findall(r"```diff\n(.*?)```", README, re.DOTALL)
+    assert re.findall(r"^[-+]", diff, re.MULTILINE) == ["-", "+", "-", "+"]
+    program = re.sub(r"^-.*\n", "", diff, flags=re.MULTILINE)
+    program = re.sub(r"^[ +]", "", program, flags=re.MULTILINE).replace("Qwen/Qwen2.5-0.5B-Instruct", str(tiny.MODEL))
+    short = "output_dir='out', max_steps=2, use_cpu=True, bf16=False, max_completion_length=40, save_strategy='no'"
+    before = f"""
+import datasets, functools, ktae_trl
+from ktae_trl import tiny
+from ktae_trl.data import load, to_prompts
+rows = to_prompts(load(str(tiny.TRAIN))).select(range(32))
+datasets.load_dataset = lambda name, split: rows.map(lambda row: {{"solution": row["solution"][0]}})
+config = ktae_trl.KTAEGRPOConfig({short}, logging_steps=1, report_to="none")
+ktae_trl.KTAEGRPOTrainer = functools.partial(ktae_trl.KTAEGRPOTrainer, args=config)
+"""
+    after = "\nassert trainer.state.global_step == 2 and 'ktae/abs_value' in trainer.state.log_history[0]\n"
+    (tmp_path / "run.py").write_text(before + program + after)
+    done = run([sys.executable, "run.py"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_the_memory_table_is_what_the_estimators_say():
     pytest.importorskip("deepspeed", reason="the estimate is DeepSpeed's")
-    rows = re.findall(r"^\| Qwen\S+ \(([\d,]+) parameters, largest layer ([\d,]+)\) \| (.*) \|$", README, re.MULTILINE)
+    page = (DOCS / "guides/scale.md").read_text()
+    rows = re.findall(r"^\| Qwen\S+ \(([\d,]+) parameters, largest layer ([\d,]+)\) \| (.*) \|$", page, re.MULTILINE)
     assert len(rows) == 2
     for total, layer, cells in rows:
         size = ModelSize(int(total.replace(",", "")), int(layer.replace(",", "")), None)
@@ -97,7 +124,8 @@ def test_the_memory_table_is_what_the_estimators_say():
 
 
 def test_the_table_of_recipes_is_what_they_say():
-    rows = re.findall(r"^\| (\[`.*?) \| .* \| ([\d,]+) x (\d+), (\d) \| (\d) (GPU|CPU)", README, re.MULTILINE)
+    page = (DOCS / "guides/recipes.md").read_text()
+    rows = re.findall(r"^\| (\[`.*?) \| .* \| ([\d,]+) x (\d+), (\d) \| (\d) (GPU|CPU)", page, re.MULTILINE)
     shown = {}
     for links, prompts, rollouts, steps, devices, device in rows:
         for name in re.findall(r"/configs/([^/)]+)\.yaml\)", links):

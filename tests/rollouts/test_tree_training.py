@@ -388,28 +388,28 @@ def test_resume_is_exact(tmp_path, dynamic):
         ({"tree_branching": 1}, "tree_branching must be at least 2, not 1"),
         ({"tree_depth": 0}, "tree_depth must be at least 1, not 0"),
         ({"tree_normalizer": "var"}, "tree_normalizer must be one of bernoulli, std, none, not 'var'"),
-        ({"tree_min_spread": -0.1}, "tree_min_spread must lie between 0 and 1, not at -0.1"),
-        ({"tree_min_spread": 1.5}, "tree_min_spread must lie between 0 and 1, not at 1.5"),
+        ({"tree_min_spread": -0.1}, "tree_min_spread must be between 0 and 1, not -0.1"),
+        ({"tree_min_spread": 1.5}, "tree_min_spread must be between 0 and 1, not 1.5"),
         (
             {"num_generations": 12, "per_device_train_batch_size": 12},
-            r"2 \*\* 3 = 8 leaves, .* but num_generations=12. .* nearest are 8 \(tree_depth=3\) or 16 \(tree_depth=4\)",
+            r"2 \*\* 3 = 8 leaves, but num_generations=12. .* nearest are 8 \(tree_depth=3\) or 16 \(tree_depth=4\)",
         ),
-        ({"tree_depth": 2}, r"2 \*\* 2 = 4 leaves, .* num_generations=8. .* 8 \(tree_depth=3\) or 16 \(tree_depth=4\)"),
+        ({"tree_depth": 2}, r"= 4 leaves, but num_generations=8. .* 8 \(tree_depth=3\) or 16 \(tree_depth=4\)"),
         ({"tree_branching": 10, "tree_depth": 1}, r"are 10 \(tree_depth=1\) or 100 \(tree_depth=2\)"),
-        ({"tree_segment_tokens": 61}, "= 3 x 61 tokens do not fit max_completion_length=60: .* and at most 20"),
-        ({"tree_segment_tokens": 21}, "= 3 x 21 tokens do not fit max_completion_length=60: .* and at most 20"),
-        ({"tree_segment_tokens": 0}, "= 3 x 0 tokens do not fit .* at least 1 token"),
+        ({"tree_segment_tokens": 61}, "= 3 x 61 tokens do not fit in max_completion_length=60. .* and at most 20"),
+        ({"tree_segment_tokens": 21}, "= 3 x 21 tokens do not fit in max_completion_length=60. .* and at most 20"),
+        ({"tree_segment_tokens": 0}, "= 3 x 0 tokens do not fit .* at least 1 and at most 20"),
         *(
             (
                 {"loss_type": loss},
-                f"a loss that counts tokens, dapo, bnpo, dr_grpo, not loss_type='{loss}': a row holds",
+                f"a token-level loss, not loss_type='{loss}': .* Set loss_type to one of dapo, bnpo, dr_grpo",
             )
             for loss in ("grpo", "luspo", "cispo", "sapo", "vespo")
         ),
         ({"importance_sampling_level": "sequence"}, "importance_sampling_level='token', not 'sequence': a row trains"),
-        ({"mask_truncated_completions": True}, "mask_truncated_completions does not go with tree sampling: it would"),
-        ({"generation_kwargs": {"max_new_tokens": 5}}, "would hold for each of them and not for the completion"),
-        ({"vllm_structured_outputs_regex": "[0-9]+"}, "would hold for each of them and not for the completion"),
+        ({"mask_truncated_completions": True}, "mask_truncated_completions is not supported with tree sampling"),
+        ({"generation_kwargs": {"max_new_tokens": 5}}, "would apply to each segment instead of the completion"),
+        ({"vllm_structured_outputs_regex": "[0-9]+"}, "would apply to each segment instead of the completion"),
     ],
 )
 def test_bad_settings(tmp_path, settings, words):
@@ -421,7 +421,7 @@ def test_bad_settings(tmp_path, settings, words):
     "arguments", [{"rollout_func": replay}, {"train_dataset": prompts(8).add_column("image", ["a picture"] * 8)}]
 )
 def test_rollouts_of_another_kind_are_refused(tmp_path, arguments):
-    with pytest.raises(ValueError, match="credit='tree' samples its rollouts itself, from text: it does not go with a"):
+    with pytest.raises(ValueError, match="credit='tree' samples its own rollouts from text, so a rollout_func"):
         make_trainer(tmp_path, **arguments, **TREE)
 
 
@@ -431,5 +431,5 @@ def test_tools_and_environments_are_refused(what):
     trainer = SimpleNamespace(rollout_func=None, tools=[], environment_factories=None, train_dataset=prompts(8))
     check_sampler(TreeRPO, trainer)
     setattr(trainer, what, [print])
-    with pytest.raises(ValueError, match="does not go with a rollout_func, tools, environments or images"):
+    with pytest.raises(ValueError, match="a rollout_func, tools, environments and images are not supported"):
         check_sampler(TreeRPO, trainer)

@@ -66,9 +66,9 @@ def test_bad_thresholds(value):
 def test_two_functions_of_one_name():
     assert correctness_index(["a", "b"], None) == 0
     assert correctness_index(["a", "a", "b"], "b") == 2
-    with pytest.raises(ValueError, match=r"'a' is the name of 2 reward functions. There are: a, a"):
+    with pytest.raises(ValueError, match=r"'a' is the name of 2 reward functions \(a, a\)"):
         correctness_index(["a", "a"], "a")
-    with pytest.raises(ValueError, match=r"'c' is none of the reward functions. There are: a"):
+    with pytest.raises(ValueError, match=r"'c' is not one of the reward functions. Choose from: a"):
         correctness_index(["a"], "c")
 
 

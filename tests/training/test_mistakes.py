@@ -60,7 +60,7 @@ def refusal(*words: str) -> str:
         (["--model_name_or_path", "without_weights"], "Error no file named model.safetensors"),
         (["--reward_funcs", "math_acuracy"], "Unknown reward function 'math_acuracy' (did you mean 'math_accuracy'?)"),
         (["--reward_funcs", "my_rewards.mine"], "my_rewards fails with ModuleNotFoundError: No module named"),
-        (["--use_vllm", "true"], "use_vllm is set, but vLLM is not installed"),
+        (["--use_vllm", "true"], "use_vllm is true, but vLLM is not installed"),
         (["--resume_from_checkpoint", "nowhere"], "nowhere"),
         (["--output_dir", "lines.jsonl"], "lines.jsonl"),
     ],

@@ -241,7 +241,7 @@ def test_bad_data_and_settings_are_one_line(tmp_path, capsys):
     offline = ["--config", "configs/quickstart.yaml", "--output_dir", str(tmp_path / "out")]
     for words, said in (
         (["--dataset_name", "nowhere.jsonl"], "There is no data file nowhere.jsonl"),
-        (["--dataset_filter", '{"level": [3]}'], r"there is no column 'level'.*For all rows: --dataset_filter null"),
+        (["--dataset_filter", '{"level": [3]}'], r"has no column 'level'.*To use all rows: --dataset_filter null"),
         (["--model_name_or_path", str(tmp_path / "no_model")], "no_model"),
     ):
         with pytest.raises(SystemExit, match=f"^train.py: .*{said}"):
@@ -273,8 +273,8 @@ def test_the_settings_that_differ_from_their_defaults_or_all(tmp_path):
 
 
 def test_a_generation_of_broken_groups_is_refused_with_the_arithmetic(tmp_path, monkeypatch):
-    words = r"whole groups of 8 rollouts.* 4 .*x 1 \(processes\) x 3 \(steps_per_generation\) = 12 rollouts; with "
-    with pytest.raises(ValueError, match=words + "steps_per_generation=6 they would"):
+    words = r"whole groups of 8 rollouts.* 4 .*x 1 \(processes\) x 3 \(steps_per_generation\) = 12 rollouts. Set "
+    with pytest.raises(ValueError, match=words + "steps_per_generation=6$"):
         config(tmp_path, per_device_train_batch_size=4, steps_per_generation=3)
     assert config(tmp_path, per_device_train_batch_size=4, steps_per_generation=6).generation_batch_size == 24
     monkeypatch.setenv("WORLD_SIZE", "3")
@@ -291,7 +291,9 @@ def test_fewer_prompts_than_a_generation_takes_are_refused(tmp_path):
 
 def test_vllm_that_is_not_installed_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr("ktae_trl.trainer.is_vllm_available", lambda: False)
-    with pytest.raises(ImportError, match=r"use_vllm is set, but vLLM is not installed.*pip install 'ktae-trl\[vllm\]"):
+    with pytest.raises(
+        ImportError, match=r"use_vllm is true, but vLLM is not installed.*pip install 'ktae-trl\[vllm\]"
+    ):
         make_trainer(tmp_path, use_vllm=True)
 
 

@@ -298,5 +298,5 @@ def test_reward_timeout_reaches_the_functions_of_a_training(tmp_path):
 
 @pytest.mark.parametrize("value", [0, -1, float("inf"), float("nan")])
 def test_bad_limits(tmp_path, value):
-    with pytest.raises(ValueError, match=f"reward_timeout must be a number of seconds above 0, or None.*{value}"):
+    with pytest.raises(ValueError, match=f"reward_timeout must be a positive number of seconds, or None.*{value}"):
         KTAEGRPOConfig(str(tmp_path), reward_timeout=value, use_cpu=True, bf16=False)

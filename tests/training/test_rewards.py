@@ -85,7 +85,7 @@ def brevity(completions, **kwargs):
 
 def test_bad_names():
     options = {"max_completion_length": 10, "overlong_buffer": 2}
-    with pytest.raises(ValueError, match=r"between 0 and max_completion_length \(10\).*not 10"):
+    with pytest.raises(ValueError, match=r"above 0 and below max_completion_length \(10\).*not 10"):
         rewards.load_rewards(["soft_overlong"], **{**options, "overlong_buffer": 10})
     with pytest.raises(
         ValueError, match=r"'math_acuracy' \(did you mean 'math_accuracy'\?\). Choose from math_accuracy, "
@@ -97,7 +97,7 @@ def test_bad_names():
         ImportError, match=r"'tests.training.test_rewards' \(.*\) has no 'brevit' \(did you mean 'brevity'\?\)"
     ):
         rewards.load_rewards(["tests.training.test_rewards.brevit"], **options)
-    with pytest.raises(ImportError, match="is no function but a list"):
+    with pytest.raises(ImportError, match="is not a function but a list"):
         rewards.load_rewards(["tests.training.test_rewards.NOT_A_FUNCTION"], **options)
 
 
@@ -137,8 +137,8 @@ def test_a_function_of_the_working_directory(tmp_path, monkeypatch):
         ("ab", "each of the 2 completions, not str: ab"),
         (0.5, "each of the 2 completions, not float: 0.5"),
         (torch.tensor(0.5), "each of the 2 completions, not Tensor"),
-        ([1.0, "0.5"], "but value 1 is of type str: 0.5"),
-        ([[1.0], 2.0], r"but value 0 is of type list: \[1.0\]"),
+        ([1.0, "0.5"], "but the value at index 1 is of type str: 0.5"),
+        ([[1.0], 2.0], r"but the value at index 0 is of type list: \[1.0\]"),
     ],
 )
 def test_bad_values_name_the_function(values, words):
@@ -151,7 +151,8 @@ def test_bad_values_name_the_function(values, words):
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), torch.tensor(-torch.inf), 1e39, -(10**400)])
 def test_infinite_rewards_are_refused(value):
     """1e39 is infinite in the single precision of TRL's tensors."""
-    with pytest.raises(ValueError, match=r"'mine' must return finite numbers, but value 1 of the 3 is -?(inf|1e\+39)"):
+    words = r"'mine' must return finite numbers, but the value at index 1 \(of 3\) is -?(inf|1e\+39)"
+    with pytest.raises(ValueError, match=words):
         rewards.check_values([0.0, value, 1.0], "mine", 3)
     assert math.isnan(rewards.check_values([float("nan")], "mine", 1)[0])  # no reward, as None
 
@@ -302,7 +303,7 @@ def test_gold_answers_that_cannot_be_graded_are_counted(own_data, capfd, caplog)
 def test_a_shaping_reward_that_decides_what_is_right_is_named(tmp_path, caplog):
     functions = [rewards.boxed_format, rewards.math_accuracy]
     make_trainer(tmp_path, reward_funcs=functions)
-    assert "boxed_format decides which rollouts are right, because it comes first" in caplog.text
+    assert "boxed_format decides which rollouts are correct because it is the first reward function" in caplog.text
     caplog.clear()
     make_trainer(tmp_path, reward_funcs=functions, correctness_reward="math_accuracy")
     assert "decides" not in caplog.text

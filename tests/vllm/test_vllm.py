@@ -117,7 +117,7 @@ def test_killed_in_the_middle(tmp_path, blow):
             pids = children(process.pid)
             (os.killpg if blow == signal.SIGINT else os.kill)(process.pid, blow)
             said = process.communicate(timeout=120)[0]
-            assert "what was generated is saved" in said
+            assert "The samples generated so far are saved" in said
             assert "Traceback" not in said
             assert gone(pids)
     early = [json.loads(line) for line in path.read_text().splitlines()[:20]]

@@ -1,4 +1,4 @@
-"""KTAE: the key-token value of every token from the right and wrong rollouts of its group (arXiv 2505.16826).
+"""KTAE: key-token values from the correct and wrong rollouts of a group (arXiv 2505.16826).
 
 counting (which tokens occur where) -> association (tables over 2 x 2 counts) -> values (K of every token) ->
 method (settings, metrics and card of `credit: ktae`)

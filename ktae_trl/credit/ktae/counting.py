@@ -1,10 +1,10 @@
-"""Count the tokens of groups: in how many right and wrong rollouts each occurs, and how often.
+"""Count the tokens of each group: in how many correct and wrong rollouts a token occurs, and how often.
 
-On a CPU a compiled loop does it in one pass, if numba is installed; else one sort of the ids of each group. Both give
-the same counts (a test compares them); the order of the tokens differs.
+On a CPU with numba installed, a compiled loop counts in one pass. Otherwise the ids of each group are sorted once. Both
+ways give the same counts, with the tokens in a different order.
 
-The compiled loops are imported where they are used: the CPU build of vLLM 0.31 cannot start its engine once numba is
-imported (it reads the `__dict__` of everything, which llvmlite's handles answer with a function).
+The compiled loops are imported inside functions because the CPU build of vLLM 0.31 cannot start its engine after numba
+was imported: it reads `__dict__` of every object, which is a function for llvmlite's handles.
 """
 
 from collections.abc import Callable
@@ -22,29 +22,29 @@ NUMBA = find_spec("numba") is not None
 
 
 class Pairs(NamedTuple):
-    """One entry per pair of a token and a rollout that has it, (W,)."""
+    """One entry for each pair of a token and a rollout that contains it, (W,) each."""
 
-    token: Tensor  # int32: entry of the token
-    rollout: Tensor  # int32: rollouts are numbered through all groups
-    count: Tensor  # int32: occurrences of the token in it
+    token: Tensor  # int32: index of the token's entry in `Counts`
+    rollout: Tensor  # int32: index of the rollout among the P * G
+    count: Tensor  # int32: occurrences of the token in the rollout
 
 
 class Counts(NamedTuple):
-    """One entry per distinct token of each group, (U,)."""
+    """One entry for each distinct token of each group, (U,) each."""
 
     group: Tensor  # int32
     token: Tensor  # dtype of the ids
-    a: Tensor  # int32: right rollouts with it
-    b: Tensor  # int32: wrong ones
-    count_right: Tensor  # int32: occurrences in right rollouts
-    count_wrong: Tensor
+    a: Tensor  # int32: correct rollouts with the token
+    b: Tensor  # int32: wrong rollouts with the token
+    count_right: Tensor  # int32: occurrences in correct rollouts
+    count_wrong: Tensor  # int32: occurrences in wrong rollouts
     pairs: Pairs | None
-    # (P * G * T,) int32: each position's entry, from 1 on, among the pairs if they were asked for, else among the
-    # tokens; 0 where nothing is counted.
+    # (P * G * T,) int32: 1 + the index of the entry of each position, in `pairs` if there are any, else in the tokens;
+    # 0 for positions that are not counted.
     entry: Tensor
 
     def spread(self, values: Tensor, out: Tensor) -> None:
-        """Give each position in `out` the value of its entry, 0 where nothing is counted."""
+        """Write the value of each position's entry to `out`, and 0 for positions that are not counted."""
         values = F.pad(values, (1, 0))
         if NUMBA and values.device.type == "cpu":
             from ktae_trl.credit.ktae import loops
@@ -56,13 +56,14 @@ class Counts(NamedTuple):
 
 
 def count(ids: Tensor, counted: Tensor, right: Tensor, sizes: Tensor, *, pairs: bool) -> tuple[Counts, list[list[int]]]:
-    """Count what is marked as `counted` (P, G, T) of `ids` (P, G, T).
+    """Count the tokens of each group.
 
     Args:
-        right: (P, G) bool, the side of each rollout.
-        sizes: (2, P) integers that are wanted on the host. They come with the number of tokens, so that a GPU is waited
-            for once.
-        pairs: whether to count per rollout as well.
+        ids: (P, G, T) integer token ids.
+        counted: (P, G, T) bool, which positions to count.
+        right: (P, G) bool, which rollouts are correct.
+        sizes: (2, P) integers to copy to the host together with the number of tokens, so that a GPU synchronizes once.
+        pairs: whether to count per rollout too.
 
     Returns:
         The counts, and `sizes` as lists.
@@ -73,12 +74,12 @@ def count(ids: Tensor, counted: Tensor, right: Tensor, sizes: Tensor, *, pairs: 
 
 # A compiled loop
 
-_TABLE = 2**22  # ids from here on, or below 0, are renumbered first
-_PART = 2**18  # positions that are worth a thread, which takes a millisecond to start
+_TABLE = 2**22  # larger or negative ids are renumbered first
+_PART = 2**18  # least positions per thread: starting a thread takes a millisecond
 
 
 def _on_threads(length: int, work: Callable[[slice], object], least: int) -> list:
-    """Do the work in even parts of at least so many, one on each of PyTorch's threads; return what each came to."""
+    """Split `length` into even parts of at least `least`, run `work` on each in a thread, and return the results."""
     workers = max(1, min(torch.get_num_threads(), length // max(least, 1)))
     parts = [slice(*bounds) for bounds in pairwise(length * i // workers for i in range(workers + 1))]
     if workers == 1:
@@ -98,7 +99,7 @@ def _count_by_loop(ids: Tensor, counted: Tensor, right: Tensor, sizes: Tensor, w
 
         def fill_part(part: slice) -> tuple[np.ndarray, np.ndarray, slice]:
             some = [x[part] for x in arrays]
-            room = some[0].size  # the system gives memory where it is written, so there is no harm in too much room
+            room = some[0].size  # an upper bound; memory that is not written to is not allocated
             rows, row = np.full(places, -1, np.int32), np.empty((G * T, 8), np.int32)
             tokens, pairs = np.empty((loops.KEPT, room), np.int32), np.empty((3, room if with_pairs else 0), np.int32)
             U, W = loops.fill(*some, part.start, rows, row, tokens, pairs, entry[part])
@@ -129,7 +130,7 @@ def _count_by_loop(ids: Tensor, counted: Tensor, right: Tensor, sizes: Tensor, w
 
 def _count_by_sort(ids: Tensor, counted: Tensor, right: Tensor, sizes: Tensor, with_pairs: bool):
     P, G, T = ids.shape
-    # The sort is stable, so the occurrences of an id in one rollout stay together.
+    # A stable sort keeps the occurrences of an id in one rollout together.
     last_id = torch.iinfo(ids.dtype).max
     sorted_ids, order = ids.masked_fill(~counted, last_id).view(P, G * T).sort(dim=1, stable=True)
     rollout = order.div(max(T, 1), rounding_mode="floor").int()
@@ -138,13 +139,13 @@ def _count_by_sort(ids: Tensor, counted: Tensor, right: Tensor, sizes: Tensor, w
     new_token[:, 1:] &= sorted_ids[:, 1:] != sorted_ids[:, :-1]
     new_pair[:, 1:] &= new_token[:, 1:] | (rollout[:, 1:] != rollout[:, :-1])
     totals = torch.stack([new_token.sum(), new_pair.sum()])
-    n_tokens, n_pairs, *sizes = torch.cat([totals, sizes.flatten()]).tolist()  # waits for the device
+    n_tokens, n_pairs, *sizes = torch.cat([totals, sizes.flatten()]).tolist()  # synchronizes with the device
 
     start = torch.nonzero_static(new_pair.view(-1), size=n_pairs).squeeze(1).int()
     pair_is_new = new_token.view(-1).index_select(0, start)
     first = torch.nonzero_static(pair_is_new, size=n_tokens).squeeze(1).int()
     token = sorted_ids.view(-1).index_select(0, start.index_select(0, first))
-    del sorted_ids  # as large as all that follows
+    del sorted_ids  # as large as everything below together
     first_rollout = torch.arange(0, P * G, G, device=ids.device, dtype=torch.int32)[:, None]
     rollout = rollout.add_(first_rollout).view(-1).index_select(0, start)
     group_end = torch.arange(P, device=ids.device) * (G * T) + counted.sum((1, 2))
@@ -167,6 +168,6 @@ def _count_by_sort(ids: Tensor, counted: Tensor, right: Tensor, sizes: Tensor, w
         count_right=count_right,
         count_wrong=total(times) - count_right,
         pairs=Pairs(pair_is_new.cumsum(0, dtype=torch.int32) - 1, rollout, times) if with_pairs else None,
-        entry=torch.empty_like(run).scatter_(1, order, run).view(-1),  # in the order before the sort
+        entry=torch.empty_like(run).scatter_(1, order, run).view(-1),  # back in the original order
     )
     return counts, [sizes[:P], sizes[P:]]

@@ -1,21 +1,29 @@
-"""The loops of `counting` on a CPU, compiled by numba."""
+"""The CPU loops of `counting`, compiled by numba."""
 
 from numba import njit
 
-TOKEN, GROUP, A, B, RIGHT, WRONG, ROLLOUT, PAIR = range(8)  # columns of a token's row
-KEPT = 6  # of these, the first
-OF_TOKEN, OF_ROLLOUT, COUNT = range(3)  # lines of `pairs`
+TOKEN, GROUP, A, B, RIGHT, WRONG, ROLLOUT, PAIR = range(8)  # columns of `row`
+KEPT = 6  # the first of these columns, which are returned in `tokens`
+OF_TOKEN, OF_ROLLOUT, COUNT = range(3)  # rows of `pairs`
 
 
 @njit(nogil=True)
 def fill(ids, counted, right, first_group, rows, row, tokens, pairs, entry):
-    """Fill `tokens` (a column a token), `entry` and, unless there is no room, `pairs`, for these groups.
+    """Count the tokens of these groups into `tokens` (one column per token), `entry` and `pairs`.
 
-    `rows` has a place for every id, -1 in each, and `row` room for the tokens of one group. Returns how many tokens and
-    pairs there are, or -1 for an id that has no place.
+    Args:
+        ids, counted, right: see `counting.count`.
+        first_group: number of the first of these groups.
+        rows: -1 for every id; scratch memory.
+        row: room for the tokens of one group; scratch memory.
+        tokens, entry: results.
+        pairs: result; nothing is written if it has no columns.
+
+    Returns:
+        The number of tokens and of pairs, or -1 for both if an id is negative or not below `len(rows)`.
     """
     P, G, T = ids.shape
-    U = W = 0  # of the groups before
+    U = W = 0  # tokens and pairs so far
     for p in range(P):
         n = 0
         for g in range(G):

@@ -1,4 +1,12 @@
-"""KTAE as a credit method: its settings, its card, its metrics (arXiv 2505.16826). The formulas are in `values`."""
+"""KTAE as a credit method: settings, model card and metrics (arXiv 2505.16826). The formulas are in `values`.
+
+Departures from the authors' code (xiaolizh1/KTAE), in addition to those in `values`:
+
+- Credit is computed once per generation, not at each call of the loss.
+- One reward function decides which rollouts are correct, not the weighted sum of all.
+- The loss is TRL's (`loss_type`).
+- `ktae_combine: multiply` and `ktae_leave_one_out` are additions.
+"""
 
 import dataclasses
 import textwrap
@@ -14,12 +22,12 @@ from ktae_trl.credit.ktae.values import KeyTokenTable, check_weights, key_token_
 from ktae_trl.credit.method import Card, Credit, Groups, Method, Settings
 
 COMBINE = ("multiply", "add")
-SATURATED = 0.9  # |K| above this is reported as saturated
-_SILENCED = 1e-3  # so is a token that keeps less than this share of its rollout's advantage
+SATURATED = 0.9  # |K| above this counts in `ktae/saturated`
+_SILENCED = 1e-3  # |A'| up to this share of |A| counts in `ktae/zero_factor`
 
 
 class KTAE(Method):
-    """Key-token values: how much a token goes with the right or the wrong rollouts of its group."""
+    """Key-token values: how strongly a token is associated with the correct or the wrong rollouts of its group."""
 
     @dataclass
     class Settings(Settings):
@@ -27,8 +35,8 @@ class KTAE(Method):
 
         Parameters:
             ktae_combine (`str`, *optional*, defaults to `"multiply"`):
-                How the key-token value K meets the rollout advantage A: `"multiply"` gives `A + |A| K`, which never
-                turns the sign of A; `"add"` gives `A + K`, as published.
+                How the key-token value K and the rollout advantage A are combined: `"multiply"` is `A + |A| K`, which
+                keeps the sign of A; `"add"` is `A + K`, as in the authors' code.
             ktae_fisher_weight (`float`, *optional*, defaults to `1.0`):
                 Weight h1 of the Fisher association in the strength of a token.
             ktae_ig_weight (`float`, *optional*, defaults to `1.0`):
@@ -36,20 +44,20 @@ class KTAE(Method):
             ktae_tf_weight (`float`, *optional*, defaults to `1.0`):
                 Weight h3 of the term frequencies in the direction of a token.
             ktae_leave_one_out (`bool`, *optional*, defaults to `False`):
-                Value each rollout's tokens by the other rollouts of its group only, so that it does not vote for
-                itself.
+                Compute the values of each rollout from the other rollouts of its group only, so that it does not vote
+                for itself.
         """
 
         ktae_combine: str = field(
             default="multiply",
-            metadata={"help": "'multiply' (A + |A| K, keeps the sign of A) or 'add' (A + K, as published)."},
+            metadata={"help": "'multiply' (A + |A| K, keeps the sign of A) or 'add' (A + K, the authors' code)."},
         )
         ktae_fisher_weight: float = field(default=1.0, metadata={"help": "Weight h1 of the Fisher association."})
         ktae_ig_weight: float = field(default=1.0, metadata={"help": "Weight h2 of the information gain."})
         ktae_tf_weight: float = field(default=1.0, metadata={"help": "Weight h3 of the term frequencies."})
         ktae_leave_one_out: bool = field(
             default=False,
-            metadata={"help": "Value each rollout's tokens by the other rollouts of its group only."},
+            metadata={"help": "Compute the values of each rollout from the other rollouts of its group only."},
         )
 
         def check(self) -> None:
@@ -68,8 +76,9 @@ class KTAE(Method):
     title = "KTAE (key tokens)"
     card = Card(
         "KTAE",
-        "Each token's advantage is that of its rollout, scaled by how much the token goes with the right or the wrong "
-        "rollouts of its prompt (Fisher's exact test, information gain, term frequencies).",
+        "The advantage of a token is that of its rollout, raised or lowered by how strongly the token is associated "
+        "with the correct or the wrong rollouts of its prompt (Fisher's exact test, information gain, term "
+        "frequencies).",
         ("ktae",),
         {
             "title": "KTAE: A Model-Free Algorithm to Key-Tokens Advantage Estimation in Mathematical Reasoning",
@@ -104,7 +113,7 @@ class KTAE(Method):
         self.how = settings.ktae_combine
 
     def credit(self, groups: Groups) -> Credit:
-        """Give the rollouts their key-token values."""
+        """Compute the key-token values of this process's rollouts."""
         table = key_token_table(
             groups.ids_PGT,
             groups.mask_PGT,
@@ -118,23 +127,23 @@ class KTAE(Method):
 
     @classmethod
     def options(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        """Return the arguments of `key_token_table` for settings as a config has them; defaults for what is not there.
+        """Return the keyword arguments of `key_token_table` from config fields, with defaults for missing ones.
 
-        Settings of other methods are left out.
+        Fields of other methods are ignored.
         """
         known = {f.name: settings.get(f.name, f.default) for f in dataclasses.fields(cls.Settings)}
         return {name.removeprefix("ktae_"): value for name, value in known.items() if name != "ktae_combine"}
 
     @classmethod
     def settings_from(cls, options: dict[str, Any], combine: str) -> dict[str, Any]:
-        """Return checked settings as a config has them, from arguments of `key_token_table`."""
+        """Return checked config fields from keyword arguments of `key_token_table`."""
         settings = cls.Settings(ktae_combine=combine, **{f"ktae_{name}": value for name, value in options.items()})
         settings.check()
         return dataclasses.asdict(settings)
 
 
 def sums(groups: Groups, table: KeyTokenTable, values_BT: Tensor, how: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the metrics of this process's rollouts as sums; README's table of metrics says what each means."""
+    """Return the metrics of this process's rollouts as (numerator, denominator). See `docs/metrics.md`."""
     mask, correct, scored = map(
         groups.own_rows, (groups.mask_PGT, groups.correct_PG[..., None], groups.scored_PG[..., None])
     )
@@ -143,7 +152,7 @@ def sums(groups: Groups, table: KeyTokenTable, values_BT: Tensor, how: str) -> d
     informative = groups.own_rows(
         ((table.n_right > 0) & (table.n_wrong > 0))[:, None, None].expand_as(groups.correct_PG[..., None])
     )
-    valued = mask & informative  # elsewhere all K are 0
+    valued = mask & informative  # K is 0 everywhere else
 
     def mean(x: Tensor, over: Tensor) -> tuple[Tensor, Tensor]:
         over = over.expand_as(x)

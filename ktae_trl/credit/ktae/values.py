@@ -1,10 +1,13 @@
-"""KTAE: the key-token value of every token from the right and wrong rollouts of its group (arXiv 2505.16826).
+"""KTAE: key-token values from the correct and wrong rollouts of a group (arXiv 2505.16826).
 
-Tokens are counted once (`counting`); all that follows is computed per distinct token of each group, for all groups
-together, and spread over the positions at the end.
+Tokens are counted once (`counting`). Everything else is computed once per distinct token of each group, for all groups
+together, and copied to the positions at the end.
 
-Where this departs from the official code, which has faults (docs/methods/ktae.md): p is exact, p = 1 gives F = 0, the
-weights arrive, and every end-of-sequence id counts as special.
+The formulas are those of the authors' code (xiaolizh1/KTAE). According to notes on the paper, which were not checked
+against its text, the paper has K = sigmoid((h1 F + h2 IG) D) - 1/2 and uses the probability of a single table in F.
+
+Departures from the authors' code (docs/methods/ktae.md): p is exact, p = 1 gives F = 0, the weights in the config take
+effect, and K is 0 for every end-of-sequence id.
 """
 
 import math
@@ -17,28 +20,28 @@ from torch import Tensor
 from ktae_trl.credit.ktae.association import fisher_p_table, information_gain_table
 from ktae_trl.credit.ktae.counting import Counts, count
 
-_TF_SATURATION = 2.0  # k1 of the paper's BM25-like term frequency
+_TF_SATURATION = 2.0  # k1 of the BM25-like term frequency in the authors' code
 _TF_LENGTH = 0.5  # b0
 _TF_EPSILON = 1e-5
 
 
 class KeyTokenTable(NamedTuple):
-    """Values per position, and the counts behind them per distinct token of each group with right and wrong rollouts.
+    """Values for each position, and the statistics of each distinct token of a group with correct and wrong rollouts.
 
-    U is the number of (group, token) pairs that occur; they come in no particular order. c and d of the 2 x 2 table are
+    U is the number of (group, token) pairs that occur. Their order is arbitrary. c and d of the 2 x 2 table are
     `n_right[group] - a` and `n_wrong[group] - b`.
     """
 
     values: Tensor  # (P, G, T) float32: K
-    n_right: Tensor  # (P,) int64: right rollouts that vote
-    n_wrong: Tensor  # (P,) int64
+    n_right: Tensor  # (P,) int64: correct rollouts that vote
+    n_wrong: Tensor  # (P,) int64: wrong rollouts that vote
     group: Tensor  # (U,) int32
     token: Tensor  # (U,) dtype of the ids
-    a: Tensor  # (U,) int32: right rollouts with the token
+    a: Tensor  # (U,) int32: correct rollouts with the token
     b: Tensor  # (U,) int32: wrong rollouts with the token
     p: Tensor  # (U,) float32: Fisher's p-value
     F: Tensor  # (U,) float32: Fisher association
-    IG: Tensor  # (U,) float32: information gain, bits
+    IG: Tensor  # (U,) float32: information gain in bits
     D: Tensor  # (U,) float32: direction
 
 
@@ -54,7 +57,7 @@ def key_token_values(
     scored: Tensor | None = None,
     ignore_ids: Iterable[int] = (),
 ) -> Tensor:
-    """Return K of every token, (P, G, T) float32: the `values` of `key_token_table`, which explains the arguments."""
+    """Return K of every token, (P, G, T) float32. See `key_token_table` for the formula and the arguments."""
     weights = (fisher_weight, ig_weight, tf_weight)
     return _value(ids, mask, correct, scored, weights, leave_one_out, ignore_ids, keep=False).values
 
@@ -73,47 +76,53 @@ def key_token_table(
 ) -> KeyTokenTable:
     """Compute the key-token value K of every token and the statistics behind it.
 
-        F = exp(-2 p), 0 where p = 1                     p: Fisher's exact test on presence x correctness
-        S = (h1 F + h2 IG) / (h1 + h2)                   strength
+        F = exp(-2 p), 0 where p = 1                     p: Fisher's exact test, two-sided, of presence and correctness
+        S = (h1 F + h2 IG) / (h1 + h2)                   strength; IG: information gain in bits
         TF_s = (k1 + 1) f_s / (f_s + k1 (1 - b0 + b0 len_s / mean len)),  k1 = 2, b0 = 0.5
         D = asin sqrt(a / N_T) - asin sqrt(b / N_F) + h3 (TF_T / (TF_F + 1e-5) - TF_F / (TF_T + 1e-5))
         K = 2 sigmoid(S D) - 1
 
-    Presence (a right, b wrong rollouts) is counted once per rollout; f_s is the share of the token in the tokens of
-    side s, T right or F wrong, and len_s the number of those tokens. Source: arXiv 2505.16826.
+    N_T of the rollouts are correct and N_F wrong. The token occurs in a of the correct and b of the wrong rollouts,
+    counted once per rollout. f_s is the share of the token among the tokens of side s (T correct, F wrong), and len_s
+    is the number of those tokens. A rollout votes, that is, enters these counts, if it is scored and its mask is not
+    empty.
+
+    Source: the authors' code (xiaolizh1/KTAE) of arXiv 2505.16826.
 
     Args:
         ids: (P, G, T) integer token ids of G rollouts for each of P prompts, below the largest value of their dtype.
-        mask: (P, G, T) bool or 0/1; what is 0 is neither counted nor valued.
-        correct: (P, G) bool or 0/1, whether the rollout's answer is right.
+        mask: (P, G, T) bool or 0/1. Tokens with 0 are not counted and get K = 0.
+        correct: (P, G) bool or 0/1, whether the rollout's answer is correct.
         fisher_weight, ig_weight: h1 and h2, at least 0 and not both 0.
         tf_weight: h3, at least 0.
-        leave_one_out: value each rollout's tokens by the other G - 1 rollouts, so that it does not vote for itself.
-        scored: (P, G) bool or 0/1; a rollout that could not be scored neither votes nor gets values.
-        ignore_ids: ids with K = 0 (padding, end of sequence). They count in the length of their side.
+        leave_one_out: compute each rollout's values from the other G - 1 rollouts, so that it does not vote for itself.
+        scored: (P, G) bool or 0/1, whether the rollout could be scored.
+        ignore_ids: ids with K = 0 (padding, end of sequence). They do count in the length of their side.
 
-    The memory needed beside the input is at most 18 times that of int64 `ids` (22 times with `leave_one_out`), which it
-    comes near only if hardly any token occurs twice.
+    Memory in addition to the input is at most 18 times that of int64 `ids` (22 times with `leave_one_out`). It comes
+    close to this only if hardly any token occurs twice.
 
     Returns:
-        A `KeyTokenTable`; `values` lie in [-1, 1] on the device of `ids`. They are 0 where masked, in a group whose
-        voters are all right or all wrong, for a token that (leaving the rollout out) no voter has, and in a rollout
-        that does not vote because its mask is empty or it is not scored.
+        A `KeyTokenTable`. Its `values` lie in [-1, 1], on the device of `ids`. They are 0 for masked tokens, in a group
+        whose voting rollouts are all correct or all wrong, and in a rollout that does not vote. With `leave_one_out`
+        they are also 0 for a token that occurs in no other voting rollout, and if the other voting rollouts are all
+        correct or all wrong.
 
     Raises:
         TypeError: `ids` is not an integer tensor.
-        ValueError: shapes that do not fit, weights that are negative, not finite or both 0.
+        ValueError: shapes do not match, or a weight is negative or not finite, or `fisher_weight` and `ig_weight` are
+            both 0.
     """
     weights = (fisher_weight, ig_weight, tf_weight)
     return _value(ids, mask, correct, scored, weights, leave_one_out, ignore_ids, keep=True)
 
 
-_ROUND = 2**22  # positions that a CPU works on at once, so that memory is used again
+_ROUND = 2**22  # positions per round on a CPU, so that rounds reuse memory
 
 
 @torch.no_grad()
 def _value(ids, mask, correct, scored, weights, leave_one_out, ignore_ids, *, keep: bool) -> KeyTokenTable:
-    """Return the table; without `keep`, its entries per token are left empty."""
+    """Return the table. Without `keep`, the statistics of the tokens are empty."""
     _check(ids, mask, correct, scored, *weights)
     P, G, T = ids.shape
     mask, correct = mask.bool(), correct.bool()
@@ -133,7 +142,7 @@ def _value(ids, mask, correct, scored, weights, leave_one_out, ignore_ids, *, ke
         sizes = torch.stack([n_right[some], n_wrong[some]])
         counts, sizes = count(ids[some], counted, right[some], sizes, pairs=leave_one_out)
         splits = set(zip(*sizes, strict=True))
-        if tables is None or not splits <= tables.splits:  # later rounds mostly have those of the first
+        if tables is None or not splits <= tables.splits:  # later rounds mostly have the same splits
             tables = _Tables(splits, leave_one_out, G, *weights[:2], ids.device)
         sides = _Sides(right[some], wrong[some], lengths[some])
         cell = tables.cell(*sides.sizes(), counts.group, counts.a, counts.b)
@@ -151,23 +160,23 @@ def _value(ids, mask, correct, scored, weights, leave_one_out, ignore_ids, *, ke
 
 
 class _Sides(NamedTuple):
-    """The two sides of P groups."""
+    """The correct and the wrong rollouts of P groups."""
 
-    right: Tensor  # (P, G) bool: votes, and is right
-    wrong: Tensor  # (P, G) bool
+    right: Tensor  # (P, G) bool: votes and is correct
+    wrong: Tensor  # (P, G) bool: votes and is wrong
     lengths: Tensor  # (P, G) tokens of each rollout
 
     def sizes(self) -> tuple[Tensor, Tensor]:
-        """Return the rollouts of each side, (P,)."""
+        """Return the number of rollouts on each side, (P,) each."""
         return self.right.sum(1), self.wrong.sum(1)
 
     def tokens(self) -> tuple[Tensor, Tensor]:
-        """Return the tokens of each side, (P,)."""
+        """Return the number of tokens on each side, (P,) each."""
         return (self.lengths * self.right).sum(1), (self.lengths * self.wrong).sum(1)
 
 
 def _leave_one_out(tables: "_Tables", tf_weight: float, sides: _Sides, counts: Counts) -> Tensor:
-    """Return K of each pair: the rollout's own presence and tokens leave the counts of its side."""
+    """Return K of each (token, rollout) pair, with the rollout removed from the counts of its side."""
     token, rollout, own = counts.pairs
     own_right = sides.right.view(-1).index_select(0, rollout).int()
     own_sides = (own_right, 1 - own_right)
@@ -191,7 +200,7 @@ def _direction(
     lengths: Iterable[Tensor],
     counts: Iterable[Tensor],
 ) -> Tensor:
-    """Return D for these counts of both sides; `where` numbers the entry of `lengths` that belongs to each."""
+    """Return D for counts of both sides. `where` is the index into `lengths` of each count."""
     norms = _tf_norms(*(n.reshape(-1) for n in lengths))
     tf_right, tf_wrong = (
         (_TF_SATURATION + 1) * n / (n + norm.index_select(0, where)) for n, norm in zip(counts, norms, strict=True)
@@ -205,9 +214,10 @@ def _key_value(strength: Tensor, direction: Tensor) -> Tensor:
 
 
 def _tf_norms(length_right: Tensor, length_wrong: Tensor) -> tuple[Tensor, Tensor]:
-    """Return per side k1 (1 - b0 + b0 len / mean len) len, so that TF = (k1 + 1) n / (n + norm) for n occurrences.
+    """Return the norm k1 (1 - b0 + b0 len / mean len) len of each side.
 
-    At least 1, which changes nothing where there are tokens and keeps TF finite (0) where there are none.
+    TF = (k1 + 1) n / (n + norm) for n occurrences. The norm is clamped to at least 1, which makes TF 0 instead of NaN
+    on a side without tokens and changes nothing else.
     """
     mean = (length_right + length_wrong).clamp(min=1) / 2
     return tuple(
@@ -217,10 +227,10 @@ def _tf_norms(length_right: Tensor, length_wrong: Tensor) -> tuple[Tensor, Tenso
 
 
 class _Tables:
-    """What depends on the 2 x 2 counts only, for every class split that occurs: cells of flat float32 tables.
+    """The statistics that depend only on the 2 x 2 counts: flat float32 tables with a cell for each split and (a, b).
 
-    A split with an empty side, which leave-one-out can reach, has 0 in all of its cells, and so have tokens that no
-    voter has (a = b = 0, except p = 1): their strength is 0.
+    All cells of a split with an empty side, which leave-one-out can produce, are 0. The cell a = b = 0, a token that
+    occurs in no voting rollout, is 0 too, except for p = 1.
     """
 
     def __init__(self, splits: set[tuple[int, int]], leave_one_out: bool, G: int, h1: float, h2: float, device):
@@ -244,19 +254,19 @@ class _Tables:
         self.p, self.fisher, self.gain, self.strength, self.presence = tables.flatten(1).to(device, non_blocking=True)
 
     def cell(self, n_right: Tensor, n_wrong: Tensor, where: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """Return the cell of `(a, b)` in the split that `where` numbers."""
+        """Return the cell of each `(a, b)`. `where` is the index of its split in `n_right` and `n_wrong`."""
         first = self.number[n_right, n_wrong].view(-1) * self.width**2
         return first.index_select(0, where).add_(a, alpha=self.width).add_(b)
 
 
 def check_weights(fisher_weight: float, ig_weight: float, tf_weight: float) -> None:
-    """Raise a ValueError that names the weight which is negative or not finite, or if both of the strength are 0."""
+    """Raise a ValueError if a weight is negative or not finite, or if both weights of the strength are 0."""
     weights = {"fisher_weight": fisher_weight, "ig_weight": ig_weight, "tf_weight": tf_weight}
     for name, weight in weights.items():
         if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(f"KTAE's {name} must be a finite number of at least 0, not {weight}")
+            raise ValueError(f"KTAE's {name} must be a finite number >= 0, not {weight}")
     if fisher_weight + ig_weight == 0:
-        raise ValueError("KTAE's fisher_weight and ig_weight are both 0: at least one must be positive")
+        raise ValueError("KTAE's fisher_weight and ig_weight are both 0. Set at least one of them to a positive number")
 
 
 def _check(ids, mask, correct, scored, fisher_weight, ig_weight, tf_weight) -> None:
@@ -270,9 +280,9 @@ def _check(ids, mask, correct, scored, fisher_weight, ig_weight, tf_weight) -> N
     for name, (tensor, shape) in shapes.items():
         if tensor.shape != shape:
             raise ValueError(
-                f"{name} must have shape {tuple(shape)} to fit ids of shape {tuple(ids.shape)}, "
+                f"{name} must have shape {tuple(shape)} to match ids of shape {tuple(ids.shape)}, "
                 f"not {tuple(tensor.shape)}"
             )
     if ids.numel() >= 2**31:
-        raise ValueError(f"ids has {ids.numel()} tokens, more than fit 31 bits: split the batch by prompts")
+        raise ValueError(f"ids has {ids.numel()} tokens, but the limit is 2**31 - 1. Split the batch by prompts")
     check_weights(fisher_weight, ig_weight, tf_weight)
