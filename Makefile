@@ -16,7 +16,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 .PHONY: quickstart test test-slow test-faults test-newest test-trl-next test-vllm test-gpu real-model lint bench docs clean
 
 quickstart: $(VENV)/eval,report.installed
-	$(BIN)/accelerate launch --cpu --num_processes 1 train.py --config configs/quickstart.yaml
+	$(BIN)/ktae train configs/quickstart.yaml
 
 # One thread for each of the two workers. Tests never use the network.
 test test-slow test-faults test-newest test-trl-next: export OMP_NUM_THREADS = 1

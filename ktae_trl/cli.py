@@ -87,12 +87,18 @@ def train(words: list[str]) -> None:
     if "LOCAL_RANK" in os.environ:
         raise UserError("--accelerate starts processes, but a launcher has already started this one. Leave it out")
     check_command(words)
+    import psutil
     from accelerate.commands.config.config_args import load_config_from_file
 
     file = str(config_path(options.accelerate, "accelerate"))
     with loading(f"The accelerate file {file}", by="--accelerate"):
-        load_config_from_file(file)
+        settings = load_config_from_file(file)
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", file, "--quiet"]
+    if getattr(settings, "use_cpu", False) and "OMP_NUM_THREADS" not in os.environ:
+        # As many as accelerate would choose, which warns if it has to.
+        processes = max(1, settings.num_processes // settings.num_machines)
+        threads = max(1, (psutil.cpu_count(logical=False) or 1) // processes)
+        launcher += ["--num_cpu_threads_per_process", str(threads)]
     sys.stdout.flush()
     os.execv(sys.executable, [*launcher, "-m", "ktae_trl", "train", *words])
 

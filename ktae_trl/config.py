@@ -84,6 +84,9 @@ class KTAEGRPOConfig(*_settings_of_methods(), GRPOConfig):
             have more is recorded less often.
         record_groups (`int`, *optional*, defaults to `16`):
             Maximum number of groups in a record. Groups in which about half of the rollouts are correct come first.
+        console (`bool`, *optional*, defaults to `True`):
+            Print the metrics as a table with one line per log, and explain its columns. `False` prints the dictionaries
+            of transformers instead. The progress bar is shown only in terminals; `disable_tqdm` turns it off there too.
     """
 
     credit: str = field(
@@ -132,6 +135,9 @@ class KTAEGRPOConfig(*_settings_of_methods(), GRPOConfig):
     )
     record_steps: int = field(default=0, metadata={"help": "Record rollouts every N optimizer steps (0: never)."})
     record_groups: int = field(default=16, metadata={"help": "Maximum number of groups in a record."})
+    console: bool = field(
+        default=True, metadata={"help": "Print the metrics as a table; false: as the dictionaries of transformers."}
+    )
 
     def __new__(cls, *args, credit: str | None = None, **kwargs):
         # A user's own method adds its fields to the class.

@@ -20,7 +20,7 @@ from ktae_trl.rollouts import dynamic
 from ktae_trl.rollouts.credited import TokenCredit
 from ktae_trl.rollouts.verdicts import Verdicts, correctness_index, verdicts
 from ktae_trl.training.batches import Batches
-from ktae_trl.training.console import print_sample
+from ktae_trl.training.console import print_sample, show_metrics
 from ktae_trl.training.first_look import FirstLook
 from ktae_trl.training.folder import own_folder, remove_leftovers
 from ktae_trl.training.guard import Guard, check_rewards, or_nan, require_finite
@@ -98,6 +98,8 @@ class KTAEGRPOTrainer(GRPOTrainer):
         self._resume = Resume(self)
         self._recorder = Recorder(args, names, tokenizer, self.token_credit.special_ids, self.accelerator)
         self.add_callback(self._recorder)
+        if args.console:
+            show_metrics(self)
         if args.credit != "none" and args.num_completions_to_print is None:
             self.num_completions_to_print = 0  # `log_completions` shows token values instead
 

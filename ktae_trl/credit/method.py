@@ -222,7 +222,7 @@ class Method:
     title: ClassVar[str] = ""  # on the page
     card: ClassVar[Card | None] = None
     value: ClassVar[str] = ""  # name of a token's value, with its symbol last: "weight w"
-    columns: ClassVar[dict[str, tuple[str, str]]] = {}  # console: column -> (metric, format)
+    columns: ClassVar[dict[str, tuple[str, ...]]] = {}  # console: column -> (metric, format, meaning)
     panels: ClassVar[dict[str, list[str]]] = {}  # page: title of a chart -> its metrics, `*` matches any text
 
     needs_both_sides: ClassVar[bool] = True  # gives no credit in a group without both correct and wrong rollouts

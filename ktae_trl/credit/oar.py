@@ -115,8 +115,8 @@ class OAR(Method):
     family = "oar"
     value = "weight w"
     columns = {
-        "answered": ("oar/answered", "{:.0%}"),
-        "|w-1|": ("oar/mean_change", "{:.2f}"),
+        "answered": ("oar/answered", "{:.0%}", "share of rollouts with an answer in the answer_format"),
+        "|w-1|": ("oar/mean_change", "{:.2f}", "mean distance from 1 of the weights of reasoning tokens"),
     }
     panels = {"Shares": ["oar/answered", "oar/reshaped_tokens"], "Mean |w - 1|": ["oar/mean_change"]}
     needs_both_sides = False  # the weights scale rollout advantages from any reward

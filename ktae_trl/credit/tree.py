@@ -284,8 +284,8 @@ class TreeRPO(Method):
     )
     value = "segment advantage v"
     columns = {
-        "tokens": ("tree/generated_tokens", "{:.0f}"),  # per prompt
-        "A≠0": ("tree/trained_share", "{:.0%}"),
+        "tokens": ("tree/generated_tokens", "{:.0f}", "mean number of tokens generated for a prompt"),
+        "A≠0": ("tree/trained_share", "{:.0%}", "share of generated tokens whose advantage is not 0"),
     }
     panels = {
         "Shares": ["tree/signal_*", "tree/trained_share"],

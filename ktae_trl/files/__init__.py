@@ -1,1 +1,1 @@
-"""What a run's folder holds, and how it is written: atomically, never through a link, by one program at a time."""
+"""The files of a run's folder. They are written atomically, never through links, and by one program at a time."""

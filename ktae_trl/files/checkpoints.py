@@ -1,4 +1,4 @@
-"""Which checkpoints are whole: each is sealed by a manifest of its files' sizes and hashes, which is written last."""
+"""Finds intact checkpoints: a manifest with the size and hash of each file is written last and seals a checkpoint."""
 
 import hashlib
 import json
@@ -18,9 +18,9 @@ from ktae_trl.files.writing import replace_json
 
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
-# A training can resume without these, though not exactly.
+# Training can resume without these, though not exactly.
 REPLACEABLE = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth", "rollouts_*.pt")
-# No part of a checkpoint: a pickle that may hold a token, so that a checkpoint on the Hub comes without it.
+# Not part of a checkpoint. `training_args.bin` may contain a token, so it is missing from checkpoints on the Hub.
 _NO_PART = ("training_args.bin", MANIFEST)
 _REMOVED = ".removed-"
 _THREADS = 8
@@ -28,21 +28,21 @@ logger = logging.getLogger(__name__)
 
 
 class ResumeError(UserError):
-    """Training cannot resume as asked. Raised before the first step, by all processes alike."""
+    """Training cannot resume as requested. Raised before the first step, on all processes."""
 
 
 def begin(checkpoint: Path) -> None:
-    """Make an empty folder for a checkpoint, which does not count as one until it is sealed.
+    """Create an empty folder for a checkpoint. It is not used as a checkpoint until it is sealed.
 
-    A link of its name is removed, and what it points to stays as it is.
+    If a link has this name, the link is removed and its target does not change.
     """
-    _remove(checkpoint)  # of a run that took another way from an earlier step: nothing of it may stay
+    _remove(checkpoint)  # left by an earlier run: none of its files may stay
     checkpoint.mkdir(parents=True)
     _write(checkpoint, files=None)
 
 
 def seal(checkpoint: Path) -> None:
-    """Write the manifest of all files that are there: from now on the checkpoint counts."""
+    """Write the manifest of all files in the checkpoint, which makes it valid."""
     parts = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name not in _NO_PART]
     with ThreadPoolExecutor(_THREADS) as pool:
         marks = pool.map(_mark, parts)
@@ -55,23 +55,23 @@ def is_sealed(checkpoint: Path) -> bool:
 
 
 def remove_unfinished(output_dir: Path) -> None:
-    """Remove checkpoints that were begun and never sealed: they hold nothing that a training could use."""
+    """Remove checkpoints that were begun but never sealed."""
     for checkpoint in _all(output_dir):
         manifest = _read(checkpoint)
         if manifest and manifest["files"] is None:
             _remove(checkpoint)
-    for rest in Path(output_dir).glob(f"{_REMOVED}*"):  # of a process that was killed
+    for rest in Path(output_dir).glob(f"{_REMOVED}*"):  # left by a process that was killed
         shutil.rmtree(rest, ignore_errors=True)
 
 
 def keep_newest(output_dir: Path, limit: int | None, best: str | None = None) -> None:
     """Remove checkpoints until at most `limit` are left (`save_total_limit`; None keeps all).
 
-    Whole ones stay before damaged ones, and newer before older. The newest is on the disk itself, and not only with the
-    operating system, before any other goes.
+    Damaged checkpoints are removed first, then older ones. Before anything is removed, the newest checkpoint is flushed
+    to disk.
 
     Args:
-        best: a checkpoint that stays, too (`best_model_checkpoint`).
+        best: a checkpoint to keep in any case (`best_model_checkpoint`).
     """
     remove_unfinished(output_dir)
     found = newest_first(output_dir)
@@ -85,16 +85,16 @@ def keep_newest(output_dir: Path, limit: int | None, best: str | None = None) ->
 
 
 def problem(checkpoint: Path, *, hashes: bool = True, allow_missing: bool = False) -> str:
-    """Return what is wrong with a checkpoint, in a few words that name the file; empty if it is whole.
+    """Return a short description of what is wrong with a checkpoint, with the file's name. Empty if it is intact.
 
-    Of one without a manifest, as version 0.1 and other trainers write them, only the trainer's state is looked at.
+    A checkpoint without a manifest is from version 0.1 or another trainer. Only its trainer state is checked.
 
     Args:
-        hashes: read all files; else only their sizes are compared.
-        allow_missing: whether one that has lost `REPLACEABLE` parts passes, too.
+        hashes: whether to read all files and compare their hashes, or to compare only their sizes.
+        allow_missing: whether to accept a checkpoint that lacks `REPLACEABLE` files.
     """
     if not checkpoint.is_dir():
-        return "there is no such folder"
+        return "the folder does not exist"
     manifest = _read(checkpoint)
     if manifest is None:
         return _state_problem(checkpoint / STATE)
@@ -102,7 +102,7 @@ def problem(checkpoint: Path, *, hashes: bool = True, allow_missing: bool = Fals
         return f"{MANIFEST} is damaged"
     files = manifest["files"]
     if files is None:
-        return "it was not written to its end"
+        return "it was not written completely"
     try:
         return _damage(checkpoint, files, hashes, allow_missing)
     except OSError as error:
@@ -116,31 +116,31 @@ def _damage(checkpoint: Path, files: dict, hashes: bool, allow_missing: bool) ->
     there = {name: mark for name, mark in files.items() if name not in lost}
     for name, (size, _) in there.items():
         if (now := (checkpoint / name).stat().st_size) != size:
-            return f"{name} is damaged, it has {now:,} bytes and not {size:,}{_remedy(name)}"
+            return f"{name} is damaged ({now:,} bytes instead of {size:,}){_remedy(name)}"
     if hashes:
         with ThreadPoolExecutor(_THREADS) as pool:
             marks = pool.map(lambda name: _mark(checkpoint / name), there)
             for (name, mark), now in zip(there.items(), marks, strict=True):
                 if now != mark:
-                    return f"{name} is damaged, its content is not what was saved{_remedy(name)}"
+                    return f"{name} is damaged (its hash differs from the manifest's){_remedy(name)}"
     return ""
 
 
 def newest_first(output_dir: Path) -> list[Path]:
-    """Return a run's checkpoints, whole or not, in the order in which they were saved, the newest first.
+    """Return all checkpoints of a run, intact or not, from the one saved last to the one saved first.
 
-    That is not the order of their numbers if a run was resumed from an earlier step, or started again.
+    This differs from the order of their step numbers if the run was resumed from an earlier step or restarted.
     """
     return sorted(_all(Path(output_dir)), key=_saved, reverse=True)
 
 
 def older(checkpoint: Path) -> list[Path]:
-    """Return the checkpoints in the same folder that were saved before this one, the newest first."""
+    """Return the checkpoints in the same folder that were saved before this one, newest first."""
     return [other for other in newest_first(checkpoint.parent) if _saved(other) < _saved(checkpoint)]
 
 
 def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """Return the newest checkpoint that seems whole (its files are not read), or None."""
+    """Return the newest checkpoint that seems intact (only file sizes are compared), or None."""
     whole = (str(checkpoint) for checkpoint in newest_first(output_dir) if not problem(checkpoint, hashes=False))
     return next(whole, None)
 
@@ -150,13 +150,13 @@ def wants_to_resume(asked: str | os.PathLike | bool | None) -> bool:
 
 
 def candidates(asked: str | os.PathLike | bool, output_dir: str) -> list[Path]:
-    """Return the checkpoints that `resume_from_checkpoint` may mean, the first choice first.
+    """Return the checkpoints to consider for `resume_from_checkpoint`, the preferred one first.
 
     Args:
-        asked: a folder, or true for the newest whole one.
+        asked: a checkpoint folder, or true for the newest intact checkpoint.
 
     Raises:
-        ResumeError: there is none, or none that could be whole.
+        ResumeError: there is no checkpoint, or none that could be intact.
     """
     if str(asked).lower() != "true":
         checkpoint = Path(asked)
@@ -165,24 +165,24 @@ def candidates(asked: str | os.PathLike | bool, output_dir: str) -> list[Path]:
         return [checkpoint, *older(checkpoint)]
     found = newest_first(output_dir)
     if not found:
-        raise ResumeError(f"{output_dir} holds no checkpoint to resume from: start without resume_from_checkpoint")
+        raise ResumeError(f"{output_dir} contains no checkpoint to resume from. Start without resume_from_checkpoint")
     if all(problems := [problem(checkpoint, hashes=False, allow_missing=True) for checkpoint in found]):
         raise ResumeError(not_whole(found[0], problems[0], None))
     return found
 
 
 def not_whole(checkpoint: Path, why: str, other: str | os.PathLike | None) -> str:
-    """Return what to say of a checkpoint that cannot be resumed from, and which one to take instead."""
+    """Return the error message for a checkpoint that is not intact, with the checkpoint to use instead."""
     remedy = (
-        f"The newest whole one is {other}: resume from it with --resume_from_checkpoint {other}"
+        f"To resume from the newest intact checkpoint, use --resume_from_checkpoint {other}"
         if other
-        else f"There is no whole one in {checkpoint.parent}: start without resume_from_checkpoint"
+        else f"There is no intact checkpoint in {checkpoint.parent}. Start without resume_from_checkpoint"
     )
-    return f"{checkpoint} is not a whole checkpoint: {why}. {remedy}"
+    return f"Cannot resume from {checkpoint}: {why}. {remedy}"
 
 
 def _all(output_dir: Path) -> Iterator[Path]:
-    # Not a copy that somebody made, as checkpoint-100-best.
+    # Excludes copies made by the user, such as checkpoint-100-best.
     return (path for path in sorted(Path(output_dir).glob("checkpoint-*")) if _step(path) is not None and path.is_dir())
 
 
@@ -192,7 +192,7 @@ def _step(checkpoint: Path) -> int | None:
 
 
 def _saved(checkpoint: Path) -> tuple[float, int]:
-    # Those without a manifest are older than all with one; the times of their files may be those of a copy.
+    # Checkpoints without a manifest count as older than all others. Their file times are unreliable after a copy.
     saved = (_read(checkpoint) or {}).get("saved", 0.0)
     return saved, _step(checkpoint) or 0
 
@@ -202,7 +202,7 @@ def _is_replaceable(name: str) -> bool:
 
 
 def _remedy(name: str, first: str = "delete it and add") -> str:
-    return f" (to resume without it, {first} --allow_inexact_resume true)" if _is_replaceable(name) else ""
+    return f"; to resume without it, {first} --allow_inexact_resume true" if _is_replaceable(name) else ""
 
 
 def _mark(path: Path) -> list:
@@ -218,7 +218,10 @@ def _flush(checkpoint: Path) -> None:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Remove a checkpoint, or a link of its name: half a checkpoint must not look like a whole one."""
+    """Remove a checkpoint, or a link with its name.
+
+    The folder is renamed first, so that a partly deleted checkpoint is never mistaken for an intact one.
+    """
     if checkpoint.is_symlink():
         checkpoint.unlink()
     elif checkpoint.exists():
@@ -228,17 +231,17 @@ def _remove(checkpoint: Path) -> None:
             checkpoint.rename(away)
             shutil.rmtree(away)
         except OSError as error:
-            logger.warning("%s could not be removed: %s", checkpoint, error)
+            logger.warning("Could not remove %s: %s", checkpoint, error)
 
 
 def _write(checkpoint: Path, files: dict | None) -> None:
-    # Later than all that is there, also where the clock was set back.
+    # Later than all existing checkpoints, even if the clock was set back.
     saved = max(time.time(), *(_saved(other)[0] + 1e-3 for other in _all(checkpoint.parent)))
     replace_json(checkpoint / MANIFEST, {"version": 1, "saved": saved, "files": files})
 
 
 def _read(checkpoint: Path) -> dict | None:
-    """Return the manifest: None if there is none, an empty one if it is damaged or not ours."""
+    """Return the manifest: None if it does not exist, empty if it is damaged or from another program."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         is_ours = manifest["version"] == 1 and manifest["saved"] + 0 and isinstance(manifest["files"], dict | NoneType)
@@ -256,4 +259,4 @@ def _state_problem(file: Path) -> str:
         return f"it has no {STATE}"
     except (ValueError, OSError) as error:
         return f"{STATE} is damaged ({error})" if file.stat().st_size else f"{STATE} is empty"
-    return "" if isinstance(state, dict) and "global_step" in state else f"{STATE} is damaged: it says no global_step"
+    return "" if isinstance(state, dict) and "global_step" in state else f"{STATE} is damaged: it has no global_step"

@@ -1,4 +1,4 @@
-"""Text files line by line, and JSON Lines: errors name the file and the line."""
+"""Reads text files and JSON Lines. Errors name the file and the line."""
 
 import gzip
 import json
@@ -14,13 +14,13 @@ logger = logging.getLogger(__name__)
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """Yield the number and the text (with its line end) of each line of a UTF-8 file, `.gz` too.
+    """Yield the number and the text of each line of a UTF-8 file, which may be compressed (`.gz`).
 
-    A byte-order mark is left out.
+    The text includes the line ending. A byte-order mark is removed.
 
     Raises:
-        NotFoundError: there is no such file.
-        UserError: it is not UTF-8 (with the number of the line), or a damaged gzip file.
+        NotFoundError: the file does not exist.
+        UserError: a line is not UTF-8, or the gzip file is damaged.
     """
     path = Path(path)
     for number, line in _raw_lines(path):
@@ -37,13 +37,13 @@ def read_json_lines(
     """Yield the number and the object of each line that is not blank.
 
     Args:
-        remedy: a sentence for the end of error messages.
-        parse_float: what to make of a number with a fraction, such as `Decimal`, which keeps it exact.
-        skip_damaged: leave out lines that hold no object, such as the last one of an interrupted run, with a warning.
+        remedy: sentence to append to error messages.
+        parse_float: converts numbers with a fraction. `Decimal` keeps them exact.
+        skip_damaged: skip lines that are not JSON objects, such as the last line of an interrupted run, with a warning.
 
     Raises:
-        NotFoundError: there is no such file.
-        UserError: it is not UTF-8, a line is not a JSON object (with its number), or it is a damaged gzip file.
+        NotFoundError: the file does not exist.
+        UserError: a line is not UTF-8 or not a JSON object, or the gzip file is damaged.
     """
     path = Path(path)
     for number, line in _raw_lines(path):
@@ -55,7 +55,7 @@ def read_json_lines(
         except UserError as error:
             if not skip_damaged:
                 raise UserError(f"{error}. {remedy}" if remedy else str(error)) from None
-            logger.warning("A line is left out (of an interrupted run?): %s", error)
+            logger.warning("Skipped a damaged line, perhaps of an interrupted run: %s", error)
             continue
         yield number, value
 

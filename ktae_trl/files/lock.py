@@ -1,4 +1,4 @@
-"""The lock of a run's folder: one program at a time writes to it."""
+"""Locks a run's folder, so that only one program at a time writes to it."""
 
 import errno
 import fcntl
@@ -16,33 +16,34 @@ from typing import IO
 from ktae_trl.arguments import UserError
 
 LOCK = ".lock"
-_held: dict[Path, list] = {}  # by this process: the open lock file of a folder, and how often it was taken
+_held: dict[Path, list] = {}  # locks of this process: folder -> [open lock file, number of times it was taken]
 _held_lock = threading.Lock()
 logger = logging.getLogger(__name__)
 
 
 class FolderInUseError(UserError):
-    """Another program is writing to the folder; the message names it."""
+    """Another program is writing to the folder. The message names the program."""
 
 
 @contextmanager
 def locked(folder: Path, program: str) -> Iterator[None]:
-    """Lock a folder, which is created if it is not there: meanwhile no other process can lock it.
+    """Create a folder if needed, and lock it against other processes.
 
-    The operating system releases the lock when the process ends, however it ends. The same process may lock it again.
+    The operating system releases the lock when the process ends, even if it is killed. The same process may lock the
+    folder several times.
 
     Args:
-        program: what is running, for the message that another one gets.
+        program: name of the running program, for the error message in other processes.
 
     Raises:
-        FolderInUseError: another process has locked it.
-        UserError: it cannot be made.
+        FolderInUseError: another process has locked the folder.
+        UserError: the folder cannot be created.
     """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:  # a file has its name, or the disk is read-only
-        raise UserError(f"The folder {folder} cannot be made: {error.strerror}. Choose another output_dir") from error
+    except OSError as error:  # a file has this name, or the disk is read-only
+        raise UserError(f"Cannot create the folder {folder}: {error.strerror}. Choose another output_dir") from error
     key = folder.resolve()
     with _held_lock:
         if key not in _held:
@@ -58,7 +59,7 @@ def locked(folder: Path, program: str) -> Iterator[None]:
 
 
 def _take(folder: Path, program: str) -> IO[str]:
-    # A record lock (POSIX): a forked child does not inherit it, such as a worker that outlives a killed training.
+    # A POSIX record lock, which forked children do not inherit: a worker that outlives a killed training holds no lock.
     file = os.fdopen(os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+", encoding="utf-8")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -67,10 +68,10 @@ def _take(folder: Path, program: str) -> IO[str]:
             holder = _holder(file.read())
             file.close()
             raise FolderInUseError(
-                f"{folder} is in use: {holder} is writing to it. Wait until it has ended, or end it, or choose another "
+                f"{folder} is in use: {holder} is writing to it. Wait for it to end, stop it, or choose another "
                 "output_dir"
             ) from None
-        logger.warning("%s cannot be locked (%s): nothing stops a second program from writing to it", folder, error)
+        logger.warning("Cannot lock %s (%s). Do not let a second program write to it", folder, error)
     file.truncate()
     now = datetime.now().astimezone().isoformat(" ", "seconds")
     json.dump({"program": program, "pid": os.getpid(), "host": socket.gethostname(), "started": now}, file)
@@ -82,5 +83,5 @@ def _holder(text: str) -> str:
     try:
         said = json.loads(text)
         return f"{said['program']} (process {said['pid']} on {said['host']}, since {said['started']})"
-    except (ValueError, KeyError, TypeError):  # it has only just taken the lock, or is an older version
+    except (ValueError, KeyError, TypeError):  # it has just taken the lock, or is an older version
         return "another program"

@@ -1,6 +1,6 @@
-"""Which files of a run's folder belong to the model: only these are uploaded, and never written through links.
+"""Defines which files of a run's folder belong to the model. Only these are uploaded. None is written through a link.
 
-Everything else stays on this machine: other runs, logs and states can hold data and secrets.
+All other files stay on this machine: other runs, logs and optimizer states may contain data and secrets.
 """
 
 import json
@@ -20,8 +20,8 @@ CARD = "README.md"
 PAGE = "key_tokens.html"
 HELD_OUT = "held_out_results.json"
 ARGUMENTS = "training_args.bin"
-TEMPLATES = "additional_chat_templates"  # of a tokenizer with several: transformers' only sub-folder
-# All that `save_pretrained` of transformers and PEFT writes; of tokenizers the names of each one's VOCAB_FILES_NAMES.
+TEMPLATES = "additional_chat_templates"  # of a tokenizer with several; the only sub-folder that transformers writes
+# All files that `save_pretrained` of transformers and PEFT writes, with the VOCAB_FILES_NAMES of all tokenizers.
 _NAMES = {
     "config.json", "generation_config.json", "adapter_config.json",
     "quantize_config.json", "quant_config.json", "hf_quant_config.json",
@@ -41,9 +41,9 @@ _OTHER = re.compile(rf"[\w.-]+\.tiktoken|{TEMPLATES}/[^/]+\.jinja", re.ASCII)
 _CODE_OF = ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
 _IMPORT = re.compile(
     r"^\s*(?:from\s+\.(\w+)\s+import|import\s+\.(\w+))", re.MULTILINE
-)  # as transformers looks for them
+)  # the pattern by which transformers finds them
 _IMAGE = re.compile(r"""(?:\]\(|src=["'])([\w./ -]+\.(?:png|jpe?g|gif|svg|webp))[)"' ]""", re.IGNORECASE)
-# What a checkpoint holds in addition to its model: transformers', accelerate's, DeepSpeed's, TRL's and our own.
+# Files of a checkpoint in addition to the model: from transformers, accelerate, DeepSpeed, TRL and this package.
 _STATE = re.compile(
     r"trainer_state\.json|manifest\.json|latest|zero_to_fp32\.py|(scheduler|scaler)\.pt|optimizer(_\w+)?\.(pt|bin)|"
     r"pytorch_model_fsdp(_\w+)?\.bin|rng_state(_\d+)?\.pth|rollouts_\d+\.pt|global_step\d+/\w+_states\.pt|"
@@ -53,28 +53,31 @@ _STATE = re.compile(
 _RESULTS = re.compile(r"\w+_results\.json", re.ASCII)
 _TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30}")
 _TENSORS = {".safetensors", ".pt", ".pth", ".bin", ".distcp"}
-_SHOWN = 40  # entries of a list for a person
+_SHOWN = 40  # entries of a list in a message
 
 
 class RefusedFileError(UserError):
-    """A file that must not be uploaded; the message says why."""
+    """A file must not be uploaded. The message says why."""
 
 
 class Choice(NamedTuple):
-    """What of a folder is uploaded, as paths in it; and what is not, with the reason, "" where it is just no part."""
+    """The files of a folder to upload, as relative paths, and the others with the reason.
+
+    The reason is "" for a file that is simply not part of the model.
+    """
 
     sent: list[str]
     left_out: dict[str, str]
 
 
 def of_model(folder: Path, include: Sequence[str] = ()) -> Choice:
-    """Choose what of a folder makes the model: weights, configs, tokenizer, code, card with its images, page, results.
+    """Choose the files that belong to a model: weights, configs, tokenizer, code, card with its images, page, results.
 
     Args:
-        include: paths in the folder of files that are sent too.
+        include: additional files to upload, as paths relative to the folder.
 
     Raises:
-        RefusedFileError: a file of `include` cannot be sent, or one holds a token of the Hub.
+        RefusedFileError: a file of `include` must not be uploaded, or a file contains a Hugging Face token.
     """
     known = _code(folder) | _images(folder)
     asked = {_asked(folder, name) for name in include}
@@ -82,10 +85,10 @@ def of_model(folder: Path, include: Sequence[str] = ()) -> Choice:
 
 
 def of_checkpoint(folder: Path) -> Choice:
-    """Choose what a checkpoint is resumed from, except `training_args.bin`, which holds `hub_token`.
+    """Choose the files needed to resume from a checkpoint, except `training_args.bin`, which contains `hub_token`.
 
     Raises:
-        RefusedFileError: a file holds a token of the Hub.
+        RefusedFileError: a file contains a Hugging Face token.
     """
     code = _code(folder)
     return _choose(folder, lambda name: name in code or _is_model(name) or bool(_STATE.fullmatch(name)))
@@ -93,10 +96,10 @@ def of_checkpoint(folder: Path) -> Choice:
 
 @contextmanager
 def without_links(folder: Path) -> Iterator[None]:
-    """In here, the names that a library writes in a folder are no links, so what they point to stays as it is.
+    """Remove links from a folder while a library writes to it, so that the targets of the links do not change.
 
-    Afterwards a link whose name was not written is there again. It is never copied: that would bring what lies outside
-    into the folder, and from there to the Hub.
+    At the end, links whose names were not written are restored. Their targets are never copied: that would bring files
+    from outside into the folder, and from there to the Hub.
     """
     links = {}
     for path in [*folder.glob("*"), *folder.glob(f"{TEMPLATES}/*")]:
@@ -113,7 +116,7 @@ def without_links(folder: Path) -> Iterator[None]:
 
 
 def in_words(left_out: dict[str, str]) -> str:
-    """Return what is left out in a line for a person: files of a sub-folder are counted, not named."""
+    """Return the omitted files as one line for a message. Files in sub-folders are counted, not named."""
     tops = Counter(name.partition("/")[0] for name in left_out)
     entries = []
     for top, count in sorted(tops.items()):
@@ -143,7 +146,7 @@ def _choose(folder: Path, is_own: Callable[[str], bool], asked: set[str] = froze
         if link:
             choice.left_out[name] = "a link"
         elif not stat.S_ISREG((folder / name).lstat().st_mode):
-            choice.left_out[name] = "no regular file"
+            choice.left_out[name] = "not a regular file"
         elif not is_own(name):
             choice.left_out[name] = _reason(name)
         else:
@@ -155,12 +158,15 @@ def _choose(folder: Path, is_own: Callable[[str], bool], asked: set[str] = froze
 
 def _reason(name: str) -> str:
     if name == ARGUMENTS:
-        return "holds hub_token"
+        return "contains hub_token"
     return "a pickle" if re.fullmatch(r"(pytorch|adapter)_model.*\.bin", name) else ""
 
 
 def _entries(folder: Path) -> Iterator[tuple[str, bool]]:
-    """Yield the paths in a folder of all that is no folder, and whether each is a link. Links are not followed."""
+    """Yield the relative path of everything in a folder except folders, and whether it is a link.
+
+    Links are not followed; a link to a folder is yielded as a link.
+    """
     for where, folders, names in os.walk(folder):
         links = [name for name in folders if Path(where, name).is_symlink()]
         for name in sorted([*names, *links]):
@@ -169,23 +175,23 @@ def _entries(folder: Path) -> Iterator[tuple[str, bool]]:
 
 
 def _asked(folder: Path, name: str) -> str:
-    """Return the path of a file that is asked for by name, in one form."""
+    """Return the normalised path of a file from `include`, after checking that it may be uploaded."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
         raise RefusedFileError(
-            f"{name} is not inside of {folder}. Copy it there first, and name it by its path in there"
+            f"{name} is not inside {folder}. Copy it there first, and give its path relative to that folder"
         )
     for part in (path, *path.parents[:-1]):
         if (folder / part).is_symlink():
-            raise RefusedFileError(f"{part} in {folder} is a link, and links are not followed. Copy what is meant")
+            raise RefusedFileError(f"{part} in {folder} is a link, and links are not followed. Copy the file itself")
     if path.name == ARGUMENTS:
-        raise RefusedFileError(f"{name} holds all arguments of the training, with hub_token, and is never uploaded")
+        raise RefusedFileError(f"{name} contains all training arguments, including hub_token, and is never uploaded")
     if any(part.startswith(".") for part in path.parts):
-        raise RefusedFileError(f"{name} is a hidden file, or in a hidden folder, and is never uploaded")
+        raise RefusedFileError(f"{name} is a hidden file or in a hidden folder, and is never uploaded")
     if (folder / path).is_dir():
-        raise RefusedFileError(f"{name} in {folder} is a folder. Name the files in it")
+        raise RefusedFileError(f"{name} in {folder} is a folder. Name its files instead")
     if not (folder / path).is_file():
-        raise RefusedFileError(f"{name} is not there: looked in {folder}")
+        raise RefusedFileError(f"There is no file {name} in {folder}")
     return path.as_posix()
 
 
@@ -196,11 +202,11 @@ def _check_content(folder: Path, name: str) -> None:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             found = _TOKEN.search(data)
     if found:
-        raise RefusedFileError(f"{folder / name} holds what looks like a token of the Hub. Remove it from there first")
+        raise RefusedFileError(f"{folder / name} seems to contain a Hugging Face token. Remove the token first")
 
 
 def _code(folder: Path) -> set[str]:
-    """Return the Python files that are the model's own code: those that `auto_map` names, and what they import."""
+    """Return the Python files of the model's own code: the files that `auto_map` names, and what they import."""
     wanted = set()
     for name in _CODE_OF:
         try:
@@ -210,7 +216,7 @@ def _code(folder: Path) -> set[str]:
             continue
         for entry in entries:
             for reference in entry if isinstance(entry, list) else [entry]:
-                if isinstance(reference, str) and "--" not in reference:  # with "--": in another repository
+                if isinstance(reference, str) and "--" not in reference:  # "--" refers to another repository
                     wanted.add(reference.partition(".")[0])
     found: set[str] = set()
     while wanted:
@@ -224,7 +230,7 @@ def _code(folder: Path) -> set[str]:
 
 
 def _images(folder: Path) -> set[str]:
-    """Return the pictures in the folder that its card shows."""
+    """Return the images that the folder's card shows."""
     card = folder / CARD
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     paths = {PurePosixPath(link) for link in _IMAGE.findall(text)}

@@ -1,4 +1,4 @@
-"""How a run's files are written: each one atomically, and never through a link."""
+"""Writes the files of a run: atomically, and never through links."""
 
 import errno
 import json
@@ -11,13 +11,14 @@ from typing import IO, Any
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield the path of a draft to write, and move it to `path` at the end: atomically.
+    """Yield the path of a temporary file to write, and atomically move it to `path` at the end.
 
-    A link is replaced, and its target stays as it is. After an error the draft is removed and the file is unchanged.
-    The draft keeps the suffix, from which some libraries read the format.
+    If `path` is a link, the link is replaced and its target does not change. After an error the temporary file is
+    removed and `path` does not change. The temporary file has the suffix of `path`, from which some libraries infer the
+    format.
     """
     draft = path.with_name(f".part-{path.name}")
-    draft.unlink(missing_ok=True)  # of a process that was killed
+    draft.unlink(missing_ok=True)  # left by a process that was killed
     try:
         yield draft
         os.replace(draft, path)
@@ -27,18 +28,18 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8, with its line ends as they are: see `replacing`."""
+    """Write a text file atomically, in UTF-8 and with its line endings unchanged. See `replacing`."""
     with replacing(path) as draft, open(draft, "x", encoding="utf-8", newline="") as file:
         file.write(text)
 
 
 def replace_json(path: Path, value: Any, indent: int | None = None) -> None:
-    """Write a value as JSON: see `replacing`."""
+    """Write a value as JSON, atomically. See `replacing`."""
     replace_text(path, json.dumps(value, indent=indent) + "\n")
 
 
 def replace_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write an object a line: see `replacing`."""
+    """Write a JSON Lines file atomically. See `replacing`."""
     replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -46,7 +47,7 @@ def open_to_append(path: Path) -> IO[str]:
     """Open a text file to append to it.
 
     Raises:
-        OSError: it is a link, through which some other file would be written.
+        OSError: `path` is a link, through which another file would be written.
     """
 
     def opener(name: str, flags: int) -> int:
@@ -55,7 +56,7 @@ def open_to_append(path: Path) -> IO[str]:
         except OSError as error:
             if error.errno != errno.ELOOP:
                 raise
-            message = f"{path} is a link to {os.readlink(path)}, which would be written to. Remove the link"
+            message = f"{path} is a link to {os.readlink(path)}, and that file would be changed. Remove the link"
             raise OSError(message) from None
 
     return open(path, "a", encoding="utf-8", newline="", opener=opener)

@@ -1,1 +1,1 @@
-"""A run's folder for others: its model card, its upload, and adapters or shards merged into one model."""
+"""Publishes a run: model card, upload to the Hub, and merging adapters or shards into one model."""

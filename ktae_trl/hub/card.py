@@ -1,7 +1,7 @@
-"""The model card of a run: what the method does, the run's settings, and what was measured.
+"""The model card of a run: the method, the settings and the results.
 
-`write` is for the trainer, which knows the run. `update` needs the folder only: it adds results, the link to the
-key-token page and the model's name on the Hub, as often as one likes.
+The trainer calls `write`. `update` needs only the run's folder: it adds results, the link to the key-token page and the
+model's name on the Hub, and can be called repeatedly.
 """
 
 import dataclasses
@@ -26,23 +26,23 @@ from ktae_trl.hub.results import is_hub_id
 from ktae_trl.report.markdown import escaped
 
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
-_BEGIN, _END = "<!-- Results: ktae push FOLDER writes them -->", "<!-- End of results -->"
-_BEGINNING = re.compile(r"<!-- Results: [^<>]*-->")  # an earlier version named another command
+_BEGIN, _END = "<!-- Results: written by ktae push FOLDER -->", "<!-- End of results -->"
+_BEGINNING = re.compile(r"<!-- Results: [^<>]*-->")  # earlier versions had another text here
 _QUICK_START = re.compile(r'(pipeline\("text-generation", model=)"(?:[^"\\\n]|\\.)*"')
-# Where the run was and what it was allowed to do: of no use to who reads the card.
-_LEFT_OUT = {"output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm"}
+# Settings of where and how the run was executed, which do not help readers of the card.
+_LEFT_OUT = {"output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "console"}
 _LEFT_OUT |= {"resume_from_checkpoint", "push_to_hub"}
 _SECRET_NAME = re.compile(r"(^|_)(token|password|secret|key)$", re.IGNORECASE)
 _SECRET_VALUE = re.compile(r"\bhf_\w{16,}|(?<=://)[^/\s@][^/\s@:]*+:[^/\s@]++(?=@)")
 
 
 def settings_of(arguments: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass that differ from their defaults, as plain values and without secrets."""
+    """Return the fields of a dataclass that differ from their defaults, as plain values without secrets."""
     found = {}
     for field in dataclasses.fields(arguments):
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         value = getattr(arguments, field.name)
-        untouched = value == default or not (value or default)  # "" and [] are both nothing
+        untouched = value == default or not (value or default)  # "" and [] both mean that nothing is set
         if dataclasses.is_dataclass(value):  # such as accelerator_config
             value = settings_of(value)
             untouched = not value
@@ -63,7 +63,7 @@ def _plain(value: Any) -> Any:
         return value
     text = _SECRET_VALUE.sub("<secret>", str(value))
     a_path = os.path.isabs(text) and not re.search(r"\s", text)
-    return f".../{Path(text).name}" if a_path else text  # whose home it was is nobody's business
+    return f".../{Path(text).name}" if a_path else text  # hides the home folder
 
 
 def write(
@@ -79,17 +79,17 @@ def write(
     settings: dict[str, Any],
     runs: dict[str, str],
 ) -> None:
-    """Write the card of a trained model, without results: see `update`.
+    """Write the card of a trained model without results. Results are added by `update`.
 
     Args:
-        method: what the credit method says of itself: `name`, `does` (a sentence or ""), `tags`, and `paper` with
-            `title`, `id` (arXiv) and `citation`.
-        place: what the quick start loads, a Hub id or a folder.
-        base: the base model, by its Hub id or a path; "" if it has no name.
-        data: the training data, by their Hub id or a path, if they are known.
-        adapter: whether the weights are those of a PEFT adapter.
-        settings: the run's, as `settings_of` returns them.
-        runs: the training in a tracker, its URL by the tracker's name.
+        method: card of the credit method: `name`, `does` (a sentence or ""), `tags`, and `paper` with `title`, `id`
+            (arXiv) and `citation`.
+        place: the model that the quick start loads: a Hub id or a folder.
+        base: the base model: a Hub id, a path, or "" if it has no name.
+        data: the training data: a Hub id, a path, or None if unknown.
+        adapter: whether the model is a PEFT adapter.
+        settings: settings of the run, as `settings_of` returns them.
+        runs: URLs of the run in trackers, by tracker.
     """
     metadata = ModelCardData(
         base_model=base if is_hub_id(base) else None,
@@ -100,7 +100,7 @@ def write(
         tags=sorted({"generated_from_trainer", "trl", "grpo", *method.tags, *tags}),
     )
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=1000)
-    card = ModelCard.from_template(  # it gives the template the metadata too
+    card = ModelCard.from_template(  # also passes the metadata to the template
         metadata,
         template_str=_TEMPLATE.read_text(encoding="utf-8"),
         method=method,
@@ -121,16 +121,16 @@ def write(
 
 
 def update(folder: Path, *, repo_id: str | None = None, results: Sequence[EvalResult] = ()) -> None:
-    """Add to the card of a folder: results, the link to the page if it is there, the model's name on the Hub.
+    """Add results, the link to the key-token page (if there is one) and the model's name on the Hub to a card.
 
-    Results of the same benchmark and metric are replaced, all others stay. What was measured in training
-    (`held_out_results.json`) is added by itself. A folder without a card of its own is left alone.
+    Results for the same benchmark and metric are replaced, all others are kept. Results measured during training
+    (`held_out_results.json`) are added automatically. Nothing happens if the folder has no card or the card is a link.
 
     Raises:
-        UserError: somebody has edited the card's metadata, and they are no YAML or no model-index any more.
+        UserError: the card's metadata was edited and is no longer valid YAML or has no valid model-index.
     """
     path = folder / CARD
-    if not path.exists() or path.is_symlink():  # a card that lies elsewhere is not this model's
+    if not path.exists() or path.is_symlink():  # the target of a link is not the card of this model
         return
     card = _load(path)
     card.data.model_name = card.data.model_name or folder.name
@@ -140,8 +140,8 @@ def update(folder: Path, *, repo_id: str | None = None, results: Sequence[EvalRe
     parts = [f"## Results\n\n{measured.table(found)}"] if found else []
     if (folder / PAGE).exists():
         parts.append(
-            f"## Key tokens\n\n[{PAGE}]({PAGE}) shows groups of rollouts from the training, with the value of each "
-            "token: download it and open it in a browser."
+            f"## Key tokens\n\n[{PAGE}]({PAGE}) shows groups of training rollouts with the value of each token. "
+            "Download it and open it in a browser."
         )
     block = "\n\n".join([_BEGIN, *parts, _END])
     text, begins = card.text, _BEGINNING.search(card.text)
@@ -163,10 +163,10 @@ def _load(path: Path) -> ModelCard:
     try:
         return ModelCard(path.read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"The metadata at the top of {path} cannot be read: {error}") from error
+        raise UserError(f"The metadata at the top of {path} is not valid: {error}") from error
 
 
 def _save(card: ModelCard, path: Path) -> None:
-    """Write the card whole: who is interrupted keeps the one before."""
+    """Write the card atomically."""
     with replacing(path) as draft:
         card.save(draft)

@@ -1,9 +1,9 @@
-"""One model folder, for `from_pretrained` and vLLM, from a LoRA adapter or from the shards of a checkpoint.
+"""Merges a LoRA adapter, or the shards of a checkpoint, into one model folder for `from_pretrained` and vLLM.
 
 ktae merge SOURCE -o FOLDER [--base MODEL] [--dtype bfloat16]
 
-SOURCE is an adapter's folder, a checkpoint of DeepSpeed ZeRO or FSDP, or a run's folder, whose newest checkpoint is
-then taken. All is done on the CPU, in single precision.
+SOURCE is the folder of an adapter, a checkpoint of DeepSpeed ZeRO or FSDP, or the folder of a run, in which case its
+newest checkpoint is used. Merging runs on the CPU in single precision.
 """
 
 import argparse
@@ -26,11 +26,11 @@ logger = logging.getLogger(__name__)
 
 
 def kind_of(folder: Path) -> str | None:
-    """Return what a folder holds, by its files: adapter, zero, fsdp, model (whole already), or None."""
+    """Return what a folder contains: "adapter", "zero", "fsdp", "model" (nothing to merge), or None."""
     if (folder / "adapter_config.json").is_file():
-        return "adapter"  # also beside the shards of a checkpoint: the base model is not in those
+        return "adapter"  # even next to shards, which do not contain the base model
     if (folder / "latest").is_file() and list(folder.glob("global_step*")):
-        return "zero"  # beside whole weights too: the shards are the optimizer's, in single precision
+        return "zero"  # even next to full weights: the shards are in single precision
     if (folder / FSDP_SHARDS / ".metadata").is_file():
         return "fsdp"
     if list(folder.glob("model*.safetensors")) or list(folder.glob("pytorch_model*.bin")):
@@ -42,20 +42,23 @@ def merge(source: str | Path, output: str | Path, *, base: str | None = None, dt
     """Write the merged model (weights, config, generation config, tokenizer, chat template) to `output`.
 
     Args:
-        base: Hub id or folder of the base model. Default: the one that the adapter names; for shards the config and
-            tokenizer beside them or in the run's folder.
-        dtype: of the weights, one of `DTYPES`. Default: as the base model's or the checkpoint's config says.
+        source: folder of an adapter, a checkpoint or a run.
+        output: folder to create.
+        base: Hub id or folder of the base model. Default: the base model that the adapter names. For shards, the config
+            and tokenizer in the checkpoint or in the run's folder.
+        dtype: precision of the weights, one of `DTYPES`. Default: the dtype in the config of the base model or
+            checkpoint.
 
     Raises:
-        ValueError: there is nothing to merge, a part of it is missing, or `output` is not empty.
-        FileNotFoundError: no such folder.
-        ImportError: the shards are DeepSpeed's, and it is not installed.
+        UserError: there is nothing to merge, a part is missing, or `output` is not empty.
+        NotFoundError: `source` does not exist.
+        NotImportedError: the shards are DeepSpeed's, and DeepSpeed is not installed.
     """
     source, output = Path(source), Path(output)
     if not source.is_dir():
         raise NotFoundError(f"There is no folder {source}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} is there already and not empty: choose another folder")
+        raise UserError(f"{output} already exists and is not empty. Choose another folder")
     source, kind = _find(source)
     logger.info("%s: %s", source, kind)
     if kind == "adapter":
@@ -69,7 +72,7 @@ def merge(source: str | Path, output: str | Path, *, base: str | None = None, dt
     if precision is not None:
         model = model.to(precision)
     tokenizer = _tokenizer(tokenizer_from)
-    place = output.resolve()  # a link to an empty folder, perhaps on another disk, stays one
+    place = output.resolve()  # keeps a link to an empty folder, perhaps on another disk
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as partial:
         whole = Path(partial) / "model"
@@ -88,14 +91,14 @@ def _find(source: Path) -> tuple[Path, str]:
         source = Path(checkpoint)
         kind = kind_of(source)
     if kind == "model":
-        of = f" Of its checkpoints, name the one to merge, such as {checkpoint}" if checkpoint else ""
-        raise UserError(f"{source} is a whole model already: from_pretrained and vLLM load it as it is.{of}")
+        of = f" To merge one of its checkpoints, pass the checkpoint, such as {checkpoint}" if checkpoint else ""
+        raise UserError(f"{source} is already a complete model, which from_pretrained and vLLM can load.{of}")
     if kind is None:
         found = ", ".join(sorted(path.name for path in source.iterdir())[:20]) or "nothing"
         raise UserError(
-            f"{source} is nothing to merge. Expected: adapter_config.json (an adapter), `latest` and global_step*/ (a "
-            f"checkpoint of DeepSpeed ZeRO), {FSDP_SHARDS}/ (one of FSDP), or a run's folder with checkpoints. Found: "
-            f"{found}"
+            f"{source} contains nothing to merge. Expected: adapter_config.json (an adapter), `latest` and "
+            f"global_step*/ (a checkpoint of DeepSpeed ZeRO), {FSDP_SHARDS}/ (a checkpoint of FSDP), or a run's folder "
+            f"with checkpoints. Found: {found}"
         )
     return source, kind
 
@@ -103,15 +106,15 @@ def _find(source: Path) -> tuple[Path, str]:
 def _merged_adapter(source: Path, base: str | None) -> tuple[PreTrainedModel, str]:
     with loading(f"The adapter in {source}"):
         named = base or PeftConfig.from_pretrained(source).base_model_name_or_path
-    with loading(f"The base model of the adapter, {named},", by="--base"):
+    with loading(f"The adapter's base model {named}", by="--base"):
         config = AutoConfig.from_pretrained(named)
         model = AutoModelForCausalLM.from_pretrained(named, dtype=torch.float32)
     try:
-        # Rounded once, at the end: a small change of a bfloat16 weight would be lost in each of the two.
+        # Merge in float32 and round once at the end. In bfloat16, small changes of a weight would be lost.
         adapted = _adapted(model, source)
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"The adapter in {source} does not fit {named}: {error}. Name its base model by --base"
+            f"The adapter in {source} does not fit {named}: {error}. Pass its base model with --base"
         ) from None
     whole = adapted.merge_and_unload()
     whole.config.dtype = config.dtype
@@ -119,33 +122,33 @@ def _merged_adapter(source: Path, base: str | None) -> tuple[PreTrainedModel, st
 
 
 def _adapted(model: PreTrainedModel, source: Path) -> PeftModel:
-    """Return the model with its adapter, every weight of which must have its place."""
+    """Return the model with its adapter, after checking that every weight of the adapter is used."""
     weights = load_peft_weights(str(source), device="cpu")
     tokens = [len(weight) for name, weight in weights.items() if name.endswith("embed_tokens.weight")]
     if tokens and tokens[0] != model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(tokens[0], mean_resizing=False)  # the adapter brings them
+        model.resize_token_embeddings(tokens[0], mean_resizing=False)  # the adapter includes embeddings
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is not None and head.weight is embeddings.weight:
-        # Merged into one of two that are tied, an adapter would change the other as well.
+        # With tied weights, merging an adapter into one of the two would also change the other.
         ends = [f".{name}.lora_" for name, module in model.named_modules() if module in (embeddings, head)]
         if any(end in name for name in weights for end in ends):
             head.weight = torch.nn.Parameter(head.weight.detach().clone())
             model.config.tie_word_embeddings = False
     adapted = PeftModel.from_pretrained(model, source)
     if missing := set(weights) - set(get_peft_model_state_dict(adapted)):
-        raise UserError(f"it has no place for {len(missing)} of the adapter's weights, such as {min(missing)}")
+        raise UserError(f"{len(missing)} of the adapter's weights do not belong to this model, such as {min(missing)}")
     return adapted
 
 
 def _settings_of(source: Path, base: str | None) -> str:
-    """Return the name of the model that has the config for the shards in `source`."""
+    """Return the model whose config belongs to the shards in `source`."""
     places = (
         [base] if base else [str(folder) for folder in (source, source.parent) if (folder / "config.json").exists()]
     )
     if not places:
         raise UserError(
-            f"{source} holds the shards of the weights only, and neither it nor {source.parent} has the model's "
-            "config.json: name the model that the run began with, by --base"
+            f"{source} contains only the shards of the weights, and neither it nor {source.parent} has the model's "
+            "config.json. Pass the model that the run started from with --base"
         )
     return places[0]
 
@@ -166,12 +169,12 @@ def _fsdp_weights(source: Path) -> dict[str, torch.Tensor]:
 
 
 def _filled(settings: str, weights: dict[str, torch.Tensor], source: Path) -> PreTrainedModel:
-    """Return the model of this config with these weights."""
+    """Return the model with the config of `settings` and these weights."""
     if any("lora_" in name for name in weights):
         raise UserError(
-            f"{source} holds an adapter in shards, without its adapter_config.json. The run's folder has the whole "
-            "adapter once training has ended; or resume with fsdp_state_dict_type: FULL_STATE_DICT, as "
-            "configs/accelerate/fsdp2.yaml has it"
+            f"{source} contains a sharded adapter without its adapter_config.json. Merge the run's folder, which has "
+            "the complete adapter once training has ended. Or resume training with fsdp_state_dict_type: "
+            "FULL_STATE_DICT, as in configs/accelerate/fsdp2.yaml"
         )
     with loading(f"The config of {settings}", by="--base"):
         config = AutoConfig.from_pretrained(settings)
@@ -182,8 +185,8 @@ def _filled(settings: str, weights: dict[str, torch.Tensor], source: Path) -> Pr
     empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if empty or unknown:
         raise UserError(
-            f"The weights in {source} are not those of {settings}: it lacks {empty[:3] or 'none'}, and does not know "
-            f"{list(unknown)[:3] or 'none'}. Is --base the model that the run began with?"
+            f"The weights in {source} do not match {settings}: missing {empty[:3] or 'none'}, unexpected "
+            f"{list(unknown)[:3] or 'none'}. Pass the model that the run started from with --base"
         )
     model.config.dtype = config.dtype
     if (Path(settings) / "generation_config.json").exists() or not Path(settings).is_dir():
@@ -197,7 +200,7 @@ def _tokenizer(places: list):
         if not Path(place).is_dir() or list(Path(place).glob("tokenizer*")):
             with loading(f"The tokenizer of {place}"):
                 return AutoTokenizer.from_pretrained(place)
-    raise UserError(f"There is no tokenizer in {' or '.join(map(str, places))}: say where it is with --base")
+    raise UserError(f"There is no tokenizer in {' or '.join(map(str, places))}. Pass a model that has one with --base")
 
 
 def main(words: list[str]) -> None:
@@ -205,11 +208,11 @@ def main(words: list[str]) -> None:
         prog="ktae merge",
         description="Merge a LoRA adapter, or a checkpoint of DeepSpeed ZeRO or FSDP, into one model folder.",
     )
-    parser.add_argument("source", type=Path, help="an adapter's folder, a checkpoint, or a run's folder")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder to make")
-    parser.add_argument("--base", help="base model, where the source does not say it")
-    parser.add_argument("--dtype", choices=DTYPES, help="precision of the weights; default: as the config says")
+    parser.add_argument("source", type=Path, help="folder of an adapter, a checkpoint or a run")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder to create")
+    parser.add_argument("--base", help="base model; default: the one that the source names")
+    parser.add_argument("--dtype", choices=DTYPES, help="precision of the weights; default: the one in the config")
     options = parser.parse_args(words)
     with user_errors("ktae merge"):
         merge(options.source, options.output, base=options.base, dtype=options.dtype)
-    print(f"Written: {options.output}\nServe it: vllm serve {options.output}")
+    print(f"Wrote {options.output}\nTo serve it: vllm serve {options.output}")

@@ -1,4 +1,4 @@
-"""Measured figures for a model card: entries of its metadata's model-index, and the table that shows them."""
+"""Results for a model card: entries of the model-index in its metadata, and a table."""
 
 import json
 import math
@@ -16,39 +16,38 @@ from ktae_trl.report import markdown
 
 
 def of_evaluation(path: Path, folder: Path) -> list[EvalResult]:
-    """Return what eval.py measured, if it was the model in `folder`.
+    """Return the results of an evaluation, after checking that it measured the model in `folder`.
 
     Args:
-        path: eval.py's folder, or the `summary.json` in it.
+        path: output folder of eval.py, or the `summary.json` in it.
 
     Raises:
-        UserError: the file is no summary of eval.py, or one of another model.
-        NotFoundError: there is none.
+        UserError: the file is not a summary of eval.py, or belongs to another model.
+        NotFoundError: there is no summary.
     """
     file = path / "summary.json" if path.is_dir() else path
     if not file.is_file():
-        raise NotFoundError(f"{path} holds no summary.json: is it a folder that ktae eval wrote?")
+        raise NotFoundError(f"{path} contains no summary.json. Pass an output folder of ktae eval")
     try:
         summary = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(
-            f"{file} is damaged ({error}). The samples beside it are kept: run ktae eval again with the same settings, "
-            "which grades them and writes it anew"
+            f"{file} is damaged ({error}). The samples next to it are kept: run ktae eval again with the same settings "
+            "to grade them and rewrite the summary"
         ) from None
     known = isinstance(summary, dict) and {"benchmarks", "model", "settings"} <= summary.keys()
     if not known or not isinstance(summary["settings"], dict):
-        raise UserError(f"{file} does not say which model it is of: only what ktae eval sampled can go into a card")
+        raise UserError(f"{file} does not say which model was evaluated. A card takes only results of ktae eval")
     mark = summary["settings"].get("fingerprint")
-    again = f"Measure again: ktae eval CONFIG --model_name_or_path {folder}"
+    again = f"Evaluate again: ktae eval CONFIG --model_name_or_path {folder}"
     if is_old(mark):
         raise UserError(
-            f"{file} is of version 0.1 of eval.py, which did not read all of a model's weights: whether it is of those "
-            f"in {folder} is not known. {again}"
+            f"{file} was written by version 0.1 of eval.py, which did not read all of a model's weights. It may not "
+            f"belong to the weights in {folder}. {again}"
         )
     if not is_of(mark, folder):
         raise UserError(
-            f"{file} was measured on {summary['model']}, which does not hold the weights that are in {folder} now. "
-            f"{again}"
+            f"{file} was measured on {summary['model']}, whose weights differ from those in {folder}. {again}"
         )
     return _of_summary(summary)
 
@@ -61,14 +60,14 @@ def _of_summary(summary: dict) -> list[EvalResult]:
     if settings["temperature"] > 0:
         each = f"mean of {samples} samples" if samples > 1 else "one sample"
         how = f"{each} at temperature {settings['temperature']:g}, top_p {settings['top_p']:g}"
-    few_shot = settings.get("few_shot")  # not in the summaries of older versions
+    few_shot = settings.get("few_shot")  # missing in summaries of older versions
     if few_shot:
         how = f"{how}, after worked examples"
     for name, figures in summary["benchmarks"].items():
         source = summary.get("datasets", {}).get(name, {})
         metrics = [("accuracy", f"accuracy, {how}", figures["accuracy"])]
         for kind in ("pass", "maj"):
-            estimates = [(k, estimate) for k, estimate in figures[kind].items() if k != "1"]  # 1 is the accuracy
+            estimates = [(k, estimate) for k, estimate in figures[kind].items() if k != "1"]  # k = 1 is the accuracy
             metrics += [(f"{kind}@k", f"{kind}@{k} of {samples} samples", estimate) for k, estimate in estimates]
         for kind, metric, (value, low, high) in metrics:
             arguments = {"benchmark": name, "problems": figures["problems"], "samples": samples}
@@ -82,7 +81,7 @@ def _of_summary(summary: dict) -> list[EvalResult]:
 
 
 def held_out(folder: Path, datasets: str | list[str] | None) -> list[EvalResult]:
-    """Return what the training measured on its held-out problems, before and after."""
+    """Return the accuracy (or reward) on the held-out problems before and after training."""
     path = folder / HELD_OUT
     if not path.exists():
         return []
@@ -105,7 +104,7 @@ def held_out(folder: Path, datasets: str | list[str] | None) -> list[EvalResult]
 
 
 def _result(data: tuple, kind: str, metric: str, value: float, arguments: dict[str, Any]) -> EvalResult:
-    """Return one figure; `data` are the dataset's id or path, its name, config and split."""
+    """Return one result. `data` is the dataset's id or path, its name, config and split."""
     identifier, name, config, split = data
     return EvalResult(
         task_type="text-generation",
@@ -121,7 +120,7 @@ def _result(data: tuple, kind: str, metric: str, value: float, arguments: dict[s
 
 
 def merged(results: Sequence[EvalResult]) -> list[EvalResult]:
-    """Return one result for each benchmark and metric, the last one."""
+    """Return the last result for each benchmark and metric."""
 
     def identity(result: EvalResult) -> tuple:
         return (*result.unique_identifier, _benchmark(result), result.metric_type, result.metric_name)
@@ -145,12 +144,12 @@ def table(results: Sequence[EvalResult]) -> str:
             "" if before is None else shown(before),
         ]
         rows.append([markdown.escaped(str(cell)) for cell in cells])
-    head = ["benchmark", "metric", "value", "95% interval", "problems", "before training"]
+    head = ["Benchmark", "Metric", "Value", "95% interval", "Problems", "Before training"]
     return markdown.table(head, rows)
 
 
 def is_hub_id(name: str | None) -> bool:
-    """Return whether a model's or dataset's name is one on the Hub: no file or folder, nor the package's own."""
+    """Return whether the name of a model or dataset is a Hub id, and not a file, a folder or a name of this package."""
     files = (".jsonl", ".json", ".parquet", ".csv", ".gz")
     if not name or name in (TINY, WORD_PROBLEMS) or Path(name).exists() or Path(name).suffix in files:
         return False
@@ -158,7 +157,7 @@ def is_hub_id(name: str | None) -> bool:
 
 
 def _identifier(name: str) -> str:
-    """Return a dataset's name as the Hub takes it: an id stays one; a file's or a benchmark's becomes a plain word."""
+    """Return a dataset name that the Hub accepts: a Hub id unchanged, other names reduced to a plain word."""
     name = name if is_hub_id(name) else Path(name).stem
     return re.sub(r"[^\w./-]+", "-", name, flags=re.ASCII).strip("-.") or "local"
 

@@ -1,6 +1,6 @@
-"""What a trainer saves and publishes: what is on disk comes first, then the network.
+"""Saves and publishes the model of a trainer. Everything is written to disk before anything is uploaded.
 
-Each function is given the trainer; they are its methods, or called by its overrides of TRL's.
+Each function takes the trainer. It is a method of the trainer or is called by one of its overrides of TRL's methods.
 """
 
 import os
@@ -23,24 +23,25 @@ from ktae_trl.trl_seam import gather_when_saving, introduced_in, model_name, upl
 
 @contextmanager
 def own_files(trainer: GRPOTrainer, folder: str | None = None) -> Iterator[None]:
-    """In here, what is saved in a folder (`output_dir`) is not written through links.
+    """Do not write through links while saving to a folder (default: `output_dir`).
 
-    Such as those of the Hub's cache, copied into `output_dir` with the model that training began with.
+    The folder may contain links into the Hub's cache, for example if the base model was copied there.
     """
-    if not trainer.args.should_save:  # the others would take the links away from under the one that saves
+    if not trainer.args.should_save:  # only the process that saves may remove links
         yield
         return
     place = Path(folder or trainer.args.output_dir)
-    with without_links(place), without_links(place / "ref"):  # TRL's second adapter: the reference of one trained again
+    with without_links(place), without_links(place / "ref"):  # `ref`: TRL's reference adapter
         yield
 
 
 def write_card(trainer: GRPOTrainer, name: str | None, data: str | None, tags: str | list[str] | None) -> None:
-    """Write the model card to `output_dir`, with results once the training has ended.
+    """Write the model card to `output_dir`, including results once training has ended.
 
     Args:
-        name: the model's; default: that of its repository or folder.
-        data: the training data; default: those of the recipe.
+        name: name of the model. Default: the name of its repository or folder.
+        data: the training data. Default: the dataset of the recipe.
+        tags: additional tags.
     """
     args, model, output = trainer.args, trainer.model, Path(trainer.args.output_dir)
     known = {"credit": args.credit, "reward_funcs": trainer.reward_func_names}
@@ -50,7 +51,7 @@ def write_card(trainer: GRPOTrainer, name: str | None, data: str | None, tags: s
     runs = _runs()
     tags = [tags] if isinstance(tags, str) else tags or []
     tags = [*tags, *(getattr(model, "model_tags", None) or []), *(["hf_jobs"] if "JOB_ID" in os.environ else [])]
-    if "Trackio" in runs:  # its own tag does not say which run it was
+    if "Trackio" in runs:  # replaces Trackio's tag, which does not name the run
         tags = [*(tag for tag in tags if not tag.startswith("trackio:")), f"trackio:{runs['Trackio']}"]
     model_card.write(
         output / CARD,
@@ -64,13 +65,13 @@ def write_card(trainer: GRPOTrainer, name: str | None, data: str | None, tags: s
         settings=known | trainer.recipe | model_card.settings_of(args),
         runs=runs,
     )
-    if not trainer.is_in_train:  # results that lie there then may be of an earlier run
+    if not trainer.is_in_train:  # during training, the folder may contain results of an earlier run
         model_card.update(output)
 
 
 def _runs() -> dict[str, str]:
-    """Return where trackers show the run, if they do."""
-    from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url  # for cards only
+    """Return the URLs of the run in the active trackers, by tracker."""
+    from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url  # needed only here
 
     urls = {"Trackio": get_trackio_space_url(), "Comet": get_comet_experiment_url()}
     if is_wandb_available():
@@ -81,7 +82,7 @@ def _runs() -> dict[str, str]:
 
 
 def save_whole_model(trainer: GRPOTrainer) -> None:
-    """Save a model that `from_pretrained` loads, also where checkpoints are in shards (accelerate's default)."""
+    """Save a model for `from_pretrained`, even if checkpoints are sharded (accelerate's default)."""
     if trainer.is_fsdp_enabled:
         plugin = trainer.accelerator.state.fsdp_plugin
         sharded = plugin.state_dict_type
@@ -95,10 +96,10 @@ def save_whole_model(trainer: GRPOTrainer) -> None:
 
 
 def save_all(trainer: GRPOTrainer, *, push: bool, **card) -> None:
-    """Write to `output_dir`: whole model, tokenizer, the key-token page of a recorded run, card. For all processes.
+    """Save the full model, the tokenizer, the key-token page (if rollouts were recorded) and the card. Collective.
 
     Args:
-        push: it is to be uploaded; trackers are told, which may have something for the card.
+        push: whether an upload follows. Trackers are notified before the card is written.
         card: arguments of `create_model_card`.
     """
     if push:
@@ -116,7 +117,7 @@ def upload(
     token: str | None = None,
     revision: str | None = None,
 ) -> CommitInfo | Future:
-    """Upload what `save_all` wrote. For the first process; the others need not be there any more."""
+    """Upload what `save_all` wrote. Call this on the first process only."""
     args = trainer.args
     wait_for_upload(trainer)
     return hub.send(
@@ -138,17 +139,17 @@ def push_to_hub(
     revision: str | None = None,
     **card,
 ) -> CommitInfo | Future | None:
-    """Save model (or adapter), tokenizer, card and key-token page, then upload them. For all processes.
+    """Save the model (or adapter), tokenizer, card and key-token page, then upload them. Collective.
 
-    All else in `output_dir` stays there, such as checkpoints, recorded rollouts, logs, and training_args.bin, which
-    holds `hub_token`; a warning lists it. `ktae push FOLDER --include FILE` adds files.
+    Other files in `output_dir` are not uploaded: checkpoints, recorded rollouts, logs, and `training_args.bin`, which
+    contains `hub_token`. A warning lists them. To add files, use `ktae push FOLDER --include FILE`.
 
     Args:
-        blocking: False returns a `Future` of the commit at once.
+        blocking: if False, return a `Future` of the commit immediately.
         card: `model_name`, `dataset_name` and `tags` of the card.
 
     Raises:
-        HubError: the upload failed. All is on disk; the message has the command that tries again.
+        HubError: the upload failed. Everything is on disk, and the message contains the command to try again.
     """
     trainer.save_all(push=True, **card)
     if trainer.is_world_process_zero():
@@ -156,7 +157,10 @@ def push_to_hub(
 
 
 def init_hf_repo(trainer: GRPOTrainer, token: str | None = None) -> None:
-    """Create the repository: as TRL's, whose errors say little, and which takes a public one for a private one."""
+    """Create the repository on the Hub.
+
+    Unlike TRL's method, this raises errors with a remedy, and does not accept a public repository as a private one.
+    """
     if trainer.is_world_process_zero():
         args = trainer.args
         token = token or args.hub_token
@@ -166,6 +170,6 @@ def init_hf_repo(trainer: GRPOTrainer, token: str | None = None) -> None:
 
 @contextmanager
 def own_uploads(trainer: GRPOTrainer) -> Iterator[None]:
-    """In here, transformers copies a checkpoint's model to `output_dir` through no links, and uploads by `hub.api`."""
+    """Make transformers copy checkpoints to `output_dir` without following links, and upload them by `hub.api`."""
     with own_files(trainer), uploading_by(hub.api):
         yield

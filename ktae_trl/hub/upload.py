@@ -1,10 +1,10 @@
-"""A run's folder on the Hub: the card, the key-token page beside it, and an upload that can be tried again.
+"""Uploads a run's folder to the Hub, with its card and key-token page. A failed upload can be repeated.
 
 ktae push FOLDER [--repo_id USER/NAME] [--private true|false]
     [--results RESULTS ...] [--revision BRANCH] [--include FILE ...]
 
-RESULTS are folders of eval.py, or their summary.json. FILE is a path in FOLDER of what is no part of the model and is
-to be uploaded too. No GPU is needed, and no model is loaded.
+RESULTS are output folders of eval.py or their summary.json. FILE is an additional file to upload that is not part of
+the model, as a path relative to FOLDER. The command needs no GPU and loads no model.
 """
 
 import argparse
@@ -27,23 +27,23 @@ from ktae_trl.hub import card as model_card
 from ktae_trl.hub import results as measured
 from ktae_trl.report import records
 
-TIMEOUT = 120.0  # seconds without a sign of life; the client's own default is to wait for ever
-# What the client and its libraries raise. HTTPError is that of httpx, with huggingface_hub 2 that of httpx2.
+TIMEOUT = 120.0  # seconds without a response; by default the client waits forever
+# Errors of the client and its libraries. HTTPError is from httpx; from httpx2 with huggingface_hub 2.
 _FAILURES = (OSError, RuntimeError, ValueError, HTTPError)
 logger = logging.getLogger(__name__)
 
 
 class HubError(UserError, OSError):
-    """The Hub could not be reached or refused; the message says what to do."""
+    """The Hub could not be reached or rejected a request. The message contains the remedy."""
 
 
 class Api(HfApi):
-    """huggingface_hub's client; of a folder it uploads what `model_files` chooses, and does not wait for ever."""
+    """huggingface_hub's client with a timeout. From a folder it uploads only what `model_files` chooses."""
 
     def upload_folder(
         self, *, folder_path, path_in_repo=None, include=(), ignore_patterns=None, run_as_future=False, **kwargs
     ) -> CommitInfo | Future:
-        """Upload what makes the model in a folder or, with `path_in_repo`, what makes the checkpoint there."""
+        """Upload the files of the model in a folder or, with `path_in_repo`, those of the checkpoint."""
         kwargs |= {"folder_path": folder_path, "path_in_repo": path_in_repo}
         if run_as_future:
             return self.run_as_future(_or_warn, self.upload_folder, include=include, **kwargs)
@@ -55,53 +55,54 @@ class Api(HfApi):
 
 @cache
 def api() -> Api:
-    return Api(library_name="ktae_trl")  # one: its background uploads come one after the other
+    return Api(library_name="ktae_trl")  # a single client runs background uploads one after the other
 
 
 def _do_not_wait_for_ever() -> None:
-    """Set a limit for the session that all clients share, unless who made it has set one."""
+    """Set the timeout of the session that all clients share, unless it already has one."""
     session = get_session()
     if session.timeout.read is None:
         session.timeout = TIMEOUT
 
 
 def _or_warn(upload: Callable[..., CommitInfo], *arguments, **kwargs) -> CommitInfo:
-    """Upload; what fails is a warning too, for nobody may look at the future of an upload in the background."""
+    """Upload, and log a failure as a warning, since the future of a background upload may never be read."""
     try:
         return upload(*arguments, **kwargs)
     except Exception as error:
         logger.warning(
-            "An upload to the Hub in the background failed: %s. Nothing is lost on disk, and the next one has it all.",
+            "A background upload to the Hub failed: %s. Nothing is lost on disk. The next upload includes it all.",
             error if isinstance(error, HubError) else reason_of(error),
         )
         raise
 
 
 def repo_name(args) -> str:
-    """Return the name that training arguments give a repository: `hub_model_id`, or their folder's."""
+    """Return the repository name of a training: `hub_model_id`, or the name of `output_dir`."""
     return args.hub_model_id or Path(args.output_dir).absolute().name
 
 
 def create_repo(name: str, *, private: bool | None = None, token: str | None = None) -> str:
-    """Create a model's repository unless it is there, and return its whole id.
+    """Create a model repository if it does not exist, and return its full id.
 
     Args:
-        name: USER/NAME, or NAME for one's own.
-        private: None leaves it to the account's or the organisation's default.
+        name: USER/NAME, or NAME for the user's own account.
+        private: None uses the default of the account or organisation.
 
     Raises:
-        HubError: the Hub refuses or is not reached, or the repository is there and public though `private` is set.
+        HubError: the Hub cannot be reached or rejects the request, or the repository exists and is public although
+            `private` is set.
     """
     _do_not_wait_for_ever()
     try:
         repo_id = api().create_repo(name, token=token, private=private, exist_ok=True).repo_id
         public = private and api().model_info(repo_id, token=token).private is False
     except _FAILURES as error:
-        raise HubError(f"The repository {name} could not be made on the Hub: {reason_of(error)}") from error
+        raise HubError(f"Could not create the repository {name} on the Hub: {reason_of(error)}") from error
     if public:
         raise HubError(
-            f"{repo_id} is on the Hub already and public, though a private repository was asked for. Make it private "
-            "in its settings there, or choose another name"
+            f"{repo_id} already exists on the Hub and is public, but a private repository was requested. Make it "
+            "private in its settings on the Hub, or choose another name"
         )
     return repo_id
 
@@ -117,13 +118,13 @@ def send(
     wait: bool = True,
     include: Sequence[str] = (),
 ) -> CommitInfo | Future:
-    """Upload the model in a run's folder, and what `include` names, to a repository of that name.
+    """Upload the model in a run's folder, and the files in `include`, to the repository `name`.
 
-    `model_files` has what belongs to a model; what is left out is listed in a warning. Files that are there already are
-    not sent again. Without `wait` it is done in the background.
+    `model_files` defines which files belong to a model. A warning lists the other files. Files that are already in the
+    repository are not sent again. With `wait=False` the upload runs in the background.
 
     Raises:
-        HubError: with the command that tries again.
+        HubError: the upload failed. The message contains the command to try again.
     """
     if not wait:
         return api().run_as_future(
@@ -144,7 +145,7 @@ def send(
         ) from error
     if left_out:
         logger.warning(
-            "Not uploaded from %s, because it is no part of the model: %s. ktae push --include adds files",
+            "Files in %s that are not part of the model were not uploaded: %s. To add files, use ktae push --include",
             folder,
             model_files.in_words(left_out),
         )
@@ -163,42 +164,42 @@ def upload_command(
 
 
 def reason_of(error: BaseException) -> str:
-    """Return in a line why the Hub could not be asked."""
+    """Return on one line why a request to the Hub failed."""
     chain = [error]
     while (error := error.__cause__ or error.__context__) is not None and error not in chain:
         chain.append(error)
     for error in chain:
-        kinds = {kind.__name__ for kind in type(error).__mro__}  # whichever library they are of
+        kinds = {kind.__name__ for kind in type(error).__mro__}  # by name, since the library differs between versions
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
         if status == 401 or isinstance(error, LocalTokenNotFoundError):
-            return "it knows no valid token (401). Log in with `hf auth login`, or set HF_TOKEN"
+            return "the token is missing or was rejected (401). Log in with `hf auth login`, or set HF_TOKEN"
         if status == 403:
             said = error.server_message or "forbidden"
-            return f"the token may not write there (403: {said}). Take one with write access"
+            return f"the token has no write access (403: {said}). Use a token with write access"
         if isinstance(error, RefusedFileError):
             return str(error)
         if isinstance(error, OfflineModeIsEnabled):
-            return "HF_HUB_OFFLINE is set, so the Hub is not asked"
+            return "HF_HUB_OFFLINE is set. Unset it to use the Hub"
         if "TimeoutException" in kinds:
-            return f"no answer within {get_session().timeout.read:g} seconds"
+            return f"no response within {get_session().timeout.read:g} seconds"
         if "TransportError" in kinds:
-            return f"the connection broke ({type(error).__name__}: {error})"
+            return f"the connection failed ({type(error).__name__}: {error})"
     said = [" ".join(str(error).split()).rstrip(".") for error in chain[:2]]
     return f"{type(chain[0]).__name__}: " + "; ".join(text for text in said if text)
 
 
 def write_page(folder: Path) -> None:
-    """Write the key-token page if the run has records. One that cannot be made is a warning."""
+    """Write the key-token page if the run has records. A failure is only a warning."""
     if (folder / records.FOLDER).is_symlink() or not records.files(folder):
-        return  # behind a link are those of another run
+        return  # a link may lead to the records of another run
     try:
-        from ktae_trl.report import write_report  # heavy, and for this only
+        from ktae_trl.report import write_report  # slow to import, and needed only here
 
         with replacing(folder / PAGE) as draft:
             write_report(folder, draft)
-    except Exception as error:  # a page is not worth a model
+    except Exception as error:  # must not prevent the upload of the model
         reason = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        logger.warning("The key-token page of %s could not be made: %s", folder, reason)
+        logger.warning("Could not write the key-token page of %s: %s", folder, reason)
 
 
 def publish(
@@ -210,26 +211,28 @@ def publish(
     revision: str | None = None,
     include: Sequence[str] = (),
 ) -> CommitInfo:
-    """Complete a run's folder (page, card) and upload it.
+    """Add the key-token page and the results to a run's folder, and upload it.
 
     Args:
-        include: paths in the folder of files that are no part of the model and are to be uploaded too.
+        results: output folders of eval.py, or their `summary.json`.
+        include: additional files to upload that are not part of the model, as paths relative to the folder.
 
     Raises:
-        UserError: the folder holds no model, the results are not of it, or a file of `include` cannot be sent.
-        HubError: the Hub refuses or is not reached; what was added stays on disk.
+        UserError: the folder contains no model, the results belong to another model, or a file of `include` must not be
+            uploaded.
+        HubError: the upload failed. The page and the updated card stay on disk.
     """
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise NotFoundError(f"{folder} holds no model: neither config.json nor adapter_config.json is there")
+        raise NotFoundError(f"{folder} contains no model: it has neither config.json nor adapter_config.json")
     sent = model_files.of_model(folder, include).sent
     if not any(name.endswith((".safetensors", ".bin")) for name in sent):
         raise NotFoundError(_no_weights(folder))
     found = [result for path in results for result in measured.of_evaluation(path, folder)]
     if not (folder / CARD).exists() or (folder / CARD).is_symlink():
-        without = f"{folder} holds no {CARD}, or a link, which is not followed"
+        without = f"{folder} has no {CARD} (links are not followed)"
         if found:
-            raise NotFoundError(f"{without}: there is nothing that the results could go into")
-        logger.warning("%s: the model will have no card", without)
+            raise NotFoundError(f"{without}, so there is no card to add the results to")
+        logger.warning("%s, so the model is uploaded without a card", without)
     if not (folder / PAGE).exists():
         write_page(folder)
     model_card.update(folder, repo_id=repo_id, results=found)
@@ -241,30 +244,28 @@ def _no_weights(folder: Path) -> str:
         return f"The weights in {folder} are a link ({links[0]}), and links are not followed. Copy the file there"
     if pickles := [path.name for path in folder.glob("*.bin") if path.name != model_files.ARGUMENTS]:
         return (
-            f"{folder} holds no *.safetensors. {pickles[0]} is a pickle, which runs code when it is loaded. Load and "
-            f"save the model (from_pretrained, save_pretrained), or add --include {pickles[0]}"
+            f"{folder} contains no *.safetensors. {pickles[0]} is a pickle, which can run code when it is loaded. "
+            f"Convert it (from_pretrained, then save_pretrained), or add --include {pickles[0]}"
         )
     return (
-        f"{folder} holds no weights (*.safetensors). Of a checkpoint in shards, make a model first: ktae merge "
+        f"{folder} contains no weights (*.safetensors). If it is a sharded checkpoint, merge it first: ktae merge "
         f"{folder} -o FOLDER"
     )
 
 
 def main(words: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="ktae push", description="Upload a run's folder to the Hub.")
-    parser.add_argument("folder", type=Path, help="what train.py or trainer.push_to_hub() left")
-    parser.add_argument("--repo_id", help="USER/NAME; default: the folder's name, in your own account")
+    parser.add_argument("folder", type=Path, help="output folder of train.py or of a trainer")
+    parser.add_argument("--repo_id", help="USER/NAME; default: the folder's name in your own account")
     parser.add_argument(
         "--private",
         type=str.lower,
         choices=["true", "false"],
-        help="for a new repository; default: what your account or organisation has set",
+        help="for a new repository; default: the setting of your account or organisation",
     )
-    parser.add_argument("--results", type=Path, nargs="+", default=[], help="folders of eval.py, for the model card")
-    parser.add_argument("--revision", help="branch, which must be there; default: main")
-    parser.add_argument(
-        "--include", nargs="+", default=[], metavar="FILE", help="paths in the folder of other files to upload"
-    )
+    parser.add_argument("--results", type=Path, nargs="+", default=[], help="outputs of eval.py, for the model card")
+    parser.add_argument("--revision", help="existing branch; default: main")
+    parser.add_argument("--include", nargs="+", default=[], metavar="FILE", help="other files in the folder to upload")
     options = vars(parser.parse_args(words))
     options["private"] = {"true": True, "false": False}.get(options["private"])
     with user_errors("ktae push"):

@@ -1,4 +1,4 @@
-"""The offline model and task: a small language model that has learnt to add, carefully and carelessly."""
+"""The offline model and task: a small language model that adds one-digit numbers, carefully or carelessly."""
 
 from pathlib import Path
 

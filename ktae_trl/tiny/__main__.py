@@ -1,6 +1,6 @@
-"""Make the package's offline data and model again.
+"""Recreate the package's offline data and model.
 
-python -m ktae_trl.tiny data     # a second
+python -m ktae_trl.tiny data     # one second
 python -m ktae_trl.tiny model    # about 8 minutes on two cores
 """
 
@@ -11,7 +11,7 @@ from ktae_trl import tiny
 from ktae_trl.files.writing import replace_json_lines
 from ktae_trl.tiny import task
 
-# The warm start, the training of the quickstart and its evaluation never share a problem.
+# The warm start, quickstart training and quickstart evaluation share no problems.
 _SEEDS = {"warm start": 1, "train": 2, "held_out": 3}
 
 
@@ -20,7 +20,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     data = commands.add_parser("data", help="write the problems of the quickstart")
     data.add_argument("--output", type=Path, default=tiny.TRAIN.parent)
-    model = commands.add_parser("model", help="train tokenizer and model by supervised learning")
+    model = commands.add_parser("model", help="train the tokenizer and the model (supervised fine-tuning)")
     model.add_argument("--output", type=Path, default=tiny.MODEL)
     arguments = parser.parse_args()
 

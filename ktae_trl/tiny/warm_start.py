@@ -1,4 +1,4 @@
-"""Make the offline model: a small tokenizer and a 0.8M-parameter Qwen2, taught the habits of `task` by SFT."""
+"""Creates the offline model: a small tokenizer and a 0.8M-parameter Qwen2 model, trained on `task` by SFT."""
 
 from pathlib import Path
 
@@ -18,10 +18,10 @@ _CHAT_TEMPLATE = (
 
 
 def build_tokenizer(texts: list[str], phrases: list[str], vocab_size: int = 400) -> Qwen2Tokenizer:
-    """Train a small tokenizer of Qwen2's kind (byte-level BPE, every digit a token) on `texts`.
+    """Train a small Qwen2 tokenizer (byte-level BPE, one token per digit) on `texts`.
 
-    It must be of that kind: `AutoTokenizer` gives every Qwen2 model Qwen2's way of splitting text. The system prompt
-    and the `phrases` that every prompt has are one token each, which halves the length of what the model reads.
+    `AutoTokenizer` splits text in Qwen2's way for every Qwen2 model, so the tokenizer must be of that kind. The system
+    prompt and the `phrases` that occur in every prompt are one token each, which halves the length of the input.
     """
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(
         [*texts, *["system\nuser\nassistant\n"] * len(texts)],
@@ -36,7 +36,7 @@ def build_tokenizer(texts: list[str], phrases: list[str], vocab_size: int = 400)
 
 
 def build_model(tokenizer: Qwen2Tokenizer, layers: int = 4, width: int = 128) -> Qwen2ForCausalLM:
-    """Return the untrained model; `width` is a multiple of 64."""
+    """Return the untrained model. `width` must be a multiple of 64."""
     return Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=len(tokenizer),
@@ -50,18 +50,19 @@ def build_model(tokenizer: Qwen2Tokenizer, layers: int = 4, width: int = 128) ->
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
             bos_token_id=None,
-            initializer_range=0.08 * (128 / width) ** 0.5,  # with the usual 0.02 it learns several times more slowly
+            initializer_range=0.08 * (128 / width) ** 0.5,  # with the usual 0.02, learning is several times slower
         )
     )
 
 
-# Stage -> share of each habit, steps, learning rate. The arithmetic first: learnt among careless solutions it takes
-# several times as long. Batches must not be grouped by length: that is to group them by habit, and the model swings.
+# For each stage: share of each habit, steps, learning rate. The first stage teaches the arithmetic, which takes several
+# times as long with careless solutions in the mix. Batches must not be grouped by length: that would group them by
+# habit, and training becomes unstable.
 _STAGES = (({"careful": 1.0}, 600, 2e-3), (task.HABITS, 400, 1e-3))
 
 
 def warm_start(output: Path, items: list[dict[str, str]], seed: int = 0) -> None:
-    """Train on one solution per item, first careful ones, then a mixture, and save model and tokenizer in `output`."""
+    """Train on one solution per item, first careful ones, then a mixture. Save model and tokenizer to `output`."""
     set_seed(seed)
     texts = [f"{item['problem']}\n{text}" for item, text in zip(items, task.draw_solutions(items, seed), strict=True)]
     opening = items[0]["problem"].partition(":")[0] + ":"
@@ -84,7 +85,7 @@ def teach(
     learning_rate: float,
     seed: int,
 ) -> None:
-    """Train the model on a solution of each item, with TRL's SFT."""
+    """Train the model on one solution per item with TRL's `SFTTrainer`."""
     dataset = Dataset.from_dict(
         {
             "prompt": [conversation(item["problem"], INSTRUCTIONS["boxed"]) for item in items],
@@ -116,7 +117,7 @@ def teach(
 
 
 def save(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, output: Path) -> None:
-    """Save both in `output`, the model in half precision: the file is half as large, and no arithmetic is lost."""
-    model.config.use_cache = True  # off while training
+    """Save model and tokenizer to `output`. bfloat16 halves the model file without loss of accuracy."""
+    model.config.use_cache = True  # was disabled for training
     model.to(torch.bfloat16).save_pretrained(output)
     tokenizer.save_pretrained(output)

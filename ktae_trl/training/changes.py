@@ -1,4 +1,4 @@
-"""Settings that were changed since a checkpoint was saved: what becomes of each when training resumes from it."""
+"""Settings that have changed since a checkpoint was saved, and how each change affects a resumed training."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from trl import GRPOConfig
 from ktae_trl.config import KTAEGRPOConfig
 from ktae_trl.credit import METHODS, find_method
 
-# What the buffered rollouts of a checkpoint are made of, and for how long they are used.
+# The settings that determine a checkpoint's buffered rollouts and how long training uses them.
 LAYOUT = (
     "num_processes",
     "per_device_train_batch_size",
@@ -31,6 +31,7 @@ _FOR_NO_ROLLOUT = (
     "record_groups",
     "allow_inexact_resume",
     "reward_timeout",
+    "console",
     *_FOR_SAMPLING,
 )
 _OF_METHODS = tuple(
@@ -38,38 +39,39 @@ _OF_METHODS = tuple(
     for name in (field.name for field in fields(KTAEGRPOConfig))
     if name not in (*LAYOUT, *_FOR_NO_ROLLOUT, *(field.name for field in fields(GRPOConfig)))
 )
-OWN = "settings of the credit method"  # those of a user's own
+OWN = "settings of the credit method"  # for credit methods defined by the user
 ROWS, HASH = "number of training prompts", "hash of training prompts"
 
 
 class Kind(NamedTuple):
-    """Settings that share what becomes of a change: an error, or what a warning says is in effect."""
+    """Settings for which a change has the same consequence: an error, or a warning that states the effect."""
 
     names: tuple[str, ...]
-    effect: str
+    effect: str  # for the warning
     refused: str = ""  # "always", "inside a generation cycle", "unless ignore_data_skip"
 
 
-# The table of all settings that are compared. A setting that is not here shapes no training (saving, logging), or says
-# itself that it does not fit (the model).
+# All settings that are compared. The others do not affect training (saving, logging), or a mismatch raises an error
+# elsewhere (the model).
 KINDS = (
     Kind(
         (ROWS, HASH, "seed", "shuffle_dataset"),
-        "the prompts are drawn from the first one of the epoch",
+        "training starts at the first prompt of the epoch",
         refused="unless ignore_data_skip",
     ),
     Kind(("optim",), "", refused="always"),
     Kind(
         ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
-        "no effect: the optimizer keeps the checkpoint's. To change it, start a new run from the checkpoint's model",
+        "no effect, because the optimizer keeps the checkpoint's value. To change it, start a new run from the "
+        "checkpoint's model",
     ),
     Kind(
         ("max_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
-        "in effect: the learning rate follows the new schedule from here on",
+        "in effect; the learning rate follows the new schedule from now on",
     ),
     Kind(
         LAYOUT,
-        "in effect; training starts with a new generation and will not repeat the original run exactly",
+        "in effect; training starts with a new generation, so it will not match the original run exactly",
         refused="inside a generation cycle",
     ),
     Kind(
@@ -86,8 +88,8 @@ KINDS = (
     ),
     Kind(
         ("dynamic_sampling",),
-        "in effect; the checkpoint does not say which prompts are next in this mode, so some may come again or be left "
-        "out",
+        "in effect; the checkpoint does not record which prompts come next in this mode, so some may be repeated or "
+        "skipped",
     ),
     Kind(
         (
@@ -110,15 +112,15 @@ KINDS = (
 )
 SETTINGS = tuple(name for kind in KINDS for name in kind.names)
 
-_SAMPLE = 64  # prompts that a fingerprint looks at
+_SAMPLE = 64  # prompts that a fingerprint reads
 _SAMPLE_OF_A_STREAM = 8
 
 
 def fingerprint(data) -> dict[str, Any]:
-    """Return what tells these training prompts from others: their number (None for a stream) and a hash.
+    """Return a fingerprint of the training prompts: their number (None for a stream) and a hash.
 
-    Reads some prompts, the first and the last one among them: a dataset that has grown, shrunk or been sorted is
-    another one, one with a corrected word in the middle may not be. Of a stream it reads the first few.
+    The hash covers a sample of the prompts that includes the first and the last one. It changes if the dataset grows,
+    shrinks or is sorted, but may miss an edit of a single prompt. For a stream it covers the first few prompts.
     """
     if isinstance(data, Dataset):
         n = len(data)
@@ -131,7 +133,7 @@ def fingerprint(data) -> dict[str, Any]:
 
 
 def own_settings(args: KTAEGRPOConfig) -> dict[str, Any]:
-    """Return the settings of a user's credit method that shape training, under one name."""
+    """Return the settings of a user-defined credit method that affect training, as one entry `OWN`."""
     method = find_method(args.credit)
     known = {field.name for field in fields(KTAEGRPOConfig)}
     settings = method.settings_of(args).items()
@@ -140,11 +142,12 @@ def own_settings(args: KTAEGRPOConfig) -> dict[str, Any]:
 
 
 class Changes:
-    """The settings that differ between a checkpoint and this run, by what becomes of them.
+    """The settings that differ between a checkpoint and this run.
 
     Args:
-        was: the checkpoint's. Those that it does not have, as one of version 0.1, are not compared.
-        now: this run's.
+        was: settings of the checkpoint. Settings that it lacks, such as most in a checkpoint of version 0.1, are not
+            compared.
+        now: settings of this run.
     """
 
     def __init__(self, was: dict[str, Any], now: dict[str, Any]):
@@ -152,17 +155,17 @@ class Changes:
         self._changed = {name for name in SETTINGS if name in was and name in now and was[name] != now[name]}
 
     def among(self, names: Sequence[str]) -> str:
-        """Return the changes of these settings in words, empty if there are none."""
+        """Return a description of the changes among these settings, empty if there are none."""
         return ", ".join(
-            f"{name} was {self.was[name]!r} and is {self.now[name]!r}" for name in names if name in self._changed
+            f"{name} changed from {self.was[name]!r} to {self.now[name]!r}" for name in names if name in self._changed
         )
 
     def refused(self, when: str) -> str:
-        """Return the changes in words that are an error in this case, one of those of `Kind.refused`."""
+        """Return a description of the changes that are an error in case `when` (see `Kind.refused`)."""
         return self.among([name for kind in KINDS if kind.refused == when for name in kind.names])
 
     def notes(self) -> Iterator[str]:
-        """Yield what to say of each change where none is an error."""
+        """Yield a line for each change with its effect, for the case that none is an error."""
         for kind in KINDS:
             for name in kind.names:
                 if change := self.among([name]):

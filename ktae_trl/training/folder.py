@@ -1,4 +1,4 @@
-"""The folder of a run: one training at a time, and nothing in it that an earlier one left half done."""
+"""The output folder of a run: locked during training and cleared of unfinished files from earlier runs."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,10 +14,10 @@ from ktae_trl.files.model_files import HELD_OUT
 
 @contextmanager
 def own_folder(output_dir: str, accelerator: Accelerator) -> Iterator[None]:
-    """Hold `output_dir` for a training. Collective.
+    """Lock `output_dir` for the duration of a training. Collective.
 
     Raises:
-        FolderInUseError: another program holds it, or it cannot be written to. On all processes.
+        FolderInUseError: another program has locked it, or it is not writable. Raised on all processes.
     """
     with ExitStack() as stack:
         refused = [None]
@@ -32,6 +32,6 @@ def own_folder(output_dir: str, accelerator: Accelerator) -> Iterator[None]:
 
 
 def remove_leftovers(output_dir: str) -> None:
-    """Remove checkpoints that were never finished, and what was measured of the model that was there before."""
+    """Remove unfinished checkpoints and the held-out results of the model that an earlier run saved."""
     remove_unfinished(Path(output_dir))
     Path(output_dir, HELD_OUT).unlink(missing_ok=True)

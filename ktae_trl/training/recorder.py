@@ -1,4 +1,4 @@
-"""Takes rollouts out of a running training: for records on disk, and for the sample that `log_completions` shows."""
+"""Collects rollouts during training: for the records on disk and for the sample that `log_completions` shows."""
 
 import logging
 import math
@@ -16,22 +16,22 @@ from ktae_trl.files.model_files import PAGE
 from ktae_trl.report import records
 from ktae_trl.report.tokens import token_strings
 
-MOST = 100  # records of a run
+MOST = 100  # maximum number of records of a run
 logger = logging.getLogger(__name__)
 
 
 class Recorder(TrainerCallback):
     """
-    Writes a record of the first generation in every `record_steps` optimizer steps, and each line of metrics.
+    Records the first generation in every `record_steps` optimizer steps, and every line of metrics.
 
-    There are at most `MOST` records of a run: one that has more steps is recorded less often. A record holds at
-    most `record_groups` groups, those whose right and wrong rollouts are nearest to half and half first. With
-    `log_completions` the first process also keeps the best such group of the newest generation, to be shown.
+    A run has at most `MOST` records; longer runs are recorded less often. A record has at most `record_groups` groups.
+    Groups with a more even split of correct and wrong rollouts are chosen first. With `log_completions`, the first
+    process also keeps the most evenly split group of the newest generation to show it.
     """
 
     def __init__(self, args, reward_names: list[str], tokenizer, special_ids: tuple[int, ...], accelerator):
         self.args = args
-        # Functions of one name, such as lambdas, have a column each.
+        # Functions with the same name, such as lambdas, get a column each.
         self.reward_names = [
             f"{name} ({reward_names[:i].count(name) + 1})" if name in reward_names[:i] else name
             for i, name in enumerate(reward_names)
@@ -41,21 +41,22 @@ class Recorder(TrainerCallback):
         for folder in (self.folder, self.folder.with_name("completions")):  # the second is TRL's, of `log_completions`
             if folder.is_symlink():
                 raise UserError(
-                    f"{folder} is a link to {folder.readlink()}, perhaps of another run: this one would write and "
-                    "remove files there. Remove the link, or choose another output_dir (which may be a link as a whole)"
+                    f"{folder} is a link to {folder.readlink()}, perhaps the folder of another run. This run would "
+                    "write and remove files there. Remove the link, or choose another output_dir (which may itself be "
+                    "a link)"
                 )
         self._sample: records.Record | None = None
-        self._every = 0  # optimizer steps; 0 until a training begins
-        self._last_step = 0  # of the newest record
+        self._every = 0  # optimizer steps; 0 before training begins
+        self._last_step = 0  # step of the newest record
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Set how often to record, and take away what a run recorded after the step that this one starts from."""
+        """Set how often to record, and remove records of an earlier run from later steps than the current one."""
         last = [0]
         if self.accelerator.is_main_process:
             if removed := self._try(records.forget, self.folder, state.global_step):
-                (self.folder.parent / PAGE).unlink(missing_ok=True)  # it shows them
+                (self.folder.parent / PAGE).unlink(missing_ok=True)  # it shows the removed records
                 logger.warning(
-                    "%d records of an earlier run, of steps after %d, were removed from %s.",
+                    "Removed %d records of an earlier run (steps after %d) from %s.",
                     removed,
                     state.global_step,
                     self.folder,
@@ -66,7 +67,8 @@ class Recorder(TrainerCallback):
         self._every = max(wanted, math.ceil(state.max_steps / MOST)) if wanted else 0
         if self._every > wanted and self.accelerator.is_main_process:
             logger.warning(
-                "Rollouts are recorded every %d steps, not every %d: a run has at most %d records, this one %d steps.",
+                "Rollouts are recorded every %d steps instead of every %d: a run has at most %d records, and this one "
+                "has %d steps.",
                 self._every,
                 wanted,
                 MOST,
@@ -78,19 +80,19 @@ class Recorder(TrainerCallback):
             self._try(records.append_metrics, self.folder, {"step": state.global_step, **(logs or {})})
 
     def take_sample(self) -> records.Record | None:
-        """Return the group to be shown, once; None if there is no new one, and on other processes than the first."""
+        """Return the group to show, once. None if there is no new one, and on all processes but the first."""
         sample, self._sample = self._sample, None
         return sample
 
     def look(self, step: int, batch: dict[str, Tensor], rewards: Tensor, correct_PG: Tensor, scored_PG: Tensor, how):
-        """Look at a generation, whose first optimizer step is `step`. All processes must call it.
+        """Record a generation, or keep its sample, if due. Collective.
 
         Args:
-            step: counted from 1.
-            batch: TRL's, of this process; with `credit` if there is a method.
-            rewards: (rollouts of all processes, reward functions), NaN where a function gave none.
-            correct_PG, scored_PG: of all processes.
-            how: how credit meets the advantages, None without credit.
+            step: the generation's first optimizer step, counted from 1.
+            batch: TRL's batch on this process, with `credit` if there is a credit method.
+            rewards: (rollouts of all processes, reward functions); NaN where a function returned None.
+            correct_PG, scored_PG: for the groups of all processes.
+            how: how credit is combined with the advantages; None without credit.
         """
         due = self._every and (step - 1) // self._every != (self._last_step - 1) // self._every
         show = self.args.log_completions and how is not None
@@ -120,8 +122,8 @@ class Recorder(TrainerCallback):
     def _try(write, *arguments):
         try:
             return write(*arguments)
-        except OSError as error:  # a full disk must not end a training
-            logger.warning("What was to be recorded is lost: %s", error)
+        except OSError as error:  # a full disk must not end training
+            logger.warning("Could not write a record: %s", error)
 
     def _method(self, how: str | None, groups: int) -> records.Method:
         method = find_method(self.args.credit)
@@ -129,7 +131,7 @@ class Recorder(TrainerCallback):
         return records.method_of(method, how, settings, special_ids=self.special_ids, generated_groups=groups)
 
     def _rows(self, groups, step, batch, rewards, correct_PG, scored_PG, how) -> list[dict]:
-        """Return the rows of these groups that this process holds."""
+        """Return the rows of these groups that are on this process."""
         B, G = len(batch["completion_ids"]), correct_PG.shape[1]
         begin = self.accelerator.process_index * B
         own = [i for group in groups for i in range(group * G - begin, (group + 1) * G - begin) if 0 <= i < B]
@@ -142,7 +144,7 @@ class Recorder(TrainerCallback):
         token_advantages_BT = (
             advantages_B[:, None].expand(ids_BT.shape) if how is None else combine(advantages_B, credit_BT, how)
         )
-        # A rollout that is masked as a whole (mask_truncated_completions) still has tokens: all but the padding.
+        # A rollout that is masked entirely (mask_truncated_completions) still has tokens: all except the padding.
         present_BT = torch.where(mask_BT.any(1, keepdim=True), mask_BT, ids_BT != self.tokenizer.pad_token_id)
         lengths = (present_BT * torch.arange(1, ids_BT.shape[1] + 1, device=ids_BT.device)).amax(1).tolist()
         ids = [row[:n] for row, n in zip(ids_BT.tolist(), lengths, strict=True)]

@@ -1,4 +1,4 @@
-"""Exact resume: what each process adds to a checkpoint, and what a later training takes up of it or says it lost."""
+"""Exact resume: saves the state of each process in a checkpoint, checks it against a new run and restores it."""
 
 import json
 import logging
@@ -19,19 +19,20 @@ from ktae_trl.training.changes import LAYOUT, ROWS, SETTINGS, Changes, fingerpri
 from ktae_trl.training.guard import require_finite
 
 logger = logging.getLogger(__name__)
-# With several processes on a CPU, transformers reads the optimizer's state back to "cpu:0", which torch does not know.
+# With several processes on a CPU, transformers loads the optimizer state to "cpu:0", which torch does not accept.
 torch.serialization.register_package(17, lambda _: None, lambda part, name: part if name.startswith("cpu:") else None)
 
 
 class Resume:
-    """Checkpoints of a `KTAEGRPOTrainer` that also hold, per process, the rollouts still to be trained on.
+    """Saves and restores checkpoints of a `KTAEGRPOTrainer` that make an exact resume possible.
 
-    They hold the settings that shape training, too: `ktae_trl.training.changes` says what becomes of each that has
-    changed. Only a whole one is resumed from (`ktae_trl.files.checkpoints`). Its methods are collective.
+    In addition to what TRL saves, a checkpoint contains, per process, the rollouts still to be trained on, and the
+    settings that affect training. `ktae_trl.training.changes` defines the effect of each changed setting. Training
+    resumes only from intact checkpoints (`ktae_trl.files.checkpoints`). All methods are collective.
 
     Attributes:
-        sampler: of the training prompts, where there is one.
-        saved_last: the checkpoint that this training saved last, or resumed from.
+        sampler: sampler of the training prompts, if there is one.
+        saved_last: the checkpoint that this training saved last or resumed from.
     """
 
     def __init__(self, trainer):
@@ -40,14 +41,14 @@ class Resume:
         self.saved_last: Path | None = None
         self._fingerprint: dict | None = None
 
-    # Saving.
+    # Saving
 
     @contextmanager
     def saving(self, folder: Path) -> Iterator[None]:
-        """Around what writes a checkpoint: it counts once it is whole, and only then do older ones go.
+        """Wrap the code that writes a checkpoint. Older checkpoints are removed only after the new one is complete.
 
         Raises:
-            NotFiniteError: some weights are not. All that is there stays.
+            NotFiniteError: some weights are not finite. All existing checkpoints are kept.
         """
         trainer, args = self.trainer, self.trainer.args
         require_finite(trainer.model, folder, trainer.state.global_step, together=True)
@@ -55,9 +56,9 @@ class Resume:
             checkpoints.begin(folder)
         trainer.accelerator.wait_for_everyone()
         if not args.save_only_model:
-            folder.mkdir(parents=True, exist_ok=True)  # on another machine than the one that began it
+            folder.mkdir(parents=True, exist_ok=True)  # if this is not the machine that created it
             torch.save(self.state(), _file(folder, trainer.accelerator.process_index))
-        trainer.accelerator.wait_for_everyone()  # the first process may upload the checkpoint at its end
+        trainer.accelerator.wait_for_everyone()  # the first process may upload the complete checkpoint
         with trl_seam.older_checkpoints_stay():
             yield
         if args.should_save:
@@ -66,7 +67,7 @@ class Resume:
         self.saved_last = folder
 
     def state(self) -> dict:
-        """Return what a checkpoint holds of this process."""
+        """Return what a checkpoint stores for this process."""
         trainer, (step, rollouts) = self.trainer, trl_seam.place(self.trainer)
         inside = step % (trainer.args.steps_per_generation * trainer.num_iterations)
         return {
@@ -77,13 +78,13 @@ class Resume:
             "prompts": trainer.dynamic_sampling and trainer.dynamic_sampling.state(),
         }
 
-    # Resuming, in this order.
+    # Resuming: the methods are called in this order
 
     def find(self, asked) -> str | None:
-        """Return the whole checkpoint that `resume_from_checkpoint` means, None for a training that begins anew.
+        """Return the intact checkpoint that `resume_from_checkpoint` refers to. None if training starts from scratch.
 
         Raises:
-            ResumeError: there is none, or the one that was named is not whole.
+            ResumeError: there is no such checkpoint, or it is not intact.
         """
         self.saved_last = None
         if not checkpoints.wants_to_resume(asked):
@@ -101,13 +102,14 @@ class Resume:
         if passed_over and (str(asked).lower() != "true" or self.saved_last is None):
             raise ResumeError(checkpoints.not_whole(*passed_over[0], self.saved_last))
         for checkpoint, why in passed_over:
-            self._warn(
-                f"{checkpoint} is passed over, for it is not whole: {why}. Training resumes from {self.saved_last}."
-            )
+            self._warn(f"Skipped {checkpoint}: {why}. Training resumes from {self.saved_last}.")
         return str(self.saved_last)
 
     def _first_whole(self, candidates: list[Path]) -> tuple[Path | None, list[tuple[Path, str]]]:
-        """Return the first whole one, by the files that each machine sees, and those before it with the reasons."""
+        """Return the first intact checkpoint, and the ones before it with what is wrong with them.
+
+        The first process of each machine checks the files, since machines may not share a disk.
+        """
         passed_over = []
         for checkpoint in candidates:
             why = ""
@@ -119,10 +121,10 @@ class Resume:
         return None, passed_over
 
     def check(self, checkpoint: str) -> None:
-        """Check that the checkpoint holds more than a model, which transformers takes for a training from step 0.
+        """Check that the checkpoint contains the training state, without which transformers starts at step 0.
 
         Raises:
-            ResumeError: it does not, and `allow_inexact_resume` is not set.
+            ResumeError: the state is missing, and `allow_inexact_resume` is not set.
         """
         deepspeed = self.trainer.is_deepspeed_enabled
         parts = {
@@ -134,20 +136,22 @@ class Resume:
         lacks = [part for part, names in parts.items() if not all(any(Path(checkpoint).glob(name)) for name in names)]
         lacks = list(dict.fromkeys(part for lacking in gather_object([lacks]) for part in lacking))
         if lacks and self.trainer.args.allow_inexact_resume and not deepspeed:
-            self._warn(f"{checkpoint} does not hold the state of the {' or the '.join(lacks)}: these start anew.")
+            self._warn(f"{checkpoint} lacks training state ({', '.join(lacks)}), which starts from scratch.")
         elif lacks:
-            anew = "" if deepspeed else ". Or let what is missing start anew: --allow_inexact_resume true"
+            anew = "" if deepspeed else ". Or resume without the missing state: --allow_inexact_resume true"
             raise ResumeError(
-                f"{checkpoint} holds a model, but not the state of its training ({', '.join(lacks)}): it was saved "
-                "with save_only_model, or with another back-end (DeepSpeed, FSDP), or was not copied whole. Instead of "
-                f"resuming, {_new_run(checkpoint)}{anew}"
+                f"{checkpoint} contains a model, but lacks training state ({', '.join(lacks)}). It was saved with "
+                "save_only_model or with another backend (DeepSpeed, FSDP), or it was not copied completely. Instead, "
+                f"{_new_run(checkpoint)}{anew}"
             )
 
     def restore(self, checkpoint: str, max_steps: int) -> None:
-        """Take up what the checkpoint holds for this process, or say what was lost: all decide by the same.
+        """Restore what the checkpoint stores for this process, or warn about what is missing.
+
+        All processes make the same decision.
 
         Raises:
-            ResumeError: it does not fit this run.
+            ResumeError: the checkpoint does not match this run.
         """
         trainer, args, device = self.trainer, self.trainer.args, self.trainer.accelerator.device
         file = _file(checkpoint, trainer.accelerator.process_index)
@@ -156,18 +160,18 @@ class Resume:
         now = broadcast_object_list([self._settings(max_steps)])[0]
         first = next(filter(None, saved), None)
         if first is None:
-            lacks = f"{checkpoint} holds no {file.name}: KTAEGRPOTrainer did not save it, or it lost a file"
-            effect = "training starts with a new generation and will not repeat the original run exactly"
+            lacks = f"{checkpoint} has no {file.name}: it was not saved by KTAEGRPOTrainer, or the file was lost"
+            effect = "training starts with a new generation, so it will not match the original run exactly"
             if not args.allow_inexact_resume:
-                raise ResumeError(f"{lacks}. With --allow_inexact_resume true {effect}")
-            self._warn(f"{lacks}. So {effect}.")
+                raise ResumeError(f"{lacks}. To resume anyway, add --allow_inexact_resume true: {effect}")
+            self._warn(f"{lacks}. Therefore {effect}.")
             return
         changes = Changes(first.settings, now)
         _check_changes(checkpoint, changes, args.ignore_data_skip)
         inside = any(one and one.holds_rollouts for one in saved)
         incomplete = inside and None in saved and args.allow_inexact_resume
         if incomplete:
-            self._warn(f"{checkpoint} lacks rollouts of a process: all start with a new generation.")
+            self._warn(f"{checkpoint} lacks the rollouts of a process, so training starts with a new generation.")
         elif inside:
             _check_rollouts(checkpoint, changes, saved, first, trainer.token_credit.how)
         if notes := list(changes.notes()):
@@ -178,28 +182,28 @@ class Resume:
             trainer.dynamic_sampling.restore(first.prompts)
 
     def place(self, checkpoint: str, max_steps: int, epochs: int, epoch: int, batches: int) -> tuple[int, int]:
-        """Return the epoch, and the batches of it that are done, from which the prompts go on.
+        """Return the position to resume the training prompts from: the epoch and its number of finished batches.
 
         Args:
-            max_steps, epochs: of this run.
-            epoch, batches: what transformers takes for this place.
+            max_steps, epochs: number of steps and epochs of this run.
+            epoch, batches: the position that transformers computes.
         """
         trainer = self.trainer
         if trainer.state.global_step >= max_steps:
-            return epochs, 0  # transformers would train one step more
+            return epochs, 0  # transformers would train one more step
         if not isinstance(trainer.train_dataset, Dataset):
-            # transformers takes all steps so far for one pass over the stream. It does count passes as epochs, though,
-            # each as if it had `max_steps` steps.
+            # transformers treats all steps so far as one pass over the stream. Its `epoch` does count the passes, as if
+            # each had `max_steps` steps.
             saved = TrainerState.load_from_json(Path(checkpoint, checkpoints.STATE))
             epoch, part = divmod(saved.epoch, 1)
             steps = 0 if trainer.args.ignore_data_skip else round(part * saved.max_steps)
             return int(epoch), steps * trainer.args.gradient_accumulation_steps
-        for _ in range(epoch):  # each past epoch drew a permutation
+        for _ in range(epoch):  # each finished epoch drew a permutation
             next(iter(self.sampler), None)
         return epoch, batches
 
     def _reads(self) -> dict[str, str]:
-        """Return what the loss reads of a rollout only if settings ask for it, and these settings in words."""
+        """Return the rollout fields that the loss reads only under certain settings, with a phrase for the setting."""
         trainer = self.trainer
         needs = {"ref_per_token_logps": f"beta is {trainer.beta}"} if trainer.beta else {}
         if trainer.use_vllm and trainer.vllm_importance_sampling_correction:
@@ -214,7 +218,7 @@ class Resume:
         recipe = {"overlong_buffer": trainer.recipe.get("overlong_buffer", "the default")} if trainer.recipe else {}
         known = vars(trainer.args) | recipe | self._fingerprint | own_settings(trainer.args)
         if not trainer.shuffle_dataset:
-            known.pop("seed")  # random numbers come from the checkpoint, so it decides nothing
+            known.pop("seed")  # has no effect: random states come from the checkpoint
         known |= {
             "max_steps": max_steps,
             "num_processes": trainer.accelerator.num_processes,
@@ -223,7 +227,7 @@ class Resume:
             "reward_funcs": trainer.reward_func_names,
             "shuffle_dataset": trainer.shuffle_dataset,
         }
-        # As plain values, which a checkpoint can hold: no enums, no tuples.
+        # As plain JSON values without enums and tuples, for `torch.load(weights_only=True)`.
         return json.loads(json.dumps({name: known[name] for name in SETTINGS if name in known}, default=str))
 
     def _warn(self, message: str) -> None:
@@ -234,36 +238,36 @@ class Resume:
 def _check_changes(checkpoint: str, changes: Changes, ignore_data_skip: bool) -> None:
     if problem := changes.refused("always"):
         raise ResumeError(
-            f"{checkpoint} does not fit this run: {problem}. One optimizer cannot use the state of another. Set it "
-            f"back, or {_new_run(checkpoint)}"
+            f"{checkpoint} does not match this run: {problem}. An optimizer cannot use the state of another one. Undo "
+            f"the change, or {_new_run(checkpoint)}"
         )
     if (problem := changes.refused("unless ignore_data_skip")) and not ignore_data_skip:
         raise ResumeError(
-            f"{checkpoint} stopped at a certain place in its training prompts, and this run has other prompts or "
-            f"another order: {problem}. To resume at that place, set this back. To train on the new prompts from "
-            f"the first one of the epoch, add --ignore_data_skip true. Or {_new_run(checkpoint)}"
+            f"The training prompts or their order have changed since {checkpoint} was saved: {problem}. To resume at "
+            "the same position, undo the change. To train on the new prompts from the first one of the epoch, add "
+            f"--ignore_data_skip true. Or {_new_run(checkpoint)}"
         )
 
 
 def _check_rollouts(checkpoint: str, changes: Changes, saved: list, first: "_Saved", how: str | None) -> None:
     cycle = first.settings["steps_per_generation"] * first.settings["num_iterations"]
     other = (
-        "resume from a checkpoint whose forward passes are a multiple of "
-        f"{cycle} (optimizer steps x gradient_accumulation_steps)"
+        "resume from a checkpoint whose number of forward passes (optimizer steps x gradient_accumulation_steps) is a "
+        f"multiple of {cycle}"
     )
-    lacking = [f"{why}, for which they hold no {name}" for name, why in first.lacks.items()]
+    lacking = [f"{why}, but they have no {name}" for name, why in first.lacks.items()]
     if first.how not in (how, UNKNOWN):
-        lacking.append(f"their credit meets the advantages by {first.how!r}, and this run's by {how!r}")
+        lacking.append(f"their credit is combined with the advantages by {first.how!r}, that of this run by {how!r}")
     if problem := changes.refused("inside a generation cycle") or ", ".join(lacking):
         raise ResumeError(
-            f"{checkpoint} lies inside a generation cycle: {first.step} forward passes were done, and {first.step} "
-            f"mod {cycle} (steps_per_generation x num_iterations) = {first.step % cycle}. Its rollouts, which are "
-            f"still to be trained on, do not fit this run: {problem}. Resume with the same settings, or {other}"
+            f"{checkpoint} was saved inside a generation cycle, after {first.step} forward passes: {first.step} mod "
+            f"{cycle} (steps_per_generation x num_iterations) = {first.step % cycle}. It contains rollouts still to be "
+            f"trained on, which do not match this run: {problem}. Resume with the same settings, or {other}"
         )
     if missing := [_file(checkpoint, i) for i, one in enumerate(saved) if one is None]:
         raise ResumeError(
-            f"{missing[0]} is missing: the rollouts that this process had still to train on. Copy the checkpoint "
-            f"whole, or {other}"
+            f"{missing[0]} is missing. It contains the rollouts that this process still has to train on. Copy the "
+            f"complete checkpoint, or {other}"
         )
 
 
@@ -271,14 +275,14 @@ UNKNOWN = "unknown"
 
 
 class _Saved(NamedTuple):
-    """What a process's file in a checkpoint says, without its rollouts."""
+    """The content of a process's file in a checkpoint, without the rollouts themselves."""
 
     step: int  # forward passes so far
-    prompts: dict | None  # of dynamic sampling
+    prompts: dict | None  # state of dynamic sampling
     settings: dict
     holds_rollouts: bool
-    lacks: dict[str, str]  # of what this run reads
-    how: str | None  # how the credit of its rollouts meets their advantages; or UNKNOWN
+    lacks: dict[str, str]  # rollout fields that this run reads and the file lacks: see `Resume._reads`
+    how: str | None  # how credit is combined with the advantages; or UNKNOWN
 
     @classmethod
     def of(cls, file: dict | None, reads: dict[str, str]) -> "_Saved | None":
@@ -301,9 +305,9 @@ def _settings_of_0_1(file: dict) -> dict:
 def _new_run(checkpoint: str) -> str:
     if any(Path(checkpoint).glob("model*.safetensors")):
         how = f"--model_name_or_path {checkpoint}"
-    else:  # an adapter, or the shards of DeepSpeed and FSDP
+    else:  # an adapter, or shards (DeepSpeed, FSDP)
         how = f"ktae merge {checkpoint} -o FOLDER, then --model_name_or_path FOLDER"
-    return f"start a new run from the checkpoint's model ({how}, no resume_from_checkpoint)"
+    return f"start a new run from the checkpoint's model ({how}, without resume_from_checkpoint)"
 
 
 def _file(checkpoint: str | Path, process_index: int) -> Path:

@@ -1,16 +1,17 @@
-"""Calls of reward functions: a line says what is waited for, and `reward_timeout` ends a run whose function hangs.
+"""Calls reward functions: logs a line during long calls, and ends the run after `reward_timeout`.
 
-A call that takes longer than `reward_timeout` is interrupted where it runs, so that a function keeps the state of its
-thread and may use signals itself:
+A call that takes longer than `reward_timeout` is interrupted in the thread where it runs. The function thus keeps its
+thread-local state and may use signals itself. There are three levels:
 
-1. On the main thread by SIGALRM, which wakes a sleep or a socket, and which regular expressions look for. A function
-   that sets an alarm itself, as math-verify does, takes ours away: the watching thread sends it again. An asynchronous
-   function is cancelled. Other threads get no signals: there the function runs in a thread of its own, which is left.
-2. What does not end in `GRACE` seconds (a lock in C, a sleep in an asynchronous function) ends with its process: the
-   watching thread says which function it is, with its stack, and sends SIGTERM, so that the advice how to resume
+1. On the main thread, SIGALRM interrupts the call. It wakes sleeps and sockets, and regular expressions check for it. A
+   function that sets its own alarm, as math-verify does, replaces ours: the watching thread sends the signal again.
+   An asynchronous function is cancelled. Other threads receive no signals: there the function runs in a separate
+   thread, which is abandoned.
+2. If the call does not end within `GRACE` seconds (a lock in C, a blocking sleep in an asynchronous function), the
+   watching thread logs the function and its stack and ends the process with SIGTERM. The advice on how to resume
    follows.
-3. A call in C that neither looks for signals nor lets another thread run leaves `faulthandler`, which needs no Python:
-   it prints the stacks and ends the process.
+3. A call in C that neither checks for signals nor lets other threads run also blocks the watching thread. Then
+   `faulthandler`, which needs no Python, prints the stacks and ends the process.
 """
 
 import asyncio
@@ -27,29 +28,30 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 
-FIRST_NOTE = 60.0  # seconds until a line says what is waited for; the next ones come after twice as long each
-GRACE = 10.0  # seconds that an interrupted call may take to end
-_AGAIN = 1.0  # seconds until a call that went on is interrupted again
+FIRST_NOTE = 60.0  # seconds until the first log line about a running call; the interval doubles after each line
+GRACE = 10.0  # seconds that an interrupted call has to end
+_AGAIN = 1.0  # seconds until a call that ignored an interrupt is interrupted again
 
 logger = logging.getLogger(__name__)
 
 
 class _Late(BaseException):
-    """Interrupts a reward function. Functions that catch any Exception do not catch it."""
+    """Interrupts a reward function. A BaseException, so that `except Exception` does not catch it."""
 
 
 def call(function: Callable, name: str, seconds: float | None, arguments: dict) -> list:
-    """Call a reward function with a batch; say now and then that it is waited for.
+    """Call a reward function with a batch, and log a line now and then while it runs.
 
     Args:
-        function: takes `completions` and other lists, of which those of as many items belong to the completions.
-        name: as metrics have it.
-        seconds: `reward_timeout`, None for no limit.
-        arguments: the keyword arguments.
+        function: the reward function.
+        name: its name in the metrics.
+        seconds: `reward_timeout`; None for no limit.
+        arguments: its keyword arguments: `completions`, and others. Lists as long as `completions` have one item per
+            completion.
 
     Raises:
-        TimeoutError: it took longer than `seconds`. The message names the completion that does so by itself: they are
-            tried one at a time.
+        TimeoutError: the call took longer than `seconds`. To name the slow completion in the message, the function is
+            called again with one completion at a time.
     """
     what = _what(name)
 
@@ -70,7 +72,7 @@ def call(function: Callable, name: str, seconds: float | None, arguments: dict) 
 
 
 async def call_async(function: Callable, name: str, seconds: float | None, arguments: dict) -> list:
-    """Call an asynchronous reward function as `call` does the others."""
+    """Call an asynchronous reward function. See `call`."""
     what, loop = _what(name), asyncio.get_running_loop()
 
     def alone(**arguments):
@@ -97,12 +99,12 @@ async def call_async(function: Callable, name: str, seconds: float | None, argum
 
 
 class _Watch(threading.Thread):
-    """Runs beside a call: says what is waited for, and ends what does not end.
+    """Watches a call from another thread: logs that it is running, and ends the process if it cannot be interrupted.
 
     Args:
-        what: names the reward function.
-        seconds: the limit.
-        where: finds the completion that takes so long, where the call cannot be interrupted.
+        what: description of the reward function.
+        seconds: the limit; None for no limit.
+        where: describes the slow completion, for a call that cannot be interrupted.
     """
 
     def __init__(self, what: str, seconds: float | None, where: Callable[[], str]):
@@ -141,24 +143,24 @@ class _Watch(threading.Thread):
                 self.interrupt_again()
 
     def note(self) -> None:
-        """Say what is waited for, if it is time to."""
+        """Log that the call is still running, if a line is due."""
         if (age := self.age()) < self.next_note:
             return
         self.next_note *= 2
-        then = f"reward_timeout ends it after {self.limit:g} s"
+        then = f"It is interrupted after {self.limit:g} s (reward_timeout)"
         if self.limit == math.inf:
-            then = "With reward_timeout, such a call ends the run with an error that names the completion"
+            then = "Set reward_timeout to end the run in such a case, with an error that names the completion"
         logger.warning("%s", f"{self.what} has been running for {age:.0f} s. {then}")
 
     def interrupt_again(self) -> None:
-        with self.ending:  # once it has ended, the signal would mean something else
+        with self.ending:  # after the call has ended, the signal would hit other code
             if self.alarmed and not self.ended.is_set() and callable(signal.getsignal(signal.SIGALRM)):
                 signal.pthread_kill(self.called_by, signal.SIGALRM)
 
     def end(self) -> None:
-        faulthandler.dump_traceback_later(3 * self.limit + GRACE, exit=True, file=2)  # in place of the one before
+        faulthandler.dump_traceback_later(3 * self.limit + GRACE, exit=True, file=2)  # replaces the earlier one
         stack = "".join(traceback.format_stack(sys._current_frames().get(self.called_by)))
-        _given_up(self.what, self.limit, f", and cannot be interrupted where it is:\n{stack}")
+        _given_up(self.what, self.limit, f" and cannot be interrupted at this point:\n{stack}")
         logger.error("%s", _message(self.what, self.limit, self.where()))
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(GRACE)
@@ -172,7 +174,7 @@ def _may_set_alarm() -> bool:
 def _with_alarm(function: Callable, arguments: dict, watch: _Watch):
     struck = False
 
-    def arm() -> None:  # notes are the watching thread's, unless it cannot run
+    def arm() -> None:  # for the limit, and for log lines when the watching thread cannot run
         signal.setitimer(signal.ITIMER_REAL, max(min(watch.next_note + _AGAIN, watch.limit) - watch.age(), 0.001))
 
     def strike(*_) -> None:
@@ -185,7 +187,7 @@ def _with_alarm(function: Callable, arguments: dict, watch: _Watch):
             raise _Late
         arm()
 
-    left, interval = signal.setitimer(signal.ITIMER_REAL, 0)  # somebody's timer goes on after the call
+    left, interval = signal.setitimer(signal.ITIMER_REAL, 0)  # a timer set by other code is restored after the call
     before = signal.signal(signal.SIGALRM, strike)
     watch.alarmed = True
     try:
@@ -195,13 +197,13 @@ def _with_alarm(function: Callable, arguments: dict, watch: _Watch):
         finally:
             watch.stop()
     finally:
-        watch.stop()  # the alarm may have struck in the first
-        if signal.getsignal(signal.SIGALRM) is strike:  # else the function has set its own
+        watch.stop()  # again: the alarm may have interrupted the first stop
+        if signal.getsignal(signal.SIGALRM) is strike:  # otherwise the function has set its own handler
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
             if left:
                 signal.setitimer(signal.ITIMER_REAL, max(left - watch.age(), 0.001), interval)
-    if struck:  # and the function has caught it
+    if struck:  # but the function caught the exception
         raise _Late
     return values
 
@@ -226,9 +228,9 @@ def _thread_tries(function: Callable, seconds: float | None) -> Callable[[dict],
 
 
 def _slow_row(attempt: Callable[[dict], object], arguments: dict, seconds: float) -> str:
-    """Say which completion takes longer than the limit by itself.
+    """Return a sentence on which completion alone takes longer than the limit.
 
-    If single ones do not, but together they did by then, the batch as a whole is to blame.
+    The search ends once the completions together have taken longer than the limit: then no single one was slow.
     """
     count, begun = len(arguments["completions"]), time.monotonic()
     for i in range(count):
@@ -239,17 +241,17 @@ def _slow_row(attempt: Callable[[dict], object], arguments: dict, seconds: float
         try:
             attempt(one)
         except _Late:
-            return f"Completion {i} of {count} takes that long by itself: {_describe(one)}"
-        except Exception as error:  # whatever a function does that is not made for one completion
-            return f"Which completion it is cannot be said: with completion {i} alone it fails ({error!r:.200})"
+            return f"Completion {i} of {count} alone takes that long: {_describe(one)}"
+        except Exception as error:  # the function may not support a single completion
+            return f"The slow completion was not found: with completion {i} alone the function fails ({error!r:.200})"
         if time.monotonic() - begun > seconds:
             break
-    took = f"the first {i + 1}, one at a time, took {time.monotonic() - begun:.3g} s"
-    return f"None of its {count} completions takes that long by itself: {took}"
+    took = f"the first {i + 1} of {count}, one at a time, took {time.monotonic() - begun:.3g} s"
+    return f"No single completion takes that long: {took}"
 
 
 def _describe(one: dict) -> str:
-    """Return the heads of a prompt and a completion, on one line."""
+    """Return the beginning of the prompt and of the completion, on one line."""
     return ", ".join(
         f"{name} {_text(one[key][0])[:120]!r}"
         for name, key in (("prompt", "prompts"), ("completion", "completions"))
@@ -258,27 +260,27 @@ def _describe(one: dict) -> str:
 
 
 def _text(value) -> str:
-    """Return a text, or that of a conversation's last message."""
+    """Return a text, or the content of a conversation's last message."""
     return str(value[-1].get("content") if isinstance(value, list) and value else value)
 
 
 def _what(name: str) -> str:
-    several = int(os.environ.get("WORLD_SIZE") or 1) > 1  # set by the launcher
+    several = int(os.environ.get("WORLD_SIZE") or 1) > 1  # the launcher sets it
     return f"The reward function {name!r}" + (f" (process {os.environ.get('RANK', 0)})" if several else "")
 
 
 def _message(what: str, seconds: float, row: str) -> str:
     return (
-        f"{what} took longer than reward_timeout ({seconds:g} s). {row}. Limit the time of what the function calls, or "
-        "raise reward_timeout"
+        f"{what} took longer than reward_timeout ({seconds:g} s). {row}. Set a time limit in the function, or raise "
+        "reward_timeout"
     )
 
 
-def _given_up(what: str, seconds: float, more: str = "; looking for the completion that takes so long") -> None:
-    """Say that a call is late. Threads that it has left, as of a pool, must not keep the process from ending."""
+def _given_up(what: str, seconds: float, more: str = ". Searching for the slow completion") -> None:
+    """Log that a call took too long, and keep threads that it has left, such as a pool's, from blocking the exit."""
     logger.warning("%s took longer than reward_timeout (%g s)%s", what, seconds, more)
     left = threading.Event()
-    atexit.register(left.set)  # called once no other thread is waited for
+    atexit.register(left.set)  # runs after Python has waited for the other threads
 
     def end() -> None:
         threading.main_thread().join()

@@ -1,4 +1,4 @@
-"""A training from a recipe and the command line: what `train.py` and `ktae train` do.
+"""Train from a recipe and the command line, for `train.py` and `ktae train`.
 
 read the settings -> load data, rewards, tokenizer -> build the trainer -> measure, train, measure -> save, upload
 """
@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, ProgressCallback
+from transformers import AutoTokenizer
 from trl import GRPOConfig, ModelConfig, get_peft_config, get_quantization_config
 from trl.trainer.utils import get_callable_name
 
@@ -33,14 +33,14 @@ from ktae_trl.credit import METHODS
 from ktae_trl.data import DataArguments, load_prompts
 from ktae_trl.files.checkpoints import ResumeError, candidates, wants_to_resume
 from ktae_trl.files.lock import locked
-from ktae_trl.hub.card import PAGE, settings_of
+from ktae_trl.hub.card import settings_of
 from ktae_trl.hub.upload import HubError, create_repo, repo_name, upload_command
 from ktae_trl.preflight import check_model
 from ktae_trl.rewards import load_rewards
 from ktae_trl.rollouts.verdicts import correctness_index
-from ktae_trl.training import plan
+from ktae_trl.training import closing, plan
 from ktae_trl.training.batches import check_processes
-from ktae_trl.training.console import MetricsTable
+from ktae_trl.training.console import quieten_libraries, say
 from ktae_trl.training.held_out import HeldOutAccuracy
 from ktae_trl.training.stopping import Advice, advice_at_the_end, end_with_launcher
 
@@ -49,28 +49,29 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class RunArguments(DataArguments):
-    """What a recipe says beside the trainer's and the model's own settings."""
+    """The settings of a recipe other than those of the trainer and the model."""
 
     reward_funcs: list[str] = field(
         default_factory=lambda: ["math_accuracy"],
-        metadata={"help": "math_accuracy, boxed_format, soft_overlong, or dotted paths. See reward_weights."},
+        metadata={"help": "Reward functions: math_accuracy, boxed_format, soft_overlong, or dotted paths of your own."},
     )
     overlong_buffer: int = field(
-        default=512, metadata={"help": "Tokens before max_completion_length over which soft_overlong falls to -1."}
+        default=512,
+        metadata={"help": "soft_overlong falls to -1 over the last N tokens of max_completion_length."},
     )
     held_out_samples: int = field(
         default=4,
-        metadata={"help": "Samples per held-out problem for the accuracy before and after; 0 for no such measurement."},
+        metadata={"help": "Measure the held-out accuracy before and after, with N samples per problem (0: never)."},
     )
     num_processes: int | None = field(
         default=None,
-        metadata={"help": "Processes (GPUs) that the batch sizes are meant for; a run with another number warns."},
+        metadata={"help": "Number of processes (GPUs) that the batch sizes are for; another number is a warning."},
     )
     dry_run: bool = field(
         default=False,
         metadata={
-            "help": "Show the first prompt, its rewards, and the batches, data, memory and settings of the run; train "
-            "nothing."
+            "help": "Show the first prompt, its rewards, and the batches, data, memory and settings of the run, "
+            "without training."
         },
     )
     all: bool = field(
@@ -79,7 +80,7 @@ class RunArguments(DataArguments):
 
 
 def load(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig):
-    """Load what a recipe names: the training prompts, the held-out ones (or None), the tokenizer."""
+    """Load the training prompts, the held-out prompts (or None) and the tokenizer of a recipe."""
     name = model.model_name_or_path
     check_model(name, model.model_revision, "model_name_or_path")
     with loading(f"The tokenizer of {name!r}", by="model_name_or_path"):
@@ -101,7 +102,7 @@ def load(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig):
 
 
 def load_reward_functions(run: RunArguments, args: KTAEGRPOConfig) -> list[Callable]:
-    """Load the reward functions that a recipe names. `correctness_reward` may name one as the recipe does, too."""
+    """Load the reward functions of a recipe. `correctness_reward` may be a name as it stands in `reward_funcs`."""
     functions = load_rewards(
         run.reward_funcs, max_completion_length=args.max_completion_length, overlong_buffer=run.overlong_buffer
     )
@@ -112,14 +113,14 @@ def load_reward_functions(run: RunArguments, args: KTAEGRPOConfig) -> list[Calla
     if args.reward_weights is not None and len(args.reward_weights) != len(names):
         raise UserError(
             f"reward_weights has {len(args.reward_weights)} weights for {len(names)} reward functions "
-            f"({', '.join(names)}): one is needed for each"
+            f"({', '.join(names)}). Give one weight for each"
         )
     return functions
 
 
 def build_trainer(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig):
-    """Build what a recipe describes: data, rewards, model, trainer."""
-    from ktae_trl.trainer import KTAEGRPOTrainer  # once the settings are known to be good
+    """Load data, rewards and model of a recipe, and build the trainer."""
+    from ktae_trl.trainer import KTAEGRPOTrainer  # heavy: only once the settings are known to be good
 
     args.model_init_kwargs = {
         "revision": model.model_revision,
@@ -141,25 +142,22 @@ def build_trainer(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig):
             quantization_config=get_quantization_config(model),
         )
     except (OSError, ImportError) as error:
-        # From outside: the model's files, vLLM's server, a package that a setting needs. An import statement that fails
-        # names a module; what is raised to tell the user does not.
+        # Not bugs: the model's files, vLLM's server, a package that a setting needs. A failed import statement has the
+        # name of a module, an ImportError that is raised to tell the user has none.
         if isinstance(error, UserError) or (isinstance(error, ImportError) and error.name):
             raise
         raise UserError(first_line(error)) from error
     trainer.recipe = {"dataset_name": run.dataset_name} | settings_of(run) | settings_of(model)
-    if not args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(MetricsTable(args.credit, args.dynamic_sampling))
     return trainer
 
 
 def train(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig, program: str = "train.py") -> None:
-    """Do what the settings say; `program` is what the user called, for messages."""
+    """Train, or show the plan of a dry run. `program` is the command that the user typed, for messages."""
     with ExitStack() as folder:
         with user_errors(program):
             if run.dry_run:
                 reward_funcs = load_reward_functions(run, args)
-                loaded = load(run, args, model)  # by all processes: they wait for each other in there
+                loaded = load(run, args, model)  # collective
                 if args.process_index == 0:
                     plan.show(run, args, model, reward_funcs, *loaded)
                 return
@@ -168,38 +166,40 @@ def train(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig, program: 
                     logger.warning(warning)
                 if args.push_to_hub:
                     create_repo(repo_name(args), private=args.hub_private_repo, token=args.hub_token)
-                folder.enter_context(locked(args.output_dir, program))  # it makes the folder
+                folder.enter_context(locked(args.output_dir, program))  # creates the folder
             trainer = build_trainer(run, args, model)
         start(trainer, run, program)
 
 
 def start(trainer, run: RunArguments, program: str = "train.py") -> None:
-    """Train, and end with one line where that says all."""
+    """Train. Errors that explain themselves end the program with one line."""
     held_out = None
     if trainer.eval_dataset is not None and run.held_out_samples > 0:
         held_out = HeldOutAccuracy(trainer, run.held_out_samples)
         trainer.add_callback(held_out)
     try:
         with advice_at_the_end(trainer, program) as advice:
-            train_and_save(trainer, held_out, advice)
+            train_and_save(trainer, run, held_out, advice)
     except ResumeError as error:  # of all processes
         trainer.accelerator.print(f"\n{program}: {error}", file=sys.stderr, flush=True)
-        trainer.accelerator.wait_for_everyone()  # a launcher ends the others when one has left
+        trainer.accelerator.wait_for_everyone()  # a launcher ends the others as soon as one has left
         sys.exit(1)
     except HubError as error:
         sys.exit(f"\n{program}: {error}")
 
 
-def train_and_save(trainer, held_out: HeldOutAccuracy | None, advice: Advice) -> None:
-    args, say = trainer.args, trainer.accelerator.print
+def train_and_save(trainer, run: RunArguments, held_out: HeldOutAccuracy | None, advice: Advice) -> None:
+    """Train, measure the accuracy after training, save, upload, and say what to do next. Collective."""
+    args, is_first = trainer.args, trainer.accelerator.is_main_process
     trained = trainer.train(args.resume_from_checkpoint)
     minutes, seconds = divmod(round(trained.metrics["train_runtime"]), 60)
-    say(f"\nTrained to step {trainer.state.global_step} in {minutes} min {seconds:02d} s")
+    if is_first:
+        say(f"\nTrained to step {trainer.state.global_step} in {minutes} min {seconds:02d} s")
 
     if held_out is not None:
-        before, after = held_out.before, held_out.measure()
-        problems = f"{len(trainer.eval_dataset)} problems"
-        say(f"\nHeld-out {after.what} ({problems})\n  before: {before or 'not measured'}\n  after:  {after}")
+        before, after = held_out.before, held_out.measure("after")
+        if is_first:
+            say(f"\n{closing.accuracies(before, after, len(trainer.eval_dataset))}")
         results = {f"after_{name}": value for name, value in after._asdict().items()}
         results |= {f"before_{name}": value for name, value in before._asdict().items()} if before else {}
         results |= {"what": after.what, "problems": len(trainer.eval_dataset)}
@@ -211,19 +211,20 @@ def train_and_save(trainer, held_out: HeldOutAccuracy | None, advice: Advice) ->
     if args.push_to_hub:
         folder, name = Path(args.output_dir), trainer.hub_model_id or repo_name(args)
         advice.saved += f". Upload it: {upload_command(folder, name, args.hub_private_repo, args.hub_revision)}"
-    say(f"\nSaved model, tokenizer and card in {args.output_dir}")
-    if (page := Path(args.output_dir, PAGE)).exists():
-        say(f"The key tokens of the run, for a browser: {page}")
-    # A process that leaves while the first still saves can abort (ZeRO-3), and the launcher would then end them all.
-    # One that waits while the first uploads a large model can run into the limit of its wait.
+    if is_first:
+        say(f"\n{closing.places(trainer)}")
+    # A process that exits while the first one is still saving can abort (ZeRO-3), and the launcher would then end all.
+    # A process that waits while the first one uploads a large model can time out.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
-    if args.push_to_hub and args.process_index == 0:
-        print(f"\nUploaded to {trainer.upload().repo_url}")
+    if is_first:
+        if args.push_to_hub:
+            say(f"Uploaded to {trainer.upload().repo_url}")
+        say(f"\n{closing.next_steps(args.output_dir, run.dataset_name, run.eval_dataset_name)}")
 
 
 def read_arguments(words: Sequence[str], program: str = "train.py") -> tuple[RunArguments, KTAEGRPOConfig, ModelConfig]:
-    """Parse the command line. A dry run asks for no GPU, whatever the recipe is for."""
+    """Parse the command line. A dry run needs no GPU, even of a recipe for GPUs."""
     if not torch.accelerator.is_available():
         (run,) = parse((RunArguments,), program, words, others=True)
         words = [*words, "--use_cpu", "true"] if run.dry_run else words
@@ -235,17 +236,17 @@ def read_arguments(words: Sequence[str], program: str = "train.py") -> tuple[Run
 
 
 def check_trackers(args: KTAEGRPOConfig) -> None:
-    """Take TensorBoard, which recipes name, off `report_to` if it is not installed; refuse others that are not."""
+    """Remove TensorBoard from `report_to` if it is not installed. Refuse other trackers that are not."""
     for tracker in {"wandb", "trackio"} & set(args.report_to):
         need(tracker, "trackers")
     if "tensorboard" in args.report_to and find_spec("tensorboard") is None:
         args.report_to = [tracker for tracker in args.report_to if tracker != "tensorboard"]
         if args.process_index == 0:
-            logger.warning("No logs for TensorBoard, which is not installed: %s", pip_install("trackers"))
+            logger.warning("No TensorBoard logs: tensorboard is not installed. Install it: %s", pip_install("trackers"))
 
 
 def show_help(usage: str, words: Sequence[str] = ()) -> None:
-    """Print the usage and all settings, in groups, with those of the credit method that the words name."""
+    """Print the usage and all settings, in groups, with those of the credit method that the words choose."""
     config = config_class([word for word in words if word not in ("-h", "--help")], "train")
     own, trl = RunArguments.__annotations__, GRPOConfig.__annotations__
     groups: dict[str, list[dataclasses.Field]] = {
@@ -253,7 +254,7 @@ def show_help(usage: str, words: Sequence[str] = ()) -> None:
         "data": list(dataclasses.fields(DataArguments)),
         "credit": [],
     }
-    others = {"dynamic": "DAPO", "record": "records", "allow": "run"}
+    others = {"dynamic": "DAPO", "record": "records", "allow": "run", "console": "run"}
     of_methods: dict[type, list[str]] = {}
     for name, method in METHODS.items():
         of_methods.setdefault(method.Settings, []).append(name)
@@ -273,11 +274,12 @@ def show_help(usage: str, words: Sequence[str] = ()) -> None:
 
 
 def main(words: Sequence[str] | None = None, program: str = "train.py") -> None:
-    """Train as the command line says, by default that of this process."""
+    """Train with the settings of a command line, by default that of this process."""
     words = sys.argv[1:] if words is None else words
     if {"-h", "--help"} & set(words):
         return show_help(f"{program} --config FILE.yaml [--field value ...]", words)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    quieten_libraries()
     end_with_launcher()
     with user_errors(program):
         arguments = read_arguments(words, program)

@@ -1,4 +1,4 @@
-"""When a run stops before its end: the last line says why, and how to resume."""
+"""If a run stops early, its last line of output says why and how to resume."""
 
 import atexit
 import ctypes
@@ -22,19 +22,19 @@ from ktae_trl.files.checkpoints import ResumeError, last_checkpoint
 from ktae_trl.hub.upload import HubError
 from ktae_trl.training.guard import NotFiniteError
 
-# What ends a process from outside: each is answered unless it is ignored (SIGHUP by nohup) or somebody's already.
+# Signals that end a process from outside. Each is handled unless it is ignored (SIGHUP by nohup) or already handled.
 FROM_OUTSIDE = {
-    signal.SIGTERM: "ended from outside (SIGTERM), as when another process or the launcher has died",
-    signal.SIGHUP: "its terminal was closed (SIGHUP). nohup or tmux would keep it running",
+    signal.SIGTERM: "received SIGTERM, for example because another process or the launcher has died",
+    signal.SIGHUP: "the terminal was closed (SIGHUP). To keep a training running, use nohup or tmux",
 }
 
 
 class Advice:
-    """What to do when a training stops before its end.
+    """The line to print when a training stops early.
 
     Attributes:
-        program: what the user called, for messages.
-        saved: what to do once the model is saved, in place of resuming; None until then.
+        program: name of the program in the line.
+        saved: what to say instead of the advice to resume, once the model is saved; None until then.
     """
 
     def __init__(self, trainer, program: str = "train.py"):
@@ -42,12 +42,12 @@ class Advice:
         self.saved: str | None = None
 
     def line(self, reason: str) -> str:
-        """Return the line that says where the run stopped, for what reason, and how to resume."""
+        """Return the line that says where and why the run stopped, and how to resume."""
         state, accelerator = self.trainer.state, self.trainer.accelerator
         if self.saved:
             where = "stopped after the model was saved"
         elif 0 < state.max_steps <= state.global_step:
-            where = f"stopped after the last training step ({state.global_step}), before all was saved"
+            where = f"stopped after the last training step ({state.global_step}), before everything was saved"
         else:
             where = f"training stopped after step {state.global_step}"
         who = f" (process {accelerator.process_index})" if accelerator.num_processes > 1 else ""
@@ -57,35 +57,36 @@ class Advice:
         folder = self.trainer.args.output_dir
         if checkpoint := last_checkpoint(folder):
             return f"Resume from the last checkpoint ({checkpoint}) with --resume_from_checkpoint true"
-        return f"There is no checkpoint in {folder} yet: start again"
+        return f"There is no checkpoint in {folder} yet. Start again"
 
 
 def reason_of(error: BaseException) -> str:
-    """Return in a few words what an error means; its own first line otherwise."""
+    """Return a short explanation of an error, by default its type and the first line of its message."""
     first = next(iter(str(error).strip().splitlines()), "")
-    # gloo has no error class of its own: a peer that died is "Connection closed by peer", "Connection reset by peer" or
-    # "Broken pipe", as the kernel noticed it, always with a source file of its transport layer.
+    # gloo has no error class for a peer that died. The message is "Connection closed by peer", "Connection reset by
+    # peer" or "Broken pipe", and always names a source file of the transport layer.
     if isinstance(error, torch.distributed.DistError) or "gloo/transport" in first:
-        return f"the connection to another process broke, which has probably died [{first.rstrip('.')}]"
+        return f"lost the connection to another process, which has probably died [{first.rstrip('.')}]"
     return f"{type(error).__name__}: {first}".rstrip(":. ")
 
 
 @contextmanager
 def advice_at_the_end(trainer, program: str = "train.py") -> Iterator[Advice]:
-    """Around a run: if it stops before its end, the last line that the process writes says how to resume.
+    """Wrap a run: if it stops early, the last line that the process writes says how to resume.
 
-    An error passes, and its traceback comes first. Ctrl-C ends the process without one, SIGTERM and SIGHUP at once.
-    Errors that say themselves what to do are left alone: `ResumeError`, `HubError`.
+    Errors propagate, and the line follows their traceback. Ctrl-C, `UserError` and `NotFiniteError` end the process
+    without a traceback, SIGTERM and SIGHUP end it at once. `ResumeError` and `HubError` contain their own advice and
+    get no line.
 
-    Signals are left alone off the main thread, where Python sets no handlers, and where somebody handles them already
-    (as transformers' `enable_jit_checkpoint` does SIGTERM) or ignores them (a shell SIGINT of a background job, nohup
-    SIGHUP).
+    Signals are handled only if this runs on the main thread, since Python can set handlers only there. Signals that are
+    already handled (SIGTERM by transformers' `enable_jit_checkpoint`) or ignored (SIGINT in a background job of a
+    shell, SIGHUP by nohup) are left as they are.
     """
     advice = Advice(trainer, program)
-    reasons: list[str] = []  # one, until it is told
+    reasons: list[str] = []  # at most one; removed when printed
 
     def tell() -> None:
-        with suppress(IndexError, OSError):  # told already; the terminal is gone
+        with suppress(IndexError, OSError):  # already printed; the terminal is gone
             os.write(2, f"\n{advice.line(reasons.pop())}\n".encode())
 
     def end(number: int) -> None:
@@ -97,13 +98,13 @@ def advice_at_the_end(trainer, program: str = "train.py") -> Iterator[Advice]:
         undo()
 
     undo = _end_on_signals(end)
-    atexit.register(at_exit)  # the first is called last: what a training starts, such as a tracker, writes before it
+    atexit.register(at_exit)  # registered first, so it runs after the exit handlers of trackers
     try:
         yield advice
     except (ResumeError, HubError):
         raise
     except KeyboardInterrupt:
-        if trainer.accelerator.process_index == 0:  # all processes get it
+        if trainer.accelerator.process_index == 0:  # all processes receive it
             reasons.append("interrupted")
         sys.exit(128 + signal.SIGINT)
     except NotFiniteError as error:
@@ -117,7 +118,7 @@ def advice_at_the_end(trainer, program: str = "train.py") -> Iterator[Advice]:
         reasons.append(reason_of(error))
         raise
     finally:
-        for bar in list(tqdm._instances):  # they would be drawn once more when the process ends
+        for bar in list(tqdm._instances):  # otherwise they are drawn again when the process ends
             bar.close()
         if not reasons:
             atexit.unregister(at_exit)
@@ -126,10 +127,10 @@ def advice_at_the_end(trainer, program: str = "train.py") -> Iterator[Advice]:
 
 @contextmanager
 def like_ctrl_c() -> Iterator[None]:
-    """Let what ends a process from outside do what Ctrl-C does at that time, so that what it started is ended too."""
+    """Handle the signals of `FROM_OUTSIDE` like Ctrl-C, so that what the process has started is ended too."""
 
     def as_ctrl_c(number, frame) -> None:
-        handler = signal.getsignal(signal.SIGINT)  # asyncio has one of its own
+        handler = signal.getsignal(signal.SIGINT)  # asyncio sets its own
         (handler if callable(handler) else signal.default_int_handler)(number, frame)
 
     free = _free_signals()
@@ -143,10 +144,10 @@ def like_ctrl_c() -> Iterator[None]:
 
 
 def end_with_launcher() -> None:
-    """Get SIGTERM when the launcher dies that started this process: one that was killed could not send it.
+    """Receive SIGTERM when the launcher of this process dies. Linux only.
 
-    accelerate does not pass on a SIGTERM either when it launches a single process. A launcher is a parent whose command
-    ends with ours. On Linux only.
+    A launcher that was killed cannot send it, and accelerate does not forward SIGTERM to a single process. The launcher
+    is recognised as a parent process whose command line ends with that of this process.
     """
     own = list(dropwhile(lambda word: word.startswith("-"), sys.orig_argv[1:]))  # without Python and its options
     with suppress(OSError):
@@ -163,10 +164,10 @@ def _free_signals() -> list[int]:
 
 
 def _end_on_signals(tell: Callable[[int], None]) -> Callable[[], None]:
-    """From now on each signal of `FROM_OUTSIDE` ends the process, after `tell`; return what undoes this.
+    """End the process on each signal of `FROM_OUTSIDE`, after calling `tell`. Return a function that undoes this.
 
-    A launcher sends SIGTERM to the others when a process has died. They may be waiting for it deep inside NCCL, where
-    no Python handler runs. So a thread answers; the handler in C, which runs anywhere, wakes it by a byte in a socket.
+    When a process has died, the launcher sends SIGTERM to the others. They may be waiting for the dead process inside
+    NCCL, where no Python handler runs. So a thread handles the signal: the C handler wakes it with a byte in a socket.
     """
     if not (numbers := _free_signals()):
         return lambda: None
@@ -181,7 +182,7 @@ def _end_on_signals(tell: Callable[[int], None]) -> Callable[[], None]:
             if signal.getsignal(byte[0]) is ours:
                 try:
                     tell(byte[0])
-                    for child in multiprocessing.active_children():  # `_exit` does not end them, as an exit does
+                    for child in multiprocessing.active_children():  # `_exit` does not end them
                         child.terminate()
                 finally:
                     os._exit(128 + byte[0])
@@ -197,7 +198,7 @@ def _end_on_signals(tell: Callable[[int], None]) -> Callable[[], None]:
         send.close()
         unblock()
 
-    # A forked worker has all of this, and the socket is the same one: its signals wait until it is undone there.
+    # A forked worker inherits the handlers and the socket. Its signals are blocked until `undo` has run there.
     block = partial(signal.pthread_sigmask, signal.SIG_BLOCK, numbers)
     os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=undo)
     threading.Thread(target=listen, daemon=True).start()

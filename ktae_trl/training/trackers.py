@@ -1,4 +1,4 @@
-"""The key tokens of a group, sent where the metrics go: to TensorBoard as a table, to trackio and wandb in colour."""
+"""Send the key tokens of a group to the trackers: to TensorBoard as a table, to trackio and wandb in colour."""
 
 import logging
 
@@ -11,12 +11,12 @@ from ktae_trl.report.records import Record
 from ktae_trl.report.tokens import label
 
 NAME = "key_tokens"
-_ROWS, _CHARACTERS = 30, 40  # of the table, of a token in it
+_ROWS, _CHARACTERS = 30, 40  # at most: rows of the table, characters of a token in it
 logger = logging.getLogger(__name__)
 
 
 def send_sample(record: Record, step: int, handler: CallbackHandler) -> None:
-    """Send a group to the trackers of a trainer. What one of them refuses is a warning; training goes on."""
+    """Send a group to the trackers of a trainer. If one of them fails, a warning is logged and training continues."""
     for callback in handler.callbacks:
         send = next((send for kind, send in _SENDERS.items() if isinstance(callback, kind)), None)
         if send is None:
@@ -24,11 +24,11 @@ def send_sample(record: Record, step: int, handler: CallbackHandler) -> None:
         try:
             send(callback, record, step)
         except Exception as error:  # whatever a tracker, or its network, raises
-            logger.warning("%s did not take the key tokens of step %d: %s", type(callback).__name__, step, error)
+            logger.warning("%s did not accept the key tokens of step %d: %s", type(callback).__name__, step, error)
 
 
 def table(record: Record) -> str:
-    """Return the tokens of the greatest |K| of a group as a Markdown table."""
+    """Return the tokens of a group with the largest |K| as a Markdown table."""
     found = statistics(record.method, record.rows)
     text = {i: token for row in record.rows for i, token in zip(row["token_ids"], row["tokens"], strict=True)}
     most = sorted(found.tokens.items(), key=lambda item: -abs(item[1][-1]))[:_ROWS]
@@ -42,7 +42,7 @@ def table(record: Record) -> str:
         )
         for i, (a, b, p, *_, K) in most
     ]
-    return markdown.table(("token", "in right", "in wrong", "p", "K"), rows)
+    return markdown.table(("token", "in correct", "in wrong", "p", "K"), rows)
 
 
 def _tensorboard(callback, record, step) -> None:

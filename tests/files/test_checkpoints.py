@@ -91,7 +91,7 @@ def test_what_is_no_part_may_come_and_go(tmp_path):
 def test_checkpoint_that_was_not_sealed_does_not_count(tmp_path, clock):
     write(tmp_path, 7)
     cut = write(tmp_path, 8, sealed=False)
-    assert problem(cut) == "it was not written to its end"
+    assert problem(cut) == "it was not written completely"
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-7")
     checkpoints.remove_unfinished(tmp_path)
     assert not cut.exists()
@@ -137,7 +137,7 @@ def test_one_that_cannot_be_removed_or_read_is_told(tmp_path, clock, monkeypatch
 
     monkeypatch.setattr(checkpoints.Path, "rename", refused)
     checkpoints.keep_newest(tmp_path, 1)
-    assert "checkpoint-1 could not be removed" in caplog.text
+    assert f"Could not remove {tmp_path / 'checkpoint-1'}: " in caplog.text
     monkeypatch.setattr(checkpoints, "_mark", refused)
     assert "cannot be read (Permission denied)" in problem(tmp_path / "checkpoint-2")
 
@@ -185,7 +185,7 @@ def test_link_is_replaced_and_what_it_points_to_stays(tmp_path):
 
 
 def test_which_checkpoints_are_meant(tmp_path, clock):
-    with pytest.raises(ResumeError, match="holds no checkpoint to resume from"):
+    with pytest.raises(ResumeError, match="contains no checkpoint to resume from"):
         candidates("true", str(tmp_path))
     for step in (8, 9, 10):
         write(tmp_path, step)
@@ -194,14 +194,15 @@ def test_which_checkpoints_are_meant(tmp_path, clock):
     for asked in (True, "true", "True"):
         assert candidates(asked, str(tmp_path)) == [ten, nine, eight]  # all are read later
     assert candidates(str(nine), "elsewhere") == [nine, eight]
-    for asked, why in ((ten, "model.safetensors is missing"), (tmp_path / "checkpoint-11", "there is no such folder")):
-        with pytest.raises(
-            ResumeError, match=f"{asked} is not a whole checkpoint: {why}.*resume_from_checkpoint {nine}"
-        ):
+    for asked, why in (
+        (ten, "model.safetensors is missing"),
+        (tmp_path / "checkpoint-11", "the folder does not exist"),
+    ):
+        with pytest.raises(ResumeError, match=f"Cannot resume from {asked}: {why}.*resume_from_checkpoint {nine}"):
             candidates(asked, str(tmp_path))
     for checkpoint in (eight, nine):
         shutil.rmtree(checkpoint)
-    with pytest.raises(ResumeError, match=f"{ten} is not a whole .*There is no whole one"):
+    with pytest.raises(ResumeError, match=f"Cannot resume from {ten}: .*There is no intact checkpoint"):
         candidates("true", str(tmp_path))
     assert [checkpoints.wants_to_resume(asked) for asked in (None, False, "false", "", True, ten)] == 4 * [False] + [
         True

@@ -195,7 +195,7 @@ def test_drafts_are_not_written_through(tmp_path, outside):
 def test_merge(tmp_path, outside, monkeypatch):
     trainer = make_trainer(tmp_path / "lora", **SETTINGS, peft_config=LoraConfig(target_modules=["q_proj"]))
     trainer.save_model(str(tmp_path / "lora"))
-    with pytest.raises(ValueError, match="is there already and not empty"):
+    with pytest.raises(ValueError, match="already exists and is not empty"):
         merge.merge(tmp_path / "lora", link(tmp_path / "full", outside))
     (tmp_path / "disk").mkdir()
     merge.merge(tmp_path / "lora", link(tmp_path / "empty", tmp_path / "disk"))
@@ -285,9 +285,9 @@ def test_the_figures_before_training(tmp_path, outside, monkeypatch):
     monkeypatch.setattr(HeldOutAccuracy, "measure", lambda self: Accuracy(0.5, 0.5, 1))
     monkeypatch.setattr(HeldOutAccuracy, "problems", lambda self: "mark")
     file = link(tmp_path / "run" / "held_out_before.json", outside / "lines.jsonl")
-    accelerator = types.SimpleNamespace(print=lambda *_: None)
-    trainer = types.SimpleNamespace(accelerator=accelerator, correctness_reward="math_accuracy")
+    accelerator = types.SimpleNamespace(is_main_process=False)
     args = types.SimpleNamespace(output_dir=tmp_path / "run", correctness_threshold=0.0)
+    trainer = types.SimpleNamespace(accelerator=accelerator, args=args, correctness_reward="math_accuracy")
     state = types.SimpleNamespace(global_step=0, is_world_process_zero=True)
     HeldOutAccuracy(trainer, samples=1).on_train_begin(args, state, None)
     assert not file.is_symlink()
@@ -299,5 +299,5 @@ def test_the_first_line_of_a_run_says_what_is_lost(tmp_path, outside, caplog):
     link(tmp_path / "run" / "rollouts" / records.METRICS, outside / "rollouts" / records.METRICS)
     with caplog.at_level(logging.WARNING):
         make_trainer(tmp_path / "run", **SETTINGS, record_steps=1).train()
-    assert "What was to be recorded is lost" not in caplog.text
+    assert "Could not write a record" not in caplog.text
     assert [entry["step"] for entry in records.read_metrics(tmp_path / "run")] == [1]

@@ -175,7 +175,7 @@ def test_a_second_adapter_and_pickles_are_left_out(tmp_path):
     chosen = model_files.of_model(tmp_path)
     assert set(chosen.sent) == {"adapter_model.safetensors", "adapter_config.json", "README.md"}
     assert model_files.in_words(chosen.left_out) == (
-        "pytorch_model.bin (a pickle), ref/ (2 files), training_args.bin (holds hub_token)"
+        "pytorch_model.bin (a pickle), ref/ (2 files), training_args.bin (contains hub_token)"
     )
     assert "pytorch_model.bin" in model_files.of_model(tmp_path, ["pytorch_model.bin"]).sent
 
@@ -226,7 +226,7 @@ def test_what_is_no_regular_file_is_left_out(tmp_path):
     (tmp_path / "README.md" / "config.json").write_text("{}")
     chosen = model_files.of_model(tmp_path)
     assert chosen.sent == []
-    assert chosen.left_out == {"config.json": "no regular file", "README.md/config.json": ""}
+    assert chosen.left_out == {"config.json": "not a regular file", "README.md/config.json": ""}
 
 
 def test_a_folder_that_is_a_link_is_read(tmp_path):

@@ -155,7 +155,7 @@ def test_the_base_model_can_be_said(adapter, tmp_path):
     shutil.copytree(tiny.MODEL, tmp_path / "moved")
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/gone/base"}))
-    with pytest.raises(ValueError, match=r"base model of the adapter, /gone/base, \(--base\) could not be loaded: "):
+    with pytest.raises(ValueError, match=r"The adapter\'s base model /gone/base \(--base\) could not be loaded: "):
         merge(adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     words = ["--base", str(tmp_path / "moved"), "--dtype", "float32"]
@@ -174,11 +174,11 @@ def test_what_cannot_be_merged(adapter, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").touch()
     said = complaint(adapter, "-o", tmp_path / "full")
-    assert said == f"ktae merge: {tmp_path / 'full'} is there already and not empty: choose another folder"
+    assert said == f"ktae merge: {tmp_path / 'full'} already exists and is not empty. Choose another folder"
     said = complaint(tmp_path / "full", "-o", tmp_path / "x")
-    assert "is nothing to merge. Expected: adapter_config.json" in said
+    assert "contains nothing to merge. Expected: adapter_config.json" in said
     assert said.endswith("Found: mine.txt")
-    assert "is a whole model already" in complaint(tiny.MODEL, "-o", tmp_path / "x")
+    assert "is already a complete model" in complaint(tiny.MODEL, "-o", tmp_path / "x")
     assert "There is no folder" in complaint(tmp_path / "none", "-o", tmp_path / "x")
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "adapter_config.json").write_text("{")
@@ -186,7 +186,9 @@ def test_what_cannot_be_merged(adapter, tmp_path):
     assert said.startswith(f"ktae merge: The adapter in {tmp_path / 'damaged'} could not be loaded: ")
     (tmp_path / "shards" / "pytorch_model_fsdp_0").mkdir(parents=True)
     (tmp_path / "shards" / "pytorch_model_fsdp_0" / ".metadata").touch()
-    assert "name the model that the run began with, by --base" in complaint(tmp_path / "shards", "-o", tmp_path / "x")
+    assert "Pass the model that the run started from with --base" in complaint(
+        tmp_path / "shards", "-o", tmp_path / "x"
+    )
     assert not (tmp_path / "x").exists()
 
 
@@ -211,10 +213,10 @@ def test_a_checkpoint_in_shards(crews, tmp_path, mode, lora):
     checkpoint = tmp_path / "run" / "checkpoint-2"
     if mode == "fsdp2_sharded":
         assert not (checkpoint / "config.json").exists()
-        with pytest.raises(ValueError, match="name the model that the run began with"):
+        with pytest.raises(ValueError, match="Pass the model that the run started from"):
             merge(tmp_path / "run", tmp_path / "merged")
         if lora:
-            with pytest.raises(ValueError, match=r"holds an adapter in shards, without its adapter_config\.json"):
+            with pytest.raises(ValueError, match=r"contains a sharded adapter without its adapter_config\.json"):
                 merge(checkpoint, tmp_path / "merged", base=str(tiny.MODEL))
             return
     command = [sys.executable, "-m", "ktae_trl", "merge", str(tmp_path / "run"), "-o", str(tmp_path / "merged")]

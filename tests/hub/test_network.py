@@ -74,7 +74,7 @@ def test_with_telemetry_only_the_hub_is_asked(tmp_path):
 @pytest.mark.parametrize("target", ["quickstart", "test", "test-slow", "bench"])
 def test_make_switches_telemetry_off(tmp_path, target):
     (tmp_path / "bin").mkdir()
-    for name in ("accelerate", "pytest", "python"):  # in place of a virtual environment that is up to date
+    for name in ("ktae", "pytest", "python"):  # in place of a virtual environment that is up to date
         program = tmp_path / "bin" / name
         program.write_text(f'#!/bin/sh\necho "{name} ${SWITCH}" >> {tmp_path}/ran\n')
         program.chmod(0o755)
@@ -86,4 +86,5 @@ def test_make_switches_telemetry_off(tmp_path, target):
     assert done.returncode == 0, done.stderr
     ran = (tmp_path / "ran").read_text().splitlines()
     assert ran
+    assert (target == "quickstart") == any(line.startswith("ktae ") for line in ran)  # which has no defaults to list
     assert all(line.endswith(" 1") for line in ran)

@@ -137,7 +137,8 @@ def launched(monkeypatch):
     return commands
 
 
-def test_train_starts_accelerate_with_its_file(launched, tmp_path):
+def test_train_starts_accelerate_with_its_file(launched, tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     cli.main(["train", "quickstart", "--accelerate", "zero3", "--seed", "2"])
     own = tmp_path / "own.yaml"
     own.write_text(yaml.safe_dump({"num_processes": 2, "distributed_type": "MULTI_CPU", "use_cpu": True}))
@@ -149,6 +150,8 @@ def test_train_starts_accelerate_with_its_file(launched, tmp_path):
         launcher, of_child = command[: command.index("-m", 2)], command[command.index("-m", 2) :]
         assert launcher[launcher.index("--config_file") + 1] == str(file)
         assert of_child == ["-m", "ktae_trl", "train", "--config", recipe, *more]
+    # accelerate warns on a CPU if it has to choose this itself.
+    assert ["--num_cpu_threads_per_process" in command for command in launched] == [False, True]
 
 
 def test_an_accelerate_file_that_is_none_is_one_line(launched, tmp_path, monkeypatch):

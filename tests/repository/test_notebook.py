@@ -127,7 +127,8 @@ def test_it_runs_and_shows_what_it_says(tmp_path):
         assert re.search(r"<td[^>]*>\d of \d</td>", html)
     assert ">That</span>" in shown(cells["key-tokens"], "text/html")  # the careless habit
 
-    assert re.search(r"\[40/40 ", shown(cells["train"], "text/html"))
+    assert re.search(r"^step of 40 +reward +correct ", printed(cells["train"]), re.MULTILINE)
+    assert re.search(r"^40 +0\.\d{3} ", printed(cells["train"]), re.MULTILINE)
     assert len(shown(cells["curves"], "image/png")) > 10_000
     assert "Not pushed: there is no Hub token" in printed(cells["hub"])
     page = (tmp_path / "key_tokens.html").read_text(encoding="utf-8")

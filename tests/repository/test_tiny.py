@@ -46,7 +46,7 @@ def test_data_is_what_its_command_makes():
 
 def test_too_many_problems_are_refused():
     taken = {row["problem"] for row in task.problems(700, seed=5)}
-    with pytest.raises(ValueError, match=r"only .* new problems with seed 5, 100 were asked for"):
+    with pytest.raises(ValueError, match=r"only .* new problems for seed 5, but 100 were requested"):
         task.problems(100, seed=5, exclude=taken)
 
 

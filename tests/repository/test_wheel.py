@@ -94,7 +94,7 @@ def test_a_user_without_the_checkout_trains_measures_and_looks(wheel, tmp_path):
     trained = there.run("ktae", "train", "quickstart", *settings)
     assert trained.returncode == 0, trained.stderr[-3000:]
     assert "Trained to step 4" in trained.stdout
-    assert f"No logs for TensorBoard, which is not installed: {pip_install('trackers')}" in trained.stderr
+    assert f"No TensorBoard logs: tensorboard is not installed. Install it: {pip_install('trackers')}" in trained.stderr
     run = there.work / "runs" / "quickstart"
     assert (run / "model.safetensors").exists()
     without_curves = (run / "key_tokens.html").stat().st_size

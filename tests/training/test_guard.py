@@ -80,9 +80,11 @@ def test_weights_that_are_not_finite_are_never_saved_and_replace_nothing(tmp_pat
     trainer.add_callback(Break)
     good = weights(trainer)
     trainer.save_model()
-    with pytest.raises(NotFiniteError, match="at step 2 some weights are not finite"):
+    with pytest.raises(NotFiniteError, match="some weights are not finite at step 2"):
         trainer.train()
-    assert "checkpoint-2 is not saved: 1 weights are not finite, the first is model.embed_tokens.weight" in caplog.text
+    assert (
+        "checkpoint-2 is not saved: 1 parameters are not finite, the first is model.embed_tokens.weight" in caplog.text
+    )
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
     assert checkpoints.problem(tmp_path / "checkpoint-1") == ""
     before = (tmp_path / "model.safetensors").read_bytes()
@@ -104,7 +106,7 @@ def test_one_weight_among_many_is_found_and_large_ones_are_finite(caplog, dtype)
         with torch.no_grad():
             model.bias[3] = value
         assert not check_weights(model, "here")
-    assert "here is not saved: 1 weights are not finite, the first is bias" in caplog.text
+    assert "here is not saved: 1 parameters are not finite, the first is bias" in caplog.text
     model.bias.requires_grad = False  # not trained, so no training made it so
     assert check_weights(model, "x")
 

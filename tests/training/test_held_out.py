@@ -88,7 +88,7 @@ def test_the_accuracy_before_is_that_of_the_run_that_is_resumed(tmp_path, capsys
     assert before(tmp_path / "other", **resumed) == one  # another output_dir, in which an earlier run has been
     assert before(tmp_path / "third", **resumed) == one
     assert before(tmp_path / "third", step=6, checkpoint=tmp_path / "third" / "checkpoint-6") == one
-    assert "not used" not in capsys.readouterr().out
+    assert "is not used" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("change", [{"problems": 5}, {"samples": 1}])
@@ -96,8 +96,8 @@ def test_the_accuracy_before_is_of_the_same_problems(tmp_path, capsys, change):
     before(tmp_path, measured=Accuracy(0.25, 0.5, 2))
     assert before(tmp_path, step=4, checkpoint=tmp_path / "checkpoint-4", **change) is None
     said = capsys.readouterr().out
-    assert "held_out_before.json is not of these held-out problems and samples: not used" in said
-    assert "before: not measured" in said
+    assert "held_out_before.json is not used: it was measured on other held-out problems" in said
+    assert "before training: not measured" in said
 
 
 def test_the_accuracy_before_is_by_the_same_verdict(tmp_path, capsys):
@@ -105,4 +105,4 @@ def test_the_accuracy_before_is_by_the_same_verdict(tmp_path, capsys):
     for other in ({"reward": "my_verdict"}, {"threshold": 0.5}, {"threshold": "auto"}):
         before(tmp_path, measured=Accuracy(0.25, 0.5, 2, **other))
         assert before(tmp_path, step=4, checkpoint=tmp_path / "checkpoint-4") is None
-        assert "which this run does not measure: not used" in capsys.readouterr().out
+        assert "which this run does not measure" in capsys.readouterr().out

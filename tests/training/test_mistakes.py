@@ -120,7 +120,7 @@ def test_recipes_report_to_tensorboard_if_it_is_there(folder, monkeypatch, caplo
     without(monkeypatch, "tensorboard")
     assert training.read_arguments(words)[1].report_to == []
     assert [record.message for record in caplog.records] == [
-        f"No logs for TensorBoard, which is not installed: {pip_install('trackers')}"
+        f"No TensorBoard logs: tensorboard is not installed. Install it: {pip_install('trackers')}"
     ]
 
 

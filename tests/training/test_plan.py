@@ -301,10 +301,10 @@ def test_resuming_from_what_is_no_checkpoint_is_refused(tmp_path):
     trainer = make_trainer(tmp_path / "run", max_steps=1)
     (tmp_path / "model").mkdir()
     trainer.save_model(tmp_path / "model")  # weights, but no state of a run
-    for folder, why in (("model", "it has no trainer_state.json"), ("nowhere", "there is no such folder")):
-        with pytest.raises(ValueError, match=rf"{folder} is not a whole checkpoint: {why}\. There is no whole one"):
+    for folder, why in (("model", "it has no trainer_state.json"), ("nowhere", "the folder does not exist")):
+        with pytest.raises(ValueError, match=rf"Cannot resume from .*{folder}: {why}\. There is no intact checkpoint"):
             trainer.train(resume_from_checkpoint=str(tmp_path / folder))
-    with pytest.raises(ValueError, match="run holds no checkpoint to resume from"):
+    with pytest.raises(ValueError, match="run contains no checkpoint to resume from"):
         trainer.train(resume_from_checkpoint=True)
 
 

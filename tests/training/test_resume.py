@@ -104,16 +104,16 @@ def resumed_from(checkpoint: Path, folder: Path, caplog=None, **settings):
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        ({"per_device_train_batch_size": 32, "steps_per_generation": 1}, "steps_per_generation was 2 and is 1"),
-        ({"num_iterations": 1}, "num_iterations was 2 and is 1"),
-        ({"beta": 0.04}, "beta was 0.0 and is 0.04"),
-        ({"credit": "none"}, "credit was 'ktae' and is 'none'"),
-        ({"ktae_combine": "add"}, "ktae_combine was 'multiply' and is 'add'"),
-        ({"correctness_threshold": 0.5}, "correctness_threshold was 0.0 and is 0.5"),
-        ({"temperature": 0.7}, "temperature was 1.0 and is 0.7"),
-        ({"mask_truncated_completions": True}, "mask_truncated_completions was False and is True"),
-        ({"scale_rewards": "none"}, "scale_rewards was 'group' and is 'none'"),
-        ({"reward_funcs": boxed_format}, "reward_funcs was ['math_accuracy'] and is ['boxed_format']"),
+        ({"per_device_train_batch_size": 32, "steps_per_generation": 1}, "steps_per_generation changed from 2 to 1"),
+        ({"num_iterations": 1}, "num_iterations changed from 2 to 1"),
+        ({"beta": 0.04}, "beta changed from 0.0 to 0.04"),
+        ({"credit": "none"}, "credit changed from 'ktae' to 'none'"),
+        ({"ktae_combine": "add"}, "ktae_combine changed from 'multiply' to 'add'"),
+        ({"correctness_threshold": 0.5}, "correctness_threshold changed from 0.0 to 0.5"),
+        ({"temperature": 0.7}, "temperature changed from 1.0 to 0.7"),
+        ({"mask_truncated_completions": True}, "mask_truncated_completions changed from False to True"),
+        ({"scale_rewards": "none"}, "scale_rewards changed from 'group' to 'none'"),
+        ({"reward_funcs": boxed_format}, "reward_funcs changed from ['math_accuracy'] to ['boxed_format']"),
     ],
 )
 def test_rollouts_of_other_settings_are_refused_before_the_first_step(uninterrupted, tmp_path, settings, problem):
@@ -130,10 +130,10 @@ def test_at_the_end_of_a_cycle_other_settings_are_in_effect_and_named(uninterrup
     assert trainer.state.global_step == 5
     assert logged(trainer, "kl")  # beta is in effect
     for line in (
-        "beta was 0.0 and is 0.04: in effect",
-        "loss_type was 'dapo' and is 'grpo': in effect",
-        "top_p was 1.0 and is 0.9: in effect from the next generation",
-        "max_steps was 18 and is 5: in effect",
+        "beta changed from 0.0 to 0.04: in effect",
+        "loss_type changed from 'dapo' to 'grpo': in effect",
+        "top_p changed from 1.0 to 0.9: in effect from the next generation",
+        "max_steps changed from 18 to 5: in effect",
     ):
         assert f"\n  {line}" in said
 
@@ -143,7 +143,9 @@ def test_dynamic_sampling_that_is_turned_on_begins_with_the_first_prompts_and_sa
     trainer, (said,) = resumed_from(
         folder / "checkpoint-4", tmp_path, caplog, dynamic_sampling=True, dynamic_sampling_max_batches=1, max_steps=5
     )
-    assert "dynamic_sampling was False and is True: in effect; the checkpoint does not say which prompts" in said
+    assert (
+        "dynamic_sampling changed from False to True: in effect; the checkpoint does not record which prompts" in said
+    )
     assert trainer.dynamic_sampling.state()["position"] == 4
 
 
@@ -157,7 +159,7 @@ def test_every_setting_of_the_table_is_there_and_once():
 def test_another_batch_at_the_end_of_a_cycle_starts_a_generation(uninterrupted, tmp_path, caplog):
     folder, _ = uninterrupted
     _, (said,) = resumed_from(folder / "checkpoint-4", tmp_path, caplog, num_iterations=1, max_steps=5)
-    assert "num_iterations was 2 and is 1: in effect; training starts with a new generation" in said
+    assert "num_iterations changed from 2 to 1: in effect; training starts with a new generation" in said
     saved = torch.load(tmp_path / "checkpoint-5" / "rollouts_0.pt", weights_only=True)
     assert saved["step"] == 1
 
@@ -224,9 +226,9 @@ def test_a_checkpoint_of_version_0_1_is_resumed_exactly(uninterrupted, tmp_path,
 def test_a_checkpoint_of_version_0_1_is_checked_for_what_the_loss_reads(uninterrupted, tmp_path):
     folder, _ = uninterrupted
     checkpoint = as_version_0_1(folder / "checkpoint-6", tmp_path / "old")
-    with pytest.raises(ResumeError, match=r"beta is 0\.04, for which they hold no ref_per_token_logps"):
+    with pytest.raises(ResumeError, match=r"beta is 0\.04, but they have no ref_per_token_logps"):
         resumed_from(checkpoint, tmp_path / "beta", beta=0.04)
-    with pytest.raises(ResumeError, match="num_iterations was 2 and is 1"):
+    with pytest.raises(ResumeError, match="num_iterations changed from 2 to 1"):
         resumed_from(checkpoint, tmp_path / "iterations", num_iterations=1)
 
 
@@ -237,10 +239,10 @@ def test_a_checkpoint_of_version_0_1_is_checked_for_what_the_loss_reads(uninterr
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        ({"train_dataset": prompts(16)}, "number of training prompts was 12 and is 16"),
-        ({"train_dataset": prompts(12, tiny.HELD_OUT)}, "hash of training prompts was"),
-        ({"seed": 7}, "seed was 42 and is 7"),
-        ({"shuffle_dataset": False}, "shuffle_dataset was True and is False"),
+        ({"train_dataset": prompts(16)}, "number of training prompts changed from 12 to 16"),
+        ({"train_dataset": prompts(12, tiny.HELD_OUT)}, "hash of training prompts changed from"),
+        ({"seed": 7}, "seed changed from 42 to 7"),
+        ({"shuffle_dataset": False}, "shuffle_dataset changed from True to False"),
     ],
 )
 def test_other_prompts_are_refused_unless_they_are_wanted(uninterrupted, tmp_path, caplog, settings, problem):
@@ -254,7 +256,7 @@ def test_other_prompts_are_refused_unless_they_are_wanted(uninterrupted, tmp_pat
     trainer, said = resumed_from(folder / "checkpoint-8", tmp_path / "wanted", caplog, **settings)
     assert trainer.state.global_step == 9
     assert problem in said[0]
-    assert "drawn from the first one" in said[0]
+    assert "training starts at the first prompt of the epoch" in said[0]
 
 
 def test_without_shuffling_the_seed_decides_nothing(tmp_path, caplog):
@@ -348,9 +350,9 @@ def test_the_checkpoint_s_optimizer_and_the_new_schedule_are_in_effect(uninterru
     assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == {0.0}
     assert {group["betas"] for group in trainer.optimizer.param_groups} == {(0.9, 0.999)}
     for line in (
-        "learning_rate was 0.001 and is 0.0005: no effect",
-        "weight_decay was 0.0 and is 0.1: no effect",
-        "adam_beta2 was 0.999 and is 0.5: no effect",
+        "learning_rate changed from 0.001 to 0.0005: no effect",
+        "weight_decay changed from 0.0 to 0.1: no effect",
+        "adam_beta2 changed from 0.999 to 0.5: no effect",
     ):
         assert f"\n  {line}" in said
 
@@ -358,14 +360,14 @@ def test_the_checkpoint_s_optimizer_and_the_new_schedule_are_in_effect(uninterru
     trainer, (said,) = resumed_from(
         folder / "checkpoint-12", tmp_path / "schedule", caplog, lr_scheduler_type="linear", max_steps=24
     )
-    assert "lr_scheduler_type was 'constant' and is 'linear': in effect" in said
+    assert "lr_scheduler_type changed from 'constant' to 'linear': in effect" in said
     # The first step takes the rate that the checkpoint has; then 24 steps fall from 1e-3 to 0.
     assert logged(trainer, "learning_rate")[13:] == pytest.approx([1e-3 * (24 - done) / 24 for done in range(13, 24)])
 
 
 def test_another_optimizer_is_refused(uninterrupted, tmp_path):
     folder, _ = uninterrupted
-    with pytest.raises(ResumeError, match=r"optim was '.*' and is 'sgd'"):
+    with pytest.raises(ResumeError, match=r"optim changed from '.*' to 'sgd'"):
         resumed_from(folder / "checkpoint-12", tmp_path, optim="sgd")
 
 
@@ -380,7 +382,7 @@ def test_a_model_without_its_training_is_refused(uninterrupted, tmp_path, lost):
         make_trainer(tmp_path / "model", train_dataset=prompts(12), **settings).train()
         checkpoint = tmp_path / "model" / "checkpoint-1"
     with pytest.raises(
-        ResumeError, match=r"holds a model, but not .*save_only_model.*--model_name_or_path .*checkpoint"
+        ResumeError, match=r"contains a model, but lacks .*save_only_model.*--model_name_or_path .*checkpoint"
     ):
         resumed_from(checkpoint, tmp_path)
 
@@ -412,8 +414,7 @@ def test_going_on_without_a_part_needs_to_be_asked_for(uninterrupted, tmp_path, 
     with pytest.raises(ResumeError, match="--allow_inexact_resume true"):
         resumed_from(checkpoint, tmp_path)
     trainer, (said,) = resumed_from(checkpoint, tmp_path / "asked", caplog, allow_inexact_resume=True)
-    assert "start" in said
-    assert "anew" in said or "new generation" in said
+    assert "starts from scratch" in said or "starts with a new generation" in said
     assert trainer.state.global_step == 18
 
 

@@ -22,8 +22,8 @@ from tests.trainers import make_trainer
 HANGS, COUNT = 5, 8
 COMPLETIONS = [[{"role": "assistant", "content": f"no {i}" if i != HANGS else "hang"}] for i in range(COUNT)]
 PROMPTS = [[{"role": "user", "content": f"What is {i}?"}] for i in range(COUNT)]
-ROW = rf"Completion {HANGS} of {COUNT} takes that long by itself: prompt 'What is {HANGS}\?', completion 'hang'"
-TOO_LONG = rf"^The reward function 'mine' took longer than reward_timeout \(0\.3 s\)\. {ROW}\. Limit the time "
+ROW = rf"Completion {HANGS} of {COUNT} alone takes that long: prompt 'What is {HANGS}\?', completion 'hang'"
+TOO_LONG = rf"^The reward function 'mine' took longer than reward_timeout \(0\.3 s\)\. {ROW}\. Set a time limit "
 
 
 def call(function, seconds=0.3):
@@ -133,14 +133,14 @@ def test_a_batch_that_takes_too_long_as_a_whole():
         time.sleep(0.12 * len(completions))
         return [1.0] * len(completions)
 
-    with pytest.raises(TimeoutError, match=r"None of its 8 completions takes that long by itself: the first \d, one"):
+    with pytest.raises(TimeoutError, match=r"No single completion takes that long: the first \d of 8, one"):
         call(mine)
 
     def whole_batches_only(completions, **kwargs):
         assert len(completions) == COUNT
         time.sleep(100)
 
-    with pytest.raises(TimeoutError, match=r"with completion 0 alone it fails \(AssertionError"):
+    with pytest.raises(TimeoutError, match=r"with completion 0 alone the function fails \(AssertionError"):
         call(whole_batches_only)
 
 
@@ -206,8 +206,8 @@ def test_what_is_waited_for_is_said(how, monkeypatch, caplog):
         assert len(said) == 3  # after 0.1, 0.2 and 0.4 seconds
     for line in said:
         assert re.fullmatch(
-            r"The reward function 'mine' \(process 1\) has been running for \d s\. With reward_timeout, such a call "
-            "ends the run with an error that names the completion",
+            r"The reward function 'mine' \(process 1\) has been running for \d s\. Set reward_timeout to end the run "
+            "in such a case, with an error that names the completion",
             line,
         )
     assert said
@@ -275,7 +275,7 @@ def test_what_cannot_be_interrupted_ends_with_its_process(tmp_path, how):
     assert re.search(TOO_LONG[1:], done.stderr), done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith("train.py: training stopped after step 7: ")
-    assert last.endswith("yet: start again")
+    assert last.endswith("yet. Start again")
     if how != "pool_of_threads":  # which is interrupted, but keeps its thread
         assert f"in {how}" in done.stderr  # the stack
 

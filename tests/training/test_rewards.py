@@ -226,7 +226,9 @@ def test_own_data_with_an_own_verdict(own_data, tmp_path, capfd):
     """The function that configs/own_data.yaml documents, from the folder of the user, in training and held-out."""
     training.train(*training.read_arguments(own_data))
     said = capfd.readouterr().out
-    assert "Held-out accuracy by my_verdict (4 problems)" in said
+    assert "Held-out accuracy by my_verdict (4 problems; sampled: 2 per problem at temperature 1)" in said
+    assert said.rstrip().splitlines()[-2] == "Next:"  # the data are the user's own: the recipe for them is not proposed
+    assert said.rstrip().splitlines()[-1].partition("ktae")[2].startswith(" eval math --model_name_or_path ")
     results = json.loads((tmp_path / "out" / "held_out_results.json").read_text())
     assert results["what"] == "accuracy by my_verdict"
     card = (tmp_path / "out" / "README.md").read_text()
@@ -275,7 +277,9 @@ def test_the_dry_run_says_where_a_reward_function_fails(own_data):
 def test_a_dry_run_ends_with_a_reward_function_that_hangs(own_data):
     Path("my_rewards.py").write_text("import time\ndef my_verdict(**kwargs):\n    time.sleep(100)\n")
     words = [*own_data, "--dry_run", "true", "--reward_timeout", "0.2"]
-    with pytest.raises(SystemExit, match=r"'my_verdict' fails: TimeoutError: .* Completion 0 of 3 takes that long by"):
+    with pytest.raises(
+        SystemExit, match=r"'my_verdict' fails: TimeoutError: .* Completion 0 of 3 alone takes that long"
+    ):
         training.train(*training.read_arguments(words))
 
 

@@ -35,11 +35,11 @@ def checkpoint(folder, step, whole=True):
 def test_the_line_says_where_it_stopped_and_how_to_resume(tmp_path):
     advice = Advice(trainer_in(tmp_path))
     stopped = "train.py: training stopped after step 7: interrupted. "
-    assert advice.line("interrupted") == f"{stopped}There is no checkpoint in {tmp_path} yet: start again"
+    assert advice.line("interrupted") == f"{stopped}There is no checkpoint in {tmp_path} yet. Start again"
     resume = f"Resume from the last checkpoint ({checkpoint(tmp_path, 6)}) with --resume_from_checkpoint true"
     assert advice.line("interrupted") == stopped + resume
     finished = Advice(trainer_in(tmp_path, step=20, processes=2))
-    last = "train.py: stopped after the last training step (20), before all was saved (process 0): no space. "
+    last = "train.py: stopped after the last training step (20), before everything was saved (process 0): no space. "
     assert finished.line("no space") == last + resume
     finished.saved = "It is in x"
     assert finished.line("?") == "train.py: stopped after the model was saved (process 0): ?. It is in x"
@@ -71,7 +71,7 @@ def test_the_last_line_after_an_error_is_the_advice(tmp_path):
     assert lines[1].startswith("a bar")
     assert lines[2].startswith("Traceback")
     assert lines[-3:-1] == ["ValueError: first", "a tracker ends"]
-    start = f"There is no checkpoint in {tmp_path} yet: start again"
+    start = f"There is no checkpoint in {tmp_path} yet. Start again"
     assert lines[-1] == f"train.py: training stopped after step 7: ValueError: first. {start}"
 
 
@@ -114,7 +114,7 @@ def test_reasons():
     ]
     nccl = torch.distributed.DistBackendError("NCCL error in: x.cpp:1\nremote process exited")
     for error in (*gloo, nccl):
-        assert reason_of(error).startswith("the connection to another process broke, which has probably died [")
+        assert reason_of(error).startswith("lost the connection to another process, which has probably died [")
     assert reason_of(AssertionError()) == "AssertionError"
     assert reason_of(ValueError("x. y")) == "ValueError: x. y"
 
@@ -131,7 +131,7 @@ with advice_at_the_end(trainer_in(sys.argv[1], processes=2)):
 """
 
 
-FROM_OUTSIDE = {signal.SIGTERM: "ended from outside (SIGTERM)", signal.SIGHUP: "its terminal was closed (SIGHUP)"}
+FROM_OUTSIDE = {signal.SIGTERM: "received SIGTERM", signal.SIGHUP: "the terminal was closed (SIGHUP)"}
 
 
 @pytest.mark.slow
@@ -215,7 +215,7 @@ def test_a_run_ends_with_its_launcher(tmp_path):
         launcher.kill()
         _, errors = launcher.communicate(timeout=30)
         assert gone(launched)
-    assert "train.py: training stopped after step 7: ended from outside (SIGTERM)" in errors
+    assert "train.py: training stopped after step 7: received SIGTERM" in errors
 
 
 @pytest.mark.slow

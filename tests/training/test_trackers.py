@@ -26,7 +26,7 @@ GROUP = records.Record(
 
 def test_table_of_key_tokens():
     head, _, *lines = trackers.table(GROUP).splitlines()
-    assert head == "| token | in right | in wrong | p | K |"
+    assert head == "| token | in correct | in wrong | p | K |"
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert all(len(cell) == 5 for cell in cells)  # no token ends a cell
     # Fisher's p of [[2, 0], [0, 2]] is 2 / C(4, 2) = 1/3, of a token in all of them 1.
@@ -62,12 +62,12 @@ def test_every_tracker_gets_the_sample(tmp_path):
     words = [sys.executable, "-c", TRAINING, str(tmp_path / "run")]
     done = run(words, env=environment() | variables, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "did not take" not in done.stderr
+    assert "did not accept" not in done.stderr
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     (event,) = events.Tensors("key_tokens/text_summary")
     assert event.step == 1
-    assert event.tensor_proto.string_val[0].decode().startswith("| token | in right |")
+    assert event.tensor_proto.string_val[0].decode().startswith("| token | in correct |")
     for pattern in ("wandb/offline-run-*/files/media/html/key_tokens_*.html", "trackio/media/*/*/*/*.html"):
         (html,) = tmp_path.glob(pattern)
         assert "</table>" in html.read_text(encoding="utf-8")
@@ -80,4 +80,4 @@ def test_a_tracker_that_fails_is_a_warning(caplog):
 
     callback = TensorBoardCallback(Broken())
     trackers.send_sample(GROUP, 7, SimpleNamespace(callbacks=[callback]))
-    assert "TensorBoardCallback did not take the key tokens of step 7: no route to host" in caplog.text
+    assert "TensorBoardCallback did not accept the key tokens of step 7: no route to host" in caplog.text

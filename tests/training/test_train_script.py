@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -43,10 +44,14 @@ def train(
 def test_train_saves_what_a_user_needs_and_resumes(tmp_path):
     done = train(tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "Held-out accuracy by math_accuracy, before: greedy" in done.stdout
-    assert "after:  greedy" in done.stdout
-    header = next(line for line in done.stdout.splitlines() + done.stderr.splitlines() if line.startswith("step "))
-    assert "K right" in header
+    assert "Held-out accuracy by math_accuracy before training: greedy" in done.stdout
+    closing = r"^ +before +after\n  greedy +[\d.]+% +[\d.]+%\n  sampled +[\d.]+% +[\d.]+%$"
+    assert re.search(closing, done.stdout, re.MULTILINE)
+    header = next(line for line in done.stdout.splitlines() if line.startswith("step "))
+    assert "K correct" in header
+    # Neither output is a terminal: no bar is redrawn.
+    assert "\r" not in done.stdout + done.stderr
+    assert "%|" not in done.stdout + done.stderr
     results = json.loads((tmp_path / "held_out_results.json").read_text())
     assert set(results) >= {"before_greedy", "before_sampled", "after_greedy", "after_sampled"}
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
@@ -86,7 +91,7 @@ def test_what_fails_after_training_is_done_again_by_resuming(tmp_path):
     assert failed.returncode == 1
     assert "Traceback" in failed.stderr
     last = failed.stderr.splitlines()[-1]
-    assert last.startswith("train.py: stopped after the last training step (2), before all was saved: ")
+    assert last.startswith("train.py: stopped after the last training step (2), before everything was saved: ")
     checkpoint = tmp_path / "checkpoint-2"
     assert last.endswith(f"Resume from the last checkpoint ({checkpoint}) with --resume_from_checkpoint true")
     (tmp_path / "model.safetensors").rmdir()
@@ -100,4 +105,6 @@ def test_what_fails_after_training_is_done_again_by_resuming(tmp_path):
     refused = train(tmp_path, *settings, "--resume_from_checkpoint", "true", "--seed", "7", launcher=())
     assert refused.returncode == 1
     assert "Traceback" not in refused.stderr
-    assert refused.stderr.splitlines()[-1].startswith(f"train.py: {checkpoint} stopped at a certain place")
+    assert refused.stderr.splitlines()[-1].startswith(
+        f"train.py: The training prompts or their order have changed since {checkpoint} was saved: "
+    )

@@ -97,11 +97,11 @@ class KTAE(Method):
     )
     value = "key-token value K"
     columns = {
-        "mixed": ("ktae/informative_groups", "{:.0%}"),
-        "K right": ("ktae/value_right", "{:+.3f}"),
-        "K wrong": ("ktae/value_wrong", "{:+.3f}"),
-        "|K|>.9": ("ktae/saturated", "{:.0%}"),
-        "A'/A": ("ktae/advantage_ratio", "{:.2f}"),
+        "mixed": ("ktae/informative_groups", "{:.0%}", "share of groups that have correct and wrong rollouts"),
+        "K correct": ("ktae/value_right", "{:+.3f}", "mean key-token value K in the correct rollouts of mixed groups"),
+        "K wrong": ("ktae/value_wrong", "{:+.3f}", "mean key-token value K in their wrong rollouts"),
+        "|K|>.9": ("ktae/saturated", "{:.0%}", "share of their tokens with |K| above 0.9"),
+        "A'/A": ("ktae/advantage_ratio", "{:.2f}", "mean |token advantage A'| over mean |rollout advantage A|"),
     }
     panels = {
         "Mean value K": ["ktae/value_right", "ktae/value_wrong"],
