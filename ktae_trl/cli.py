@@ -1,63 +1,68 @@
-"""The command `ktae`. Each command imports what it needs when it is called, so that help comes at once."""
+"""The command `ktae`. Each command imports what it needs when it runs, so that `ktae --help` is fast."""
 
 import argparse
 import logging
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from ktae_trl import __version__
 from ktae_trl.arguments import NotFoundError, UserError, loading, nearest, need, user_errors
+from ktae_trl.preflight import check_command
 
 CONFIGS = Path(__file__).parent / "configs"
+DOCS = "https://github.com/ktae-trl/ktae-trl/tree/main/docs"
 _HELP = {"-h", "--help"}
-_OF_TRAIN = """CONFIG is a file or the name of a recipe, FILE one of accelerate's or the name of one of the package;
-`ktae recipes` lists the names. Without FILE the training runs in this process, or in those that a launcher has started:
-accelerate launch --config_file FILE -m ktae_trl train CONFIG"""
+_DEFAULT_METHOD = "ktae"  # that of KTAEGRPOConfig, whose module imports trl
+_OF_TRAIN = """CONFIG is a file or the name of a recipe. FILE is a config file of accelerate, or the name of one in the
+package. `ktae recipes` lists the names. Without --accelerate, training runs in this process, or in the processes of a
+launcher: accelerate launch --config_file FILE -m ktae_trl train CONFIG"""
 
 
 # Configs by name
 
 
 def config_path(name: str, kind: str = "") -> Path:
-    """Return the file of a config: `name` is its path, or the name of one that the package brings.
+    """Return the file of a config.
 
     Args:
-        kind: the folder of `configs/`: "" for recipes, "eval" or "accelerate".
+        name: the path of a file, or the name of a config in the package.
+        kind: the folder in `configs/`: "" for recipes, "eval" or "accelerate".
 
     Raises:
-        NotFoundError: it is neither.
+        NotFoundError: there is neither such a file nor such a name.
     """
     if Path(name).is_file():
         return Path(name)
     known = {path.stem: path for path in sorted((CONFIGS / kind).glob("*.yaml"))}
     if name not in known:
         raise NotFoundError(
-            f"There is no config {name!r}{nearest(name, known)}: neither a file (looked in {Path.cwd()}) nor one of "
-            "those that `ktae recipes` lists"
+            f"There is no config {name!r}{nearest(name, known)}, neither as a file (looked in {Path.cwd()}) nor in the "
+            "package. `ktae recipes` lists the package's configs"
         )
     return known[name]
 
 
 def with_config(words: Sequence[str], kind: str = "") -> list[str]:
-    """Return the words with CONFIG, if they begin with one, as `--config FILE`."""
+    """Return the words of a command line with a leading CONFIG replaced by `--config FILE`."""
     if not words or words[0].startswith("-"):
         return list(words)
     return ["--config", str(config_path(words[0], kind)), *words[1:]]
 
 
 class Head(NamedTuple):
-    """What the comment at the top of a recipe says."""
+    """A recipe's description, from the comment at its top."""
 
     what: str
-    hardware: str  # and how long it takes
+    hardware: str  # and the time it takes
 
 
 def head(path: Path) -> Head:
-    """Read the second paragraph of a recipe's head: what it does, and a line that begins with `For`."""
+    """Read the second paragraph of a recipe's comment: what the recipe does, then a line that begins with `For`."""
     comment = re.match(r"(?:#.*\n)+", path.read_text(encoding="utf-8"))[0].replace("# ", "").replace("#", "")
     what, hardware = re.match(r"(.*?)^(For .*?)$", comment.split("\n\n")[1], re.DOTALL | re.MULTILINE).groups()
     return Head(" ".join(what.split()), hardware)
@@ -78,11 +83,10 @@ def train(words: list[str]) -> None:
         return run.show_help("ktae train CONFIG [--accelerate FILE] [--field value ...]\n\n" + _OF_TRAIN, words)
     words = with_config(words)
     if options.accelerate is None:
-        from ktae_trl.training import run
-
-        return run.main(words, "ktae train")
+        return _train(words, "ktae train")
     if "LOCAL_RANK" in os.environ:
-        raise UserError("--accelerate starts processes, and this one was started by a launcher already: leave it out")
+        raise UserError("--accelerate starts processes, but a launcher has already started this one. Leave it out")
+    check_command(words)
     import psutil
     from accelerate.commands.config.config_args import load_config_from_file
 
@@ -99,15 +103,29 @@ def train(words: list[str]) -> None:
     os.execv(sys.executable, [*launcher, "-m", "ktae_trl", "train", *words])
 
 
+def train_script() -> None:
+    """Do what `train.py` does: train as its command line says."""
+    _train(sys.argv[1:], "train.py")
+
+
+def _train(words: list[str], program: str) -> None:
+    if not _HELP & set(words):
+        with user_errors(program):
+            check_command(words)
+    from ktae_trl.training import run  # heavy: it imports torch and trl
+
+    run.main(words, program)
+
+
 def evaluate(words: list[str]) -> None:
-    """Measure a model on benchmarks: ktae eval CONFIG [--model_name_or_path MODEL] [--field value ...]"""
+    """Evaluate a model on benchmarks: ktae eval CONFIG [--model_name_or_path MODEL] [--field value ...]"""
     from ktae_trl.evaluation import run
 
     run.main(with_config(words, "eval") or ["--help"], "ktae eval")
 
 
 def compare(words: list[str]) -> None:
-    """Compare models by the results of ktae eval: ktae compare FOLDER FOLDER [FOLDER ...]"""
+    """Compare models by their results of ktae eval: ktae compare FOLDER FOLDER [FOLDER ...]"""
     need("scipy", "eval")
     from ktae_trl.evaluation import run
 
@@ -115,7 +133,7 @@ def compare(words: list[str]) -> None:
 
 
 def grade(words: list[str]) -> None:
-    """Grade outputs of any program: ktae grade FILE"""
+    """Grade completions that any program generated: ktae grade FILE"""
     need("scipy", "eval")
     from ktae_trl.evaluation import run
 
@@ -123,57 +141,79 @@ def grade(words: list[str]) -> None:
 
 
 def report(words: list[str]) -> None:
-    """Write the key tokens of a run as a page: ktae report RUN -o PAGE.html"""
+    """Show the key tokens of a training run on an HTML page: ktae report RUN -o PAGE.html"""
     from ktae_trl.report.run import main as run
 
     run(words)
 
 
 def explain(words: list[str]) -> None:
-    """Write the key tokens of rollouts of any origin as a page: ktae explain FILE --tokenizer NAME -o PAGE.html"""
+    """Show the key tokens of any rollouts on an HTML page: ktae explain FILE --tokenizer NAME -o PAGE.html"""
     report(["explain", *words])
 
 
 def recipes(words: list[str]) -> None:
-    """List the configs of the package, or print one: ktae recipes [NAME] > my.yaml"""
-    parser = argparse.ArgumentParser(prog="ktae recipes", description=recipes.__doc__)
-    parser.add_argument("name", nargs="?", help="of a recipe, or eval/NAME, or accelerate/NAME")
+    """List the package's recipes and other configs, or print one: ktae recipes [NAME] > my.yaml"""
+    parser = argparse.ArgumentParser(prog="ktae recipes", description=_description(recipes))
+    parser.add_argument("name", nargs="?", help="a recipe's name, eval/NAME or accelerate/NAME; default: list all")
     name = parser.parse_args(words).name
     if name is not None:
         kind, _, stem = name.rpartition("/")
         return print(config_path(stem, kind).read_text(encoding="utf-8"), end="")
     lines = []
-    for kind, command in (("", "ktae train NAME"), ("eval", "ktae eval NAME --model_name_or_path MODEL")):
-        lines.append(f"{command}\n")
+    for kind, heading in (
+        ("", "Recipes for training: ktae train NAME"),
+        ("eval", "Configs for evaluation: ktae eval NAME --model_name_or_path MODEL"),
+    ):
+        lines += [heading, ""]
         for path in sorted((CONFIGS / kind).glob("*.yaml")):
-            lines.append("  {0}\n      {1.hardware}\n      {1.what}".format(path.stem, head(path)))
+            lines += [f"  {path.stem}", *_wrapped(head(path).what), *_wrapped(head(path).hardware)]
         lines.append("")
-    lines.append("ktae train NAME --accelerate FILE\n")
+    lines += ["Launch configs for several GPUs: ktae train NAME --accelerate FILE", ""]
     for path in sorted((CONFIGS / "accelerate").glob("*.yaml")):
-        lines.append(f"  {path.stem:<16}{path.read_text(encoding='utf-8')[2:].partition(':')[0]}")
-    lines.append("\nTo change one: ktae recipes NAME > my.yaml (or eval/NAME, or accelerate/NAME)")
+        lines += [f"  {path.stem}", *_wrapped(path.read_text(encoding="utf-8")[2:].partition(":")[0])]
+    lines += ["", "To make one your own, save it and change the file, for example:"]
+    lines += ["  ktae recipes own_data > my.yaml", "  ktae recipes eval/math > my_eval.yaml"]
     print("\n".join(lines))
 
 
 def methods(words: list[str]) -> None:
-    """List the credit methods (--credit NAME)."""
-    argparse.ArgumentParser(prog="ktae methods", description=methods.__doc__).parse_args(words)
+    """List the credit methods: ktae methods"""
+    argparse.ArgumentParser(prog="ktae methods", description=_description(methods)).parse_args(words)
     from ktae_trl.credit import METHODS
     from ktae_trl.credit.method import GRPO
 
+    lines = ["Credit methods: `credit: NAME` in a recipe, or --credit NAME on the command line.", ""]
     for method in (GRPO, *METHODS.values()):
-        print(f"{method.name}\n    {method.card.does}")
+        default = ", the default" * (method.name == _DEFAULT_METHOD)
+        paper = f", arXiv {method.card.paper['id']}" if method.card.paper else ""
+        lines += [f"  {method.name}: {method.card.name}{paper}{default}", *_wrapped(method.card.does)]
+    lines += [
+        "",
+        "A method of your own: --credit my_package.my_credit, the dotted path of a function or a class.",
+        "The settings of each method: ktae train --help",
+        f"How each method works: {DOCS}/methods",
+    ]
+    print("\n".join(lines))
+
+
+def _description(command: Callable) -> str:
+    return command.__doc__.partition(":")[0] + "."
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, 100, initial_indent="      ", subsequent_indent="      ", break_on_hyphens=False)
 
 
 def merge(words: list[str]) -> None:
-    """Make one model folder of an adapter or of a checkpoint in shards: ktae merge SOURCE -o FOLDER"""
+    """Merge an adapter, or the shards of a checkpoint, into one model folder: ktae merge SOURCE -o FOLDER"""
     from ktae_trl.hub.merge import main as run
 
     run(words)
 
 
 def push(words: list[str]) -> None:
-    """Upload a run's folder to the Hub: ktae push FOLDER [--repo_id USER/NAME]"""
+    """Upload the folder of a training run to the Hub: ktae push FOLDER [--repo_id USER/NAME]"""
     from ktae_trl.hub.upload import main as run
 
     run(words)
@@ -194,12 +234,30 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 
 def usage() -> str:
-    lines = [f"  {name:<9}{' '.join(command.__doc__.split())}" for name, command in COMMANDS.items()]
-    return "\n".join(["Token-level credit for GRPO. ktae COMMAND --help says more.\n", *lines])
+    """Return the help of `ktae`: what each command does, and how it is called."""
+    lines = ["Token-level credit assignment for GRPO, on top of TRL.", "", "usage: ktae COMMAND [arguments]", ""]
+    for name, command in COMMANDS.items():
+        what, _, call = " ".join(command.__doc__.split()).partition(": ")
+        lines += [f"  {name:<9}{what}", f"{'':<11}{call}"]
+    lines += [
+        "",
+        "`ktae COMMAND --help` shows the arguments of a command, `ktae --version` the version.",
+        "",
+        "First steps:",
+        "    ktae train quickstart                 trains a small model on a CPU, in minutes",
+        "    ktae recipes own_data > my.yaml       saves a recipe: change the lines marked CHANGE",
+        "    ktae train my.yaml --dry_run true     shows prompts, rewards, batches and memory; needs no GPU",
+        "    ktae train my.yaml                    trains",
+    ]
+    return "\n".join(lines)
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Run the command that the words name, by default those of this process."""
+    """Run a command.
+
+    Args:
+        words: the command line without the program's name. Default: that of this process.
+    """
     name, *rest = (sys.argv[1:] if words is None else words) or ["--help"]
     if name in _HELP:
         return print(usage())
@@ -207,14 +265,14 @@ def main(words: Sequence[str] | None = None) -> None:
         return print(f"ktae-trl {__version__}")
     with user_errors("ktae"):
         if name not in COMMANDS:
-            raise UserError(f"unknown command {name!r}{nearest(name, COMMANDS)}. There are: {', '.join(COMMANDS)}")
+            raise UserError(f"unknown command {name!r}{nearest(name, COMMANDS)}. Choose from {', '.join(COMMANDS)}")
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
         with user_errors(f"ktae {name}"):
             COMMANDS[name](rest)
         sys.stdout.flush()
     except BrokenPipeError:
-        if name in ("train", "eval"):  # not a list: work is cut off, which must be seen
+        if name in ("train", "eval") and not _HELP & set(rest):  # the work was interrupted, and the user must see it
             raise
-        # The reader, such as `head`, has closed the pipe. Python would complain once more as it ends.
+        # The reader, such as `head`, closed the pipe. Without this, Python would report it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -8,7 +8,7 @@ from trl import GRPOTrainer
 from trl.import_utils import is_vllm_available
 
 from ktae_trl import trl_seam
-from ktae_trl.arguments import NotImportedError
+from ktae_trl.arguments import NotImportedError, pip_install
 from ktae_trl.config import KTAEGRPOConfig
 from ktae_trl.credit import find_method
 from ktae_trl.credit.combine import combine
@@ -76,7 +76,7 @@ class KTAEGRPOTrainer(GRPOTrainer):
         self._tag_names = [*GRPOTrainer._tag_names, *find_method(args.credit).card.tags]  # tags of the model card
         if args.use_vllm and not is_vllm_available():
             raise NotImportedError(
-                "use_vllm is true, but vLLM is not installed. Install it (GPU only): pip install 'ktae-trl[vllm]'. "
+                f"use_vllm is true, but vLLM is not installed. Install it (GPU only): {pip_install('vllm')}. "
                 "Or set use_vllm to false to generate with transformers"
             )
         super().__init__(model, reward_funcs, args, *positional, **kwargs)

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from ktae_trl.arguments import WORD_PROBLEMS, UserError, nearest
 from ktae_trl.data.columns import column_values
-from ktae_trl.data.files import ENDINGS, ending, read
+from ktae_trl.data.files import read
 from ktae_trl.grading.extraction import find_answer
+from ktae_trl.preflight import ENDINGS, ending
 from ktae_trl.prompts import Conversation
 
 _EXAMPLES = {WORD_PROBLEMS: Path(__file__).parent / WORD_PROBLEMS / "examples.jsonl"}  # included in the package

@@ -1,4 +1,4 @@
-"""Data files, read as they are written: no text becomes a date or a number, and errors name the line."""
+"""Data files, read verbatim: a text stays a text, even if it looks like a date or a number. Errors name the line."""
 
 import csv
 import json
@@ -10,30 +10,25 @@ from pathlib import Path
 import pyarrow
 from datasets import Dataset, DatasetInfo, Features, Json, load_dataset
 
-from ktae_trl.arguments import NotFoundError, UserError
+from ktae_trl.arguments import UserError
 from ktae_trl.files.lines import read_json_lines, read_lines
+from ktae_trl.preflight import check_file, ending
 
 
 def read(path: Path) -> Dataset:
-    """Read a file of one of the `ENDINGS`, `.gz` too.
+    """Read a file with one of the `ENDINGS`, also with `.gz`.
 
-    Values stay as they are written. In a column that mixes types, fractions and whole numbers of more than 64 bits are
-    texts, so that they stay exact. CSV columns are texts.
+    Values are kept as written. All columns of a CSV file are texts. In a column of several types, fractions and whole
+    numbers of more than 64 bits become texts, which keeps them exact.
 
     Raises:
-        FileNotFoundError: it is not there.
-        ValueError: it is empty, malformed (with the number of the line) or not UTF-8.
+        NotFoundError: there is no such file.
+        UserError: it is empty, malformed (with the number of the line) or not UTF-8.
     """
-    if not path.is_file():
-        raise NotFoundError(f"There is no data file {path} (looked in {Path.cwd()})")
+    check_file(path)
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty")
     return _READERS[ending(path)](path)
-
-
-def ending(path: Path) -> str:
-    """Return what a file's name says about its format, such as `.jsonl` for `problems.jsonl.gz`."""
-    return (Path(path.stem).suffix if path.suffix == ".gz" else path.suffix).lower()
 
 
 def _read_jsonl(path: Path) -> Dataset:
@@ -41,7 +36,7 @@ def _read_jsonl(path: Path) -> Dataset:
 
 
 def _read_json(path: Path) -> Dataset:
-    """Read a list of objects, or lines of them, which many files of this ending hold."""
+    """Read a list of objects, or one object a line: many files named `.json` are JSON Lines."""
     text = "".join(line for _, line in read_lines(path))
     if not text.lstrip().startswith("["):
         return _read_jsonl(path)
@@ -65,13 +60,13 @@ def _read_csv(path: Path) -> Dataset:
             if len(values) != len(names):
                 raise UserError(
                     f"{path}, line {reader.line_num}: {len(values)} values, but {len(names)} columns: "
-                    f"{', '.join(names)}. A value with a comma needs quotation marks around it"
+                    f"{', '.join(names)}. Put quotation marks around a value that holds a comma"
                 )
             rows.append(dict(zip(names, values, strict=True)))
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: not CSV: {error}") from None
     if twice := {name for name in names if names.count(name) > 1}:
-        raise UserError(f"{path}: two columns have the name {', '.join(map(repr, sorted(twice)))}")
+        raise UserError(f"{path}: two columns are named {', '.join(map(repr, sorted(twice)))}. Rename one of them")
     return _from_rows(rows, path)
 
 
@@ -89,20 +84,17 @@ _READERS = {
     ".csv": _read_csv,
     ".parquet": _read_parquet,
 }
-ENDINGS = tuple(_READERS)
-# Files that are not read, so that one that is not there is not taken for a Hub dataset.
-NOT_READ = {".tsv", ".txt", ".xls", ".xlsx", ".arrow", ".feather", ".pkl", ".pickle", ".xml", ".yaml", ".yml", ".zip"}
 
 
 def _from_rows(rows: list[dict], path: Path) -> Dataset:
     if not rows:
-        raise UserError(f"{path} holds no problems")
+        raise UserError(f"{path} has no rows")
     columns, mixed = {}, {}
     for name in dict.fromkeys(name for row in rows for name in row):
         values = [row.get(name) for row in rows]
         try:
             columns[name] = pyarrow.array(values)
-        except (pyarrow.ArrowException, OverflowError):  # of several types, or numbers that are too long
+        except (pyarrow.ArrowException, OverflowError):  # several types, or numbers of more than 64 bits
             columns[name] = pyarrow.array([None if value is None else json.dumps(_exact(value)) for value in values])
             mixed[name] = Json()
         except ValueError as error:
@@ -113,7 +105,7 @@ def _from_rows(rows: list[dict], path: Path) -> Dataset:
 
 
 def _exact(value):
-    """Write the numbers that `datasets` would read back as others as texts, in plain digits; NaN as null."""
+    """Return a value whose numbers `datasets` reads back unchanged: those it would change as texts, NaN as None."""
     if isinstance(value, dict):
         return {name: _exact(part) for name, part in value.items()}
     if isinstance(value, list):

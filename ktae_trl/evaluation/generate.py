@@ -27,7 +27,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ktae_trl.arguments import NotFoundError, UserError, loading
+from ktae_trl.arguments import UserError, loading
 from ktae_trl.files.fingerprint import adapter_base
 
 
@@ -61,19 +61,6 @@ class Completion(NamedTuple):
 
 
 Write = Callable[[list[tuple[Request, Completion]]], None]
-
-
-def check_model(name: str) -> None:
-    """Raise NotFoundError if `name` is a local path that does not exist or is not a saved model."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
-            raise NotFoundError(
-                f"{name} is not a saved model: it contains neither config.json nor adapter_config.json. Set "
-                "model_name_or_path to the folder of a model or an adapter"
-            )
-    elif name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise NotFoundError(f"The model {name} does not exist (looked in {Path.cwd()}). Correct model_name_or_path")
 
 
 def stop_token_ids(model: str, tokenizer: PreTrainedTokenizerBase, ends: Sequence[str]) -> tuple[int, ...]:

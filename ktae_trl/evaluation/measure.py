@@ -19,7 +19,6 @@ from ktae_trl.evaluation.generate import (
     Completion,
     Request,
     Sampling,
-    check_model,
     context_length,
     load_tokenizer,
     sample_with_transformers,
@@ -30,6 +29,7 @@ from ktae_trl.evaluation.samples import Store, read_settings, safe_name
 from ktae_trl.evaluation.settings import EvalArguments
 from ktae_trl.evaluation.tasks import Benchmark, Problem, load_problems, parse_benchmarks, prompts, unscorable
 from ktae_trl.files.fingerprint import fingerprint, is_old, model_folder
+from ktae_trl.preflight import check_model
 from ktae_trl.prompts import TEMPLATES
 
 # Settings that do not change a sample. Those of _ASKED are saved with the samples, those of _NOT_WRITTEN are not.
@@ -55,7 +55,7 @@ def measure(args: EvalArguments, config: str = "default") -> None:
         UserError: Settings, data or the model cannot be used, or the folder holds samples of other settings.
         KeyboardInterrupt: Sampling was stopped. The samples generated so far are in the folder.
     """
-    check_model(args.model_name_or_path)
+    check_model(args.model_name_or_path, args.model_revision, "model_name_or_path")
     folder = Path(args.output_dir or _default_folder(args.model_name_or_path) / safe_name(config))
     benchmarks, wanted = parse_benchmarks(args.benchmarks), parse_benchmarks(args.benchmarks, args.only)
     # Benchmarks measured earlier stay in the summary.

@@ -19,6 +19,7 @@ from ktae_trl.evaluation.outputs import Columns, read_outputs
 from ktae_trl.evaluation.samples import graded, safe_name
 from ktae_trl.files.writing import replace_json, replace_json_lines
 from ktae_trl.grading import ANSWER_FORMATS
+from ktae_trl.preflight import check_command
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,8 @@ def evaluate(words: Sequence[str], program: str) -> None:
     """Measure one model on benchmarks."""
     if program == "eval.py" and (not words or words[0] in ("-h", "--help")):
         print(__doc__)
+    if not {"-h", "--help"} & set(words):
+        check_command(words)
     # These load torch and transformers, which the other commands do not need.
     from ktae_trl.evaluation.measure import measure
     from ktae_trl.evaluation.settings import EvalArguments

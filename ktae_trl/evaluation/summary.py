@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import rich
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -150,7 +149,7 @@ def finish(folder: Path, figures: dict, title: str) -> None:
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
     replace_json(folder / SUMMARY, figures | {"versions": versions}, indent=2)
-    show(figures, title, rich.get_console())
+    show(figures, title, Console(markup=False, emoji=False))  # a benchmark may be named [like this]
     print(f"Saved samples and {SUMMARY} in {folder}")
 
 
@@ -170,7 +169,7 @@ def show(summary: dict, title: str, console: Console) -> None:
     for name, f in rows.items():
         left_out = str(len(f["unscorable"])) if "unscorable" in f else ""
         accuracy.add_row(name, str(f["problems"]), left_out, str(f["samples"]), percent(f["accuracy"]))
-    console.print(f"\n{title}\nAccuracy in percent, with 95% intervals over problems", highlight=False, markup=False)
+    console.print(f"\n{title}\nAccuracy in percent, with 95% intervals over problems", highlight=False)
     console.print(accuracy)
 
     if ks:
@@ -202,7 +201,6 @@ def show(summary: dict, title: str, console: Console) -> None:
             f"Answers not compared, and counted as wrong, because grading_budget was used up: {counts}. The accuracies "
             "may be too low. To grade all answers, run the same command with --grading_budget null",
             highlight=False,
-            markup=False,
         )
 
 

@@ -138,5 +138,5 @@ def _sha256(text: str) -> str:
 
 def progress(some: Iterable[T], what: str) -> Iterable[T]:
     """Yield the items and show a progress bar on a terminal."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False, emoji=False)
     return track(some, what, console=console, transient=True, disable=not (console.is_terminal and sys.stderr.isatty()))

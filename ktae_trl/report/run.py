@@ -22,7 +22,7 @@ def main(words: list[str]) -> None:
     except UserError as error:  # the message may quote an untrusted file
         sys.exit(f"ktae {'explain' if explained else 'report'}: {visible(' '.join(str(error).split()))}")
     size = page.stat().st_size
-    Console(soft_wrap=True, highlight=False).print(f"Saved {page} ({size / 1e6:.1f} MB)", markup=False)
+    Console(soft_wrap=True, highlight=False, markup=False, emoji=False).print(f"Saved {page} ({size / 1e6:.1f} MB)")
 
 
 def _report(words: list[str]) -> Path:
@@ -90,5 +90,5 @@ def _explain(words: list[str]) -> Path:
     with loading(f"The tokenizer {name!r}", by="--tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(name)
     explained = explain(rows, tokenizer, **options)._replace(name=file.name)
-    Console(stderr=True, soft_wrap=True, highlight=False).print(explained.summary(), markup=False)
+    Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False).print(explained.summary())
     return explained.save(output)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers.integrations import TensorBoardCallback
 
-from ktae_trl.arguments import TINY, WORD_PROBLEMS
+from ktae_trl.arguments import TINY, WORD_PROBLEMS, pip_install
 from ktae_trl.files.model_files import PAGE
 from ktae_trl.training.held_out import Accuracy
 
@@ -54,7 +54,7 @@ def next_steps(output_dir: str, dataset: str, held_out: str | None) -> str:
         held_out: its `eval_dataset_name`.
     """
     ktae, page = _command(), Path(output_dir, PAGE)
-    install = "" if find_spec("scipy") else " (first: pip install 'ktae-trl[eval]')"
+    install = "" if find_spec("scipy") else f" (first: {pip_install('eval')})"
     model = f"--model_name_or_path {shlex.quote(output_dir)}"
     steps = [(f"{ktae} eval {_EVALUATIONS.get(held_out, 'math')} {model}", f"accuracy with intervals{install}")]
     if page.exists():

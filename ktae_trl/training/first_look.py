@@ -1,4 +1,4 @@
-"""Do the first generations hold anything to learn from? If not, one warning says what was seen and what to change."""
+"""Warns once if the first generations give the training no signal, with the cause and what to change."""
 
 import logging
 import math
@@ -13,8 +13,8 @@ from ktae_trl.rollouts.verdicts import AUTO, Verdicts
 
 logger = logging.getLogger(__name__)
 
-GENERATIONS = 3  # that are looked at
-_SHOWN = 80  # characters of a completion's end
+GENERATIONS = 3  # that are examined
+_SHOWN = 80  # characters of the end of a completion
 _FORMS = {
     "boxed": r"a complete \boxed{}",
     "tag": "a complete <answer>...</answer>",
@@ -22,34 +22,34 @@ _FORMS = {
     "last_number": "any number",
     "auto": r"a complete \boxed{} or <answer>...</answer>, a line that begins with ####, or any number",
 }
-_MANY = 0.5  # share of cut off completions from which they are named as the cause
+_MANY = 0.5  # from this share of cut-off completions on, max_completion_length is named as the cause
 
 
 @dataclass
 class Seen:
-    """What the first generations held, on all processes."""
+    """Counts over the first generations, on all processes."""
 
     generations: int = 0
     groups: int = 0
-    informative: int = 0  # groups that credit can learn from
+    informative: int = 0  # groups that training can learn from
     rollouts: int = 0
-    right: int = 0
-    judged: int = 0
-    lowest: float = math.inf  # value of the correctness reward
+    right: int = 0  # correct rollouts
+    judged: int = 0  # rollouts with a correctness reward
+    lowest: float = math.inf  # correctness reward
     highest: float = -math.inf
-    cut_off: float = 0.0  # rollouts
-    answered: int = 0  # completions with an answer in the form that is read
-    example: str = ""  # a completion without one
-    stats: dict[str, float] = field(default_factory=dict)  # numerators of the credit method's metrics
+    cut_off: float = 0.0  # rollouts that did not end within max_completion_length
+    answered: int = 0  # completions with an answer in answer_format
+    example: str = ""  # a completion without an answer
+    stats: dict[str, float] = field(default_factory=dict)  # sums of the credit method's metrics
 
 
 class FirstLook:
-    """Looks at the first generations of a training. For the first process: it sees the rollouts of all.
+    """Examines the first generations of a training. The first process uses it, with the rollouts of all processes.
 
     Args:
         args: a `KTAEGRPOConfig`.
-        correctness: name of the correctness reward.
-        reads_answers: whether that reward looks for an answer in the form that the run asks for.
+        correctness: the name of the correctness reward.
+        reads_answers: whether this reward reads the answer in `answer_format`.
         opened_think: whether the chat template ends prompts with an open `<think>`.
     """
 
@@ -68,14 +68,14 @@ class FirstLook:
         cut_off: float,
         stats: dict[str, tuple[float, float]],
     ) -> None:
-        """Count what a generation holds; after the last of the first ones, warn if it was nothing.
+        """Add a generation to the counts. After the last of the first generations, warn if there is no signal.
 
         Args:
-            reward_PG: the correctness reward, NaN where there is none.
-            verdicts: made of it.
-            prompts, completions: of the P G rollouts, texts or conversations.
-            cut_off: the share of them that did not end within `max_completion_length`.
-            stats: the credit method's metrics, numerators and denominators.
+            reward_PG: the correctness rewards, NaN where there is none.
+            verdicts: the verdicts made from them.
+            prompts, completions: of the P * G rollouts, as texts or conversations.
+            cut_off: the share of rollouts that did not end within `max_completion_length`.
+            stats: the numerators and denominators of the credit method's metrics.
         """
         seen = self.seen
         if seen.generations == GENERATIONS:
@@ -102,40 +102,40 @@ class FirstLook:
             self._tell(no_signal(seen, self.args, self.correctness))
 
     def before_log(self) -> None:
-        """Warn before the first line of metrics if no completion had an answer so far."""
+        """Warn before the first line of metrics if no completion has had an answer yet."""
         if self.seen.generations:
             self._tell(no_answer(self.seen, self.args, self.correctness, self.reads_answers))
 
     def _tell(self, message: str | None) -> None:
         if message and not self._told:
             self._told = True
-            logger.warning("%s This is said once.", message)
+            logger.warning("%s This warning is shown once.", message)
 
 
 def no_answer(seen: Seen, args, correctness: str, reads_answers: bool) -> str | None:
-    """Return what to say if no completion has an answer in the form that rewards or credit read, else None."""
+    """Return a warning if no completion has an answer where rewards or credit read it, else None."""
     unread, answered = reads_answers and not seen.answered, find_method(args.credit).answered
     if not unread and not (answered and not seen.stats.get(answered)):
         return None
-    who = f"credit: {args.credit} looks for, so that all tokens count the same"
+    reader = f"credit: {args.credit} needs, so all tokens of a completion get the same advantage"
     if unread:
-        who = f"{correctness} reads, so that all are wrong"
+        reader = f"{correctness} reads, so all rollouts are wrong"
     remedies = [
-        "ask for this form in system_prompt",
-        "show it by few_shot",
-        "or set answer_format to the form that the model writes",
+        "ask for it in system_prompt",
+        "show examples (few_shot)",
+        "or set answer_format to what the model writes",
     ]
     if seen.cut_off >= _MANY * seen.rollouts:
         remedies.insert(0, f"raise max_completion_length ({args.max_completion_length} tokens)")
     return (
-        f"None of the first {seen.rollouts} completions has its answer in {_FORMS[args.answer_format]} "
-        f"(answer_format: {args.answer_format}), which {who}. "
-        f"{_cut_off(seen)} One ends with {seen.example[-_SHOWN:]!r}. What to do: {', '.join(remedies)}."
+        f"None of the first {seen.rollouts} completions has {_FORMS[args.answer_format]} "
+        f"(answer_format: {args.answer_format}), which {reader}. "
+        f"{_cut_off(seen)} One completion ends with {seen.example[-_SHOWN:]!r}. Remedies: {', '.join(remedies)}."
     )
 
 
 def no_signal(seen: Seen, args, correctness: str) -> str | None:
-    """Return what to say if no group of the first generations has anything to learn from, else None."""
+    """Return a warning if training can learn from no group of the first generations, else None."""
     first = f"the first {seen.groups} groups ({seen.generations} generations)"
     if seen.informative:
         return find_method(args.credit).no_signal(seen.stats, args, first)
@@ -144,22 +144,22 @@ def no_signal(seen: Seen, args, correctness: str) -> str | None:
     more = "" if args.dynamic_sampling else ", or set dynamic_sampling: true"
     if seen.lowest > seen.highest:
         saw = f"{correctness} returned None for all {seen.rollouts} rollouts"
-        remedy = "See what it returns for the first rows of the data: --dry_run true."
+        remedy = "See what it returns for the first problem: --dry_run true."
     elif low == high and (threshold == AUTO or seen.lowest not in (0, 1)):
-        saw = f"{correctness} gave {low} to all {seen.rollouts} rollouts"
-        remedy = f"{_cut_off(seen)} Is this the function that you mean? Read completions with log_completions: true."
+        saw = f"{correctness} returned {low} for all {seen.rollouts} rollouts"
+        remedy = f"{_cut_off(seen)} Check the function, and read completions with log_completions: true."
     elif threshold == AUTO or not by_verdict(args):
-        saw = f"{correctness} gave the same reward to all rollouts of a group, from {low} to {high}"
-        remedy = f"Take more num_generations or a higher temperature{more}."
+        saw = f"{correctness} returned the same reward for all rollouts of each group, from {low} to {high}"
+        remedy = f"Raise num_generations or temperature{more}."
     elif right and wrong:
-        saw = f"the rollouts of a group are all right or all wrong ({right} right, {wrong} wrong)"
-        remedy = f"Take more num_generations or a higher temperature{more}."
+        saw = f"the rollouts of each group are all correct or all wrong ({right} correct, {wrong} wrong)"
+        remedy = f"Raise num_generations or temperature{more}."
     elif low != high:
-        saw = f"{correctness} gave rewards from {low} to {high}, so that all {seen.judged} rollouts are "
-        saw += f"{'right' if right else 'wrong'} by correctness_threshold ({threshold:g})"
-        remedy = f"Set correctness_threshold to a value between these, or to {AUTO}: the mean of each group."
+        saw = f"{correctness} returned rewards from {low} to {high}, so all {seen.judged} rollouts are "
+        saw += f"{'correct' if right else 'wrong'} by correctness_threshold ({threshold:g})"
+        remedy = f"Set correctness_threshold to a value between these, or to {AUTO}, the mean of each group."
     elif right:
-        saw = f"all {right} rollouts are right"
+        saw = f"all {right} rollouts are correct"
         remedy = f"The problems are too easy for the model: choose harder ones (dataset_filter){more}."
     elif seen.cut_off >= _MANY * seen.rollouts:
         saw = f"all {wrong} rollouts are wrong"
@@ -167,15 +167,15 @@ def no_signal(seen: Seen, args, correctness: str) -> str | None:
     else:
         saw = f"all {wrong} rollouts are wrong"
         remedy = (
-            "The problems are too hard for the model, or its answers are not understood: read completions with "
-            f"log_completions: true, choose easier problems (dataset_filter) or more num_generations{more}."
+            "The problems are too hard for the model, or its answers are not recognized: read completions with "
+            f"log_completions: true, choose easier problems (dataset_filter) or raise num_generations{more}."
         )
-    lacks = "has both right and wrong rollouts" if by_verdict(args) else "has rollouts of different rewards"
-    return f"None of {first} {lacks}, which credit: {args.credit} learns from: {saw}. {remedy}"
+    lacks = "both correct and wrong rollouts" if by_verdict(args) else "rollouts with different rewards"
+    return f"None of {first} has {lacks}, from which credit: {args.credit} learns: {saw}. {remedy}"
 
 
 def by_verdict(args) -> bool:
-    """Return whether a run learns from right against wrong rollouts, and not from different rewards only."""
+    """Return whether a run needs both correct and wrong rollouts in a group, not only different rewards."""
     return args.dynamic_sampling or find_method(args.credit).needs_both_sides
 
 

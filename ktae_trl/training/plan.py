@@ -1,4 +1,4 @@
-"""What a run will do, before it is paid for: its batches, steps, data and memory (`train.py --dry_run true`)."""
+"""The dry run (`--dry_run true`): what a run would do. It needs no GPU and loads no weights."""
 
 import asyncio
 import dataclasses
@@ -6,7 +6,9 @@ import importlib.util
 import inspect
 import math
 import statistics
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -14,37 +16,41 @@ import yaml
 from accelerate import init_empty_weights
 from datasets import Dataset
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Column, Table
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerState
-from trl import GRPOConfig, ModelConfig
+from trl import ModelConfig
 from trl.trainer.utils import get_callable_name
 
-from ktae_trl.arguments import UserError, loading, model_path
+from ktae_trl.arguments import UserError, loading, model_path, pip_install
 from ktae_trl.config import KTAEGRPOConfig
 from ktae_trl.data.columns import column_values, original_column
 from ktae_trl.grading import gradable, write_answer
 from ktae_trl.grading.golds import describe
-from ktae_trl.prompts import texts, token_ids
+from ktae_trl.prompts import texts as rendered
+from ktae_trl.prompts import token_ids
 from ktae_trl.rewards import bind, checked
 from ktae_trl.rollouts.verdicts import AUTO, correctness_index
 from ktae_trl.training.batches import Batches
 
 GIB = 2**30
-_PLAIN = bool | int | float | str | list | dict
+_PLAIN = bool | int | float | str | list | dict | None
+# Fields that describe this command, not the run, or that transformers sets from others.
+_NOT_SHOWN = {"dry_run", "all", "dataloader_pin_memory", "disable_tqdm", "do_eval", "pad_to_multiple_of"}
+_EMPTY = (None, "", "none", [])  # such as report_to, of which transformers makes a list
+_PACKAGE = Path(__file__).parents[1]
 
 
 class DataStatistics(NamedTuple):
-    """What a set of prompts looks like."""
+    """Statistics of a set of prompts."""
 
     prompts: int
     tokens: list[int]  # minimum, median, 95th percentile and maximum
-    repeated: int  # prompts that occurred before
-    unscorable: int  # none of whose answers the grader can read
+    repeated: int  # prompts that are equal to an earlier one
+    unscorable: int  # prompts without an answer that the grader can parse
 
 
 def data_statistics(dataset: Dataset, tokenizer, template_kwargs: dict | None = None) -> DataStatistics:
-    """Measure prompts in tokens, and count those that come twice or that cannot be graded."""
+    """Measure the lengths of prompts in tokens; count repeated prompts and those that cannot be graded."""
     lengths = [len(ids) for ids in token_ids(dataset["prompt"][:], tokenizer, template_kwargs)]
     quantiles = statistics.quantiles(lengths, n=20, method="inclusive") if len(lengths) > 1 else lengths * 19
     return DataStatistics(
@@ -56,15 +62,15 @@ def data_statistics(dataset: Dataset, tokenizer, template_kwargs: dict | None = 
 
 
 class ModelSize(NamedTuple):
-    """Parameters of a model, counted without its weights."""
+    """The number of parameters of a model, counted without loading its weights."""
 
     total: int
-    largest_layer: int  # of the modules that hold parameters themselves, as DeepSpeed counts
-    dtype: torch.dtype | None  # that it was saved in
+    largest_layer: int  # parameters of the largest module, without those of its submodules, as DeepSpeed counts
+    dtype: torch.dtype | None  # in which the model was saved
 
 
 def model_size(name: str, revision: str | None = None, trust_remote_code: bool = False) -> ModelSize:
-    """Count the parameters of a model from its configuration; no weights are loaded."""
+    """Count the parameters of a model from its configuration. No weights are loaded."""
     with loading(f"The configuration of {name!r}", by="model_name_or_path"):
         config = AutoConfig.from_pretrained(model_path(name), revision=revision, trust_remote_code=trust_remote_code)
     with init_empty_weights():
@@ -76,11 +82,11 @@ def model_size(name: str, revision: str | None = None, trust_remote_code: bool =
 
 
 def memory_table(size: ModelSize, gpus: int) -> list[tuple[str, float, float]]:
-    """Estimate what weights, gradients and Adam's states need on one machine: GiB per GPU and of main memory.
+    """Estimate the memory for weights, gradients and Adam's states on one machine, in GiB per GPU and of main memory.
 
-    DeepSpeed's estimators for full fine-tuning in mixed precision. "DDP" is that of ZeRO-2 on one GPU, where nothing is
-    shared; FSDP2 shards what ZeRO-3 shards. Activations, a reference model and vLLM come on top. (TRL computes
-    log-probabilities tile by tile: there are no logits of a whole batch.)
+    The estimators are DeepSpeed's, for full fine-tuning in mixed precision. "DDP" is ZeRO-2 on one GPU, where nothing
+    is sharded; FSDP2 shards what ZeRO-3 shards. Activations, a reference model and vLLM need memory in addition. (TRL
+    computes log-probabilities in tiles, so the logits of a whole batch are never in memory.)
 
     Raises:
         ImportError: DeepSpeed is not installed.
@@ -108,91 +114,107 @@ def show(
     held_out: Dataset | None,
     tokenizer,
 ) -> None:
-    """Print the resolved settings, the arithmetic of the batches, the data, the rewards and the memory.
+    """Print the first prompt, its rewards, the batches, the data, the memory, and the settings.
 
     Raises:
-        ValueError: a reward function failed on the first rows; after everything has been printed.
+        UserError: there are too few prompts; or a reward function failed, which is raised after everything is printed.
     """
-    console = Console(highlight=False)
-    console.rule("Settings (all of GRPO's and ours; of the others, what is not a default)", align="left")
-    console.print(yaml.safe_dump(resolved(run, args, model), sort_keys=True).rstrip(), markup=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    console.rule("The first prompt, as the model reads it", align="left")
+    (prompt,) = rendered(train["prompt"][:1], tokenizer, args.chat_template_kwargs)
+    console.print(prompt)
+    console.print(f"\nGold answer: {gold_answer(train, run.answer_column)}")
+
+    console.rule("Its rewards", align="left")
+    failures = show_rewards(console, reward_funcs, args, train, tokenizer)
 
     started = args.world_size
     processes = started if started > 1 else run.num_processes or 1
     batches = Batches.of(args, processes)
     console.rule("Batches", align="left")
     if processes != started:
-        console.print(f"For {processes} processes, as the recipe says (num_processes); this command started {started}.")
+        console.print(f"For {processes} processes (num_processes in the recipe). This command started {started}.")
     _show_batches(console, batches, args, len(train))
 
     console.rule("Data", align="left")
-    table = Table("", "prompts", "tokens: least", "median", "95%", "most", "repeated", "not gradable")
+    table = Table("", "prompts", "min", "median", "95%", "max", "repeated", "not gradable")
     for name, dataset in (("training", train), ("held out", held_out)):
         if dataset is not None:
             measured = data_statistics(dataset, tokenizer, args.chat_template_kwargs)
             cells = [measured.prompts, *measured.tokens, measured.repeated, measured.unscorable]
             table.add_row(name, *(f"{cell:,}" for cell in cells))
-    console.print(table)
+    console.print(table, soft_wrap=False)
+    console.print("Lengths (min to max) are in tokens of a prompt.")
     if held_out is not None:
         both = {str(prompt) for prompt in train["prompt"]} & {str(prompt) for prompt in held_out["prompt"]}
         console.print(f"Prompts that are in both: {len(both):,}")
-
-    console.rule("First problems, as the model reads them", align="left")
-    show_problems(console, train, run.answer_column, tokenizer, args.chat_template_kwargs)
-    if held_out is not None:
-        console.rule("The first held-out problem", align="left")
-        column = run.eval_answer_column or run.answer_column
-        show_problems(console, held_out, column, tokenizer, args.chat_template_kwargs, number=1)
-
-    console.rule("Rewards of made-up completions of the first problems", align="left")
-    failures = show_rewards(console, reward_funcs, args, train, tokenizer)
+        gold = gold_answer(held_out, run.eval_answer_column or run.answer_column)
+        console.print(f"Gold answer of the first held-out problem: {gold}")
 
     console.rule("Memory", align="left")
     _show_memory(console, args, model, processes)
+
+    which = "all" if run.all else "those that differ from their defaults; --all true shows all"
+    console.rule(f"Settings ({which})", align="left")
+    console.print(yaml.safe_dump(resolved(run, args, model, everything=run.all), sort_keys=True).rstrip())
     if failures:
         raise UserError(". ".join(failures))
 
 
+def gold_answer(dataset: Dataset, answer_column: str) -> str:
+    """Return the accepted answers of the first row, and where in the data they were found."""
+    first = dataset.select([0])
+    (value,) = column_values(first, original_column(first, answer_column))
+    how = {"value": "the value"}.get(describe(value), describe(value))
+    return f"{' | '.join(first['solution'][0])}   ({how} in the column {answer_column})"
+
+
 def show_rewards(
-    console: Console,
-    reward_funcs: Sequence[Callable],
-    args: KTAEGRPOConfig,
-    dataset: Dataset,
-    tokenizer,
-    number: int = 3,
+    console: Console, reward_funcs: Sequence[Callable], args: KTAEGRPOConfig, dataset: Dataset, tokenizer
 ) -> list[str]:
-    """Print what each reward function returns for a right and a wrong answer of the first rows.
+    """Print what each reward function returns for three made-up completions of the first problem.
 
     Returns:
         A line for each function that failed, with its error.
     """
-    rows, texts, kinds = [], [], []
-    for place, row in enumerate(dataset.select(range(min(number, len(dataset)))), 1):
-        right, wrong = row["solution"][0], _other(row["solution"])
-        for kind, answer in ((f"{place}, right answer", right), (f"{place}, wrong answer", wrong)):
-            rows.append(row)
-            texts.append(f"So we have the answer.\n{write_answer(answer, args.answer_format)}")
-            kinds.append(kind)
+    row = dataset[0]
+    ends = [write_answer(answer, args.answer_format) for answer in (row["solution"][0], _other(row["solution"]))]
+    texts = [*(f"So we have the answer.\n{end}" for end in ends), "So we have no answer."]
     names = [get_callable_name(function) for function in reward_funcs]
-    table, columns, failures = Table("problem", "the completion ends with", *names), [], []
+    table, failures, found = Table("reward function", "correct answer", "wrong answer", "no answer"), [], {}
     for function, name in zip(reward_funcs, names, strict=True):
         try:
             bound = bind(function, answer_format=args.answer_format, opened_think=False)
-            values = call(checked(bound, name, args.reward_timeout), rows, texts, tokenizer)
-            columns.append(["None" if value is None else f"{value:g}" for value in values])
-        except Exception as error:  # whatever a user's function does
-            failures.append(f"The reward function {name!r} fails: {type(error).__name__}: {error}")
-            columns.append(["fails"] * len(rows))
-    for kind, text, *cells in zip(kinds, texts, *columns, strict=True):
-        table.add_row(kind, escape(text.splitlines()[-1]), *cells)
-    console.print(table)
-    for failure in failures:
-        console.print(failure, markup=False, soft_wrap=True)
+            found[name] = call(checked(bound, name, args.reward_timeout), [row] * len(texts), texts, tokenizer)
+            table.add_row(name, *("None" if value is None else f"{value:g}" for value in found[name]))
+        except Exception as error:  # the function is the user's
+            failures.append(_failure(name, error))
+            table.add_row(name, *["fails"] * len(texts))
+    console.print(f"Three made-up completions: one ends with {ends[0]}, one with {ends[1]}, one has no answer.")
+    console.print(table, soft_wrap=False)
     correctness = names[correctness_index(names, args.correctness_reward)]
     threshold = args.correctness_threshold
-    above = "the mean of the group" if threshold == AUTO else f"{threshold:g}"
-    console.print(f"A rollout is right if {correctness} gives more than {above} (correctness_threshold: {threshold}).")
+    above = "the mean of their group" if threshold == AUTO else f"{threshold:g}"
+    console.print(f"Correct rollouts: those with {correctness} above {above} (correctness_threshold: {threshold}).")
+    if correctness in found and not _tells_apart(*found[correctness][:2], threshold):
+        console.print(f"{correctness} does not tell this correct answer from the wrong one. Is that intended?")
     return failures
+
+
+def _tells_apart(right: float | None, wrong: float | None, threshold: float | str) -> bool:
+    if right is None or wrong is None:
+        return False
+    return right > wrong if threshold == AUTO else right > threshold >= wrong
+
+
+def _failure(name: str, error: Exception) -> str:
+    """Return what a reward function raised, and where in the user's code."""
+    if isinstance(error, UserError):  # names the function
+        return str(error)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename[0] != "<"]
+    own = frames and not Path(frames[-1].filename).is_relative_to(_PACKAGE)
+    where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if own else ""
+    return f"The reward function {name!r} fails: {type(error).__name__}: {' '.join(str(error).split())}{where}"
 
 
 def _other(answers: list[str]) -> str:
@@ -200,7 +222,7 @@ def _other(answers: list[str]) -> str:
 
 
 def call(function: Callable, rows: list[dict], texts: list[str], tokenizer) -> list:
-    """Call a reward function, asynchronous or not, as TRL does in training."""
+    """Call a reward function, asynchronous or not, with the arguments that TRL gives it in training."""
     columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
     values = function(
         prompts=[row["prompt"] for row in rows],
@@ -214,40 +236,26 @@ def call(function: Callable, rows: list[dict], texts: list[str], tokenizer) -> l
     return asyncio.run(values) if inspect.iscoroutine(values) else values
 
 
-def show_problems(
-    console: Console,
-    dataset: Dataset,
-    answer_column: str,
-    tokenizer,
-    template_kwargs: dict | None = None,
-    number: int = 3,
-) -> None:
-    """Print the first prompts in full, and their gold answers with what was found where in the answer column."""
-    first = dataset.select(range(min(number, len(dataset))))
-    column = original_column(first, answer_column)
-    prompts = texts(first["prompt"][:], tokenizer, template_kwargs)
-    for prompt, answers, value in zip(prompts, first["solution"], column_values(first, column), strict=True):
-        console.print(prompt, markup=False, soft_wrap=True)
-        how = {"value": "the value"}.get(describe(value), describe(value))
-        console.print(
-            f"-> gold answer: {' | '.join(answers)}   ({how} of {answer_column})\n", markup=False, soft_wrap=True
-        )
+def resolved(run, args: KTAEGRPOConfig, model: ModelConfig, *, everything: bool = False) -> dict:
+    """Return the settings of a run by name.
 
-
-def resolved(run, args: KTAEGRPOConfig, model: ModelConfig) -> dict:
-    """Return the settings by name: all of GRPO's and ours, of the others those that are no defaults."""
-    always = {*type(run).__dataclass_fields__, *KTAEGRPOConfig.__annotations__, *GRPOConfig.__annotations__}
-    # For the processes of this command; the batches are shown for the run's.
-    derived = "steps_per_generation" if args.fixed_generation_batch else "generation_batch_size"
+    Args:
+        everything: include settings that have their default value.
+    """
+    # Of these two, TRL computes one from the other, for the processes of this command.
+    computed = {"steps_per_generation" if args.fixed_generation_batch else "generation_batch_size"}
+    if args.steps_per_generation == args.gradient_accumulation_steps:
+        computed.add("steps_per_generation")
+    hidden = computed if everything else computed | _NOT_SHOWN
     settings = {}
     for part in (run, model, args):
         for field in dataclasses.fields(part):
             value = getattr(part, field.name)
             default = field.default_factory() if callable(field.default_factory) else field.default
-            shown = field.name in always or value != default
-            value = getattr(value, "value", value)  # TrainingArguments' enumerations are strings
-            if shown and field.name != derived and value != [] and isinstance(value, _PLAIN):
-                settings[field.name] = value
+            value = getattr(value, "value", value)  # of transformers' enumerations
+            differs = value != default and not (value in _EMPTY and default in _EMPTY)
+            if field.name not in hidden and (everything or differs) and isinstance(value, _PLAIN):
+                settings[field.name] = "(not shown)" if value and field.name.endswith("token") else value
     return settings
 
 
@@ -264,12 +272,12 @@ def _show_batches(console: Console, batches: Batches, args: KTAEGRPOConfig, prom
     ):
         cells = (rollouts / batches.num_generations, rollouts, rollouts * args.max_completion_length)
         table.add_row(name, *(f"{cell:,.0f}" for cell in cells), f"{optimizer_steps:,g}")
-    console.print(table)
-    console.print(f"{batches}. Tokens are those of completions.")
+    console.print(table, soft_wrap=False)
+    console.print(f"{batches}. The tokens are those of completions.")
     if args.dynamic_sampling:
         console.print(
-            f"With dynamic_sampling, a batch takes up to {args.dynamic_sampling_max_batches} generations of this "
-            "size, so that an epoch's optimizer steps draw more prompts than an epoch has."
+            f"With dynamic_sampling, a batch takes at most {args.dynamic_sampling_max_batches} generations of this "
+            "size. The optimizer steps of an epoch then use more prompts than an epoch has."
         )
 
 
@@ -279,34 +287,36 @@ def _show_memory(console: Console, args: KTAEGRPOConfig, model: ModelConfig, pro
     if model.use_peft:
         width = 0.5 if model.load_in_4bit else 1 if model.load_in_8bit else _width(model.dtype, size.dtype)
         frozen = size.total * width / GIB
-        console.print(f"Frozen weights: {frozen:.1f} GiB per GPU; the adapter and its states are small beside them.")
+        console.print(f"Frozen weights: {frozen:.1f} GiB per GPU. The adapter and its optimizer states are small.")
     elif importlib.util.find_spec("deepspeed") is None:
-        console.print("The estimate needs DeepSpeed's: pip install 'ktae-trl[deepspeed]'")
+        console.print(f"The memory estimate needs DeepSpeed: {pip_install('deepspeed')}")
     else:
         table = Table("full fine-tuning, GiB", "per GPU", "main memory", title_justify="left")
         for name, gpu, cpu in memory_table(size, processes):
             table.add_row(name, f"{gpu:.3g}", f"{cpu:.3g}")
-        console.print(table)
+        console.print(table, soft_wrap=False)
         console.print(
             f"Weights, gradients and Adam's states on {processes} GPU{'s' * (processes > 1)} of one machine "
             "(DeepSpeed's estimators)."
         )
         if processes > 1 and args.gradient_accumulation_steps > 1:
             console.print(
-                f"While it accumulates, FSDP2 holds all gradients on each GPU: {2 * size.total / GIB:.3g} GiB more."
+                "During gradient accumulation, FSDP2 keeps all gradients on each GPU: "
+                f"{2 * size.total / GIB:.3g} GiB more."
             )
-    console.print("On top of that, per GPU:")
+    console.print("In addition, per GPU:")
     if args.beta and not model.use_peft:
         reference = size.total * _width(model.dtype, size.dtype) / GIB
-        console.print(f"  reference model (beta > 0): up to {reference:.1f} GiB, shared out under ZeRO-3")
+        console.print(f"  reference model (beta > 0): up to {reference:.1f} GiB, sharded under ZeRO-3")
     if args.use_vllm and args.vllm_mode == "colocate":
         console.print(f"  vLLM: {args.vllm_gpu_memory_utilization:.0%} of the GPU (vllm_gpu_memory_utilization)")
     console.print(
-        f"  activations of {args.per_device_train_batch_size} rollouts (per_device_train_batch_size), which depend on "
-        "lengths and gradient checkpointing and are not estimated here"
+        f"  activations of {args.per_device_train_batch_size} rollouts (per_device_train_batch_size): not estimated. "
+        "They depend on the lengths and on gradient checkpointing"
     )
 
 
 def _width(asked: str | None, saved: torch.dtype | None) -> int:
+    """Return the bytes of a parameter, for the `dtype` of the settings and that of the saved model."""
     dtype = saved if asked in (None, "auto") else getattr(torch, asked)
     return (dtype or torch.float32).itemsize

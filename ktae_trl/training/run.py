@@ -17,7 +17,17 @@ from transformers import AutoTokenizer
 from trl import GRPOConfig, ModelConfig, get_peft_config, get_quantization_config
 from trl.trainer.utils import get_callable_name
 
-from ktae_trl.arguments import UserError, first_line, loading, model_path, need, parse, settings_help, user_errors
+from ktae_trl.arguments import (
+    UserError,
+    first_line,
+    loading,
+    model_path,
+    need,
+    parse,
+    pip_install,
+    settings_help,
+    user_errors,
+)
 from ktae_trl.config import KTAEGRPOConfig, config_class
 from ktae_trl.credit import METHODS
 from ktae_trl.data import DataArguments, load_prompts
@@ -25,6 +35,7 @@ from ktae_trl.files.checkpoints import ResumeError, candidates, wants_to_resume
 from ktae_trl.files.lock import locked
 from ktae_trl.hub.card import settings_of
 from ktae_trl.hub.upload import HubError, create_repo, repo_name, upload_command
+from ktae_trl.preflight import check_model
 from ktae_trl.rewards import load_rewards
 from ktae_trl.rollouts.verdicts import correctness_index
 from ktae_trl.training import closing, plan
@@ -58,13 +69,20 @@ class RunArguments(DataArguments):
     )
     dry_run: bool = field(
         default=False,
-        metadata={"help": "Show the settings, batches, data and memory of the run, without training."},
+        metadata={
+            "help": "Show the first prompt, its rewards, and the batches, data, memory and settings of the run, "
+            "without training."
+        },
+    )
+    all: bool = field(
+        default=False, metadata={"help": "In a dry run, show all settings, not only those that differ from defaults."}
     )
 
 
 def load(run: RunArguments, args: KTAEGRPOConfig, model: ModelConfig):
     """Load the training prompts, the held-out prompts (or None) and the tokenizer of a recipe."""
     name = model.model_name_or_path
+    check_model(name, model.model_revision, "model_name_or_path")
     with loading(f"The tokenizer of {name!r}", by="model_name_or_path"):
         tokenizer = AutoTokenizer.from_pretrained(
             model_path(name),
@@ -224,9 +242,7 @@ def check_trackers(args: KTAEGRPOConfig) -> None:
     if "tensorboard" in args.report_to and find_spec("tensorboard") is None:
         args.report_to = [tracker for tracker in args.report_to if tracker != "tensorboard"]
         if args.process_index == 0:
-            logger.warning(
-                "No TensorBoard logs: tensorboard is not installed. Install it: pip install 'ktae-trl[trackers]'"
-            )
+            logger.warning("No TensorBoard logs: tensorboard is not installed. Install it: %s", pip_install("trackers"))
 
 
 def show_help(usage: str, words: Sequence[str] = ()) -> None:

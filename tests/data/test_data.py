@@ -290,7 +290,7 @@ def test_parts_of_a_split(write, tmp_path, name):
     assert numbers("train[:3]") == [0, 1, 2]
     assert numbers("test[-2:]") == [8, 9]
     assert numbers("train[50%:70%]") == [5, 6]
-    with pytest.raises(ValueError, match=r"'train\[3' is no split of .*Write train, train\[:100\] or"):
+    with pytest.raises(ValueError, match=r"'train\[3' is not a split of .*Write train, train\[:100\] or"):
         numbers("train[3")
 
 

@@ -102,4 +102,4 @@ def test_the_dry_run_shows_what_is_understood(tmp_path, capfd):
     training.train(*training.read_arguments(words))
     shown = capfd.readouterr().out
     assert "How many books is that?" in shown
-    assert "-> gold answer: 14,400   (last line #### of answer)" in shown
+    assert "Gold answer: 14,400   (last line #### in the column answer)" in shown

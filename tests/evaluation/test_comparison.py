@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from statsmodels.stats.multitest import multipletests
 
-from ktae_trl.arguments import NotImportedError
+from ktae_trl.arguments import NotImportedError, pip_install
 from ktae_trl.evaluation import summary
 from ktae_trl.evaluation.comparison import (
     MEAN,
@@ -169,7 +169,7 @@ def test_settings_that_differ_are_told():
 def test_a_plot_needs_matplotlib(tmp_path, monkeypatch):
     runs = [run("a", 0.2, ["easy"]), run("b", 0.9, ["easy"])]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(NotImportedError, match=r"matplotlib is not installed: pip install 'ktae-trl\[eval\]'"):
+    with pytest.raises(NotImportedError, match=r"matplotlib is not installed: pip install 'ktae-trl\[eval\]"):
         plot(runs, tmp_path)
 
 
@@ -349,7 +349,7 @@ def test_compare_without_matplotlib(evaluated, tmp_path, capsys, monkeypatch):
     main(["compare", str(evaluated), str(shutil.copytree(evaluated, tmp_path / "b")), "--output_dir", str(tmp_path)])
     said = capsys.readouterr().out
     assert "sums: no evidence of a difference: identical on every problem" in said
-    assert "Note: no plot: matplotlib is not installed: pip install 'ktae-trl[eval]'" in said.splitlines()
+    assert f"Note: no plot: matplotlib is not installed: {pip_install('eval')}" in said.splitlines()
     assert json.loads((tmp_path / "comparison.json").read_text())["comparisons"]
     assert not list(tmp_path.glob("*.png"))
 

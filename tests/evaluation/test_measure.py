@@ -317,16 +317,10 @@ def test_damaged_models_are_named(model, tmp_path):
         (["--chat_template_kwargs", "{enable_thinking"], "chat_template_kwargs is not valid JSON"),
         (["--chat_template_kwargs", "[1]"], "chat_template_kwargs must be a JSON object, not [1]"),
         (["--prompt", "none", "--chat_template_kwargs", '{"a": 1}'], "need the model's own chat template"),
-        (
-            ["--model_name_or_path", "ktae_trl/no_such_model"],
-            "ktae_trl/no_such_model is neither a folder nor on the Hub",
-        ),
+        (["--model_name_or_path", "ktae_trl/no_such_model"], "The model 'ktae_trl/no_such_model' (model_name"),
         (["--only", "sum"], "Unknown benchmark 'sum' in only (did you mean 'sums'?)"),
-        (["--model_name_or_path", "./no/model"], "The model ./no/model does not exist"),
-        (
-            ["--model_name_or_path", "configs"],
-            "configs is not a saved model: it contains neither config.json nor adapter_config.json",
-        ),
+        (["--model_name_or_path", "./no/model"], "There is no model ./no/model"),
+        (["--model_name_or_path", "configs"], "configs (model_name_or_path) holds neither config.json nor"),
         (["--benchmark_folder", "configs"], "There is no data file configs/sums.jsonl"),
         (["--sample", "4"], "Unknown setting: 'sample' (did you mean 'samples'?)"),
         (["--top_p", "1.5"], "top_p must be above 0 and at most 1, not 1.5"),
@@ -358,7 +352,7 @@ def test_what_is_not_there(tmp_path):
     config = {"model_name_or_path": str(tiny.MODEL), "benchmarks": [{"name": "a", "dataset": "someone/nothing"}]}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     said = complaint(["--config", str(tmp_path / "config.yaml"), "--output_dir", str(tmp_path / "out")])
-    assert said.startswith("eval.py: The dataset 'someone/nothing' could not be loaded: ")
+    assert said.startswith("eval.py: The dataset 'someone/nothing' (benchmark a) is neither in ")
 
 
 def test_unknown_command():

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from ktae_trl import tiny
-from ktae_trl.arguments import UserError
+from ktae_trl.arguments import UserError, pip_install
 from ktae_trl.credit import find_method
 from ktae_trl.credit.ktae.values import key_token_values
 from ktae_trl.report import KeyTokens, explain, records, write_report
@@ -281,7 +281,7 @@ def test_a_page_without_plotly_lacks_the_curves_only(tmp_path, monkeypatch, capl
     assert page.data("index")["panels"] == []
     assert len(page.data("index")["groups"]) == 2
     for said in (page.text, caplog.text):
-        assert said.count("plotly is not installed: pip install 'ktae-trl[report]'") == 1
+        assert said.count(f"plotly is not installed: {pip_install('report')}") == 1
 
 
 def test_numbers_that_json_does_not_know(tmp_path):

@@ -62,12 +62,23 @@ def test_the_help_of_train_has_every_setting_once_in_its_group(capsys):
     assert "learning_rate" in names["TRL's GRPO"] | names["transformers' Trainer"]
 
 
+def test_help_shows_how_each_command_is_called(capsys):
+    out = said(capsys, "--help")
+    for name in cli.COMMANDS:
+        assert re.search(rf"^  {name}\s+[A-Z].*\n\s+ktae {name}\b", out, re.MULTILINE), name
+    assert max(map(len, out.splitlines())) <= 120
+
+
 def test_an_unknown_command_names_the_nearest():
-    assert refusal("trian").startswith("ktae: unknown command 'trian' (did you mean 'train'?). There are: train, eval,")
+    assert refusal("trian").startswith(
+        "ktae: unknown command 'trian' (did you mean 'train'?). Choose from train, eval,"
+    )
 
 
 def test_methods_are_listed(capsys):
-    assert re.findall(r"^(\w+)$", said(capsys, "methods"), re.MULTILINE) == ["none", *METHODS]
+    out = said(capsys, "methods")
+    assert re.findall(r"^  (\w+): ", out, re.MULTILINE) == ["none", *METHODS]
+    assert re.findall(r"^  (\w+): .*, the default$", out, re.MULTILINE) == [KTAEGRPOConfig.credit]
 
 
 # Configs by name
@@ -76,11 +87,13 @@ def test_methods_are_listed(capsys):
 def test_recipes_are_listed_with_hardware_and_time_and_printed_as_they_are(capsys):
     out = said(capsys, "recipes")
     for path in (ROOT / "configs").rglob("*.yaml"):
-        assert re.search(rf"^  {re.escape(path.stem)}\s", out, re.MULTILINE)
+        assert re.search(rf"^  {re.escape(path.stem)}$", out, re.MULTILINE)
         name = path.relative_to(ROOT / "configs").with_suffix("").as_posix()
         assert said(capsys, "recipes", name) == path.read_text()
-    assert "  quickstart\n      For 2 CPU cores, no network needed; under 4 minutes.\n      A 0.8M-param" in out
-    assert "  ddp             8 GPUs, each with the full model and its optimizer states\n" in out
+    quickstart = cli.head(ROOT / "configs/quickstart.yaml")
+    assert f"  quickstart\n      {quickstart.what}\n      {quickstart.hardware}\n" in out
+    assert re.search(r"^  ddp\n      8 GPUs, ", out, re.MULTILINE)
+    assert max(map(len, out.splitlines())) <= 100
 
 
 def test_a_list_is_cut_off_by_who_reads_it():
@@ -99,7 +112,7 @@ def test_a_config_is_a_file_or_a_name(tmp_path, monkeypatch):
     words = ["--config", "mine.yaml", "--seed", "2"]
     assert cli.with_config(words) == words
     unknown = refusal("train", "own-data")
-    assert unknown.startswith("ktae train: There is no config 'own-data' (did you mean 'own_data'?): neither a file")
+    assert unknown.startswith("ktae train: There is no config 'own-data' (did you mean 'own_data'?), neither as a file")
     assert "no config 'maths' (did you mean 'math'?)" in refusal("eval", "maths")
 
 
@@ -150,5 +163,5 @@ def test_an_accelerate_file_that_is_none_is_one_line(launched, tmp_path, monkeyp
     assert said.startswith(f"ktae train: The accelerate file {bad} (--accelerate) could not be loaded: ")
     assert "num_process" in said
     monkeypatch.setenv("LOCAL_RANK", "0")
-    assert "started by a launcher already" in refusal("train", "quickstart", "--accelerate", "zero3")
+    assert "a launcher has already started this one" in refusal("train", "quickstart", "--accelerate", "zero3")
     assert not launched

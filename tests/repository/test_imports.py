@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parents[2] / "ktae_trl"
     ("module", "forbidden"),
     [
         ("ktae_trl", {"torch", "trl", "transformers"}),
+        ("ktae_trl.preflight, ktae_trl.cli", {"torch", "trl", "transformers", "datasets", "huggingface_hub", "yaml"}),
         ("ktae_trl.grading", {"torch", "trl", "transformers", "sympy", "numpy"}),
         ("ktae_trl.grading.symbolic, ktae_trl.grading.worker", {"torch", "trl", "transformers", "numpy"}),
         ("ktae_trl.credit", {"trl", "transformers"}),
@@ -33,9 +34,9 @@ def test_imports_stay_light(module, forbidden):
 
 # The rooms, and files with a place of their own. What a module loads as it is imported stands in its own room or above.
 ORDER = [
-    "arguments", "trl_seam", "tiny", "grading", "files", "prompts", "data", "credit", "training.reward_calls",
-    "rewards", "rollouts", "report", "hub", "evaluation", "config", "training", "trainer", "training.run",
-    "tiny.warm_start", "tiny.__main__", "cli", "__main__",
+    "arguments", "preflight", "trl_seam", "tiny", "grading", "files", "prompts", "data", "credit",
+    "training.reward_calls", "rewards", "rollouts", "report", "hub", "evaluation", "config", "training", "trainer",
+    "training.run", "tiny.warm_start", "tiny.__main__", "cli", "__main__",
 ]  # fmt: skip
 
 

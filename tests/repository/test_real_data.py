@@ -74,7 +74,7 @@ def test_gsm8k_as_the_hub_has_it(shared, tmp_path):
     recipe = [ROOT / "configs/quickstart.yaml", *data, *few]
 
     said = ktae("train", *recipe, "--dry_run", "true", "--output_dir", tmp_path / "none")
-    assert re.search(r"gold answer: 72\b", said)
+    assert re.search(r"Gold answer: 72\b", said)
     entry = f"benchmarks:\n  - {{name: gsm8k, dataset: {tmp_path / 'test.jsonl'}, problem: question, answer: answer}}\n"
     (tmp_path / "gsm8k.yaml").write_text(f"{entry}backend: transformers\nmax_new_tokens: 16\n")
     for credit in ("none", "ktae"):

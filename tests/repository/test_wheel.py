@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from ktae_trl.arguments import pip_install
+
 ROOT = Path(__file__).parents[2]
 SMALL = {
     "max_steps": 4,
@@ -92,16 +94,13 @@ def test_a_user_without_the_checkout_trains_measures_and_looks(wheel, tmp_path):
     trained = there.run("ktae", "train", "quickstart", *settings)
     assert trained.returncode == 0, trained.stderr[-3000:]
     assert "Trained to step 4" in trained.stdout
-    assert (
-        "No TensorBoard logs: tensorboard is not installed. Install it: pip install 'ktae-trl[trackers]'"
-        in trained.stderr
-    )
+    assert f"No TensorBoard logs: tensorboard is not installed. Install it: {pip_install('trackers')}" in trained.stderr
     run = there.work / "runs" / "quickstart"
     assert (run / "model.safetensors").exists()
     without_curves = (run / "key_tokens.html").stat().st_size
     refused = there.run("ktae", "eval", "quickstart")
     assert refused.returncode == 1
-    assert refused.stderr.splitlines()[-1].endswith(": scipy is not installed: pip install 'ktae-trl[eval]'")
+    assert refused.stderr.splitlines()[-1].endswith(f": scipy is not installed: {pip_install('eval')}")
 
     there.install(f"{wheel}[eval,report]")
     measured = there.run(

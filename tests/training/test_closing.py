@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 from transformers.integrations import TensorBoardCallback
 
+from ktae_trl.arguments import pip_install
 from ktae_trl.cli import CONFIGS
 from ktae_trl.training import closing
 from ktae_trl.training.held_out import Accuracy
@@ -85,7 +86,7 @@ def test_only_what_there_is_to_do(tmp_path, monkeypatch):
 
 def test_evaluating_needs_an_extra(tmp_path, monkeypatch):
     monkeypatch.setattr(closing, "find_spec", lambda name: None)
-    assert "pip install 'ktae-trl[eval]'" in closing.next_steps(str(tmp_path), "tiny", "tiny")
+    assert pip_install("eval") in closing.next_steps(str(tmp_path), "tiny", "tiny")
 
 
 def test_the_command_of_an_environment_that_is_not_activated(tmp_path, monkeypatch):

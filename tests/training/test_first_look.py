@@ -35,14 +35,14 @@ def said(function, seen: dict, args: dict, *more) -> str | None:
 @pytest.mark.parametrize(
     ("seen", "args", "words"),
     [
-        ({"right": 48, "lowest": 1.0, "highest": 1.0}, {}, "all 48 rollouts are right. The problems are too easy"),
+        ({"right": 48, "lowest": 1.0, "highest": 1.0}, {}, "all 48 rollouts are correct. The problems are too easy"),
         ({}, {}, "all 48 rollouts are wrong. The problems are too hard"),
         ({"cut_off": 40.0}, {}, "83% of the completions were cut off. Raise max_completion_length (100 tokens)"),
         ({"judged": 0, "lowest": float("inf"), "highest": -float("inf")}, {}, "returned None for all 48 rollouts"),
         (
             {"right": 48, "lowest": 0.2, "highest": 0.9},
             {},
-            "gave rewards from 0.2 to 0.9, so that all 48 rollouts are right by correctness_threshold (0). "
+            "returned rewards from 0.2 to 0.9, so all 48 rollouts are correct by correctness_threshold (0). "
             "Set correctness_threshold to a value between these, or to auto",
         ),
         (
@@ -50,8 +50,8 @@ def said(function, seen: dict, args: dict, *more) -> str | None:
             {"correctness_threshold": 2.0},
             "all 48 rollouts are wrong by correctness_threshold (2)",
         ),
-        ({"right": 24, "highest": 1.0}, {}, "the rollouts of a group are all right or all wrong (24 right, 24 wrong)"),
-        ({"lowest": 0.5, "highest": 0.5}, {}, "gave 0.5 to all 48 rollouts"),
+        ({"right": 24, "highest": 1.0}, {}, "of each group are all correct or all wrong (24 correct, 24 wrong)"),
+        ({"lowest": 0.5, "highest": 0.5}, {}, "returned 0.5 for all 48 rollouts"),
         (
             {"informative": 6, "stats": {"tree/signal_depth_1": 0.0}},
             {"credit": "tree"},
@@ -80,15 +80,15 @@ def test_a_signal_needs_no_words():
 )
 def test_no_answer(answer_format, form):
     words = said(no_answer, {"answered": 0}, {"answer_format": answer_format}, True)
-    assert words.startswith(f"None of the first 48 completions has its answer in {form}")
-    assert f"(answer_format: {answer_format}), which math_accuracy reads, so that all are wrong." in words
-    assert "One ends with 'and so on, and so on'" in words
-    assert "set answer_format to the form that the model writes" in words
+    assert words.startswith(f"None of the first 48 completions has {form}")
+    assert f"(answer_format: {answer_format}), which math_accuracy reads, so all rollouts are wrong." in words
+    assert "One completion ends with 'and so on, and so on'" in words
+    assert "set answer_format to what the model writes" in words
     assert said(no_answer, {"answered": 1}, {"answer_format": answer_format}, True) is None
     # A reward function that does not read answers does not miss any; OAR does.
     assert said(no_answer, {"answered": 0}, {"answer_format": answer_format}, False) is None
     oar = {"answer_format": answer_format, "credit": "oar_g"}
-    assert "which credit: oar_g looks for" in said(no_answer, {"answered": 0}, oar, False)
+    assert "which credit: oar_g needs" in said(no_answer, {"answered": 0}, oar, False)
 
 
 def test_cut_off_completions_have_another_remedy():
@@ -98,7 +98,7 @@ def test_cut_off_completions_have_another_remedy():
 
 
 def warnings(caplog) -> list[str]:
-    return [record.getMessage() for record in caplog.records if "This is said once" in record.getMessage()]
+    return [record.getMessage() for record in caplog.records if "This warning is shown once" in record.getMessage()]
 
 
 def test_a_training_says_it_before_its_first_line_of_metrics(tmp_path, caplog):
@@ -115,7 +115,7 @@ def test_a_training_says_it_before_its_first_line_of_metrics(tmp_path, caplog):
         trainer.train()
     assert lines[0] == 1
     (said,) = warnings(caplog)
-    assert "None of the first 16 completions has its answer in a complete <answer>...</answer>" in said
+    assert "None of the first 16 completions has a complete <answer>...</answer>" in said
 
 
 def test_a_training_says_that_its_threshold_tells_nothing_apart(tmp_path, caplog):
@@ -125,8 +125,8 @@ def test_a_training_says_that_its_threshold_tells_nothing_apart(tmp_path, caplog
     with caplog.at_level(logging.WARNING):
         make_trainer(tmp_path, reward_funcs=share, max_steps=GENERATIONS + 1).train()
     (said,) = warnings(caplog)
-    assert "share gave rewards from 0." in said
-    assert "all 48 rollouts are right by correctness_threshold (0)" in said
+    assert "share returned rewards from 0." in said
+    assert "all 48 rollouts are correct by correctness_threshold (0)" in said
 
 
 def test_a_healthy_training_says_nothing(tmp_path, caplog):

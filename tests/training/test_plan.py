@@ -1,16 +1,19 @@
 """What a dry run says, against what training then does; and settings that do not go together."""
 
+import importlib.util
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, Qwen2Config
 from trl import ModelConfig
 
 from ktae_trl import KTAEGRPOConfig, tiny
-from ktae_trl.arguments import UserError
+from ktae_trl.arguments import UserError, pip_install
 from ktae_trl.training import plan
 from ktae_trl.training import run as training
 from ktae_trl.training.batches import Batches, check_processes
@@ -71,11 +74,12 @@ def test_another_number_of_processes_is_explained(tmp_path):
     assert check_processes(args, None) is None
     assert check_processes(args, 1) is None
     warning = check_processes(args, 4)
-    assert "written for 4 processes (num_processes), but 1 were started" in warning
+    assert "written for 4 processes (num_processes), but 1 was started" in warning
     assert "8 rollouts x 4 processes x 8 steps_per_generation = 256 rollouts a generation (32 prompts x 8)" in warning
     assert "8 rollouts x 1 process x 8 steps_per_generation = 64 rollouts a generation (8 prompts x 8)" in warning
     assert (
-        "add behind train.py: --num_processes 1 --gradient_accumulation_steps 16 --steps_per_generation 32" in warning
+        "add to the train.py command: --num_processes 1 --gradient_accumulation_steps 16 --steps_per_generation 32"
+        in warning
     )
 
 
@@ -84,7 +88,7 @@ def test_the_flags_that_the_warning_gives_keep_the_batches_and_silence_it(tmp_pa
     words += ["--output_dir", str(tmp_path), "--num_processes", "4"]
     run, args, _ = training.read_arguments(words)
     warning = check_processes(args, run.num_processes)
-    flags = re.search(r"add behind train.py: (.*)", warning)[1].split()
+    flags = re.search(r"add to the train.py command: (.*)", warning)[1].split()
     run, kept, _ = training.read_arguments([*words, *flags])
     assert check_processes(kept, run.num_processes) is None
     wanted, found = Batches.of(args, 4), Batches.of(kept, 1)
@@ -97,13 +101,15 @@ def test_a_generation_batch_that_is_given_stays_what_it_is(tmp_path):
     assert Batches.of(args, 8).steps == 4
     warning = check_processes(args, 8)
     assert warning.count("256 rollouts a generation") == 2
-    assert warning.endswith("add behind train.py: --num_processes 1 --gradient_accumulation_steps 16")
+    assert warning.endswith("add to the train.py command: --num_processes 1 --gradient_accumulation_steps 16")
 
 
 def test_one_process_on_several_gpus_is_refused(tmp_path):
     args = config(tmp_path)
     args._n_gpu = 4
-    with pytest.raises(UserError, match=r"One process sees 4 GPUs, which TRL refuses .* launch --num_processes 4"):
+    with pytest.raises(
+        UserError, match=r"One process sees 4 GPUs, which TRL does not support .* launch --num_processes 4"
+    ):
         check_processes(args, 1)
 
 
@@ -178,18 +184,34 @@ def test_a_dry_run_needs_no_gpu_and_trains_nothing(tmp_path, capsys):
     offline = ["--model_name_or_path", str(tiny.MODEL), "--dataset_name", str(tiny.TRAIN)]
     offline += ["--eval_dataset_name", str(tiny.HELD_OUT), "--output_dir", str(tmp_path / "out")]
     said = dry_run(capsys, "--config", "configs/qwen2.5_math_1.5b_dapo_ktae.yaml", *offline)
-    assert "For 8 processes, as the recipe says" in said
+    assert "For 8 processes (num_processes in the recipe). This command started 1." in said
     assert "a generation │ 1,024 │ 16,384 │ 50,331,648 │ 8" in said
     assert "an optimizer step │ 128 │ 2,048 │ 6,291,456 │ 1" in said
     assert "an epoch │ 2,048 │ 32,768 │ 100,663,296 │ 16" in said
     assert "the run │ 102,400 │ 1,638,400 │ 5,033,164,800 │ 800" in said
-    assert "a batch takes up to 10 generations" in said
-    for setting in ("ktae_combine: add", "learning_rate: 1.0e-06", "delta: 10.0", "overlong_buffer: 512", "beta: 0.0"):
-        assert setting in said
+    assert "a batch takes at most 10 generations" in said
+    assert "ktae_combine: add" in said
+    assert "delta: 10.0" in said
+    assert "overlong_buffer" not in said.partition("Settings")[2]  # it has its default value
     assert "training │ 2,048 │" in said
     assert "831,616 parameters" in said
     assert "vLLM: 40% of the GPU" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_the_dry_run_prints_brackets_as_they_are(tmp_path, capsys, monkeypatch):
+    """Rich reads [deepspeed] as markup and :smile: as an emoji, unless it is told not to."""
+    find = importlib.util.find_spec
+    hidden = lambda name, package=None: None if name == "deepspeed" else find(name, package)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", hidden)
+    rows = [{"problem": "[bold]1[/bold] + [red]1 :smile:", "answer": "[1, 2]"}] * 16
+    (tmp_path / "[data].jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = ["--dataset_name", str(tmp_path / "[data].jsonl"), "--eval_dataset_name", "null"]
+    said = dry_run(capsys, "--config", "configs/quickstart.yaml", "--output_dir", str(tmp_path / "out"), *data)
+    assert f"The memory estimate needs DeepSpeed: {pip_install('deepspeed')}" in said
+    assert "[bold]1[/bold] + [red]1 :smile:<|im_end|>" in said
+    assert "Gold answer: [1, 2] (the value in the column answer)" in said
+    assert f"dataset_name: {tmp_path / '[data].jsonl'}" in said
 
 
 def test_a_dry_run_of_an_adapter_and_of_a_reference_model(tmp_path, capsys):
@@ -229,11 +251,19 @@ def test_bad_data_and_settings_are_one_line(tmp_path, capsys):
         training.train(run, args, model)
 
 
-def test_every_setting_that_is_shown_is_a_setting(tmp_path):
-    run, args, model = training.read_arguments(["--config", "configs/quickstart.yaml", "--output_dir", str(tmp_path)])
-    shown = plan.resolved(run, args, model)
-    assert {"credit", "num_generations", "learning_rate", "dataset_name", "max_steps"} <= shown.keys()
+def test_the_settings_that_differ_from_their_defaults_or_all(tmp_path):
+    words = ["--config", "configs/quickstart.yaml", "--output_dir", str(tmp_path), "--report_to", "none"]
+    run, args, model = training.read_arguments([*words, "--hub_token", "hf_secret"])
     assert isinstance(model, ModelConfig)
+    differing = plan.resolved(run, args, model)
+    recipe = yaml.safe_load(Path("configs/quickstart.yaml").read_text())
+    defaults = {"reward_funcs", "credit", "ktae_combine", "num_generations", "held_out_samples", "temperature"}
+    defaults |= {"loss_type", "logging_steps", "report_to"}
+    assert differing.keys() == recipe.keys() - defaults | {"hub_token"}
+    shown = plan.resolved(run, args, model, everything=True)
+    assert differing.items() <= shown.items()
+    assert {"credit", "num_generations", "temperature", "weight_decay", "lora_r"} <= shown.keys()
+    assert shown.pop("hub_token") == "(not shown)"
     for name, value in shown.items():
         owners = [part for part in (run, args, model) if hasattr(part, name)]
         assert any(getattr(getattr(part, name), "value", getattr(part, name)) == value for part in owners), name
@@ -262,7 +292,7 @@ def test_fewer_prompts_than_a_generation_takes_are_refused(tmp_path):
 def test_vllm_that_is_not_installed_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr("ktae_trl.trainer.is_vllm_available", lambda: False)
     with pytest.raises(
-        ImportError, match=r"use_vllm is true, but vLLM is not installed.*pip install 'ktae-trl\[vllm\]'"
+        ImportError, match=r"use_vllm is true, but vLLM is not installed.*pip install 'ktae-trl\[vllm\]"
     ):
         make_trainer(tmp_path, use_vllm=True)
 

@@ -245,18 +245,40 @@ def test_a_mean_reward_is_no_percentage(own_data, tmp_path):
 def test_the_dry_run_calls_the_reward_functions(own_data, capfd):
     training.train(*training.read_arguments([*own_data, "--dry_run", "true"]))
     said = " ".join(capfd.readouterr().out.split())
-    assert r"1, right answer │ \boxed{1} │ 1 │" in said
-    assert r"1, wrong answer │ \boxed{-987654321} │ 0 │" in said
-    assert "A rollout is right if my_verdict gives more than 0 (correctness_threshold: 0.0)." in said
+    assert "What is 0 + 1?<|im_end|>" in said
+    assert "Gold answer: 1 (the value in the column result)" in said
+    assert r"one ends with \boxed{1}, one with \boxed{-987654321}, one has no answer" in said
+    assert "my_verdict │ 1 │ 0 │" in said
+    assert "Correct rollouts: those with my_verdict above 0 (correctness_threshold: 0.0)." in said
+    assert "does not tell" not in said
+    order = ["The first prompt", "Its rewards", "Batches ─", "Data ─", "Memory ─", "Settings (those that differ"]
+    assert sorted(order, key=said.index) == order
     training.train(*training.read_arguments([*own_data, "--dry_run", "true", "--answer_format", "hash"]))
-    assert "1, right answer │ #### 1 │ 1 │" in " ".join(capfd.readouterr().out.split())
+    said = " ".join(capfd.readouterr().out.split())
+    assert "one ends with #### 1, one with #### -987654321" in said
+    assert "my_verdict │ 1 │ 0 │" in said
+
+
+def test_the_dry_run_names_a_correctness_reward_that_tells_nothing_apart(own_data, capfd):
+    Path("my_rewards.py").write_text("def my_verdict(completions, **kwargs):\n    return [2.0] * len(completions)\n")
+    training.train(*training.read_arguments([*own_data, "--dry_run", "true"]))
+    assert "my_verdict does not tell this correct answer from the wrong one" in capfd.readouterr().out
+
+
+def test_the_dry_run_says_where_a_reward_function_fails(own_data):
+    Path("my_rewards.py").write_text(
+        "\ndef my_verdict(completions, **kwargs):\n    raise KeyError('[level]\\nof two')\n"
+    )
+    with pytest.raises(SystemExit, match=r"fails: KeyError: .*\[level\].* \(\S*my_rewards\.py, line 3\)$") as ended:
+        training.train(*training.read_arguments([*own_data, "--dry_run", "true"]))
+    assert "\n" not in ended.value.code
 
 
 def test_a_dry_run_ends_with_a_reward_function_that_hangs(own_data):
     Path("my_rewards.py").write_text("import time\ndef my_verdict(**kwargs):\n    time.sleep(100)\n")
     words = [*own_data, "--dry_run", "true", "--reward_timeout", "0.2"]
     with pytest.raises(
-        SystemExit, match=r"'my_verdict' fails: TimeoutError: .* Completion 0 of 6 alone takes that long"
+        SystemExit, match=r"'my_verdict' fails: TimeoutError: .* Completion 0 of 3 alone takes that long"
     ):
         training.train(*training.read_arguments(words))
 
