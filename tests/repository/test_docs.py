@@ -159,7 +159,7 @@ def test_the_rollouts_and_their_advantages(worked, rollouts):
 
 @pytest.mark.parametrize(
     ("table", "statistic"),
-    [("token a", "counts"), ("token p", "strength"), ("token f_T", "frequencies"), ("token shares", "value")],
+    [("token a", "counts"), ("token p", "strength"), ("token f_C", "frequencies"), ("token shares", "value")],
 )
 def test_the_tables_of_the_worked_group(worked, rollouts, group, table, statistic):
     rows = worked[table]
@@ -274,7 +274,7 @@ def test_without_term_frequencies_nothing_saturates():
 
 
 def test_the_weights_of_the_worked_rollout():
-    (table,) = [table for table in tables(TEXT["methods/oar_g"]) if table[0][:2] == ["token", "influence"]]
+    (table,) = [table for table in tables(TEXT["methods/oar_g"]) if table[0][:2] == ["token", "influence I"]]
     rows = np.array([[float(cell) for cell in row] for row in table[2:]])
     log = np.log1p(rows[:, 1])
     scaled = (log - log.min()) / (log.max() - log.min())
