@@ -54,7 +54,10 @@ def test_it_is_a_notebook():
 
 def test_the_first_cell_installs_on_colab_only(notebook, monkeypatch):
     first = next(iter(code_of(notebook).values())).replace('%pip install -q "{SOURCE}"', "installed.append(SOURCE)")
-    for module, wanted in (("nothing", []), ("google.colab", ["ktae-trl"])):
+    for module, wanted in (
+        ("nothing", []),
+        ("google.colab", ["ktae-trl[notebook] @ git+https://github.com/ktae-trl/ktae-trl"]),
+    ):
         monkeypatch.setitem(sys.modules, module, None)
         installed = []
         exec(first, {"installed": installed})
