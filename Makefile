@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 VLLM_VENV ?= .venv-vllm
 NEWEST_VENV ?= .venv-newest
+LOWEST_VENV ?= .venv-lowest
 TRL_VENV ?= .venv-trl-next
 GPU_VENV ?= .venv-gpu
 GPU_PIP = $(GPU_VENV)/bin/python -m pip install --quiet $(if $(WHEELS),--no-index --find-links $(WHEELS))
@@ -13,14 +14,14 @@ TRL ?= trl
 # TRL reports each new trainer to the Hub; this switches it off.
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: quickstart test test-slow test-faults test-newest test-trl-next test-vllm test-gpu real-model lint bench docs clean
+.PHONY: quickstart test test-slow test-faults test-newest test-lowest test-trl-next test-vllm test-gpu real-model lint bench docs clean
 
 quickstart: $(VENV)/eval,report.installed
 	$(BIN)/ktae train configs/quickstart.yaml
 
 # One thread for each of the two workers. Tests never use the network.
-test test-slow test-faults test-newest test-trl-next: export OMP_NUM_THREADS = 1
-test test-slow test-faults test-newest test-trl-next: export HF_HUB_OFFLINE = 1
+test test-slow test-faults test-newest test-lowest test-trl-next: export OMP_NUM_THREADS = 1
+test test-slow test-faults test-newest test-lowest test-trl-next: export HF_HUB_OFFLINE = 1
 test: $(VENV)/dev.installed
 	$(BIN)/pytest -m "not slow" -n 2 --dist worksteal
 
@@ -36,9 +37,19 @@ test-faults: $(VENV)/dev.installed
 test-newest: $(NEWEST_VENV)/installed
 	$(NEWEST_VENV)/bin/pytest -m "not slow" -n 2 --dist worksteal
 
+# The lowest versions that setup.cfg allows: a few GB, because torch is another one. uv can resolve downwards, pip cannot.
+test-lowest: $(LOWEST_VENV)/installed
+	$(LOWEST_VENV)/bin/pytest -m "not slow" -n 2 --dist worksteal
+
 test-trl-next: $(TRL_VENV)/installed
 	$(TRL_VENV)/bin/python -m pip install --quiet --upgrade --pre --no-deps $(TRL)
 	$(TRL_VENV)/bin/pytest -m "not slow" -n 2 --dist worksteal
+
+$(LOWEST_VENV)/installed: setup.cfg pyproject.toml
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet uv
+	$(@D)/bin/uv pip install --quiet --python $(@D)/bin/python --resolution lowest-direct --editable '.[test]'
+	touch $@
 
 $(NEWEST_VENV)/installed $(TRL_VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
