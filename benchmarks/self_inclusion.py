@@ -18,8 +18,8 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ktae_trl import records  # noqa: E402
 from ktae_trl.credit.ktae.values import key_token_values  # noqa: E402
+from ktae_trl.report import records  # noqa: E402
 from ktae_trl.report.group_view import counted, split  # noqa: E402
 
 

@@ -177,7 +177,7 @@ def read_yaml(file: str) -> dict[str, object]:
         raise UserError(f"{file} cannot be read: {error.strerror}") from error
     if not isinstance(settings, dict):
         found = "is empty" if settings is None else f"holds a {type(settings).__name__}, not settings"
-        raise UserError(f"{file} {found}. Write one setting a line, such as `learning_rate: 1.0e-6`")
+        raise UserError(f"{file} {found}. Write one setting per line, such as `learning_rate: 1.0e-6`")
     return settings
 
 
@@ -242,7 +242,7 @@ def parse(
         fields = [action.dest for action in parser._actions]
         names = [word.removeprefix("--").partition("=")[0] for word in unknown] or from_line
         if retired := [name for name in names if name in RETIRED]:
-            raise UserError(f"{retired[0]} is not a setting any more: {RETIRED[retired[0]]}")
+            raise UserError(f"{retired[0]} is no longer a setting: {RETIRED[retired[0]]}")
         raise UserError(
             "Unknown setting: " + ", ".join(f"{name!r}{nearest(name, fields)}" for name in dict.fromkeys(names))
         )

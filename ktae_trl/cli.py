@@ -85,7 +85,7 @@ def train(words: list[str]) -> None:
     if options.accelerate is None:
         return _train(words, "ktae train")
     if "LOCAL_RANK" in os.environ:
-        raise UserError("--accelerate starts processes, but a launcher has already started this one. Leave it out")
+        raise UserError("--accelerate starts processes, but a launcher has already started this one. Remove it")
     check_command(words)
     import psutil
     from accelerate.commands.config.config_args import load_config_from_file
@@ -172,7 +172,7 @@ def recipes(words: list[str]) -> None:
     lines += ["Launch configs for several GPUs: ktae train NAME --accelerate FILE", ""]
     for path in sorted((CONFIGS / "accelerate").glob("*.yaml")):
         lines += [f"  {path.stem}", *_wrapped(path.read_text(encoding="utf-8")[2:].partition(":")[0])]
-    lines += ["", "To make one your own, save it and change the file, for example:"]
+    lines += ["", "To adapt one, save it to a file and edit the file, for example:"]
     lines += ["  ktae recipes own_data > my.yaml", "  ktae recipes eval/math > my_eval.yaml"]
     print("\n".join(lines))
 
@@ -190,7 +190,7 @@ def methods(words: list[str]) -> None:
         lines += [f"  {method.name}: {method.card.name}{paper}{default}", *_wrapped(method.card.does)]
     lines += [
         "",
-        "A method of your own: --credit my_package.my_credit, the dotted path of a function or a class.",
+        "Your own method: --credit my_package.my_credit, the dotted path of a function or a class.",
         "The settings of each method: ktae train --help",
         f"How each method works: {DOCS}/methods",
     ]
@@ -241,7 +241,7 @@ def usage() -> str:
         lines += [f"  {name:<9}{what}", f"{'':<11}{call}"]
     lines += [
         "",
-        "`ktae COMMAND --help` shows the arguments of a command, `ktae --version` the version.",
+        "`ktae COMMAND --help` shows the arguments of a command. `ktae --version` shows the version.",
         "",
         "First steps:",
         "    ktae train quickstart                 trains a small model on a CPU, in minutes",

@@ -73,7 +73,7 @@ class KTAEGRPOConfig(*_settings_of_methods(), GRPOConfig):
             every group of the generation batch has both (DAPO). The number of optimizer steps does not change, but more
             prompts are used.
         dynamic_sampling_max_batches (`int`, *optional*, defaults to `10`):
-            Generate at most this many batches to fill one. If there are still too few groups with both correct and
+            Maximum number of batches generated to fill one. If there are still too few groups with both correct and
             wrong rollouts, other groups fill the batch.
         allow_inexact_resume (`bool`, *optional*, defaults to `False`):
             Also resume from a checkpoint without the optimizer and learning-rate schedule, the random states, or the
@@ -127,11 +127,11 @@ class KTAEGRPOConfig(*_settings_of_methods(), GRPOConfig):
         metadata={"help": "Replace prompts whose rollouts are all correct or all wrong (DAPO)."},
     )
     dynamic_sampling_max_batches: int = field(
-        default=10, metadata={"help": "Generate at most this many batches to fill one."}
+        default=10, metadata={"help": "Maximum number of batches generated to fill one."}
     )
     allow_inexact_resume: bool = field(
         default=False,
-        metadata={"help": "Also resume from a checkpoint that lacks parts other than the model."},
+        metadata={"help": "Also resume from a checkpoint that lacks training state, such as the optimizer."},
     )
     record_steps: int = field(default=0, metadata={"help": "Record rollouts every N optimizer steps (0: never)."})
     record_groups: int = field(default=16, metadata={"help": "Maximum number of groups in a record."})
@@ -180,8 +180,8 @@ class KTAEGRPOConfig(*_settings_of_methods(), GRPOConfig):
                     f"{steps} ({name}) = {rollouts} rollouts. Set {name}={enough}"
                 )
             raise UserError(
-                f"A generation must consist of whole groups of {self.num_generations} rollouts (num_generations), but "
-                f"has {arithmetic}"
+                f"A generation must consist of complete groups of {self.num_generations} rollouts (num_generations), "
+                f"but has {arithmetic}"
             )
 
 

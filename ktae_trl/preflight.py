@@ -116,13 +116,13 @@ def check_model(name: str, revision: str | None = None, by: str | None = None) -
     if path.is_dir():
         if not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
             saved = sorted(path.glob("checkpoint-*"), key=lambda each: (len(each.name), each.name))
-            remedy = f"Name its last checkpoint, {saved[-1]}" if saved else "Name the folder of a saved model"
+            remedy = f"Use its last checkpoint, {saved[-1]}" if saved else "Give the folder of a saved model"
             raise NotFoundError(f"{name}{_by(by)} holds neither config.json nor adapter_config.json. {remedy}")
     elif path.is_file():
-        raise NotFoundError(f"{name}{_by(by)} is a file. Name the folder of the model")
+        raise NotFoundError(f"{name}{_by(by)} is a file. Give the folder of the model instead")
     elif _looks_local(name):
         near = nearest_path(path, (each for each in path.parent.glob("*") if each.is_dir()))
-        remedy = near or ". Name the folder of a saved model, or a model of the Hub as USER/NAME"
+        remedy = near or ". Give the folder of a saved model, or a model on the Hub as USER/NAME"
         raise NotFoundError(f"There is no model {name}{_by(by, f'looked in {Path.cwd()}')}{remedy}")
     else:
         _check_hub(name, "model", revision, by)
@@ -145,10 +145,12 @@ def check_dataset(name: str, by: str | None = None) -> None:
         check_file(path, by)
     elif path.is_file() or kind in NOT_READ:
         raise UserError(
-            f"{name}{_by(by)} has a format that is not read. Known endings: {', '.join(ENDINGS)}, also with .gz"
+            f"{name}{_by(by)} has an unsupported format. Supported endings: {', '.join(ENDINGS)}, also with .gz"
         )
     elif _looks_local(name):
-        raise NotFoundError(f"{name}{_by(by, here)} is neither a data file ({', '.join(ENDINGS)}) nor a folder")
+        raise NotFoundError(
+            f"{name}{_by(by, here)} is neither a data file ({', '.join(ENDINGS)}) nor a folder. Check the path"
+        )
     else:
         _check_hub(name, "dataset", None, by)
 
@@ -205,7 +207,7 @@ def _check_hub(name: str, kind: str, revision: str | None, by: str | None) -> No
     try:
         validate_repo_id(name)
     except errors.HFValidationError:
-        raise NotFoundError(f"{what} is {here} nor a name on the Hub, which is USER/NAME") from None
+        raise NotFoundError(f"{what} is {here} nor a valid name on the Hub (USER/NAME)") from None
     for variable, off in (("HF_HUB_OFFLINE", constants.is_offline_mode()), ("HF_DATASETS_OFFLINE", _no_datasets(kind))):
         if off:
             return without_hub(f"{variable} is set", "Unset it to download, or give the path of a copy")
@@ -218,7 +220,7 @@ def _check_hub(name: str, kind: str, revision: str | None, by: str | None) -> No
     except errors.GatedRepoError:
         raise NotFoundError(gated) from None
     except errors.RevisionNotFoundError:
-        raise NotFoundError(f"{what} has no revision {revision!r} on the Hub") from None
+        raise NotFoundError(f"{what} has no revision {revision!r} on the Hub. Check model_revision") from None
     except errors.RepositoryNotFoundError:
         raise NotFoundError(
             f"{what} is {here} nor on the Hub. Check the name. If it is private, log in with hf auth login"

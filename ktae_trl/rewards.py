@@ -91,8 +91,8 @@ def for_run(functions: list[Callable], names: Sequence[str], args, opened_think:
     """
     if args.correctness_reward is None and names[0] in SHAPING:
         logger.warning(
-            "%s decides which rollouts are correct because it is the first reward function, but it only shapes the "
-            "reward. Set correctness_reward to the reward function that checks the answer",
+            "%s decides which rollouts are correct because it is the first reward function, but it does not check "
+            "answers. Set correctness_reward to the reward function that does",
             names[0],
         )
     settings = {
@@ -178,7 +178,7 @@ def _imported(path: str, builtin: Iterable[str]) -> Callable:
         )
     function = imported(path, "The reward function")
     if not callable(function) or isinstance(function, type):
-        kind = "a class; name an instance of it" if isinstance(function, type) else f"a {type(function).__name__}"
+        kind = "a class. Give the path of an instance" if isinstance(function, type) else f"a {type(function).__name__}"
         raise NotImportedError(f"The reward function {path!r} could not be imported: it is not a function but {kind}")
     return function
 
@@ -221,7 +221,7 @@ def check_values(values, name: str, completions: int) -> list[float | None]:
         raise UserError(f"The reward function {name!r} {wanted}, not {type(values).__name__}: {str(values)[:80]}")
     values = list(values)
     if len(values) != completions:
-        raise UserError(f"The reward function {name!r} {wanted}, not {len(values)} values")
+        raise UserError(f"The reward function {name!r} {wanted}, but returned {len(values)}")
     numbers = []
     for i, value in enumerate(values):
         try:

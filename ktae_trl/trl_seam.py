@@ -231,7 +231,7 @@ def frozen_model(trainer, name: str) -> nn.Module:
     how = {"dtype": policy.dtype, "attn_implementation": policy.config._attn_implementation}
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         how["device_map"] = None
-    with loading(f"the frozen model {name!r}"):
+    with loading(f"The frozen model {name!r}"):
         model = trl.trainer.utils.create_model_from_path(name, trust_remote_code=args.trust_remote_code, **how)
     tokens = len(trainer._tokenizer)
     if model.config.get_text_config().vocab_size < tokens:

@@ -80,11 +80,11 @@ class OAR(Method):
                 0.001 is smaller than the rounding error.
             oar_span (`int`, *optional*, defaults to `1`):
                 Number of consecutive tokens that are perturbed together and share their weight (`oar_p`). A span of 4
-                costs about a quarter of a span of 1.
+                costs about a quarter as much as a span of 1.
             oar_token_budget (`int`, *optional*, defaults to `16384`):
                 Maximum number of tokens, including prompts, in a forward pass of OAR. Lower it if memory runs out.
-                `oar_g` keeps all activations without gradient checkpointing, and with reentrant checkpointing (PEFT
-                under ZeRO-3).
+                `oar_g` keeps all activations in memory if gradient checkpointing is off or reentrant (PEFT under
+                ZeRO-3).
         """
 
         oar_answer: str = field(
@@ -115,8 +115,8 @@ class OAR(Method):
     family = "oar"
     value = "weight w"
     columns = {
-        "answered": ("oar/answered", "{:.0%}", "share of rollouts with an answer in the answer_format"),
-        "|w-1|": ("oar/mean_change", "{:.2f}", "mean distance from 1 of the weights of reasoning tokens"),
+        "answered": ("oar/answered", "{:.0%}", "share of rollouts that contain an answer (see answer_format)"),
+        "|w-1|": ("oar/mean_change", "{:.2f}", "mean |w - 1| over reasoning tokens, which precede the answer"),
     }
     panels = {"Shares": ["oar/answered", "oar/reshaped_tokens"], "Mean |w - 1|": ["oar/mean_change"]}
     needs_both_sides = False  # the weights scale rollout advantages from any reward
@@ -181,7 +181,7 @@ def _card(name: str, does: str) -> Card:
                 eprint    = {arXiv:2601.07408},
             }"""),
     }
-    does = f"The advantage of a token is that of its rollout, weighted by the token's influence on the answer{does}"
+    does = f"Each token gets the advantage of its rollout, weighted by the token's influence on the answer{does}"
     return Card(name, does, ("oar",), paper)
 
 
@@ -190,7 +190,7 @@ class OARG(OAR):
 
     name = "oar_g"
     title = "OAR-G (influence by gradients)"
-    card = _card("OAR-G", ", which is estimated from the gradient of the answer at the token's embedding.")
+    card = _card("OAR-G", ", which is estimated from the gradient of the answer with respect to the token's embedding.")
 
     def influence(self, questions: list[Question]) -> list[Tensor]:
         return gradient_influence(questions, self.settings, self.tools)

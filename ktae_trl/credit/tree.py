@@ -228,7 +228,8 @@ class TreeRPO(Method):
             tree_min_spread (`float`, *optional*, defaults to `0.1`):
                 Siblings get advantages only if their largest and smallest value differ by at least this.
             tree_normalizer (`str`, *optional*, defaults to `"bernoulli"`):
-                Divisor of a segment's value minus the mean mu of its siblings: `"bernoulli"` is sqrt(mu (1 - mu)),
+                Divisor of the difference between a segment's value and the mean mu of the siblings' values:
+                `"bernoulli"` is sqrt(mu (1 - mu)),
                 `"std"` the standard deviation of the siblings, as in GRPO, and `"none"` is 1.
         """
 
@@ -266,8 +267,8 @@ class TreeRPO(Method):
     title = "TreeRPO (sampled trees)"
     card = Card(
         "TreeRPO",
-        "Rollouts are sampled as trees. The tokens of a segment get the segment's advantage: the share of correct "
-        "answers below it, relative to its sibling segments.",
+        "Rollouts are sampled as trees. Each token gets the advantage of its segment: the share of correct answers "
+        "below the segment, compared with its sibling segments.",
         ("treerpo",),
         {
             "title": "TreeRPO: Tree Relative Policy Optimization",
@@ -315,8 +316,8 @@ class TreeRPO(Method):
         if any(signals) or not signals:
             return None
         return (
-            f"No siblings in the trees of {first} differ by tree_min_spread ({config.tree_min_spread:g}), so no "
-            "segment is trained. Lower tree_min_spread."
+            f"No siblings in the trees of {first} differ by at least tree_min_spread ({config.tree_min_spread:g}), "
+            "so no segment is trained. Lower tree_min_spread."
         )
 
     @classmethod
@@ -348,9 +349,9 @@ def check_run(args: Any) -> None:
     rows = args.per_device_train_batch_size * args.steps_per_generation
     if rows % rollouts:
         raise UserError(
-            f"Each process must generate whole trees, but a process has {rows} rows "
+            f"Each process must generate complete trees, but a process has {rows} rows "
             f"({args.per_device_train_batch_size} per_device_train_batch_size x {args.steps_per_generation} "
-            f"steps_per_generation). Set these to give a multiple of num_generations={rollouts}"
+            f"steps_per_generation). Set them so that their product is a multiple of num_generations={rollouts}"
         )
     if args.loss_type not in _LOSSES:
         raise UserError(
@@ -361,12 +362,12 @@ def check_run(args: Any) -> None:
     if args.importance_sampling_level != "token":
         raise UserError(
             f"Tree sampling needs importance_sampling_level='token', not {args.importance_sampling_level!r}: a row "
-            "trains only some of its tokens, so a ratio of the whole row is not defined"
+            "trains only some of its tokens, so it has no ratio for the whole row. Set it to token"
         )
     if args.mask_truncated_completions:
         raise UserError(
             "mask_truncated_completions is not supported with tree sampling: it would remove whole rows from the "
-            "training, including segments that rows with a finished answer share. Set it to false"
+            "training, including segments that they share with rows that are not truncated. Set it to false"
         )
     if args.vllm_structured_outputs_regex is not None or not _PER_SEGMENT.isdisjoint(args.generation_kwargs or {}):
         raise UserError(

@@ -148,10 +148,14 @@ def _check_same_problems(one: Run, other: Run) -> None:
         aligned = _in_order_of(a, b)
         for i, x, y, mine, theirs in zip(a.ids, a.problems, aligned.problems, a.answers, aligned.answers, strict=True):
             if x and y and x != y:
-                raise UserError(f"The text of problem {i!r} of {name} differs between {one.name} and {other.name}")
+                raise UserError(
+                    f"The text of problem {i!r} of {name} differs between {one.name} and {other.name}. Measure both on "
+                    "the same problems"
+                )
             if mine != theirs:
                 raise UserError(
-                    f"The accepted answers of problem {i!r} of {name} differ between {one.name} and {other.name}"
+                    f"The accepted answers of problem {i!r} of {name} differ between {one.name} and {other.name}. "
+                    "Measure both on the same problems"
                 )
 
 

@@ -50,8 +50,8 @@ class Store:
             held.enter_context(locked(folder, "eval.py"))
             if (folder / _MORE).is_symlink():
                 raise UserError(
-                    f"{folder / _MORE} is a link to {(folder / _MORE).readlink()}. Samples are not written through a "
-                    "link. Remove it, or choose another output_dir"
+                    f"{folder / _MORE} is a symbolic link to {(folder / _MORE).readlink()}. Samples are not written "
+                    "through it. Remove the link, or choose another output_dir"
                 )
             there = sorted(folder.glob("*.jsonl")) + sorted(folder.glob(f"{_MORE}/*.jsonl"))
             if there:

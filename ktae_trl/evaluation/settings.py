@@ -27,7 +27,7 @@ class EvalArguments:
         default_factory=list,
         metadata={"help": "List of benchmarks in the config, with name, dataset, config, split, problem, answer, id."},
     )
-    only: list[str] | None = field(default=None, metadata={"help": "Names of the benchmarks to run. None: all."})
+    only: list[str] | None = field(default=None, metadata={"help": "Names of the benchmarks to run. Default: all."})
     benchmark_folder: str | None = field(
         default=None,
         metadata={"help": "Folder with NAME.jsonl files (id, problem, answers) to use instead of the Hub."},
@@ -40,7 +40,7 @@ class EvalArguments:
     # Unlike training, a measurement has no limit by default: answers that are not compared count as wrong.
     grading_budget: float | None = field(
         default=None,
-        metadata={"help": "Maximum seconds for grading 1,000 completions, such as 60. None: no limit."},
+        metadata={"help": "Maximum seconds for grading 1,000 completions, such as 60. Default: no limit."},
     )
     system_prompt: str | None = field(default=AUTO, metadata={"help": SYSTEM_PROMPT_HELP})
     system_prompt_in_user: bool = field(
@@ -55,7 +55,7 @@ class EvalArguments:
     samples: int = field(default=1, metadata={"help": "Completions per problem (n)."})
     k: list[int] | None = field(
         default=None,
-        metadata={"help": "Values of k for pass@k and maj@k, at most n. None: the powers of two up to n."},
+        metadata={"help": "Values of k for pass@k and maj@k, at most n. Default: the powers of two up to n."},
     )
     temperature: float = field(default=0.0, metadata={"help": "Sampling temperature. 0: greedy, needs samples: 1."})
     top_p: float = field(default=1.0, metadata={"help": "Cumulative probability for nucleus sampling."})
@@ -63,7 +63,7 @@ class EvalArguments:
     seed: int = field(default=0, metadata={"help": "Random seed for sampling."})
     backend: str | None = field(
         default=None,
-        metadata={"help": "vllm or transformers. None: vllm if it is installed, else transformers."},
+        metadata={"help": "vllm or transformers. Default: vllm if it is installed, else transformers."},
     )
     batch_size: int = field(
         default=32,
@@ -75,7 +75,7 @@ class EvalArguments:
         metadata={"help": "Options of vLLM's engine; JSON on the command line: '{\"tensor_parallel_size\": 2}'."},
     )
     output_dir: str | None = field(
-        default=None, metadata={"help": "Folder for the results. None: runs/eval/MODEL/CONFIG."}
+        default=None, metadata={"help": "Folder for the results. Default: runs/eval/MODEL/CONFIG."}
     )
 
     def __post_init__(self):

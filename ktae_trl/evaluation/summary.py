@@ -177,7 +177,7 @@ def show(summary: dict, title: str, console: Console) -> None:
         for name, f in rows.items():
             for k in ks:
                 several.add_row(name, k, percent(f["pass"][k]), percent(f["maj"][k]), end_section=k == ks[-1])
-        console.print("pass@k: any of k samples is correct; maj@k: their most frequent answer is")
+        console.print("pass@k: at least one of k samples is correct; maj@k: their most frequent answer is correct")
         console.print(several)
 
     lengths = all(f["tokens"] for f in rows.values())

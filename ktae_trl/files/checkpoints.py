@@ -174,9 +174,9 @@ def candidates(asked: str | os.PathLike | bool, output_dir: str) -> list[Path]:
 def not_whole(checkpoint: Path, why: str, other: str | os.PathLike | None) -> str:
     """Return the error message for a checkpoint that is not intact, with the checkpoint to use instead."""
     remedy = (
-        f"To resume from the newest intact checkpoint, use --resume_from_checkpoint {other}"
+        f"To resume from the newest complete checkpoint, use --resume_from_checkpoint {other}"
         if other
-        else f"There is no intact checkpoint in {checkpoint.parent}. Start without resume_from_checkpoint"
+        else f"There is no complete checkpoint in {checkpoint.parent}. Start without resume_from_checkpoint"
     )
     return f"Cannot resume from {checkpoint}: {why}. {remedy}"
 

@@ -144,7 +144,7 @@ def _choose(folder: Path, is_own: Callable[[str], bool], asked: set[str] = froze
     choice = Choice([], {})
     for name, link in _entries(folder):
         if link:
-            choice.left_out[name] = "a link"
+            choice.left_out[name] = "a symbolic link"
         elif not stat.S_ISREG((folder / name).lstat().st_mode):
             choice.left_out[name] = "not a regular file"
         elif not is_own(name):
@@ -183,7 +183,7 @@ def _asked(folder: Path, name: str) -> str:
         )
     for part in (path, *path.parents[:-1]):
         if (folder / part).is_symlink():
-            raise RefusedFileError(f"{part} in {folder} is a link, and links are not followed. Copy the file itself")
+            raise RefusedFileError(f"{part} in {folder} is a symbolic link, which is not followed. Copy the file")
     if path.name == ARGUMENTS:
         raise RefusedFileError(f"{name} contains all training arguments, including hub_token, and is never uploaded")
     if any(part.startswith(".") for part in path.parts):

@@ -56,7 +56,7 @@ def open_to_append(path: Path) -> IO[str]:
         except OSError as error:
             if error.errno != errno.ELOOP:
                 raise
-            message = f"{path} is a link to {os.readlink(path)}, and that file would be changed. Remove the link"
+            message = f"{path} is a symbolic link to {os.readlink(path)}, which would be changed. Remove the link"
             raise OSError(message) from None
 
     return open(path, "a", encoding="utf-8", newline="", opener=opener)

@@ -37,7 +37,7 @@ def of_evaluation(path: Path, folder: Path) -> list[EvalResult]:
         ) from None
     known = isinstance(summary, dict) and {"benchmarks", "model", "settings"} <= summary.keys()
     if not known or not isinstance(summary["settings"], dict):
-        raise UserError(f"{file} does not say which model was evaluated. A card takes only results of ktae eval")
+        raise UserError(f"{file} does not say which model was evaluated. Pass results of ktae eval")
     mark = summary["settings"].get("fingerprint")
     again = f"Evaluate again: ktae eval CONFIG --model_name_or_path {folder}"
     if is_old(mark):
@@ -47,7 +47,7 @@ def of_evaluation(path: Path, folder: Path) -> list[EvalResult]:
         )
     if not is_of(mark, folder):
         raise UserError(
-            f"{file} was measured on {summary['model']}, whose weights differ from those in {folder}. {again}"
+            f"{file} has results of {summary['model']}, whose weights differ from those in {folder}. {again}"
         )
     return _of_summary(summary)
 

@@ -71,7 +71,7 @@ def _or_warn(upload: Callable[..., CommitInfo], *arguments, **kwargs) -> CommitI
         return upload(*arguments, **kwargs)
     except Exception as error:
         logger.warning(
-            "A background upload to the Hub failed: %s. Nothing is lost on disk. The next upload includes it all.",
+            "A background upload to the Hub failed: %s. All files are on disk, and the next upload includes them.",
             error if isinstance(error, HubError) else reason_of(error),
         )
         raise
@@ -241,7 +241,7 @@ def publish(
 
 def _no_weights(folder: Path) -> str:
     if links := [path.name for path in folder.glob("*.safetensors") if path.is_symlink()]:
-        return f"The weights in {folder} are a link ({links[0]}), and links are not followed. Copy the file there"
+        return f"The weights in {folder} are a symbolic link ({links[0]}), which is not followed. Copy the file there"
     if pickles := [path.name for path in folder.glob("*.bin") if path.name != model_files.ARGUMENTS]:
         return (
             f"{folder} contains no *.safetensors. {pickles[0]} is a pickle, which can run code when it is loaded. "

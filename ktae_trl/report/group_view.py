@@ -161,9 +161,9 @@ def _notes(method: Method, rows: list[dict[str, Any]], found: Statistics) -> lis
         notes.append("No rollout could be graded, so there are no statistics.")
     elif not found.right or not found.wrong:
         side = "correct" if found.right else "wrong"
-        notes.append(f"All rollouts that count are {side}, so there is nothing to compare and K is 0 for all tokens.")
+        notes.append(f"All counted rollouts are {side}, so there is nothing to compare and K is 0 for all tokens.")
     if silent:
-        notes.append(f"Rollouts that do not count, because none of their tokens is trained on: {silent}.")
+        notes.append(f"Rollouts that are not counted, because none of their tokens is trained on: {silent}.")
     if is_key_token_value(method):
         differences = [
             abs(recorded - again)

@@ -53,8 +53,8 @@ def write_report(source: str | Path, output: str | Path, max_groups: int = MAX_G
     paths = [source] if source.is_file() else records.files(source)
     if not paths:
         raise NotFoundError(
-            f"{source} contains no records (step_*.parquet, also looked in its folder {records.FOLDER!r}). A run "
-            "records its rollouts if record_steps is set"
+            f"{source} contains no records (no step_*.parquet in it or in its folder {records.FOLDER!r}). To record "
+            "rollouts during training, set record_steps"
             if source.is_dir()
             else f"{source} does not exist (looked in {Path.cwd()})"
         )

@@ -312,7 +312,7 @@ def _check(trainer) -> None:
         problem = f"There are several ({', '.join(names)}). Set correctness_reward to one of them"
     elif (named or names[0]) in SHAPING:
         problem = (
-            f"{named or names[0]!r} only shapes the reward. Add one such as math_accuracy to reward_funcs, and set "
+            f"{named or names[0]!r} does not check answers. Add one such as math_accuracy to reward_funcs, and set "
             "correctness_reward to it"
         )
     else:

@@ -63,7 +63,7 @@ class Batches(NamedTuple):
         """Raise a UserError if there are fewer prompts than one generation takes. TRL would train nothing."""
         if prompts < self.prompts:
             raise UserError(
-                f"The training set has {prompts:,} prompts, fewer than one generation takes: {self}. "
+                f"The training set has {prompts:,} prompts, fewer than one generation needs: {self}. "
                 "Use more prompts, or a smaller per_device_train_batch_size or steps_per_generation"
             )
 
@@ -71,8 +71,8 @@ class Batches(NamedTuple):
         processes = f"{self.processes} process{'es' * (self.processes > 1)}"
         return (
             f"{self.per_device} rollouts x {processes} x {self.steps_per_generation} steps_per_generation = "
-            f"{self.rollouts:,} rollouts a generation ({self.rollouts / self.num_generations:,g} prompts x "
-            f"{self.num_generations}), {self.rollouts_per_step:,} an optimizer step"
+            f"{self.rollouts:,} rollouts per generation ({self.rollouts / self.num_generations:,g} prompts x "
+            f"{self.num_generations}), {self.rollouts_per_step:,} per optimizer step"
         )
 
 

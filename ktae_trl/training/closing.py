@@ -26,7 +26,7 @@ def accuracies(before: Accuracy | None, after: Accuracy, problems: int) -> str:
         lines.append(f"  {label:<8}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
     for name, accuracy in (("before", before), ("after", after)):
         if accuracy and accuracy.unscored:
-            lines.append(f"  {name}: {accuracy.unscored} completions without a score are left out")
+            lines.append(f"  {name}: completions excluded because they have no score: {accuracy.unscored}")
     return "\n".join(lines)
 
 
@@ -35,7 +35,7 @@ def places(trainer) -> str:
     folder = Path(trainer.args.output_dir)
     lines = [f"Saved model, tokenizer and card in {folder}"]
     if (folder / PAGE).exists():
-        lines.append(f"Page of key tokens: {folder / PAGE}")
+        lines.append(f"Key-token page: {folder / PAGE}")
     callbacks = trainer.callback_handler.callbacks
     logs = [str(each.logging_dir) for each in callbacks if isinstance(each, TensorBoardCallback) and each.logging_dir]
     logs += [name for name in trainer.args.report_to if name != "tensorboard"]

@@ -35,21 +35,21 @@ class Column(NamedTuple):
 
 _COLUMNS = {
     "reward": Column("reward", "{:.3f}", "mean reward: the weighted sum of the reward functions"),
-    "correct": Column("correctness/right", "{:.1%}", "share of correct rollouts, of those that could be judged"),
+    "correct": Column("correctness/right", "{:.1%}", "share of graded rollouts that are correct"),
     "length": Column("completions/mean_length", "{:.1f}", "mean number of tokens in a completion"),
-    "cut off": Column("completions/clipped_ratio", "{:.0%}", "share of completions that did not end by themselves"),
+    "cut off": Column("completions/clipped_ratio", "{:.0%}", "share of completions that reached the length limit"),
     "entropy": Column("entropy", "{:.3f}", "mean entropy of the next-token distribution, in nats"),
     "s/step": Column("step_time", "{:.2f}", "seconds per optimizer step"),
 }
 _LENGTH_WITH_SHARED_TOKENS = (
-    "mean number of tokens trained in a completion; a shared token counts in one of them (evaluations: all tokens)"
+    "mean number of trained tokens per completion; a shared token counts once (in evaluations: all tokens)"
 )
 _SAMPLING_COLUMNS = {
     "batches": Column("dynamic_sampling/generations", "{:.1f}", "batches generated to fill one with mixed groups"),
     "mixed": Column(
         "dynamic_sampling/informative_groups",
         "{:.0%}",
-        "share of groups that have correct and wrong rollouts, of all that were sampled, replaced ones too",
+        "share of sampled groups, including replaced ones, that have both correct and wrong rollouts",
     ),
 }
 _LINES_PER_HEAD = 50
@@ -126,7 +126,7 @@ class MetricsTable(TrainerCallback):
         self.columns = {name: Column(*column) for name, column in columns.items()}
         if method.shares_tokens:
             self.columns["length"] = self.columns["length"]._replace(meaning=_LENGTH_WITH_SHARED_TOKENS)
-        self._kept = ", of the groups that were kept" if dynamic_sampling else ""
+        self._kept = ", for the groups that were kept" if dynamic_sampling else ""
         self._explained = False
         self._lines_below_head: int | None = None  # None: the next line needs a head
 
@@ -210,7 +210,7 @@ def print_sample(record: Record, step: int) -> None:
     most = max((abs(value) for row in record.rows for value in row["credit"]), default=0.0)
     cells = []
     first = {row["correct"]: row for row in reversed(record.rows)}
-    for correct, name in ((True, "correct"), (False, "wrong"), (None, "not judged")):
+    for correct, name in ((True, "correct"), (False, "wrong"), (None, "not graded")):
         if correct in first and len(cells) < 2:
             row = first[correct]
             table.add_column(f"{name}, A = {row['advantage']:+.2f}, {len(row['tokens'])} tokens", ratio=1)

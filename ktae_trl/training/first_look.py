@@ -171,7 +171,7 @@ def no_signal(seen: Seen, args, correctness: str) -> str | None:
             f"log_completions: true, choose easier problems (dataset_filter) or raise num_generations{more}."
         )
     lacks = "both correct and wrong rollouts" if by_verdict(args) else "rollouts with different rewards"
-    return f"None of {first} has {lacks}, from which credit: {args.credit} learns: {saw}. {remedy}"
+    return f"None of {first} has {lacks}, which credit: {args.credit} needs to learn: {saw}. {remedy}"
 
 
 def by_verdict(args) -> bool:

@@ -84,7 +84,7 @@ def check_weights(model: nn.Module, what: str) -> bool:
     suspects = [part for part, total in zip(trained, sums, strict=True) if not math.isfinite(total)]
     bad = [name for name, weights in suspects if not weights.isfinite().all()]
     if bad:
-        logger.warning("%s is not saved: %d parameters are not finite, the first is %s.", what, len(bad), bad[0])
+        logger.warning("%s was not saved. Parameters that are not finite: %d, the first is %s.", what, len(bad), bad[0])
     return not bad
 
 

@@ -49,7 +49,7 @@ class Accuracy(NamedTuple):
 
     def __str__(self) -> str:
         greedy, sampled = self.figures
-        left_out = f"; {self.unscored} completions without a score are left out" if self.unscored else ""
+        left_out = f"; completions excluded because they have no score: {self.unscored}" if self.unscored else ""
         return f"greedy {greedy}, sampled {sampled} ({self.samples} per problem at temperature 1){left_out}"
 
 
@@ -212,7 +212,7 @@ class HeldOutAccuracy(TrainerCallback):
         except ValueError:
             kept = None
         if not isinstance(kept, dict) or kept["problems"] != self.problems():
-            self._say(f"{file} is not used: it was measured on other held-out problems or by other settings")
+            self._say(f"{file} is not used: it was measured on other held-out problems or with other settings")
             return None
         before, args = Accuracy(*kept["accuracy"]), self.trainer.args
         if (before.reward, before.threshold) != (self.trainer.correctness_reward, args.correctness_threshold):

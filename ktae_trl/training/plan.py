@@ -144,10 +144,10 @@ def show(
             cells = [measured.prompts, *measured.tokens, measured.repeated, measured.unscorable]
             table.add_row(name, *(f"{cell:,}" for cell in cells))
     console.print(table, soft_wrap=False)
-    console.print("Lengths (min to max) are in tokens of a prompt.")
+    console.print("The lengths (min to max) are those of the prompts, in tokens.")
     if held_out is not None:
         both = {str(prompt) for prompt in train["prompt"]} & {str(prompt) for prompt in held_out["prompt"]}
-        console.print(f"Prompts that are in both: {len(both):,}")
+        console.print(f"Prompts in both sets: {len(both):,}")
         gold = gold_answer(held_out, run.eval_answer_column or run.answer_column)
         console.print(f"Gold answer of the first held-out problem: {gold}")
 
@@ -197,7 +197,7 @@ def show_rewards(
     above = "the mean of their group" if threshold == AUTO else f"{threshold:g}"
     console.print(f"Correct rollouts: those with {correctness} above {above} (correctness_threshold: {threshold}).")
     if correctness in found and not _tells_apart(*found[correctness][:2], threshold):
-        console.print(f"{correctness} does not tell this correct answer from the wrong one. Is that intended?")
+        console.print(f"{correctness} does not distinguish the correct answer from the wrong one. Is this intended?")
     return failures
 
 
@@ -277,7 +277,7 @@ def _show_batches(console: Console, batches: Batches, args: KTAEGRPOConfig, prom
     if args.dynamic_sampling:
         console.print(
             f"With dynamic_sampling, a batch takes at most {args.dynamic_sampling_max_batches} generations of this "
-            "size. The optimizer steps of an epoch then use more prompts than an epoch has."
+            "size. An epoch's number of optimizer steps then uses more prompts than the dataset has."
         )
 
 

@@ -41,9 +41,9 @@ class Recorder(TrainerCallback):
         for folder in (self.folder, self.folder.with_name("completions")):  # the second is TRL's, of `log_completions`
             if folder.is_symlink():
                 raise UserError(
-                    f"{folder} is a link to {folder.readlink()}, perhaps the folder of another run. This run would "
-                    "write and remove files there. Remove the link, or choose another output_dir (which may itself be "
-                    "a link)"
+                    f"{folder} is a symbolic link to {folder.readlink()}, perhaps the folder of another run. This run "
+                    "would write and remove files there. Remove the link, or choose another output_dir (which may "
+                    "itself be a link)"
                 )
         self._sample: records.Record | None = None
         self._every = 0  # optimizer steps; 0 before training begins
@@ -56,7 +56,7 @@ class Recorder(TrainerCallback):
             if removed := self._try(records.forget, self.folder, state.global_step):
                 (self.folder.parent / PAGE).unlink(missing_ok=True)  # it shows the removed records
                 logger.warning(
-                    "Removed %d records of an earlier run (steps after %d) from %s.",
+                    "Removed records of an earlier run (number: %d; steps after %d) from %s.",
                     removed,
                     state.global_step,
                     self.folder,

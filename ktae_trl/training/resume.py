@@ -129,7 +129,7 @@ class Resume:
         deepspeed = self.trainer.is_deepspeed_enabled
         parts = {
             "optimizer and learning-rate schedule": ("optimizer*", "scheduler.pt"),
-            "random numbers": ("rng_state*.pth",),
+            "random states": ("rng_state*.pth",),
         }
         if deepspeed:
             parts["optimizer and learning-rate schedule"] = ("global_step*",)
@@ -257,7 +257,7 @@ def _check_rollouts(checkpoint: str, changes: Changes, saved: list, first: "_Sav
     )
     lacking = [f"{why}, but they have no {name}" for name, why in first.lacks.items()]
     if first.how not in (how, UNKNOWN):
-        lacking.append(f"their credit is combined with the advantages by {first.how!r}, that of this run by {how!r}")
+        lacking.append(f"their credit is combined with the advantages by {first.how!r}, but this run uses {how!r}")
     if problem := changes.refused("inside a generation cycle") or ", ".join(lacking):
         raise ResumeError(
             f"{checkpoint} was saved inside a generation cycle, after {first.step} forward passes: {first.step} mod "

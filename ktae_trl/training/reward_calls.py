@@ -147,7 +147,7 @@ class _Watch(threading.Thread):
         if (age := self.age()) < self.next_note:
             return
         self.next_note *= 2
-        then = f"It is interrupted after {self.limit:g} s (reward_timeout)"
+        then = f"It will be interrupted after {self.limit:g} s (reward_timeout)"
         if self.limit == math.inf:
             then = "Set reward_timeout to end the run in such a case, with an error that names the completion"
         logger.warning("%s", f"{self.what} has been running for {age:.0f} s. {then}")

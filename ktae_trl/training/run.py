@@ -61,11 +61,11 @@ class RunArguments(DataArguments):
     )
     held_out_samples: int = field(
         default=4,
-        metadata={"help": "Measure the held-out accuracy before and after, with N samples per problem (0: never)."},
+        metadata={"help": "Samples per problem to measure the held-out accuracy before and after training (0: never)."},
     )
     num_processes: int | None = field(
         default=None,
-        metadata={"help": "Number of processes (GPUs) that the batch sizes are for; another number is a warning."},
+        metadata={"help": "Number of processes (GPUs) that the batch sizes assume. Another number gives a warning."},
     )
     dry_run: bool = field(
         default=False,
@@ -112,8 +112,8 @@ def load_reward_functions(run: RunArguments, args: KTAEGRPOConfig) -> list[Calla
     correctness_index(names, args.correctness_reward)
     if args.reward_weights is not None and len(args.reward_weights) != len(names):
         raise UserError(
-            f"reward_weights has {len(args.reward_weights)} weights for {len(names)} reward functions "
-            f"({', '.join(names)}). Give one weight for each"
+            f"reward_weights has length {len(args.reward_weights)}, but reward_funcs has length {len(names)} "
+            f"({', '.join(names)}). Give one weight per function"
         )
     return functions
 

@@ -249,6 +249,6 @@ def test_a_process_must_hold_whole_trees():
     vars(args).update(max_completion_length=12, num_generations=8, per_device_train_batch_size=4)
     args.steps_per_generation = 3
     with pytest.raises(
-        ValueError, match=r"whole trees, but a process has 12 rows \(4 per_device_train_batch_size x 3 steps"
+        ValueError, match=r"complete trees, but a process has 12 rows \(4 per_device_train_batch_size x 3 steps"
     ):
         TreeRPO.check_run(args)

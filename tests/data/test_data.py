@@ -227,10 +227,10 @@ def test_malformed_line_of_a_compressed_file(tmp_path):
 
 
 def test_unknown_format(write, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"problems\.txt has a format that is not read. Known endings: .jsonl, "):
+    with pytest.raises(ValueError, match=r"problems\.txt has an unsupported format. Supported endings: .jsonl, "):
         data.load(write("problem,answer", "problems.txt"))
     monkeypatch.chdir(tmp_path)  # nothing is looked up on the Hub
-    with pytest.raises(ValueError, match=r"problems\.xlsx has a format that is not read"):
+    with pytest.raises(ValueError, match=r"problems\.xlsx has an unsupported format"):
         data.load("problems.xlsx")
     with pytest.raises(FileNotFoundError, match=r"There is no data file mine\.csv"):
         data.load("mine.csv")

@@ -71,7 +71,7 @@ def test_a_spread_model_is_saved_whole(tmp_path, mode):
 
 def test_a_dry_run_of_two_processes_is_shown_once(tmp_path):
     assert train_to_the_end(tmp_path, "ddp", {"dry_run": "true"}) == 0, said(tmp_path)
-    assert said(tmp_path).count("16 rollouts x 2 processes x 1 steps_per_generation = 32 rollouts a generation") == 1
+    assert said(tmp_path).count("16 rollouts x 2 processes x 1 steps_per_generation = 32 rollouts per generation") == 1
     assert not (tmp_path / "out").exists()
 
 

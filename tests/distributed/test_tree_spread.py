@@ -52,5 +52,5 @@ def test_resume(crews, tmp_path):
 
 def test_trees_must_lie_whole_on_a_process(crews, tmp_path):
     """Three trees on two processes."""
-    with pytest.raises(AssertionError, match="must generate whole trees, but a process has 12 rows"):
+    with pytest.raises(AssertionError, match="must generate complete trees, but a process has 12 rows"):
         crews.train(tmp_path, {**SAMPLED, **TREE, "per_device_train_batch_size": 12, "steps_per_generation": 1}, "ddp")

@@ -202,7 +202,7 @@ def test_which_checkpoints_are_meant(tmp_path, clock):
             candidates(asked, str(tmp_path))
     for checkpoint in (eight, nine):
         shutil.rmtree(checkpoint)
-    with pytest.raises(ResumeError, match=f"Cannot resume from {ten}: .*There is no intact checkpoint"):
+    with pytest.raises(ResumeError, match=f"Cannot resume from {ten}: .*There is no complete checkpoint"):
         candidates("true", str(tmp_path))
     assert [checkpoints.wants_to_resume(asked) for asked in (None, False, "false", "", True, ten)] == 4 * [False] + [
         True

@@ -96,7 +96,7 @@ def test_nothing_is_written_through_a_link(tmp_path):
         (tmp_path / name).symlink_to(theirs)
     writing.replace_text(tmp_path / "a", "ours")
     writing.replace_text(tmp_path / "b", "ours")
-    with pytest.raises(OSError, match=r"c is a link to .*theirs"):
+    with pytest.raises(OSError, match=r"c is a symbolic link to .*theirs"):
         writing.open_to_append(tmp_path / "c")
     with pytest.raises(OSError, match="lock"):
         take(tmp_path)

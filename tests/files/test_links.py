@@ -149,7 +149,7 @@ def test_an_output_dir_that_is_a_link_is_used(tmp_path):
 def test_a_folder_of_another_run_is_refused_before_training(tmp_path, outside, name):
     (outside / "completions").mkdir(exist_ok=True)
     link(tmp_path / "run" / name, outside / name)
-    with pytest.raises(ValueError, match=f"{name} is a link to .*outside/{name}, .*Remove the link, or choose another"):
+    with pytest.raises(ValueError, match=f"{name} is a symbolic link to .*outside/{name}, .*Remove the link, or"):
         make_trainer(tmp_path / "run", **SETTINGS, record_steps=1, log_completions=True)
     (outside / "completions").rmdir()
 
@@ -161,7 +161,7 @@ def test_records(tmp_path, outside, caplog):
     link(folder / records.METRICS, outside / "rollouts" / records.METRICS)
     records.write(folder / records.file_name(1), records.Record(METHOD, [row(prompt="new")]))
     assert records.read(folder / records.file_name(1)).rows[0]["prompt"] == "new"
-    with pytest.raises(OSError, match=r"metrics\.jsonl is a link to"):
+    with pytest.raises(OSError, match=r"metrics\.jsonl is a symbolic link to"):
         records.append_metrics(folder, {"step": 3})
     assert records.forget(folder, 2) == 0  # as a training begins: the lines are kept, in a file of its own
     records.append_metrics(folder, {"step": 3})
@@ -265,7 +265,7 @@ def test_a_whole_file_of_samples_behind_a_link_is_copied(tmp_path):
 def test_samples_that_were_not_asked_for_are_not_put_elsewhere(tmp_path, outside):
     (tmp_path / "eval").mkdir()
     link(tmp_path / "eval" / "more", outside / "rollouts")
-    with pytest.raises(ValueError, match=r"more is a link to .*outside/rollouts"):
+    with pytest.raises(ValueError, match=r"more is a symbolic link to .*outside/rollouts"):
         Store(tmp_path / "eval", {})
 
 

@@ -636,7 +636,8 @@ def test_hostile_files_stay_here_with_the_command(server, report, run, caplog):
     assert set(repo["files"]) == expected - {"generation_config.json"}  # which is a link in here
     (said,) = [message for message in caplog.messages if "were not uploaded: " in message]
     assert len(said) < 2000
-    for name in ("seed2/ (6 files)", "training_args.bin", "generation_config.json (a link)", "wandb/ (2 files)"):
+    names = ("seed2/ (6 files)", "training_args.bin", "generation_config.json (a symbolic link)", "wandb/ (2 files)")
+    for name in names:
         assert name in said
 
 
@@ -716,8 +717,8 @@ REFUSED = {
     "seed2/training_args.bin": "contains all training arguments, including hub_token",
     ".env": "is a hidden file",
     ".git/config": "is a hidden file",
-    "generation_config.json": "is a link",
-    "linked/config.json": "is a link",
+    "generation_config.json": "is a symbolic link",
+    "linked/config.json": "is a symbolic link",
     "../outside/id_rsa": "is not inside",
     "notes.txt": "seems to contain a Hugging Face token",
     "seed2": "is a folder",
@@ -733,7 +734,7 @@ def test_weights_that_cannot_be_sent_are_said(server, run):
     with pytest.raises(SystemExit, match=r"pytorch_model\.bin is a pickle, .* add --include pytorch_model\.bin"):
         our_hub.main([str(run)])
     (run / "model.safetensors").symlink_to(run.parent / "weights")
-    with pytest.raises(SystemExit, match=r"The weights in .* are a link .*Copy the file there"):
+    with pytest.raises(SystemExit, match=r"The weights in .* are a symbolic link .*Copy the file there"):
         our_hub.main([str(run)])
     assert not server.requests
 

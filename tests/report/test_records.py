@@ -222,7 +222,7 @@ def test_a_resumed_run_has_the_records_of_one_that_was_not_interrupted(tmp_path,
         stale.write_bytes(b"of a run that is now another")
     with caplog.at_level(logging.WARNING):
         make_trainer(tmp_path / "parts", **settings).train(str(tmp_path / "parts" / "checkpoint-3"))
-    assert "Removed 1 records of an earlier run (steps after 3)" in caplog.text
+    assert "Removed records of an earlier run (number: 1; steps after 3)" in caplog.text
     whole, parts = (records.files(tmp_path / name) for name in ("whole", "parts"))
     assert [path.name for path in whole] == [path.name for path in parts] == [records.file_name(s) for s in (1, 3, 5)]
     for a, b in zip(whole, parts, strict=True):

@@ -249,7 +249,7 @@ def test_the_keyboard(visit, report):
     assert page.url.endswith("#step-10-group-2")
     page.keyboard.press("k")
     complete(page, 10, 1)
-    assert "All rollouts that count are correct" in page.locator("#group .warn").inner_text()
+    assert "All counted rollouts are correct" in page.locator("#group .warn").inner_text()
     page.keyboard.press("j")
     complete(page, 10, 2)
 

@@ -61,14 +61,14 @@ def online(monkeypatch):
         (["--dataset_name", "my_problem.csv"], "There is no data file my_problem.csv (dataset_name; looked in "),
         (["--dataset_name", "my_problem.csv"], "Did you mean my_problems.csv?"),
         (["--eval-dataset-name=no.jsonl.gz"], "There is no data file no.jsonl.gz (eval_dataset_name; looked in "),
-        (["--dataset_name", "problems.xlsx"], "problems.xlsx (dataset_name) has a format that is not read"),
+        (["--dataset_name", "problems.xlsx"], "problems.xlsx (dataset_name) has an unsupported format"),
         (["--dataset_name", "./nowhere"], "./nowhere (dataset_name; looked in "),
         (["--model_name_or_path", "./runs/quik"], "There is no model ./runs/quik (model_name_or_path; looked in "),
         (["--model_name_or_path", "./runs/quik"], "Did you mean runs/quick?"),
         (["--model_name_or_path", "~/no/such"], "There is no model ~/no/such"),
         (["--model_name_or_path", "good.yaml"], "good.yaml (model_name_or_path) is a file"),
-        (["--model_name_or_path", "runs/quick"], "Name its last checkpoint, runs/quick/checkpoint-100"),
-        (["--model_name_or_path", "not a name"], "nor a name on the Hub, which is USER/NAME"),
+        (["--model_name_or_path", "runs/quick"], "Use its last checkpoint, runs/quick/checkpoint-100"),
+        (["--model_name_or_path", "not a name"], "nor a valid name on the Hub (USER/NAME)"),
     ],
 )
 def test_a_mistake_names_the_offender_and_the_remedy(folder, words, said):

@@ -247,7 +247,7 @@ def test_an_unknown_key_of_the_file_names_itself_and_the_nearest(tmp_path):
 def test_a_retired_setting_says_what_to_do(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text((ROOT / "configs/quickstart.yaml").read_text() + "\nrecord_files: 50\n")
-    with pytest.raises(UserError, match=r"^record_files is not a setting any more: remove it\. .*at most 100 records"):
+    with pytest.raises(UserError, match=r"^record_files is no longer a setting: remove it\. .*at most 100 records"):
         parse_recipe(recipe, tmp_path)
 
 

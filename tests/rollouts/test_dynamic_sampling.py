@@ -413,8 +413,8 @@ def test_no_generations_are_refused(tmp_path):
     ("rewards", "named", "words"),
     [
         ([math_accuracy, third], None, r"There are several \(math_accuracy, third\)\. Set correctness_reward"),
-        ([boxed_format], None, "'boxed_format' only shapes"),
-        ([boxed_format, math_accuracy], "boxed_format", "'boxed_format' only shapes"),
+        ([boxed_format], None, "'boxed_format' does not check answers"),
+        ([boxed_format, math_accuracy], "boxed_format", "'boxed_format' does not check answers"),
     ],
 )
 def test_a_reward_that_says_what_is_right_is_needed(tmp_path, rewards, named, words):

@@ -23,7 +23,7 @@ def test_accuracies_before_and_after():
         "              before     after",
         "  greedy       37.1%    100.0%",
         "  sampled      48.2%     97.9%",
-        "  after: 3 completions without a score are left out",
+        "  after: completions excluded because they have no score: 3",
     ]
 
 
@@ -34,7 +34,7 @@ def test_accuracies_that_were_not_measured_or_are_no_shares():
         "                  before       after",
         "  greedy    not measured  not scored",
         "  sampled   not measured       2.500",
-        "  after: 4 completions without a score are left out",
+        "  after: completions excluded because they have no score: 4",
     ]
 
 
@@ -52,7 +52,7 @@ def test_places(tmp_path):
     tensorboard.logging_dir = "logs/here"
     said = closing.places(trainer_of(tmp_path, tensorboard, report_to=["tensorboard", "wandb"])).splitlines()
     assert said[1:] == [
-        f"Page of key tokens: {tmp_path / 'key_tokens.html'}",
+        f"Key-token page: {tmp_path / 'key_tokens.html'}",
         f"Logs: logs/here, wandb, {tmp_path / 'rollouts/metrics.jsonl'}",
     ]
 

@@ -79,12 +79,12 @@ def test_every_column_is_explained(credit):
 
 def test_the_legend_says_what_is_counted():
     meanings = MetricsTable("ktae", False).columns
-    assert meanings["mixed"].meaning == "share of groups that have correct and wrong rollouts"
+    assert meanings["mixed"].meaning == "share of groups with both correct and wrong rollouts"
     assert meanings["length"].meaning == "mean number of tokens in a completion"
-    assert "replaced ones too" in MetricsTable("ktae", True).columns["mixed"].meaning
-    assert "a shared token counts in one of them" in MetricsTable("tree", False).columns["length"].meaning
+    assert "including replaced ones" in MetricsTable("ktae", True).columns["mixed"].meaning
+    assert "a shared token counts once" in MetricsTable("tree", False).columns["length"].meaning
     assert (
-        MetricsTable("ktae", True).legend(evaluates=False).splitlines()[0].endswith(", of the groups that were kept:")
+        MetricsTable("ktae", True).legend(evaluates=False).splitlines()[0].endswith(", for the groups that were kept:")
     )
     assert re.search("N eval +the same after step N", MetricsTable("none", False).legend(evaluates=True))
 
@@ -273,7 +273,7 @@ def test_sample_of_a_long_and_hostile_group(monkeypatch):
 
 
 def test_sample_of_a_group_that_is_all_wrong_or_not_judged(capsys):
-    for verdict, name in ((False, "wrong, A"), (None, "not judged, A")):
+    for verdict, name in ((False, "wrong, A"), (None, "not graded, A")):
         rows = [row(correct=verdict, credit=[0.0]) for _ in range(2)]
         console.print_sample(records.Record(METHOD, rows), 1)
         text = capsys.readouterr().out

@@ -55,7 +55,7 @@ def said(function, seen: dict, args: dict, *more) -> str | None:
         (
             {"informative": 6, "stats": {"tree/signal_depth_1": 0.0}},
             {"credit": "tree"},
-            "No siblings in the trees of the first 6 groups (3 generations) differ by tree_min_spread (0.1)",
+            "No siblings in the trees of the first 6 groups (3 generations) differ by at least tree_min_spread (0.1)",
         ),
     ],
 )

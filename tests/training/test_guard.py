@@ -83,7 +83,7 @@ def test_weights_that_are_not_finite_are_never_saved_and_replace_nothing(tmp_pat
     with pytest.raises(NotFiniteError, match="some weights are not finite at step 2"):
         trainer.train()
     assert (
-        "checkpoint-2 is not saved: 1 parameters are not finite, the first is model.embed_tokens.weight" in caplog.text
+        "checkpoint-2 was not saved. Parameters that are not finite: 1, the first is model.embed_tokens" in caplog.text
     )
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
     assert checkpoints.problem(tmp_path / "checkpoint-1") == ""
@@ -106,7 +106,7 @@ def test_one_weight_among_many_is_found_and_large_ones_are_finite(caplog, dtype)
         with torch.no_grad():
             model.bias[3] = value
         assert not check_weights(model, "here")
-    assert "here is not saved: 1 parameters are not finite, the first is bias" in caplog.text
+    assert "here was not saved. Parameters that are not finite: 1, the first is bias" in caplog.text
     model.bias.requires_grad = False  # not trained, so no training made it so
     assert check_weights(model, "x")
 

@@ -41,7 +41,7 @@ def test_unscorable_problems_are_left_out(tmp_path):
     accuracy = held_out_accuracy(make_trainer(tmp_path), dataset, samples=1, batch_size=8)
     assert accuracy == Accuracy(None, None, 1, unscored=8)
     assert "greedy not scored" in str(accuracy)
-    assert "8 completions without a score are left out" in str(accuracy)
+    assert "completions excluded because they have no score: 8" in str(accuracy)
 
 
 def test_sampling_settings_of_the_model_are_not_taken_over(tmp_path):

@@ -34,8 +34,8 @@ def test_the_paper_s_batches_by_hand():
     assert (batches.rollouts, batches.prompts, batches.rollouts_per_step, batches.steps) == (16384, 1024, 2048, 8)
     assert batches.steps_per_epoch(12000) == 88  # 11 whole generations
     assert str(batches) == (
-        "8 rollouts x 8 processes x 256 steps_per_generation = 16,384 rollouts a generation (1,024 prompts x 16), "
-        "2,048 an optimizer step"
+        "8 rollouts x 8 processes x 256 steps_per_generation = 16,384 rollouts per generation (1,024 prompts x 16), "
+        "2,048 per optimizer step"
     )
 
 
@@ -75,8 +75,8 @@ def test_another_number_of_processes_is_explained(tmp_path):
     assert check_processes(args, 1) is None
     warning = check_processes(args, 4)
     assert "written for 4 processes (num_processes), but 1 was started" in warning
-    assert "8 rollouts x 4 processes x 8 steps_per_generation = 256 rollouts a generation (32 prompts x 8)" in warning
-    assert "8 rollouts x 1 process x 8 steps_per_generation = 64 rollouts a generation (8 prompts x 8)" in warning
+    assert "8 rollouts x 4 processes x 8 steps_per_generation = 256 rollouts per generation (32 prompts x 8)" in warning
+    assert "8 rollouts x 1 process x 8 steps_per_generation = 64 rollouts per generation (8 prompts x 8)" in warning
     assert (
         "add to the train.py command: --num_processes 1 --gradient_accumulation_steps 16 --steps_per_generation 32"
         in warning
@@ -100,7 +100,7 @@ def test_a_generation_batch_that_is_given_stays_what_it_is(tmp_path):
     assert Batches.of(args, 1).rollouts == Batches.of(args, 8).rollouts == 256
     assert Batches.of(args, 8).steps == 4
     warning = check_processes(args, 8)
-    assert warning.count("256 rollouts a generation") == 2
+    assert warning.count("256 rollouts per generation") == 2
     assert warning.endswith("add to the train.py command: --num_processes 1 --gradient_accumulation_steps 16")
 
 
@@ -273,7 +273,7 @@ def test_the_settings_that_differ_from_their_defaults_or_all(tmp_path):
 
 
 def test_a_generation_of_broken_groups_is_refused_with_the_arithmetic(tmp_path, monkeypatch):
-    words = r"whole groups of 8 rollouts.* 4 .*x 1 \(processes\) x 3 \(steps_per_generation\) = 12 rollouts. Set "
+    words = r"complete groups of 8 rollouts.* 4 .*x 1 \(processes\) x 3 \(steps_per_generation\) = 12 rollouts. Set "
     with pytest.raises(ValueError, match=words + "steps_per_generation=6$"):
         config(tmp_path, per_device_train_batch_size=4, steps_per_generation=3)
     assert config(tmp_path, per_device_train_batch_size=4, steps_per_generation=6).generation_batch_size == 24
@@ -283,7 +283,7 @@ def test_a_generation_of_broken_groups_is_refused_with_the_arithmetic(tmp_path, 
 
 
 def test_fewer_prompts_than_a_generation_takes_are_refused(tmp_path):
-    words = r"has 3 prompts, fewer than one generation takes: 16 rollouts x 1 process x 2 .*\(4 prompts x 8\)"
+    words = r"has 3 prompts, fewer than one generation needs: 16 rollouts x 1 process x 2 .*\(4 prompts x 8\)"
     for dynamic in (False, True):
         with pytest.raises(ValueError, match=words):
             make_trainer(tmp_path, train_dataset=prompts(3), steps_per_generation=2, dynamic_sampling=dynamic)
@@ -302,7 +302,7 @@ def test_resuming_from_what_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "model").mkdir()
     trainer.save_model(tmp_path / "model")  # weights, but no state of a run
     for folder, why in (("model", "it has no trainer_state.json"), ("nowhere", "the folder does not exist")):
-        with pytest.raises(ValueError, match=rf"Cannot resume from .*{folder}: {why}\. There is no intact checkpoint"):
+        with pytest.raises(ValueError, match=rf"Cannot resume from .*{folder}: {why}\. There is no complete"):
             trainer.train(resume_from_checkpoint=str(tmp_path / folder))
     with pytest.raises(ValueError, match="run contains no checkpoint to resume from"):
         trainer.train(resume_from_checkpoint=True)

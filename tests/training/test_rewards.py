@@ -133,7 +133,7 @@ def test_a_function_of_the_working_directory(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ([1.0], "each of the 2 completions, not 1 values"),
+        ([1.0], "each of the 2 completions, but returned 1"),
         ("ab", "each of the 2 completions, not str: ab"),
         (0.5, "each of the 2 completions, not float: 0.5"),
         (torch.tensor(0.5), "each of the 2 completions, not Tensor"),
@@ -250,7 +250,7 @@ def test_the_dry_run_calls_the_reward_functions(own_data, capfd):
     assert r"one ends with \boxed{1}, one with \boxed{-987654321}, one has no answer" in said
     assert "my_verdict │ 1 │ 0 │" in said
     assert "Correct rollouts: those with my_verdict above 0 (correctness_threshold: 0.0)." in said
-    assert "does not tell" not in said
+    assert "does not distinguish" not in said
     order = ["The first prompt", "Its rewards", "Batches ─", "Data ─", "Memory ─", "Settings (those that differ"]
     assert sorted(order, key=said.index) == order
     training.train(*training.read_arguments([*own_data, "--dry_run", "true", "--answer_format", "hash"]))
@@ -262,7 +262,7 @@ def test_the_dry_run_calls_the_reward_functions(own_data, capfd):
 def test_the_dry_run_names_a_correctness_reward_that_tells_nothing_apart(own_data, capfd):
     Path("my_rewards.py").write_text("def my_verdict(completions, **kwargs):\n    return [2.0] * len(completions)\n")
     training.train(*training.read_arguments([*own_data, "--dry_run", "true"]))
-    assert "my_verdict does not tell this correct answer from the wrong one" in capfd.readouterr().out
+    assert "my_verdict does not distinguish the correct answer from the wrong one" in capfd.readouterr().out
 
 
 def test_the_dry_run_says_where_a_reward_function_fails(own_data):

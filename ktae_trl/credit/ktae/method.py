@@ -76,7 +76,7 @@ class KTAE(Method):
     title = "KTAE (key tokens)"
     card = Card(
         "KTAE",
-        "The advantage of a token is that of its rollout, raised or lowered by how strongly the token is associated "
+        "Each token gets the advantage of its rollout, raised or lowered by how strongly the token is associated "
         "with the correct or the wrong rollouts of its prompt (Fisher's exact test, information gain, term "
         "frequencies).",
         ("ktae",),
@@ -97,10 +97,10 @@ class KTAE(Method):
     )
     value = "key-token value K"
     columns = {
-        "mixed": ("ktae/informative_groups", "{:.0%}", "share of groups that have correct and wrong rollouts"),
+        "mixed": ("ktae/informative_groups", "{:.0%}", "share of groups with both correct and wrong rollouts"),
         "K correct": ("ktae/value_right", "{:+.3f}", "mean key-token value K in the correct rollouts of mixed groups"),
-        "K wrong": ("ktae/value_wrong", "{:+.3f}", "mean key-token value K in their wrong rollouts"),
-        "|K|>.9": ("ktae/saturated", "{:.0%}", "share of their tokens with |K| above 0.9"),
+        "K wrong": ("ktae/value_wrong", "{:+.3f}", "mean key-token value K in the wrong rollouts of mixed groups"),
+        "|K|>.9": ("ktae/saturated", "{:.0%}", "share of the tokens of mixed groups with |K| above 0.9"),
         "A'/A": ("ktae/advantage_ratio", "{:.2f}", "mean |token advantage A'| over mean |rollout advantage A|"),
     }
     panels = {
