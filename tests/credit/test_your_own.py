@@ -390,7 +390,7 @@ def test_no_other_file_names_a_method():
         for match in quoted.finditer(path.read_text())
     }
     # The default; the command, which has the name of a method.
-    assert found == {f'{file}: "ktae"' for file in ("config.py", "cli.py", "hub/upload.py")}
+    assert found == {f'{file}: "ktae"' for file in ("config.py", "cli.py", "hub/upload.py", "training/closing.py")}
     assert quoted.search((package / "credit/tree.py").read_text())  # the check sees names at all
 
 
