@@ -146,7 +146,7 @@ def sampled_nodes(mask_PGT: Tensor, shape: Shape) -> list[Tensor]:
 def _sums(
     mask_PGT: Tensor, values_PGT: Tensor, advantages: list[Tensor], shape: Shape
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the metrics of this process's trees as (numerator, denominator). See `docs/metrics.md`."""
+    """Return the metrics of this process's trees as (numerator, denominator). See `docs/reference/metrics.md`."""
     nodes = sampled_nodes(mask_PGT, shape)
     N, prompts = shape.branching, mask_PGT.new_tensor(len(mask_PGT), dtype=torch.long)
     sums = {}

@@ -84,7 +84,7 @@ class Batch(NamedTuple):
     rows: list[dict[str, Any]]  # (B,) rows of the training set
     rollouts: list[dict]  # (B,) as returned by `Generate`
     rewards: Tensor  # (P G, reward functions) of all processes
-    metrics: dict[str, float]  # see `docs/metrics.md`
+    metrics: dict[str, float]  # see `docs/reference/metrics.md`
     state: dict[str, float]  # metrics that are logged as they are, without a mean over steps
 
 

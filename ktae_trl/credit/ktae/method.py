@@ -143,7 +143,7 @@ class KTAE(Method):
 
 
 def sums(groups: Groups, table: KeyTokenTable, values_BT: Tensor, how: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the metrics of this process's rollouts as (numerator, denominator). See `docs/metrics.md`."""
+    """Return the metrics of this process's rollouts as (numerator, denominator). See `docs/reference/metrics.md`."""
     mask, correct, scored = map(
         groups.own_rows, (groups.mask_PGT, groups.correct_PG[..., None], groups.scored_PG[..., None])
     )
