@@ -371,7 +371,7 @@ def test_a_class_trains_resumes_and_shows_itself(here):
         text=True,
         timeout=300,
     )
-    assert "settings of the credit method was" in again.stderr
+    assert "settings of the credit method changed from" in again.stderr
 
 
 # Nothing else knows a method by name
@@ -437,7 +437,7 @@ def files_of(root: Path) -> dict[str, bytes]:
 @pytest.mark.slow
 def test_adding_a_method_touches_its_file_its_line_its_page_and_its_tests(tmp_path):
     """In a copy of the repository a fourth method is trained from YAML, and seen wherever methods are."""
-    for name in ("ktae_trl", "docs"):
+    for name in ("ktae_trl", "docs", "benchmarks/results"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("train.py", "mkdocs.yml"):
         shutil.copy(ROOT / name, tmp_path / name)
@@ -480,7 +480,7 @@ def test_adding_a_method_touches_its_file_its_line_its_page_and_its_tests(tmp_pa
     assert "Early (the first tokens)" in page
     assert "early_power" in page
     assert Page(page).data("index")["panels"][-1]["title"] == "Mean early weight"
-    assert "early\n    The first tokens" in done(sys.executable, "-m", "ktae_trl", "methods")
+    assert "  early: Early\n      The first tokens" in done(sys.executable, "-m", "ktae_trl", "methods")
     assert "--early_power" in done(sys.executable, "train.py", "--help")
     if importlib.util.find_spec("mkdocs"):
         done(sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", "site")

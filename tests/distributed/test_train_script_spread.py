@@ -196,4 +196,4 @@ def test_nobody_outlives_the_launcher(tmp_path, blow, processes):
         assert launched.wait(60) != 0
         assert gone(started_by_it)
     passed_on = "SIGHUP" if (blow, processes) == (signal.SIGHUP, 2) else "SIGTERM"
-    assert re.search(rf"^train.py: training stopped after step 0.*\({passed_on}\)", said(tmp_path), re.MULTILINE)
+    assert re.search(rf"^train.py: training stopped after step 0.*\b{passed_on}\b", said(tmp_path), re.MULTILINE)
