@@ -12,7 +12,7 @@ def on_config(config, **_):
     """List all pages of a folder that the navigation names, so that a new method needs no entry."""
     for entry in config.nav:
         for title, pages in entry.items() if isinstance(entry, dict) else ():
-            if pages == [f"{title.lower()}/"]:
+            if isinstance(pages, list) and str(pages[0]).endswith("/"):
                 found = sorted(
                     Path(config.docs_dir, *pages).glob("*.md"), key=lambda page: (page.stem != "index", page)
                 )

@@ -13,8 +13,10 @@ from ktae_trl.arguments import TINY, WORD_PROBLEMS, pip_install
 from ktae_trl.files.model_files import PAGE
 from ktae_trl.training.held_out import Accuracy
 
-# The package's problems -> the configuration of `ktae eval` that measures them.
+# The package's problems -> the configuration of `ktae eval` that measures them. Other models get the public benchmarks,
+# asked by their own chat template as in training: the configuration's template is Qwen2.5-Math's.
 _EVALUATIONS = {TINY: "quickstart", WORD_PROBLEMS: "smollm2_135m"}
+_OTHERS = "math --prompt chat"
 
 
 def accuracies(before: Accuracy | None, after: Accuracy, problems: int) -> str:
@@ -56,7 +58,7 @@ def next_steps(output_dir: str, dataset: str, held_out: str | None) -> str:
     ktae, page = _command(), Path(output_dir, PAGE)
     install = "" if find_spec("scipy") else f" (first: {pip_install('eval')})"
     model = f"--model_name_or_path {shlex.quote(output_dir)}"
-    steps = [(f"{ktae} eval {_EVALUATIONS.get(held_out, 'math')} {model}", f"accuracy with intervals{install}")]
+    steps = [(f"{ktae} eval {_EVALUATIONS.get(held_out, _OTHERS)} {model}", f"accuracy with intervals{install}")]
     if page.exists():
         steps.append((f"{_opener()} {shlex.quote(str(page))}", "look at the key tokens, in a browser"))
     if not Path(dataset).exists():  # else it is the user's own already

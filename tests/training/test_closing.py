@@ -62,7 +62,8 @@ def commands(said: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(
-    ("held_out", "evaluation"), [("tiny", "quickstart"), ("word_problems", "smollm2_135m"), (None, "math")]
+    ("held_out", "evaluation"),
+    [("tiny", "quickstart"), ("word_problems", "smollm2_135m"), (None, "math --prompt chat")],
 )
 def test_what_to_do_next_is_commands(tmp_path, monkeypatch, held_out, evaluation):
     monkeypatch.setattr(closing.shutil, "which", lambda name: name)
@@ -70,8 +71,8 @@ def test_what_to_do_next_is_commands(tmp_path, monkeypatch, held_out, evaluation
     folder.mkdir()
     (folder / "key_tokens.html").touch()
     evaluate, look, own_data = commands(closing.next_steps(str(folder), "tiny", held_out))
-    assert evaluate == ["ktae", "eval", evaluation, "--model_name_or_path", str(folder)]
-    assert (CONFIGS / "eval" / f"{evaluation}.yaml").exists()
+    assert evaluate == ["ktae", "eval", *evaluation.split(), "--model_name_or_path", str(folder)]
+    assert (CONFIGS / "eval" / f"{evaluation.split()[0]}.yaml").exists()
     assert look == ["xdg-open", str(folder / "key_tokens.html")]
     assert own_data == ["ktae", "recipes", "own_data", ">", "my.yaml"]
 
