@@ -38,6 +38,7 @@ test-newest: $(NEWEST_VENV)/installed
 	$(NEWEST_VENV)/bin/pytest -m "not slow" -n 2 --dist worksteal
 
 # The lowest versions that setup.cfg allows: a few GB, because torch is another one. uv can resolve downwards, pip cannot.
+# Unlike pip, uv does not compile what it installs, and grading workers that start slowly use up their budget.
 test-lowest: $(LOWEST_VENV)/installed
 	$(LOWEST_VENV)/bin/pytest -m "not slow" -n 2 --dist worksteal
 
@@ -48,7 +49,7 @@ test-trl-next: $(TRL_VENV)/installed
 $(LOWEST_VENV)/installed: setup.cfg pyproject.toml
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet uv
-	$(@D)/bin/uv pip install --quiet --python $(@D)/bin/python --resolution lowest-direct --editable '.[test]'
+	$(@D)/bin/uv pip install --quiet --compile-bytecode --python $(@D)/bin/python --resolution lowest-direct --editable '.[test]'
 	touch $@
 
 $(NEWEST_VENV)/installed $(TRL_VENV)/installed: setup.cfg pyproject.toml constraints.txt
