@@ -87,11 +87,14 @@ def describe(method: Method, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
     `tokens` has one column per statistic, over the distinct tokens of the group. A rollout's `cells` are its distinct
     combinations of token, value, advantage and whether it is trained on. Its `at` has a cell's index for each position.
+    Its `arrays` and `compared` have a number for each position, `segments` the turns, and `parts` the result of
+    `parting`.
     """
     found = statistics(method, rows)
+    parts = parting(rows)
     number_of: dict[tuple[int, str], int] = {}
     rollouts = []
-    for row in rows:
+    for row, part in zip(rows, parts, strict=True):
         credit = row["credit"] if row["credit"] is not None else [None] * len(row["token_ids"])
         cells: dict[tuple, int] = {}
         at = []
@@ -114,6 +117,10 @@ def describe(method: Method, rows: list[dict[str, Any]]) -> dict[str, Any]:
                     "trained": list(map(int, trained)),
                 },
                 "at": at,
+                "arrays": {visible(name): _short(numbers) for name, numbers in row.get("arrays", {}).items()},
+                "compared": [_short(numbers) for numbers in row.get("compared", ())],
+                "segments": [{**turn, "role": visible(turn["role"])} for turn in row.get("segments") or ()],
+                "parts": part,
             }
         )
     nothing = (None,) * len(_STATISTICS)
@@ -133,6 +140,30 @@ def describe(method: Method, rows: list[dict[str, Any]]) -> dict[str, Any]:
         },
         "rollouts": rollouts,
     }
+
+
+def parting(rows: list[dict[str, Any]]) -> list[int | None]:
+    """Return, for each wrong rollout of a group, the first position at which it leaves all correct rollouts.
+
+    This is the first position t such that no correct rollout begins with the same t + 1 tokens: a place where the
+    rollout parts from them, not a proof that the token there is an error. It is None for other rollouts, if no rollout
+    is correct, and if a correct rollout begins with the whole wrong one.
+    """
+    right = [row["token_ids"] for row in rows if row["correct"] is True]
+
+    def leaves(ids: list[int]) -> int | None:
+        same = max(
+            next((t for t, pair in enumerate(zip(ids, own)) if pair[0] != pair[1]), min(len(ids), len(own)))
+            for own in right
+        )
+        return same if same < len(ids) else None
+
+    return [leaves(row["token_ids"]) if right and row["correct"] is False else None for row in rows]
+
+
+def _short(numbers: list[float | None]) -> list[float | str | None]:
+    """Return numbers for a colour and a tooltip, for which four digits are enough."""
+    return [float(f"{x:.4g}") if isinstance(x, (int, float)) and math.isfinite(x) else number(x) for x in numbers]
 
 
 def number(x: float | None) -> float | str | None:

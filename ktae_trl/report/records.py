@@ -26,12 +26,15 @@ _NAME = re.compile(r"step_(\d+)\.parquet", re.ASCII)
 logger = logging.getLogger(__name__)
 
 
-def schema(rewards: list[str]) -> pa.Schema:
+def schema(rewards: list[str], arrays: list[str] = ()) -> pa.Schema:
     """Return the columns of a record.
 
     Args:
         rewards: The names of the reward functions.
+        arrays: The names of the arrays with one number per token.
     """
+    # Parquet has no struct without fields, and records from before there were arrays have no such column.
+    numbers = {"arrays": pa.struct({name: pa.list_(pa.float32()) for name in arrays})} if arrays else {}
     return pa.schema(
         {
             "schema_version": pa.int8(),
@@ -49,6 +52,7 @@ def schema(rewards: list[str]) -> pa.Schema:
             "advantage": pa.float32(),  # A of the rollout
             "credit": pa.list_(pa.float32()),  # value of each token; null without a credit method
             "advantages": pa.list_(pa.float32()),  # A' of each token
+            **numbers,  # further numbers of each token, such as its entropy; null where there is none
         }
     )
 
@@ -105,16 +109,27 @@ def _of_schema_1(fields: dict[str, Any]) -> Method:
 
 
 class Record(NamedTuple):
-    """A recorded step. Its rows have the columns of `schema` and are sorted by group."""
+    """Rollouts with the values of their tokens: a recorded step, or rollouts from any source.
+
+    The rows have the columns of `schema` and are sorted by group. `arrays` may be absent. Rows that are not read from a
+    file of records may also have `segments`, the turns of a completion in order, each as
+    `{"role": str, "begin": index of its first token}` (absent: the assistant's alone), and `compared`, one list of
+    token values per method in `compared`.
+    """
 
     method: Method
     rows: list[dict[str, Any]]
+    compared: tuple[Method, ...] = ()  # further methods, each with values of its own for the same tokens
 
 
 def write(path: Path, record: Record) -> None:
     """Write a record atomically."""
-    names = sorted({name for row in record.rows for name in row["rewards"]})
-    columns = schema(names).with_metadata({_METADATA: json.dumps(record.method._asdict(), default=str).encode()})
+    names, arrays = (
+        sorted({name for row in record.rows for name in row.get(kind, ())}) for kind in ("rewards", "arrays")
+    )
+    columns = schema(names, arrays).with_metadata(
+        {_METADATA: json.dumps(record.method._asdict(), default=str).encode()}
+    )
     rows = [{"schema_version": SCHEMA_VERSION, **row} for row in record.rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as draft:
@@ -148,7 +163,10 @@ def read(path: str | Path) -> Record:
             f"{path} was written by another version of ktae_trl. Use that version to read it ({error})"
         ) from None
     method = method._replace(special_ids=tuple(method.special_ids))
-    return Record(method, table.drop_columns("schema_version").to_pylist())
+    rows = table.drop_columns("schema_version").to_pylist()
+    for row in rows:
+        row["arrays"] = {name: values for name, values in (row.get("arrays") or {}).items() if values is not None}
+    return Record(method, rows)
 
 
 def folder_of(folder: str | Path) -> Path:

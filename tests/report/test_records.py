@@ -295,6 +295,18 @@ def test_hostile_text_and_odd_numbers_survive(tmp_path):
     assert math.isnan(back["credit"][0])
 
 
+def test_further_numbers_of_tokens_survive(tmp_path):
+    """Rows may have different arrays, and a record may have none: files from before there were arrays have no column."""
+    path = tmp_path / "step_000001.parquet"
+    records.write(
+        path, records.Record(METHOD, [row(arrays={"entropy": [0.5]}), row(rollout=1, arrays={"ratio": [None]})])
+    )
+    assert [back["arrays"] for back in records.read(path).rows] == [{"entropy": [0.5]}, {"ratio": [None]}]
+    records.write(path, records.Record(METHOD, [row()]))
+    assert "arrays" not in pq.read_table(path).column_names
+    assert records.read(path).rows[0]["arrays"] == {}
+
+
 def test_what_is_no_record_is_refused(tmp_path):
     path = tmp_path / "step_000001.parquet"
     path.write_text("not Parquet")

@@ -24,7 +24,7 @@ from ktae_trl.credit.ktae.values import key_token_values
 from ktae_trl.report import KeyTokens, explain, records, write_report
 from ktae_trl.report.contents import collect
 from ktae_trl.report.curves import curves
-from ktae_trl.report.group_view import describe
+from ktae_trl.report.group_view import describe, parting
 from ktae_trl.report.page import render
 from ktae_trl.report.records import Method, Record, method_of
 from ktae_trl.report.rows import group_advantages, read_rows
@@ -735,3 +735,13 @@ def test_a_preview_is_cut_by_characters(tmp_path):
     ]
     shown = collect([Record(KTAE, [row for group in groups for row in group])])
     assert [group["preview"] for group in shown.groups] == ["0", "1", "2"]
+
+
+def test_where_a_wrong_rollout_leaves_the_correct_ones():
+    """By hand: the first position at which no correct rollout begins with the same tokens."""
+    verdicts = {(1, 2, 3): True, (1, 4, 5): True, (1, 2, 9): False, (7,): False, (1, 4): False, (1, 4, 5, 6): False}
+    rows = [{"token_ids": list(ids), "correct": correct} for ids, correct in verdicts.items()]
+    rows.append({"token_ids": [8], "correct": None})
+    assert parting(rows) == [None, None, 2, 0, None, 3, None]
+    assert parting(rows[2:]) == [None] * 5  # no correct rollout to compare with
+    assert parting([{"token_ids": [], "correct": False}, {"token_ids": [1], "correct": True}]) == [None, None]

@@ -228,7 +228,9 @@ def test_own_data_with_an_own_verdict(own_data, tmp_path, capfd):
     said = capfd.readouterr().out
     assert "Held-out accuracy by my_verdict (4 problems; sampled: 2 per problem at temperature 1)" in said
     assert said.rstrip().splitlines()[-2] == "Next:"  # the data are the user's own: the recipe for them is not proposed
-    assert said.rstrip().splitlines()[-1].partition("ktae")[2].startswith(" eval math --prompt chat --model_name_or_path ")
+    assert (
+        said.rstrip().splitlines()[-1].partition("ktae")[2].startswith(" eval math --prompt chat --model_name_or_path ")
+    )
     results = json.loads((tmp_path / "out" / "held_out_results.json").read_text())
     assert results["what"] == "accuracy by my_verdict"
     card = (tmp_path / "out" / "README.md").read_text()
