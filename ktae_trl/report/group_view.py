@@ -152,13 +152,15 @@ def parting(rows: list[dict[str, Any]]) -> list[int | None]:
     right = [row["token_ids"] for row in rows if row["correct"] is True]
 
     def leaves(ids: list[int]) -> int | None:
-        same = max(
-            next((t for t, pair in enumerate(zip(ids, own)) if pair[0] != pair[1]), min(len(ids), len(own)))
-            for own in right
-        )
+        same = max(_same_beginning(ids, own) for own in right)
         return same if same < len(ids) else None
 
     return [leaves(row["token_ids"]) if right and row["correct"] is False else None for row in rows]
+
+
+def _same_beginning(some: list[int], others: list[int]) -> int:
+    pairs = zip(some, others, strict=False)
+    return next((t for t, (one, other) in enumerate(pairs) if one != other), min(len(some), len(others)))
 
 
 def _short(numbers: list[float | None]) -> list[float | str | None]:

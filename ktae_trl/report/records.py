@@ -124,12 +124,9 @@ class Record(NamedTuple):
 
 def write(path: Path, record: Record) -> None:
     """Write a record atomically."""
-    names, arrays = (
-        sorted({name for row in record.rows for name in row.get(kind, ())}) for kind in ("rewards", "arrays")
-    )
-    columns = schema(names, arrays).with_metadata(
-        {_METADATA: json.dumps(record.method._asdict(), default=str).encode()}
-    )
+    names, arrays = ({name for row in record.rows for name in row.get(kind, ())} for kind in ("rewards", "arrays"))
+    metadata = json.dumps(record.method._asdict(), default=str).encode()
+    columns = schema(sorted(names), sorted(arrays)).with_metadata({_METADATA: metadata})
     rows = [{"schema_version": SCHEMA_VERSION, **row} for row in record.rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as draft:

@@ -69,7 +69,7 @@ def test_a_record_holds_what_was_trained_on(tmp_path, monkeypatch, settings, how
     found = records.files(tmp_path)
     assert [path.name for path in found] == ["step_000001.parquet", "step_000002.parquet"]
     for path, batch, given, step in zip(found, batches, rewards, (1, 2), strict=True):
-        method, rows = records.read(path)
+        method, rows, _ = records.read(path)
         assert (method.credit, method.how, method.generated_groups) == (settings.get("credit", "ktae"), how, 4)
         assert [(r["step"], r["group"], r["rollout"]) for r in rows] == [(step, *divmod(i, 8)) for i in range(32)]
         tokenizer = trainer.processing_class
@@ -96,7 +96,7 @@ def test_a_record_holds_what_was_trained_on(tmp_path, monkeypatch, settings, how
 def test_values_can_be_computed_again_from_a_record(tmp_path):
     trainer = make_trainer(tmp_path, **RECORDING, ktae_leave_one_out=True, ktae_ig_weight=2.0, ktae_tf_weight=0.5)
     trainer.train()
-    method, rows = records.read(records.files(tmp_path)[0])
+    method, rows, _ = records.read(records.files(tmp_path)[0])
     assert (method.title, method.symbol) == ("KTAE (key tokens)", "K")
     assert method.settings == {
         "ktae_combine": "multiply",
@@ -137,7 +137,7 @@ def test_pandas_and_datasets_read_a_record(tmp_path):
 
 def test_without_credit_there_are_advantages_but_no_values(tmp_path):
     make_trainer(tmp_path, **RECORDING, credit="none").train()
-    method, rows = records.read(records.files(tmp_path)[0])
+    method, rows, _ = records.read(records.files(tmp_path)[0])
     assert (method.credit, method.how) == ("none", None)
     for row in rows:
         assert row["credit"] is None
@@ -152,14 +152,14 @@ def test_what_could_not_be_judged_is_null(tmp_path):
         return [0.5] * len(completions)
 
     make_trainer(tmp_path, **RECORDING, reward_funcs=[second_unknown, other]).train()
-    _, rows = records.read(records.files(tmp_path)[0])
+    _, rows, _ = records.read(records.files(tmp_path)[0])
     assert [row["correct"] for row in rows[:4]] == [False, None, False, True]
     assert rows[1]["rewards"] == {"second_unknown": None, "other": 0.5}
 
 
 def test_a_masked_rollout_keeps_its_tokens(tmp_path):
     make_trainer(tmp_path, **RECORDING, mask_truncated_completions=True, max_completion_length=16).train()
-    _, rows = records.read(records.files(tmp_path)[0])
+    _, rows, _ = records.read(records.files(tmp_path)[0])
     cut = [row for row in rows if not any(row["trained"])]
     assert cut
     assert all(len(row["token_ids"]) == len(row["trained"]) == 16 for row in cut)
@@ -170,7 +170,7 @@ def test_a_tree_marks_what_other_rows_train(tmp_path):
     trainer = make_trainer(tmp_path, credit="tree", record_steps=1, max_steps=1, max_completion_length=24)
     batches, _ = spy(trainer)
     trainer.train()
-    method, rows = records.read(records.files(tmp_path)[0])
+    method, rows, _ = records.read(records.files(tmp_path)[0])
     assert method.how == "replace"
     for i, row in enumerate(rows):
         assert row["trained"] == batches[0]["tool_mask"][i, : len(row["tokens"])].bool().tolist()
@@ -180,7 +180,7 @@ def test_a_tree_marks_what_other_rows_train(tmp_path):
 def test_functions_of_one_name_have_a_column_each(tmp_path):
     rewards = [lambda completions, value=value, **_: [value] * len(completions) for value in (1.0, 0.25)]
     make_trainer(tmp_path, **RECORDING, reward_funcs=rewards).train()
-    _, rows = records.read(records.files(tmp_path)[0])
+    _, rows, _ = records.read(records.files(tmp_path)[0])
     assert rows[0]["rewards"] == {"<lambda>": 1.0, "<lambda> (2)": 0.25}
 
 
@@ -191,7 +191,7 @@ def test_informative_groups_come_first(tmp_path):
         return [*rewards[:8], *([1.0, None] * 4), *rewards[16:]]
 
     make_trainer(tmp_path, **RECORDING, reward_funcs=last_groups_are_mixed, record_groups=3).train()
-    method, rows = records.read(records.files(tmp_path)[0])
+    method, rows, _ = records.read(records.files(tmp_path)[0])
     assert method.generated_groups == 4
     assert [row["group"] for row in rows] == [g for g in (0, 2, 3) for _ in range(8)]
 
@@ -288,7 +288,7 @@ def test_hostile_text_and_odd_numbers_survive(tmp_path):
     hostile = "</script>\x00\u202eabc\n\U0001f600" + "a" * 100_000
     odd = row(completion=hostile, tokens=[hostile], advantage=math.inf, credit=[math.nan], correct=None)
     records.write(tmp_path / "step_000001.parquet", records.Record(METHOD, [odd]))
-    method, (back,) = records.read(tmp_path / "step_000001.parquet")
+    method, (back,), _ = records.read(tmp_path / "step_000001.parquet")
     assert method == METHOD
     assert (back["completion"], back["tokens"], back["correct"]) == (hostile, [hostile], None)
     assert back["advantage"] == math.inf
@@ -296,11 +296,10 @@ def test_hostile_text_and_odd_numbers_survive(tmp_path):
 
 
 def test_further_numbers_of_tokens_survive(tmp_path):
-    """Rows may have different arrays, and a record may have none: files from before there were arrays have no column."""
+    """Rows may have different arrays or none: a file from before there were arrays has no such column."""
     path = tmp_path / "step_000001.parquet"
-    records.write(
-        path, records.Record(METHOD, [row(arrays={"entropy": [0.5]}), row(rollout=1, arrays={"ratio": [None]})])
-    )
+    rows = [row(arrays={"entropy": [0.5]}), row(rollout=1, arrays={"ratio": [None]})]
+    records.write(path, records.Record(METHOD, rows))
     assert [back["arrays"] for back in records.read(path).rows] == [{"entropy": [0.5]}, {"ratio": [None]}]
     records.write(path, records.Record(METHOD, [row()]))
     assert "arrays" not in pq.read_table(path).column_names
@@ -349,7 +348,7 @@ def test_a_record_of_version_1_is_read(tmp_path):
         metadata = {b"ktae_trl": json.dumps({"credit": credit, "how": how, **of_1}).encode()}
         old = table.set_column(0, table.schema.field(0), version).replace_schema_metadata(metadata)
         pq.write_table(old, path)
-        method, (back,) = records.read(path)
+        method, (back,), _ = records.read(path)
         assert (method.credit, method.how, method.title, method.settings) == (credit, how, title, settings)
         assert (method.special_ids, method.generated_groups) == ((0, 2), 4)
         assert method.shares_tokens == (credit == "tree")
