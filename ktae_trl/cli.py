@@ -169,7 +169,7 @@ def recipes(words: list[str]) -> None:
         for path in sorted((CONFIGS / kind).glob("*.yaml")):
             lines += [f"  {path.stem}", *_wrapped(head(path).what), *_wrapped(head(path).hardware)]
         lines.append("")
-    lines += ["Launch configs for several GPUs: ktae train NAME --accelerate FILE", ""]
+    lines += ["Launch configs for a CPU, one GPU or several: ktae train NAME --accelerate FILE", ""]
     for path in sorted((CONFIGS / "accelerate").glob("*.yaml")):
         lines += [f"  {path.stem}", *_wrapped(path.read_text(encoding="utf-8")[2:].partition(":")[0])]
     lines += ["", "To adapt one, save it to a file and edit the file, for example:"]

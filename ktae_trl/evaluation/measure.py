@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ _FREE_VLLM_OPTIONS = {
     "max_num_seqs", "max_num_batched_tokens", "enable_chunked_prefill", "enable_prefix_caching", "enforce_eager",
     "swap_space", "cpu_offload_gb",
 }  # fmt: skip
+_LOG_SECONDS = 60.0  # between two lines of progress in a file
 
 logger = logging.getLogger(__name__)
 
@@ -249,13 +251,15 @@ def _sample(
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns) as progress:
+    with Progress(*columns, disable=not sys.stdout.isatty()) as progress:
         bar = progress.add_task("samples", total=total, completed=there)
+        log = _Log(total, there, silent=not progress.disable)
 
         def write(finished: list[tuple[Request, Completion]]) -> None:
             for request, completion in finished:
                 store.add(request.benchmark, [_row(request, completion, *texts[request.benchmark, request.id])])
             progress.advance(bar, len(finished))
+            log.advance(len(finished))
 
         if args.backend == "vllm":
             options = {"dtype": args.dtype, "options": args.vllm_options}
@@ -263,6 +267,21 @@ def _sample(
         else:
             batches = {"batch_size": args.batch_size, "dtype": args.dtype}
             sample_with_transformers(model, tokenizer, waiting, sampling, write, **batches)
+
+
+class _Log:
+    """Prints how many samples are there, at most once per minute: in a file or pipe, where a bar cannot be redrawn."""
+
+    def __init__(self, total: int, there: int, silent: bool):
+        self.total, self.there, self.silent = total, there, silent
+        self.begin = self.last = time.monotonic()
+
+    def advance(self, count: int) -> None:
+        self.there += count
+        now = time.monotonic()
+        if not self.silent and now - self.last >= _LOG_SECONDS:
+            self.last = now
+            print(f"{self.there:,} of {self.total:,} samples after {(now - self.begin) / 60:.0f} min", flush=True)
 
 
 def _row(request: Request, completion: Completion, problem: str, prompt: str) -> dict:

@@ -52,9 +52,11 @@ def evaluate(words: Sequence[str], program: str) -> None:
     # These load torch and transformers, which the other commands do not need.
     from ktae_trl.evaluation.measure import measure
     from ktae_trl.evaluation.settings import EvalArguments
+    from ktae_trl.training.console import quieten_libraries
     from ktae_trl.training.stopping import like_ctrl_c
 
     (args,) = parse((EvalArguments,), program, words)
+    quieten_libraries()
     try:
         with like_ctrl_c():
             measure(args, Path(words[words.index("--config") + 1]).stem if "--config" in words else "default")

@@ -70,6 +70,16 @@ def test_a_second_run_samples_nothing(evaluated, tmp_path, capsys):
     )
 
 
+def test_a_file_gets_lines_and_no_bar(tmp_path, capsys, monkeypatch):
+    """Where a bar cannot be redrawn: one line a minute, here one for each batch."""
+    monkeypatch.setattr(measure, "_LOG_SECONDS", 0.0)
+    main([*QUICK, "--output_dir", str(tmp_path / "tiny"), "--limit", "2", "--samples", "2", "--batch_size", "3"])
+    said = capsys.readouterr()
+    lines = [line for line in said.out.splitlines() if "samples after" in line]
+    assert lines == ["3 of 4 samples after 0 min", "4 of 4 samples after 0 min"]
+    assert "━" not in said.out + said.err
+
+
 def test_another_answer_format_grades_the_same_samples_again(evaluated, tmp_path, capsys):
     folder = tmp_path / "tags"
     shutil.copytree(evaluated, folder)

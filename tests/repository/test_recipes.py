@@ -102,8 +102,8 @@ def test_recipe_says_how_it_is_launched_and_where_it_writes(path):
     assert first.endswith(f"train.py --config configs/{path.name}")
     assert recipe["output_dir"] == f"runs/{path.stem}"
     file = re.search(r"--config_file (\S+)", first)
-    if file:
-        assert read(ROOT / file[1])["num_processes"] == recipe["num_processes"]
+    assert recipe.get("use_cpu", False) == file[1].endswith("/cpu.yaml")
+    assert read(ROOT / file[1])["num_processes"] == recipe.get("num_processes", 1)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -211,7 +211,7 @@ def test_the_recipe_for_own_data_reads_rows_as_it_shows_them(tmp_path):
 
 
 def test_there_are_accelerate_files():
-    names = {"one_gpu", "ddp", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2", "two_nodes"}
+    names = {"cpu", "one_gpu", "ddp", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2", "two_nodes"}
     assert {path.stem for path in LAUNCHERS} == names
 
 
@@ -220,7 +220,7 @@ def test_accelerate_reads_its_file(path):
     """Accelerate refuses keys that it does not know."""
     config = load_config_from_file(str(path))
     assert f"--config_file configs/accelerate/{path.name}" in path.read_text()
-    assert config.num_processes == (16 if path.stem == "two_nodes" else 1 if path.stem == "one_gpu" else 8)
+    assert config.num_processes == (16 if path.stem == "two_nodes" else 1 if path.stem in ("cpu", "one_gpu") else 8)
     stage = re.search(r"zero(\d)", path.stem)
     if stage:
         assert config.distributed_type == "DEEPSPEED"
