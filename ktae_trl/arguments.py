@@ -219,9 +219,9 @@ def parse(
         read_yaml(config)  # before the heavy import, and with better messages than TRL's
     from trl import TrlParser
 
-    parser = TrlParser(
-        dataclass_types, allow_abbrev=False, prog=program, usage=f"{program} --config FILE.yaml [--field value ...]"
-    )
+    asked = "CONFIG" if program.startswith("ktae ") else "--config FILE.yaml"
+    usage = f"{program} {asked} [--field value ...]"
+    parser = TrlParser(dataclass_types, allow_abbrev=False, prog=program, usage=usage)
     _take_null(parser, dataclass_types)
 
     def refuse(message: str) -> NoReturn:  # argparse would print the usage, too

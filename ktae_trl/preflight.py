@@ -117,7 +117,7 @@ def check_model(name: str, revision: str | None = None, by: str | None = None) -
         if not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
             saved = sorted(path.glob("checkpoint-*"), key=lambda each: (len(each.name), each.name))
             remedy = f"Use its last checkpoint, {saved[-1]}" if saved else "Give the folder of a saved model"
-            raise NotFoundError(f"{name}{_by(by)} holds neither config.json nor adapter_config.json. {remedy}")
+            raise NotFoundError(f"{name}{_by(by)} contains neither config.json nor adapter_config.json. {remedy}")
     elif path.is_file():
         raise NotFoundError(f"{name}{_by(by)} is a file. Give the folder of the model instead")
     elif _looks_local(name):

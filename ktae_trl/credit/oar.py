@@ -79,7 +79,7 @@ class OAR(Method):
                 Standard deviation of the noise on the embeddings (`oar_g`). In bf16, set it to 0.01: the effect of
                 0.001 is smaller than the rounding error.
             oar_span (`int`, *optional*, defaults to `1`):
-                Number of consecutive tokens that are perturbed together and share their weight (`oar_p`). A span of 4
+                Number of consecutive tokens that are replaced together and share their influence (`oar_p`). A span of 4
                 costs about a quarter as much as a span of 1.
             oar_token_budget (`int`, *optional*, defaults to `16384`):
                 Maximum number of tokens, including prompts, in a forward pass of OAR. Lower it if memory runs out.
@@ -89,14 +89,14 @@ class OAR(Method):
 
         oar_answer: str = field(
             default="answer_mean",
-            metadata={"help": "Answer representation: 'answer_mean', 'answer_joint' or 'last'."},
+            metadata={"help": "Representation of the answer: 'answer_mean', 'answer_joint' or 'last'."},
         )
         oar_quantile: float = field(
             default=0.25, metadata={"help": "Tokens below this quantile of influence lose weight, others gain."}
         )
         oar_beta: float = field(default=1.0, metadata={"help": "Weight that the most influential token gains."})
-        oar_noise_std: float = field(default=1e-3, metadata={"help": "Standard deviation of embedding noise (oar_g)."})
-        oar_span: int = field(default=1, metadata={"help": "Consecutive tokens that are perturbed together (oar_p)."})
+        oar_noise_std: float = field(default=1e-3, metadata={"help": "Standard deviation of the noise on embeddings (oar_g)."})
+        oar_span: int = field(default=1, metadata={"help": "Consecutive tokens that are replaced together (oar_p)."})
         oar_token_budget: int = field(default=16384, metadata={"help": "Maximum tokens in a forward pass of OAR."})
 
         def check(self) -> None:

@@ -60,7 +60,7 @@ def _read_csv(path: Path) -> Dataset:
             if len(values) != len(names):
                 raise UserError(
                     f"{path}, line {reader.line_num}: {len(values)} values, but {len(names)} columns: "
-                    f"{', '.join(names)}. Put quotation marks around a value that holds a comma"
+                    f"{', '.join(names)}. Put quotation marks around a value that contains a comma"
                 )
             rows.append(dict(zip(names, values, strict=True)))
     except csv.Error as error:

@@ -255,15 +255,17 @@ def _no_weights(folder: Path) -> str:
 
 def main(words: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="ktae push", description="Upload a run's folder to the Hub.")
-    parser.add_argument("folder", type=Path, help="output folder of train.py or of a trainer")
+    parser.add_argument("folder", type=Path, help="output folder of a training run")
     parser.add_argument("--repo_id", help="USER/NAME; default: the folder's name in your own account")
     parser.add_argument(
         "--private",
         type=str.lower,
         choices=["true", "false"],
-        help="for a new repository; default: the setting of your account or organisation",
+        help="whether a new repository is private; default: the setting of your account or organisation",
     )
-    parser.add_argument("--results", type=Path, nargs="+", default=[], help="outputs of eval.py, for the model card")
+    parser.add_argument(
+        "--results", type=Path, nargs="+", default=[], help="output folders of ktae eval, to add to the model card"
+    )
     parser.add_argument("--revision", help="existing branch; default: main")
     parser.add_argument("--include", nargs="+", default=[], metavar="FILE", help="other files in the folder to upload")
     options = vars(parser.parse_args(words))

@@ -73,7 +73,7 @@ def _explain(words: list[str]) -> Path:
     parser.add_argument("--fisher_weight", type=float, default=1.0, help="weight h1 of F (default: 1.0)")
     parser.add_argument("--ig_weight", type=float, default=1.0, help="weight h2 of IG (default: 1.0)")
     parser.add_argument(
-        "--tf_weight", type=float, default=1.0, help="weight h3 of the token frequency in D (default: 1.0)"
+        "--tf_weight", type=float, default=1.0, help="weight h3 of the term frequencies in D (default: 1.0)"
     )
     parser.add_argument(
         "--leave_one_out", action="store_true", help="compute K for each rollout from the other rollouts of its group"

@@ -62,7 +62,7 @@ def next_steps(output_dir: str, dataset: str, held_out: str | None) -> str:
     if page.exists():
         steps.append((f"{_opener()} {shlex.quote(str(page))}", "look at the key tokens, in a browser"))
     if not Path(dataset).exists():  # else it is the user's own already
-        steps.append((f"{ktae} recipes own_data > my.yaml", "for your own data: edit what is marked CHANGE"))
+        steps.append((f"{ktae} recipes own_data > my.yaml", "for your own data: edit the lines marked CHANGE"))
     width = max(len(command) for command, _ in steps)
     return "\n".join(["Next:", *(f"  {command:<{width}}  # {comment}" for command, comment in steps)])
 

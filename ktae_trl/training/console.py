@@ -45,7 +45,7 @@ _LENGTH_WITH_SHARED_TOKENS = (
     "mean number of trained tokens per completion; a shared token counts once (in evaluations: all tokens)"
 )
 _SAMPLING_COLUMNS = {
-    "batches": Column("dynamic_sampling/generations", "{:.1f}", "batches generated to fill one with mixed groups"),
+    "batches": Column("dynamic_sampling/generations", "{:.1f}", "generations needed to fill a batch with mixed groups"),
     "mixed": Column(
         "dynamic_sampling/informative_groups",
         "{:.0%}",

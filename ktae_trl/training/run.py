@@ -57,7 +57,7 @@ class RunArguments(DataArguments):
     )
     overlong_buffer: int = field(
         default=512,
-        metadata={"help": "soft_overlong falls to -1 over the last N tokens of max_completion_length."},
+        metadata={"help": "The reward soft_overlong falls from 0 to -1 over the last N tokens."},
     )
     held_out_samples: int = field(
         default=4,

@@ -330,7 +330,7 @@ def test_damaged_models_are_named(model, tmp_path):
         (["--model_name_or_path", "ktae_trl/no_such_model"], "The model 'ktae_trl/no_such_model' (model_name"),
         (["--only", "sum"], "Unknown benchmark 'sum' in only (did you mean 'sums'?)"),
         (["--model_name_or_path", "./no/model"], "There is no model ./no/model"),
-        (["--model_name_or_path", "configs"], "configs (model_name_or_path) holds neither config.json nor"),
+        (["--model_name_or_path", "configs"], "configs (model_name_or_path) contains neither config.json nor"),
         (["--benchmark_folder", "configs"], "There is no data file configs/sums.jsonl"),
         (["--sample", "4"], "Unknown setting: 'sample' (did you mean 'samples'?)"),
         (["--top_p", "1.5"], "top_p must be above 0 and at most 1, not 1.5"),
