@@ -95,7 +95,9 @@ class OAR(Method):
             default=0.25, metadata={"help": "Tokens below this quantile of influence lose weight, others gain."}
         )
         oar_beta: float = field(default=1.0, metadata={"help": "Weight that the most influential token gains."})
-        oar_noise_std: float = field(default=1e-3, metadata={"help": "Standard deviation of the noise on embeddings (oar_g)."})
+        oar_noise_std: float = field(
+            default=1e-3, metadata={"help": "Standard deviation of the noise on embeddings (oar_g)."}
+        )
         oar_span: int = field(default=1, metadata={"help": "Consecutive tokens that are replaced together (oar_p)."})
         oar_token_budget: int = field(default=16384, metadata={"help": "Maximum tokens in a forward pass of OAR."})
 

@@ -4,6 +4,7 @@ import contextlib
 import io
 import math
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from scipy.stats import fisher_exact
 
+from ktae_trl.credit import METHODS
 from ktae_trl.credit.combine import combine
 from ktae_trl.credit.ktae.values import key_token_table, key_token_values
 from ktae_trl.credit.oar import reshape
@@ -312,6 +315,27 @@ def test_the_worked_tree():
     for column, normalizer in enumerate(("bernoulli", "std", "none"), 2):
         found = torch.cat([x.flatten() for x in advantages_by_depth(tree, 2, 0.1, normalizer)])
         assert np.abs(found.numpy() - np.array(shown)[:, column]).max() < 0.00051
+
+
+# Settings
+
+
+def test_the_tables_of_settings_are_up_to_date():
+    """If this fails, run `python docs/settings.py`."""
+    pages = runpy.run_path(str(ROOT / "docs/settings.py"))["written"]()
+    for page, text in pages.items():
+        assert page.read_text() == text, page
+    assert {METHODS[page.stem].Settings for page in pages} == {method.Settings for method in METHODS.values()}
+
+
+def test_a_table_of_settings_has_every_field_with_its_default_and_meaning():
+    (shown,) = [table for table in tables(TEXT["methods/tree"]) if table[0] == ["setting", "default", "meaning"]]
+    recipe = METHODS["tree"].Settings()
+    assert [row[0] for row in shown[2:]] == list(vars(recipe))
+    assert [yaml.safe_load(row[1]) for row in shown[2:]] == list(vars(recipe).values())
+    assert shown[2][2] == "Number of segments sampled from each node."
+    multiply = next(line for line in TEXT["methods/ktae"].splitlines() if line.startswith("| `ktae_combine` |"))
+    assert r"`A + \|A\| K`" in multiply  # a bar would end the cell
 
 
 # Metrics
