@@ -39,4 +39,6 @@ def on_page_markdown(markdown: str, page, config, **_) -> str:
 
 def on_page_content(html: str, **_) -> str:
     """Show "(`str`, *optional*, defaults to ...)" as the type only: the default follows."""
-    return re.sub(r"<code>`([^`<]+)`, \*optional\*[^<]*</code>", r"<code>\1</code>", html)
+    html = re.sub(r"<code>`([^`<]+)`, \*optional\*[^<]*</code>", r"<code>\1</code>", html)
+    # GitHub needs a backslash before a bar in a table's code. Python-Markdown would show the backslash.
+    return re.sub(r"<code>[^<]*</code>", lambda code: code[0].replace(r"\|", "|"), html)
