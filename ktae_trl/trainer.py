@@ -96,7 +96,8 @@ class KTAEGRPOTrainer(GRPOTrainer):
         self.dynamic_sampling = dynamic.in_trainer(self, self._judged) if args.dynamic_sampling else None
         self._chosen_rewards: Tensor | None = None  # rewards of the rollouts chosen by dynamic sampling
         self._resume = Resume(self)
-        self._recorder = Recorder(args, names, tokenizer, self.token_credit.special_ids, self.accelerator)
+        credit = self.token_credit
+        self._recorder = Recorder(args, credit.shown, names, tokenizer, credit.special_ids, self.accelerator)
         self.add_callback(self._recorder)
         if args.console:
             show_metrics(self)

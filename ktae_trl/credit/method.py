@@ -211,7 +211,8 @@ class Settings:
 class Method:
     """A token-level credit method. A run has one object of the class.
 
-    A subclass sets the attributes it needs and overrides `credit`. See `docs/methods/your_own.md`.
+    A subclass sets the attributes it needs and overrides `credit`. See `docs/methods/your_own.md`. If what a run shows
+    depends on its settings, `__init__` sets `title`, `card`, `value`, `columns` or `panels` on the object.
     """
 
     Settings: ClassVar[type] = Settings
@@ -219,11 +220,11 @@ class Method:
 
     name: ClassVar[str] = ""  # the value of `credit` in the config; set by `find_method`
     family: ClassVar[str] = ""  # first part of the names of its metrics; the name if empty
-    title: ClassVar[str] = ""  # on the page
-    card: ClassVar[Card | None] = None
-    value: ClassVar[str] = ""  # name of a token's value, with its symbol last: "weight w"
-    columns: ClassVar[dict[str, tuple[str, ...]]] = {}  # console: column -> (metric, format, meaning)
-    panels: ClassVar[dict[str, list[str]]] = {}  # page: title of a chart -> its metrics, `*` matches any text
+    title: str = ""  # on the page
+    card: Card | None = None
+    value: str = ""  # name of a token's value, with its symbol last: "weight w"
+    columns: dict[str, tuple[str, ...]] = {}  # console: column -> (metric, format, meaning)
+    panels: dict[str, list[str]] = {}  # page: title of a chart -> its metrics, `*` matches any text
 
     needs_both_sides: ClassVar[bool] = True  # gives no credit in a group without both correct and wrong rollouts
     answered: ClassVar[str] = ""  # metric: share of rollouts in which it found an answer, if it looks for one

@@ -14,7 +14,6 @@ from huggingface_hub import CommitInfo
 from transformers import is_wandb_available
 from trl import GRPOTrainer
 
-from ktae_trl.credit import find_method
 from ktae_trl.files.model_files import CARD, without_links
 from ktae_trl.hub import card as model_card
 from ktae_trl.hub import upload as hub
@@ -45,7 +44,7 @@ def write_card(trainer: GRPOTrainer, name: str | None, data: str | None, tags: s
     """
     args, model, output = trainer.args, trainer.model, Path(trainer.args.output_dir)
     known = {"credit": args.credit, "reward_funcs": trainer.reward_func_names}
-    method = find_method(args.credit)
+    method = trainer.token_credit.shown
     known |= method.settings_of(args)
     known |= {"num_generations": trainer.num_generations, "num_processes": trainer.accelerator.num_processes}
     runs = _runs()

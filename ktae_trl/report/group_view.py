@@ -4,13 +4,14 @@ The result can be written as JSON. The page reads it in the browser, the noteboo
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from ktae_trl.credit.ktae.method import KTAE
-from ktae_trl.credit.ktae.values import key_token_table
+from ktae_trl.credit.ktae.values import key_token_table, key_token_values
+from ktae_trl.credit.method import Groups
 from ktae_trl.report.records import Method, Record
 from ktae_trl.report.tokens import visible
 
@@ -37,8 +38,8 @@ def split(record: Record) -> Iterator[list[dict[str, Any]]]:
 
 
 def is_key_token_value(method: Method) -> bool:
-    """Return whether the recorded credit is the key-token value K, which is computed again here."""
-    return method.credit == KTAE.name
+    """Return whether the recorded credit is the key-token value K, perhaps scaled, which is computed again here."""
+    return method.credit == KTAE.name and method.how != "scale"
 
 
 def counted(method: Method, row: dict[str, Any]) -> list[bool]:
@@ -49,6 +50,39 @@ def counted(method: Method, row: dict[str, Any]) -> list[bool]:
     return [True] * len(row["trained"]) if method.shares_tokens else row["trained"]
 
 
+def as_groups(method: Method, rows: list[dict[str, Any]], prompts: Sequence[list[int]] = ()) -> Groups:
+    """Return the rows of one group as credit methods read them, without rows of the dataset.
+
+    Args:
+        method: Provides the special ids.
+        rows: All rows of the group.
+        prompts: Token ids of each row's prompt. Without them, all prompts are empty.
+    """
+    prompts = prompts or [[] for _ in rows]
+    lengths, longest = [len(row["token_ids"]) for row in rows], max(map(len, prompts))
+    ids = torch.zeros(1, len(rows), max(lengths), dtype=torch.int64)
+    mask = torch.zeros(ids.shape, dtype=torch.bool)
+    prompt_ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+    prompt_mask = torch.zeros_like(prompt_ids)
+    for i, (row, prompt, length) in enumerate(zip(rows, prompts, lengths, strict=True)):
+        ids[0, i, :length] = torch.tensor(row["token_ids"], dtype=torch.int64)
+        mask[0, i, :length] = torch.tensor(counted(method, row), dtype=torch.bool)
+        prompt_ids[i, longest - len(prompt) :] = torch.tensor(prompt, dtype=torch.int64)
+        prompt_mask[i, longest - len(prompt) :] = 1
+    return Groups(
+        ids_PGT=ids,
+        mask_PGT=mask,
+        correct_PG=torch.tensor([[row["correct"] is True for row in rows]]),
+        scored_PG=torch.tensor([[row["correct"] is not None for row in rows]]),
+        advantages_B=torch.tensor([row["advantage"] for row in rows]),
+        prompt_ids_BL=prompt_ids,
+        prompt_mask_BL=prompt_mask,
+        lengths_B=torch.tensor(lengths),
+        special_ids=method.special_ids,
+        own=slice(0, len(rows)),
+    )
+
+
 def statistics(method: Method, rows: list[dict[str, Any]]) -> Statistics:
     """Compute the key-token statistics of a group from the token ids and verdicts of its rows.
 
@@ -56,29 +90,21 @@ def statistics(method: Method, rows: list[dict[str, Any]]) -> Statistics:
         method: Provides KTAE's settings (defaults if the credit is not KTAE) and the special ids.
         rows: All rows of one group, with the columns of `records.schema`.
     """
-    lengths = [len(row["token_ids"]) for row in rows]
-    ids = torch.zeros(1, len(rows), max(lengths), dtype=torch.int64)
-    mask = torch.zeros(ids.shape, dtype=torch.bool)
-    for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-        ids[0, i, :length] = torch.tensor(row["token_ids"], dtype=torch.int64)
-        mask[0, i, :length] = torch.tensor(counted(method, row), dtype=torch.bool)
-    correct = torch.tensor([[row["correct"] is True for row in rows]])
+    groups = as_groups(method, rows)
+    ids = groups.ids_PGT
     settings = KTAE.options(method.settings)
     leave_one_out = settings.pop("leave_one_out")
-    settings |= {
-        "scored": torch.tensor([[row["correct"] is not None for row in rows]]),
-        "ignore_ids": method.special_ids,
-    }
-    table = key_token_table(ids, mask, correct, **settings)
+    settings |= {"scored": groups.scored_PG, "ignore_ids": method.special_ids}
+    table = key_token_table(ids, groups.mask_PGT, groups.correct_PG, **settings)
     values = table.values
     if leave_one_out:
-        values = key_token_table(ids, mask, correct, leave_one_out=True, **settings).values
+        values = key_token_values(ids, groups.mask_PGT, groups.correct_PG, leave_one_out=True, **settings)
     K = dict(zip(ids[table.values != 0].tolist(), table.values[table.values != 0].tolist(), strict=True))
     columns = [getattr(table, name).tolist() for name in ("a", "b", "p", "F", "IG", "D")]
     tokens = {
         token: (*numbers, K.get(token, 0.0)) for token, *numbers in zip(table.token.tolist(), *columns, strict=True)
     }
-    by_row = [values[0, i, :length].tolist() for i, length in enumerate(lengths)]
+    by_row = [values[0, i, : len(row["token_ids"])].tolist() for i, row in enumerate(rows)]
     return Statistics(int(table.n_right), int(table.n_wrong), by_row, tokens)
 
 
@@ -198,9 +224,11 @@ def _notes(method: Method, rows: list[dict[str, Any]], found: Statistics) -> lis
     if silent:
         notes.append(f"Rollouts that are not counted, because none of their tokens is trained on: {silent}.")
     if is_key_token_value(method):
+        scale = KTAE.scale_of(method.settings)
+        computed = [[scale * value for value in values] for values in found.values]
         differences = [
             abs(recorded - again)
-            for row, values in zip(rows, found.values, strict=True)
+            for row, values in zip(rows, computed, strict=True)
             for recorded, again in zip(row["credit"] or values, values, strict=True)
         ]
         largest = max((math.inf if d != d else d for d in differences), default=0.0)

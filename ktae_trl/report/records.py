@@ -83,9 +83,10 @@ class Method(NamedTuple):
 
 
 def method_of(kind, how: str | None, settings: dict[str, Any], **more) -> Method:
-    """Return the `Method` of a credit method's class.
+    """Return the `Method` of a credit method.
 
     Args:
+        kind: The method, or its class.
         how: How credit changes the advantages; None without credit.
         settings: The method's fields of the config.
         more: The other fields of `Method`.

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from ktae_trl.credit.combine import combine as combine_with
 from ktae_trl.credit.ktae.method import COMBINE, KTAE
 from ktae_trl.files.lines import read_json_lines
 from ktae_trl.grading import grade_many
-from ktae_trl.report.group_view import statistics
+from ktae_trl.report.group_view import as_groups
 from ktae_trl.report.notebook import KeyTokens
 from ktae_trl.report.page import progress
 from ktae_trl.report.records import Record, method_of
@@ -40,7 +41,7 @@ def explain(
             false, or null if it could not be graded) or `answers` (the accepted answer or a list of accepted answers).
             With `answers`, the completion is graded as in training.
         tokenizer: A transformers tokenizer, which should be that of the model that wrote the completions.
-        combine: How K changes the advantage A: "multiply" or "add", as in `ktae_combine`.
+        combine: How the advantage A is changed: "multiply", "add" or "importance", as in `ktae_combine`.
         fisher_weight, ig_weight, tf_weight, leave_one_out: As in `key_token_table`.
 
     If all rollouts of a prompt are correct or all are wrong, or it has a single rollout, its values are 0. A rollout
@@ -70,7 +71,8 @@ def explain(
 
     special = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     ids = tuple(sorted({i for i in special if i is not None}))
-    method = method_of(KTAE, combine, settings, special_ids=ids)
+    ktae = KTAE(SimpleNamespace(**settings), None)
+    method = method_of(ktae, ktae.how, settings, special_ids=ids)
     strings: dict[int, str] = {}
     explained = []
     for number, members in enumerate(progress(groups.values(), "Valuing tokens")):
@@ -93,11 +95,12 @@ def explain(
             }
             for place, (i, own, advantage) in enumerate(zip(members, tokens, advantages, strict=True))
         ]
-        for row, values in zip(group, statistics(method, group).values, strict=True):
-            row["credit"] = values
-            row["advantages"] = combine_with(torch.tensor([row["advantage"]]), torch.tensor([values]), combine)[
-                0
-            ].tolist()
+        groups = as_groups(method, group)
+        values_BT = ktae.credit(groups).values_BT
+        advantages_BT = combine_with(groups.advantages_B, values_BT, method.how)
+        for row, values, own in zip(group, values_BT.tolist(), advantages_BT.tolist(), strict=True):
+            length = len(row["token_ids"])
+            row["credit"], row["advantages"] = values[:length], own[:length]
         explained += group
     return KeyTokens(Record(method, explained))
 

@@ -66,9 +66,9 @@ def _explain(words: list[str]) -> Path:
     )
     parser.add_argument(
         "--combine",
-        choices=("multiply", "add"),
+        choices=("multiply", "add", "importance"),
         default="multiply",
-        help="token advantage: multiply is A + |A| K, add is A + K (default: multiply)",
+        help="token advantage: multiply is A + |A| K, add is A + K, importance is A w (default: multiply)",
     )
     parser.add_argument("--fisher_weight", type=float, default=1.0, help="weight h1 of F (default: 1.0)")
     parser.add_argument("--ig_weight", type=float, default=1.0, help="weight h2 of IG (default: 1.0)")

@@ -24,6 +24,7 @@ class TokenCredit:
         tools: the method's access to the model and the rewards.
         kind: the class of the method.
         method: the method; None with `credit: none`.
+        shown: the method, or its class if there is no object, for what console, page and card show.
         how: how values and rollout advantages are combined; None with `credit: none`.
         special_ids: padding and every end-of-sequence id.
     """
@@ -41,6 +42,7 @@ class TokenCredit:
             trl_seam.need("sampling", trainer)
         self.kind = kind
         self.method = None if kind is GRPO else kind(args, self.tools)
+        self.shown = self.method or kind
         self.how = None if self.method is None else self.method.how
 
     @contextmanager

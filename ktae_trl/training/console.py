@@ -17,7 +17,7 @@ from tqdm.notebook import tqdm_notebook
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.utils.logging import disable_progress_bar, set_tqdm_hook
 
-from ktae_trl.credit import find_method
+from ktae_trl.credit.method import Method
 from ktae_trl.report.group_view import LONGEST_TOKEN, clip
 from ktae_trl.report.records import Record
 from ktae_trl.report.tokens import colour, shade, visible
@@ -120,8 +120,7 @@ def quieten_libraries() -> None:
 class MetricsTable(TrainerCallback):
     """Prints a line of metrics per log, and below the first line what the columns mean."""
 
-    def __init__(self, credit: str, dynamic_sampling: bool):
-        method = find_method(credit)
+    def __init__(self, method: Method | type[Method], dynamic_sampling: bool):
         columns = _COLUMNS | method.columns | (_SAMPLING_COLUMNS if dynamic_sampling else {})
         self.columns = {name: Column(*column) for name, column in columns.items()}
         if method.shares_tokens:
@@ -183,7 +182,7 @@ def show_metrics(trainer) -> None:
     printing = (PrinterCallback, transformers.trainer.DEFAULT_PROGRESS_CALLBACK)
     for callback in [each for each in trainer.callback_handler.callbacks if type(each) in printing]:
         trainer.remove_callback(callback)
-    trainer.add_callback(MetricsTable(trainer.args.credit, trainer.args.dynamic_sampling))
+    trainer.add_callback(MetricsTable(trainer.token_credit.shown, trainer.args.dynamic_sampling))
     if shows_bars() and not trainer.args.disable_tqdm:
         trainer.add_callback(ProgressBar())
 

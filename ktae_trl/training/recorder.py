@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ktae_trl.arguments import UserError
-from ktae_trl.credit import find_method
 from ktae_trl.credit.combine import combine
+from ktae_trl.credit.method import Method
 from ktae_trl.files.model_files import PAGE
 from ktae_trl.report import records
 from ktae_trl.report.tokens import token_strings
@@ -29,8 +29,16 @@ class Recorder(TrainerCallback):
     process also keeps the most evenly split group of the newest generation to show it.
     """
 
-    def __init__(self, args, reward_names: list[str], tokenizer, special_ids: tuple[int, ...], accelerator):
-        self.args = args
+    def __init__(
+        self,
+        args,
+        method: Method | type[Method],
+        reward_names: list[str],
+        tokenizer,
+        special_ids: tuple[int, ...],
+        accelerator,
+    ):
+        self.args, self.method = args, method
         # Functions with the same name, such as lambdas, get a column each.
         self.reward_names = [
             f"{name} ({reward_names[:i].count(name) + 1})" if name in reward_names[:i] else name
@@ -126,9 +134,8 @@ class Recorder(TrainerCallback):
             logger.warning("Could not write a record: %s", error)
 
     def _method(self, how: str | None, groups: int) -> records.Method:
-        method = find_method(self.args.credit)
-        settings = method.settings_of(self.args)
-        return records.method_of(method, how, settings, special_ids=self.special_ids, generated_groups=groups)
+        settings = self.method.settings_of(self.args)
+        return records.method_of(self.method, how, settings, special_ids=self.special_ids, generated_groups=groups)
 
     def _rows(self, groups, step, batch, rewards, correct_PG, scored_PG, how) -> list[dict]:
         """Return the rows of these groups that are on this process."""

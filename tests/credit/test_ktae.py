@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from ktae_trl.credit.ktae import counting
 from ktae_trl.credit.ktae import values as ktae
-from ktae_trl.credit.ktae.values import key_token_table, key_token_values
+from ktae_trl.credit.ktae.values import key_token_strengths, key_token_table, key_token_values
 from tests.reference import ktae_loop
 
 
@@ -439,12 +439,13 @@ class Waits(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("leave_one_out", [False, True])
-def test_a_gpu_is_waited_for_once(leave_one_out, monkeypatch):
+@pytest.mark.parametrize("measure", [key_token_values, key_token_strengths])
+def test_a_gpu_is_waited_for_once(measure, leave_one_out, monkeypatch):
     """The way that GPUs take, run on the CPU. tests/gpu counts it with CUDA's own warnings."""
     monkeypatch.setattr(counting, "NUMBA", False)
     ids, mask, correct = random_groups(3, P=5)
     with Waits() as waits:
-        key_token_values(ids, mask, correct, leave_one_out=leave_one_out, ignore_ids=[0])
+        measure(ids, mask, correct, leave_one_out=leave_one_out, ignore_ids=[0])
     assert waits.seen == ["tolist"]
     with Waits() as waits:
         ids[mask].sum().item()

@@ -33,12 +33,20 @@ def strength(a: int, b: int, c: int, d: int, fisher_weight: float, ig_weight: fl
     return (fisher_weight * fisher + ig_weight * gain) / (fisher_weight + ig_weight)
 
 
+def token_strength(token, right: list[list[int]], wrong: list[list[int]], fisher_weight, ig_weight) -> float:
+    """S of `token` in a group whose voters are the token lists `right` and `wrong`."""
+    a, b = sum(token in r for r in right), sum(token in r for r in wrong)
+    if not right or not wrong or a + b == 0:
+        return 0.0
+    return strength(a, b, len(right) - a, len(wrong) - b, fisher_weight, ig_weight)
+
+
 def value(token, right: list[list[int]], wrong: list[list[int]], fisher_weight, ig_weight, tf_weight) -> float:
     """K of `token` in a group whose voters are the token lists `right` and `wrong`."""
     a, b = sum(token in r for r in right), sum(token in r for r in wrong)
     if not right or not wrong or a + b == 0:
         return 0.0
-    s = strength(a, b, len(right) - a, len(wrong) - b, fisher_weight, ig_weight)
+    s = token_strength(token, right, wrong, fisher_weight, ig_weight)
     lengths = sum(map(len, right)), sum(map(len, wrong))
     tf = []
     for side, length in zip((right, wrong), lengths, strict=True):
@@ -49,19 +57,29 @@ def value(token, right: list[list[int]], wrong: list[list[int]], fisher_weight, 
     return 2 / (1 + math.exp(-min(max(s * d, -700), 700))) - 1
 
 
-def key_token_values(
-    ids,
-    mask,
-    correct,
-    *,
-    fisher_weight=1.0,
-    ig_weight=1.0,
-    tf_weight=1.0,
-    leave_one_out=False,
-    scored=None,
-    ignore_ids=(),
-) -> np.ndarray:
+def key_token_values(ids, mask, correct, *, fisher_weight=1.0, ig_weight=1.0, tf_weight=1.0, **options) -> np.ndarray:
     """Values of every position of (P, G, T) arrays."""
+    return of_tokens(lambda *group: value(*group, fisher_weight, ig_weight, tf_weight), ids, mask, correct, **options)
+
+
+def key_token_strengths(ids, mask, correct, *, fisher_weight=1.0, ig_weight=1.0, **options) -> np.ndarray:
+    """Strengths of every position of (P, G, T) arrays."""
+    return of_tokens(lambda *group: token_strength(*group, fisher_weight, ig_weight), ids, mask, correct, **options)
+
+
+def importance_weights(ids, mask, correct, beta=1.0, **options) -> np.ndarray:
+    """Weights of every position of (P, G, T) arrays; 1 where nothing is trained."""
+    strengths, weights = key_token_strengths(ids, mask, correct, **options), np.ones(np.shape(ids))
+    for p, g in np.ndindex(strengths.shape[:2]):
+        trained = [t for t, m in enumerate(np.asarray(mask[p][g]).tolist()) if m]
+        total = sum(1 + beta * strengths[p, g, t] for t in trained)
+        for t in trained:
+            weights[p, g, t] = (1 + beta * strengths[p, g, t]) * len(trained) / total
+    return weights
+
+
+def of_tokens(measure, ids, mask, correct, *, leave_one_out=False, scored=None, ignore_ids=()) -> np.ndarray:
+    """`measure(token, right, wrong)` at every position of (P, G, T) arrays."""
     ids, mask, correct = np.asarray(ids), np.asarray(mask).astype(bool), np.asarray(correct).astype(bool)
     scored = np.ones_like(correct) if scored is None else np.asarray(scored).astype(bool)
     values = np.zeros(ids.shape)
@@ -74,9 +92,6 @@ def key_token_values(
             others = [j for j in range(len(tokens)) if votes[j] and not (leave_one_out and j == i)]
             right = [tokens[j] for j in others if correct[p, j]]
             wrong = [tokens[j] for j in others if not correct[p, j]]
-            known = {
-                t: 0.0 if t in ignore_ids else value(t, right, wrong, fisher_weight, ig_weight, tf_weight)
-                for t in set(row)
-            }
+            known = {t: 0.0 if t in ignore_ids else measure(t, right, wrong) for t in set(row)}
             values[p, i, mask[p, i]] = [known[t] for t in row]
     return values

@@ -56,6 +56,8 @@ def spy_on_loss(monkeypatch) -> list[dict]:
     [
         ({}, "multiply"),
         ({"ktae_combine": "add", "ktae_leave_one_out": True}, "add"),
+        ({"ktae_combine": "importance", "ktae_importance_beta": 4.0}, "scale"),
+        ({"ktae_scale": 0.5}, "multiply"),
         ({"credit": "oar_g"}, "scale"),
         ({"credit": "tree", "rollout_func": None}, "replace"),
         ({"credit": "none"}, None),
@@ -100,6 +102,8 @@ def test_values_can_be_computed_again_from_a_record(tmp_path):
     assert (method.title, method.symbol) == ("KTAE (key tokens)", "K")
     assert method.settings == {
         "ktae_combine": "multiply",
+        "ktae_scale": 1.0,
+        "ktae_importance_beta": 1.0,
         "ktae_fisher_weight": 1.0,
         "ktae_ig_weight": 2.0,
         "ktae_tf_weight": 0.5,
@@ -339,7 +343,8 @@ def test_a_record_of_version_1_is_read(tmp_path):
             "ktae",
             "add",
             "KTAE (key tokens)",
-            {f"ktae_{k}": v for k, v in list(of_1.items())[:4]} | {"ktae_combine": "add"},
+            {f"ktae_{k}": v for k, v in list(of_1.items())[:4]}
+            | {"ktae_combine": "add", "ktae_scale": 1.0, "ktae_importance_beta": 1.0},
         ),
         ("tree", "replace", "TreeRPO (sampled trees)", {}),
         ("none", None, "GRPO (one advantage for all tokens)", {}),

@@ -621,6 +621,8 @@ def test_the_command_line(tmp_path, capsys):
     assert method["settings"] == {
         "token advantage": "A' = A + K",
         "ktae_combine": "add",
+        "ktae_scale": "1.0",
+        "ktae_importance_beta": "1.0",
         "ktae_fisher_weight": "2.0",
         "ktae_ig_weight": "3.0",
         "ktae_tf_weight": "0.0",

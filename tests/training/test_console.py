@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import ProgressCallback
 from transformers.utils import logging as logs_of_transformers
 
-from ktae_trl.credit import METHODS
+from ktae_trl.credit import METHODS, find_method
 from ktae_trl.credit.method import Method
 from ktae_trl.report import records
 from ktae_trl.report.tokens import colour
@@ -31,7 +31,7 @@ def log(table, step, logs, *, first=True, evaluates=False, max_steps=100) -> Non
 
 
 def test_a_line_per_log(capsys):
-    table = MetricsTable("ktae", False)
+    table = MetricsTable(find_method("ktae"), False)
     log(table, 10, LOGS)
     log(table, 10, {f"eval_{name}": value for name, value in LOGS.items()})
     log(table, 11, {"loss": 0.1, "entropy": 0.5, "step_time": 1.0})  # a step without a generation
@@ -51,7 +51,7 @@ def test_a_line_per_log(capsys):
 
 
 def test_a_long_table_repeats_its_head_and_not_its_legend(capsys):
-    table = MetricsTable("none", False)
+    table = MetricsTable(find_method("none"), False)
     for step in range(1, 102):
         log(table, step, LOGS)
     lines = capsys.readouterr().out.splitlines()
@@ -61,7 +61,7 @@ def test_a_long_table_repeats_its_head_and_not_its_legend(capsys):
 
 
 def test_an_evaluation_without_a_training_has_no_last_step(capsys):
-    log(MetricsTable("none", False), 0, {"eval_reward": 0.5}, max_steps=0)
+    log(MetricsTable(find_method("none"), False), 0, {"eval_reward": 0.5}, max_steps=0)
     head, line = capsys.readouterr().out.splitlines()[:2]
     assert head.split()[:2] == ["step", "reward"]
     assert line.split() == ["0", "eval", "0.500"]
@@ -70,7 +70,7 @@ def test_an_evaluation_without_a_training_has_no_last_step(capsys):
 @pytest.mark.parametrize("credit", ["none", *METHODS])
 def test_every_column_is_explained(credit):
     for dynamic_sampling in (False, True):
-        table = MetricsTable(credit, dynamic_sampling)
+        table = MetricsTable(find_method(credit), dynamic_sampling)
         assert all(column.meaning for column in table.columns.values())
         lines = table.legend(evaluates=False).splitlines()[1:]
         assert [line.split("  ")[1] for line in lines] == list(table.columns)
@@ -78,26 +78,28 @@ def test_every_column_is_explained(credit):
 
 
 def test_the_legend_says_what_is_counted():
-    meanings = MetricsTable("ktae", False).columns
+    meanings = MetricsTable(find_method("ktae"), False).columns
     assert meanings["mixed"].meaning == "share of groups with both correct and wrong rollouts"
     assert meanings["length"].meaning == "mean number of tokens in a completion"
-    assert "including replaced ones" in MetricsTable("ktae", True).columns["mixed"].meaning
-    assert "a shared token counts once" in MetricsTable("tree", False).columns["length"].meaning
+    assert "including replaced ones" in MetricsTable(find_method("ktae"), True).columns["mixed"].meaning
+    assert "a shared token counts once" in MetricsTable(find_method("tree"), False).columns["length"].meaning
     assert (
-        MetricsTable("ktae", True).legend(evaluates=False).splitlines()[0].endswith(", for the groups that were kept:")
+        MetricsTable(find_method("ktae"), True)
+        .legend(evaluates=False)
+        .splitlines()[0]
+        .endswith(", for the groups that were kept:")
     )
-    assert re.search("N eval +the same after step N", MetricsTable("none", False).legend(evaluates=True))
+    assert re.search("N eval +the same after step N", MetricsTable(find_method("none"), False).legend(evaluates=True))
 
 
-def test_a_method_of_a_user_may_leave_out_what_its_column_means(monkeypatch):
+def test_a_method_of_a_user_may_leave_out_what_its_column_means():
     method = type("Mine", (Method,), {"columns": {"w max": ("entropy/largest_weight", "{:.1f}")}})
-    monkeypatch.setattr(console, "find_method", lambda name: method)
-    assert "  w max    the metric entropy/largest_weight" in MetricsTable("mine", False).legend(evaluates=False)
+    assert "  w max    the metric entropy/largest_weight" in MetricsTable(method, False).legend(evaluates=False)
 
 
 def test_columns_of_token_credit_come_with_it():
-    def columns(*settings):
-        return {name: column.metric for name, column in MetricsTable(*settings).columns.items()}
+    def columns(credit, *settings):
+        return {name: column.metric for name, column in MetricsTable(find_method(credit), *settings).columns.items()}
 
     assert "K correct" in columns("ktae", False)
     assert "K correct" not in columns("none", False)
@@ -110,7 +112,7 @@ def test_columns_of_token_credit_come_with_it():
 
 
 def test_other_processes_write_nothing(capsys):
-    log(MetricsTable("ktae", False), 1, LOGS, first=False)
+    log(MetricsTable(find_method("ktae"), False), 1, LOGS, first=False)
     assert capsys.readouterr().out == ""
 
 

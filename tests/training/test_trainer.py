@@ -351,7 +351,7 @@ def test_training_goes_on_when_no_group_says_anything(tmp_path):
 
 def test_model_card(tmp_path):
     for credit, words, others in (
-        ("ktae", ["KTAE", "2505.16826", "sun2025ktae", "- ktae\n", "- grpo"], ["DeepSeekMath"]),
+        ("ktae", ["KTAE", "2505.16826", "sun2025ktae", "- ktae\n", "- grpo", "raised or lowered"], ["DeepSeekMath"]),
         ("none", ["GRPO", "DeepSeekMath", "- grpo"], ["2505.16826", "- ktae\n"]),
         ("oar_g", ["OAR-G", "2601.07408", "li2026oar", "- oar", "- grpo"], ["2505.16826", "- ktae\n"]),
         ("oar_p", ["OAR-P", "2601.07408", "li2026oar", "- oar", "- grpo"], ["2505.16826", "- ktae\n"]),

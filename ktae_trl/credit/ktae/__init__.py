@@ -4,6 +4,6 @@ counting (which tokens occur where) -> association (tables over 2 x 2 counts) ->
 method (settings, metrics and card of `credit: ktae`)
 """
 
-from ktae_trl.credit.ktae.values import KeyTokenTable, key_token_table, key_token_values
+from ktae_trl.credit.ktae.values import KeyTokenTable, key_token_strengths, key_token_table, key_token_values
 
-__all__ = ["KeyTokenTable", "key_token_table", "key_token_values"]
+__all__ = ["KeyTokenTable", "key_token_strengths", "key_token_table", "key_token_values"]

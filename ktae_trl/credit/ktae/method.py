@@ -5,7 +5,7 @@ Departures from the authors' code (xiaolizh1/KTAE), in addition to those in `val
 - Credit is computed once per generation, not at each call of the loss.
 - One reward function decides which rollouts are correct, not the weighted sum of all.
 - The loss is TRL's (`loss_type`).
-- `ktae_combine: multiply` and `ktae_leave_one_out` are additions.
+- `ktae_combine: multiply`, `ktae_combine: importance` and `ktae_leave_one_out` are additions.
 """
 
 import dataclasses
@@ -18,11 +18,28 @@ from torch import Tensor
 
 from ktae_trl.arguments import UserError, nearest
 from ktae_trl.credit.combine import combine
-from ktae_trl.credit.ktae.values import KeyTokenTable, check_weights, key_token_table
+from ktae_trl.credit.ktae.values import (
+    KeyTokenTable,
+    check_weights,
+    importance_weights,
+    key_token_strengths,
+    key_token_table,
+)
 from ktae_trl.credit.method import Card, Credit, Groups, Method, Settings
 
-COMBINE = ("multiply", "add")
+IMPORTANCE = "importance"
+COMBINE = ("multiply", "add", IMPORTANCE)
 SATURATED = 0.9  # |K| above this counts in `ktae/saturated`
+_AFTER_COUNTING = ("ktae_combine", "ktae_scale", "ktae_importance_beta")  # no arguments of `key_token_table`
+_COLUMNS_OF_WEIGHTS = {
+    "mixed": ("ktae/informative_groups", "{:.0%}", "share of groups with both correct and wrong rollouts"),
+    "eff. w": ("ktae/effective_share", "{:.1%}", "effective share of the tokens of mixed groups: 1 / mean w^2"),
+}
+_PANELS_OF_WEIGHTS = {"Shares": ["ktae/effective_share", "ktae/informative_groups"]}
+_DOES_OF_WEIGHTS = (
+    "Each token gets the advantage of its rollout, weighted by how strongly the token is associated with the correct "
+    "or the wrong rollouts of its prompt (Fisher's exact test, information gain)."
+)
 _SILENCED = 1e-3  # |A'| up to this share of |A| counts in `ktae/zero_factor`
 
 
@@ -35,14 +52,19 @@ class KTAE(Method):
 
         Parameters:
             ktae_combine (`str`, *optional*, defaults to `"multiply"`):
-                How the key-token value K and the rollout advantage A are combined: `"multiply"` is `A + |A| K`, which
-                keeps the sign of A; `"add"` is `A + K`, as in the authors' code.
+                How the rollout advantage A is changed: `"multiply"` is `A + |A| K`, which keeps the sign of A; `"add"`
+                is `A + K`, as in the authors' code. `"importance"` is `A w`, with weights w that follow the strength of
+                a token but not its direction, and have mean 1 over the rollout.
+            ktae_scale (`float`, *optional*, defaults to `1.0`):
+                Factor c between 0 and 1 of K: `A + c |A| K` and `A + c K`. No effect with `"importance"`.
+            ktae_importance_beta (`float`, *optional*, defaults to `1.0`):
+                Size beta of the weights of `"importance"`, which are proportional to `1 + beta S`. 0 is GRPO.
             ktae_fisher_weight (`float`, *optional*, defaults to `1.0`):
                 Weight h1 of the Fisher association in the strength of a token.
             ktae_ig_weight (`float`, *optional*, defaults to `1.0`):
                 Weight h2 of the information gain in the strength of a token.
             ktae_tf_weight (`float`, *optional*, defaults to `1.0`):
-                Weight h3 of the term frequencies in the direction of a token.
+                Weight h3 of the term frequencies in the direction of a token. No effect with `"importance"`.
             ktae_leave_one_out (`bool`, *optional*, defaults to `False`):
                 Compute the values of each rollout from the other rollouts of its group only, so that it does not vote
                 for itself.
@@ -50,7 +72,14 @@ class KTAE(Method):
 
         ktae_combine: str = field(
             default="multiply",
-            metadata={"help": "'multiply' (A + |A| K, keeps the sign of A) or 'add' (A + K, the authors' code)."},
+            metadata={
+                "help": "'multiply' (A + |A| K, keeps the sign of A), 'add' (A + K, the authors' code) or 'importance' "
+                "(A w, w of mean 1)."
+            },
+        )
+        ktae_scale: float = field(default=1.0, metadata={"help": "Factor of K, 0 to 1 (not with 'importance')."})
+        ktae_importance_beta: float = field(
+            default=1.0, metadata={"help": "Size of the weights of 'importance': w is proportional to 1 + beta S."}
         )
         ktae_fisher_weight: float = field(default=1.0, metadata={"help": "Weight h1 of the Fisher association."})
         ktae_ig_weight: float = field(default=1.0, metadata={"help": "Weight h2 of the information gain."})
@@ -66,6 +95,10 @@ class KTAE(Method):
                     f"ktae_combine={self.ktae_combine!r} is unknown{nearest(self.ktae_combine, COMBINE)}. "
                     f"Choose from: {', '.join(COMBINE)}"
                 )
+            if not 0 <= self.ktae_scale <= 1:
+                raise UserError(f"ktae_scale must be between 0 and 1, not {self.ktae_scale}")
+            if not 0 <= self.ktae_importance_beta < float("inf"):
+                raise UserError(f"ktae_importance_beta must be a finite number >= 0, not {self.ktae_importance_beta}")
             try:
                 check_weights(self.ktae_fisher_weight, self.ktae_ig_weight, self.ktae_tf_weight)
             except ValueError as error:
@@ -111,19 +144,27 @@ class KTAE(Method):
     def __init__(self, settings: Any, tools: Any):
         super().__init__(settings, tools)
         self.how = settings.ktae_combine
+        if self.how == IMPORTANCE:
+            self.how, self.title, self.value = "scale", "KTAE (importance)", "weight w"
+            self.columns, self.panels = _COLUMNS_OF_WEIGHTS, _PANELS_OF_WEIGHTS
+            self.card = self.card._replace(does=_DOES_OF_WEIGHTS)
+        elif settings.ktae_scale != 1:
+            self.value = f"scaled key-token value {settings.ktae_scale:g}K"
 
     def credit(self, groups: Groups) -> Credit:
-        """Compute the key-token values of this process's rollouts."""
-        table = key_token_table(
-            groups.ids_PGT,
-            groups.mask_PGT,
-            groups.correct_PG,
-            scored=groups.scored_PG,
-            ignore_ids=groups.special_ids,
-            **self.options(self.settings_of(self.settings)),
-        )
+        """Compute the key-token values of this process's rollouts, or with `ktae_combine: importance` the weights."""
+        counts = {"scored": groups.scored_PG, "ignore_ids": groups.special_ids}
+        options = self.options(self.settings_of(self.settings))
+        inputs = groups.ids_PGT, groups.mask_PGT, groups.correct_PG
+        if self.settings.ktae_combine == IMPORTANCE:
+            del options["tf_weight"]
+            strength_BT = groups.own_rows(key_token_strengths(*inputs, **counts, **options))
+            weights_BT = importance_weights(strength_BT, groups.mask_BT, self.settings.ktae_importance_beta)
+            return Credit(weights_BT, sums_of_weights(groups, weights_BT))
+        table = key_token_table(*inputs, **counts, **options)
         values_BT = groups.own_rows(table.values)
-        return Credit(values_BT, sums(groups, table, values_BT, self.settings.ktae_combine))
+        scale = self.settings.ktae_scale
+        return Credit(scale * values_BT, sums(groups, table, values_BT, self.settings.ktae_combine, scale))
 
     @classmethod
     def options(cls, settings: dict[str, Any]) -> dict[str, Any]:
@@ -132,7 +173,12 @@ class KTAE(Method):
         Fields of other methods are ignored.
         """
         known = {f.name: settings.get(f.name, f.default) for f in dataclasses.fields(cls.Settings)}
-        return {name.removeprefix("ktae_"): value for name, value in known.items() if name != "ktae_combine"}
+        return {name.removeprefix("ktae_"): value for name, value in known.items() if name not in _AFTER_COUNTING}
+
+    @classmethod
+    def scale_of(cls, settings: dict[str, Any]) -> float:
+        """Return the factor of K in the values of a run with these config fields, 1 if it has no such field."""
+        return settings.get("ktae_scale", 1.0)
 
     @classmethod
     def settings_from(cls, options: dict[str, Any], combine: str) -> dict[str, Any]:
@@ -142,28 +188,49 @@ class KTAE(Method):
         return dataclasses.asdict(settings)
 
 
-def sums(groups: Groups, table: KeyTokenTable, values_BT: Tensor, how: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the metrics of this process's rollouts as (numerator, denominator). See `docs/reference/metrics.md`."""
+def sums(
+    groups: Groups, table: KeyTokenTable, values_BT: Tensor, how: str, scale: float = 1.0
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the metrics of this process's rollouts as (numerator, denominator). See `docs/reference/metrics.md`.
+
+    Args:
+        values_BT: K of each token.
+        how: "multiply" or "add".
+        scale: factor of K in the token advantages.
+    """
     mask, correct, scored = map(
         groups.own_rows, (groups.mask_PGT, groups.correct_PG[..., None], groups.scored_PG[..., None])
     )
-    advantages = combine(groups.advantages_B, values_BT, how).abs()
+    advantages = combine(groups.advantages_B, scale * values_BT, how).abs()
     before = groups.advantages_B.abs()[:, None].expand_as(advantages)
     informative = groups.own_rows(
         ((table.n_right > 0) & (table.n_wrong > 0))[:, None, None].expand_as(groups.correct_PG[..., None])
     )
     valued = mask & informative  # K is 0 everywhere else
-
-    def mean(x: Tensor, over: Tensor) -> tuple[Tensor, Tensor]:
-        over = over.expand_as(x)
-        return (x * over).sum(), over.sum()
-
     return {
-        "ktae/value_right": mean(values_BT, valued & scored & correct),
-        "ktae/value_wrong": mean(values_BT, valued & scored & ~correct),
-        "ktae/abs_value": mean(values_BT.abs(), valued),
-        "ktae/saturated": mean((values_BT.abs() > SATURATED).float(), valued),
-        "ktae/zero_factor": mean((advantages <= _SILENCED * before).float(), mask & (before > 0)),
+        "ktae/value_right": _mean(values_BT, valued & scored & correct),
+        "ktae/value_wrong": _mean(values_BT, valued & scored & ~correct),
+        "ktae/abs_value": _mean(values_BT.abs(), valued),
+        "ktae/saturated": _mean((values_BT.abs() > SATURATED).float(), valued),
+        "ktae/zero_factor": _mean((advantages <= _SILENCED * before).float(), mask & (before > 0)),
         "ktae/advantage_ratio": ((advantages * mask).sum(), (before * mask).sum()),
-        "ktae/informative_groups": mean(informative[:, 0].float(), torch.ones_like(mask[:, 0])),
+        "ktae/informative_groups": _mean(informative[:, 0].float(), torch.ones_like(mask[:, 0])),
     }
+
+
+def sums_of_weights(groups: Groups, weights_BT: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the metrics of weights of mean 1, such as those of `importance_weights`, as (numerator, denominator)."""
+    votes_PG = groups.scored_PG & groups.mask_PGT.any(-1)
+    informative_P = (votes_PG & groups.correct_PG).any(1) & (votes_PG & ~groups.correct_PG).any(1)
+    informative_B1 = groups.own_rows(informative_P[:, None, None].expand_as(votes_PG[..., None]))
+    valued_BT = groups.mask_BT & informative_B1  # w is 1 everywhere else
+    # (sum w)^2 / (n sum w^2) with sum w = n
+    return {
+        "ktae/effective_share": (valued_BT.sum(), (weights_BT.square() * valued_BT).sum()),
+        "ktae/informative_groups": _mean(informative_B1[:, 0].float(), torch.ones_like(informative_B1[:, 0])),
+    }
+
+
+def _mean(x: Tensor, over: Tensor) -> tuple[Tensor, Tensor]:
+    over = over.expand_as(x)
+    return (x * over).sum(), over.sum()

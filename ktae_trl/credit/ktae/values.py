@@ -62,6 +62,26 @@ def key_token_values(
     return _value(ids, mask, correct, scored, weights, leave_one_out, ignore_ids, keep=False).values
 
 
+def key_token_strengths(
+    ids: Tensor,
+    mask: Tensor,
+    correct: Tensor,
+    *,
+    fisher_weight: float = 1.0,
+    ig_weight: float = 1.0,
+    leave_one_out: bool = False,
+    scored: Tensor | None = None,
+    ignore_ids: Iterable[int] = (),
+) -> Tensor:
+    """Return the strength S of every token, (P, G, T) float32 in [0, 1].
+
+    See `key_token_table` for the formula and the arguments. S does not depend on `tf_weight`. It is 0 in all the cases
+    listed there in which K is 0.
+    """
+    weights = (fisher_weight, ig_weight, None)
+    return _value(ids, mask, correct, scored, weights, leave_one_out, ignore_ids, keep=False).values
+
+
 def key_token_table(
     ids: Tensor,
     mask: Tensor,
@@ -117,12 +137,37 @@ def key_token_table(
     return _value(ids, mask, correct, scored, weights, leave_one_out, ignore_ids, keep=True)
 
 
+def importance_weights(strength_BT: Tensor, mask_BT: Tensor, beta: float) -> Tensor:
+    """Convert strengths to weights with mean 1 over each rollout's trained tokens.
+
+        w_t = (1 + beta S_t) / mean over the rollout's trained tokens of (1 + beta S)
+
+    The weights keep the sign and the mean size of a rollout's advantage, whatever the labels are. They do not depend on
+    the side of a token: a token that is typical of the other side gains weight too.
+
+    Args:
+        strength_BT: (B, T) S of each token, at least 0, from `key_token_strengths`.
+        mask_BT: (B, T) bool, the trained tokens.
+        beta: at least 0.
+
+    Returns:
+        (B, T) float32. The weight is 1 for all other tokens, for all tokens if `beta` is 0, and for all tokens of a
+        rollout whose S are all equal.
+    """
+    raw_BT = 1 + beta * strength_BT
+    mean_B1 = (raw_BT * mask_BT).sum(1, keepdim=True) / mask_BT.sum(1, keepdim=True).clamp(min=1)
+    return torch.where(mask_BT, raw_BT / mean_B1, 1.0)
+
+
 _ROUND = 2**22  # positions per round on a CPU, so that rounds reuse memory
 
 
 @torch.no_grad()
 def _value(ids, mask, correct, scored, weights, leave_one_out, ignore_ids, *, keep: bool) -> KeyTokenTable:
-    """Return the table. Without `keep`, the statistics of the tokens are empty."""
+    """Return the table. Without `keep`, the statistics of the tokens are empty.
+
+    If the last of the weights, h3, is None, nothing needs a direction: the values are S, and `keep` must be false.
+    """
     _check(ids, mask, correct, scored, *weights)
     P, G, T = ids.shape
     mask, correct = mask.bool(), correct.bool()
@@ -146,12 +191,15 @@ def _value(ids, mask, correct, scored, weights, leave_one_out, ignore_ids, *, ke
             tables = _Tables(splits, leave_one_out, G, *weights[:2], ids.device)
         sides = _Sides(right[some], wrong[some], lengths[some])
         cell = tables.cell(*sides.sizes(), counts.group, counts.a, counts.b)
-        D = _direction(tables, weights[2], cell, counts.group, sides.tokens(), (counts.count_right, counts.count_wrong))
+        D = None
+        if keep or not (leave_one_out or weights[2] is None):
+            occurrences = counts.count_right, counts.count_wrong
+            D = _direction(tables, weights[2], cell, counts.group, sides.tokens(), occurrences)
         if leave_one_out:
-            K = _leave_one_out(tables, weights[2], sides, counts)
+            of_entries = _leave_one_out(tables, weights[2], sides, counts)
         else:
-            K = _key_value(tables.strength.index_select(0, cell), D)
-        counts.spread(K, values[some])
+            of_entries = _key_value(tables.strength.index_select(0, cell), D)
+        counts.spread(of_entries, values[some])
         if keep:
             statistics = (table.index_select(0, cell) for table in (tables.p, tables.fisher, tables.gain))
             columns.append((counts.group + begin, counts.token, counts.a, counts.b, *statistics, D))
@@ -175,8 +223,11 @@ class _Sides(NamedTuple):
         return (self.lengths * self.right).sum(1), (self.lengths * self.wrong).sum(1)
 
 
-def _leave_one_out(tables: "_Tables", tf_weight: float, sides: _Sides, counts: Counts) -> Tensor:
-    """Return K of each (token, rollout) pair, with the rollout removed from the counts of its side."""
+def _leave_one_out(tables: "_Tables", tf_weight: float | None, sides: _Sides, counts: Counts) -> Tensor:
+    """Return K of each (token, rollout) pair, with the rollout removed from the counts of its side.
+
+    If `tf_weight` is None, the result is S.
+    """
     token, rollout, own = counts.pairs
     own_right = sides.right.view(-1).index_select(0, rollout).int()
     own_sides = (own_right, 1 - own_right)
@@ -186,9 +237,11 @@ def _leave_one_out(tables: "_Tables", tf_weight: float, sides: _Sides, counts: C
 
     both = (sides.right, sides.wrong)
     sizes = [n[:, None] - side.int() for n, side in zip(sides.sizes(), both, strict=True)]
-    lengths = [n[:, None] - sides.lengths * side for n, side in zip(sides.tokens(), both, strict=True)]
     cell = tables.cell(*sizes, rollout, *others((counts.a, counts.b), 1))
-    D = _direction(tables, tf_weight, cell, rollout, lengths, others((counts.count_right, counts.count_wrong), own))
+    D = None
+    if tf_weight is not None:
+        lengths = [n[:, None] - sides.lengths * side for n, side in zip(sides.tokens(), both, strict=True)]
+        D = _direction(tables, tf_weight, cell, rollout, lengths, others((counts.count_right, counts.count_wrong), own))
     return _key_value(tables.strength.index_select(0, cell), D)
 
 
@@ -209,7 +262,10 @@ def _direction(
     return tables.presence.index_select(0, cell).add_(ratio, alpha=tf_weight)
 
 
-def _key_value(strength: Tensor, direction: Tensor) -> Tensor:
+def _key_value(strength: Tensor, direction: Tensor | None) -> Tensor:
+    """Return K of entries, or S if there is no direction."""
+    if direction is None:
+        return strength
     return torch.tanh(strength.mul_(direction).div_(2))  # = 2 sigmoid(S D) - 1
 
 
@@ -259,11 +315,14 @@ class _Tables:
         return first.index_select(0, where).add_(a, alpha=self.width).add_(b)
 
 
-def check_weights(fisher_weight: float, ig_weight: float, tf_weight: float) -> None:
-    """Raise a ValueError if a weight is negative or not finite, or if both weights of the strength are 0."""
+def check_weights(fisher_weight: float, ig_weight: float, tf_weight: float | None) -> None:
+    """Raise a ValueError if a weight is negative or not finite, or if both weights of the strength are 0.
+
+    `tf_weight` may be None, for values that do not depend on it.
+    """
     weights = {"fisher_weight": fisher_weight, "ig_weight": ig_weight, "tf_weight": tf_weight}
     for name, weight in weights.items():
-        if not (math.isfinite(weight) and weight >= 0):
+        if weight is not None and not (math.isfinite(weight) and weight >= 0):
             raise ValueError(f"KTAE's {name} must be a finite number >= 0, not {weight}")
     if fisher_weight + ig_weight == 0:
         raise ValueError("KTAE's fisher_weight and ig_weight are both 0. Set at least one of them to a positive number")
