@@ -24,7 +24,7 @@ from ktae_trl.training.console import print_sample, show_metrics
 from ktae_trl.training.first_look import FirstLook
 from ktae_trl.training.folder import own_folder, remove_leftovers
 from ktae_trl.training.guard import Guard, check_rewards, or_nan, require_finite
-from ktae_trl.training.recorder import Recorder
+from ktae_trl.training.recorder import RECORDED, Recorder
 from ktae_trl.training.resume import Resume
 from ktae_trl.training.trackers import send_sample
 
@@ -96,8 +96,7 @@ class KTAEGRPOTrainer(GRPOTrainer):
         self.dynamic_sampling = dynamic.in_trainer(self, self._judged) if args.dynamic_sampling else None
         self._chosen_rewards: Tensor | None = None  # rewards of the rollouts chosen by dynamic sampling
         self._resume = Resume(self)
-        credit = self.token_credit
-        self._recorder = Recorder(args, credit.shown, names, tokenizer, credit.special_ids, self.accelerator)
+        self._recorder = Recorder(self, names)
         self.add_callback(self._recorder)
         if args.console:
             show_metrics(self)
@@ -178,10 +177,12 @@ class KTAEGRPOTrainer(GRPOTrainer):
             send_sample(sample, self.state.global_step, self.callback_handler)
 
     def _compute_loss(self, model, inputs):
+        recorded_B3 = inputs.pop(RECORDED, None)  # from the buffered batch: only the first pass over it is recorded
         if "credit" in inputs:
             advantages = combine(inputs["advantages"], inputs["credit"], self.token_credit.how)
             inputs = {**inputs, "advantages": advantages}  # a copy: the batch is buffered and reused
-        return or_nan(super()._compute_loss(model, inputs))
+        with self._recorder.watching(inputs, recorded_B3):
+            return or_nan(super()._compute_loss(model, inputs))
 
     # Non-finite gradients and weights: see `ktae_trl.training.guard`.
 

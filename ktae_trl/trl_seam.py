@@ -141,13 +141,19 @@ def rollouts_given(trainer, rollouts: list[dict]) -> Iterator[None]:
 
 @contextmanager
 def changed(owner: object, **values: Any) -> Iterator[None]:
-    """Set attributes of an object, and restore them at the end."""
+    """Set attributes of an object, and restore them at the end.
+
+    An attribute of the class, such as a method, is the object's own only in between.
+    """
     kept = {name: getattr(owner, name) for name in values}
+    of_class = values.keys() - vars(owner).keys()
     vars(owner).update(values)
     try:
         yield
     finally:
         vars(owner).update(kept)
+        for name in of_class:
+            del vars(owner)[name]
 
 
 # The tools of credit methods: see `ktae_trl.rollouts.tools`.
@@ -249,6 +255,65 @@ def frozen_model(trainer, name: str) -> nn.Module:
         model = trainer.accelerator.prepare_model(model, evaluation_mode=True)
     model.eval()  # not in the return statement: returns None for a DeepSpeed engine
     return model
+
+
+# The numbers of each token that TRL's loss computes, for the records: see `ktae_trl.training.recorder`.
+
+
+@contextmanager
+def stats_in_loss(trainer) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Collect the log-probabilities and entropies, (B, T) each and without gradient, of each loss that is computed."""
+    found: list[tuple[Tensor, Tensor]] = []
+    compute = trainer._get_per_token_logps_and_entropies
+
+    def keep(*arguments, **named):
+        logps_BT, entropies_BT, *_ = stats = compute(*arguments, **named)
+        found.append((logps_BT.detach(), entropies_BT.detach()))
+        return stats
+
+    with changed(trainer, _get_per_token_logps_and_entropies=keep):
+        yield found
+
+
+def numbers_in_loss(trainer, batch: dict[str, Tensor], logps_BT: Tensor, entropies_BT: Tensor) -> dict[str, Tensor]:
+    """Return the numbers of each token in TRL's loss, by name.
+
+        log_probability           log pi(token), at the run's temperature
+        entropy                   of the distribution over the next token, in nats, at the run's temperature
+        ratio                     r = pi / pi_old; with importance_sampling_level: sequence, the geometric mean of a row
+        clipped                   1 if r < 1 - epsilon_low and A' < 0, or r > 1 + epsilon_high and A' > 0, else 0
+        sampling_log_probability  as reported by vLLM or by a rollout_func
+
+    For `clipped`, `delta` is an upper bound of r. With `cispo`, it is 1 if r > epsilon_high and A' > 0. Losses that do
+    not clip (`sapo`, `vespo`) have no `clipped`. This is what TRL's metrics `clip_ratio/region_mean` and
+    `cispo_clip_ratio` count, for all tokens or, with one ratio and one advantage for a row, for rows. Without
+    `old_per_token_logps` in the batch, pi_old is pi.
+
+    Args:
+        batch: the batch of the loss; its `advantages` are (B,) or (B, T).
+        logps_BT, entropies_BT: from `stats_in_loss`.
+
+    Returns:
+        (B, T) in float32, NaN for tokens that are not trained on.
+    """
+    mask_BT = batch["completion_mask"] * batch.get("tool_mask", 1)
+    log_ratio_BT = logps_BT - batch.get("old_per_token_logps", logps_BT)
+    if trainer.importance_sampling_level == "sequence":
+        means_B1 = (log_ratio_BT * mask_BT).sum(1, keepdim=True) / mask_BT.sum(1, keepdim=True).clamp(min=1)
+        log_ratio_BT = means_B1.expand_as(log_ratio_BT)
+    ratio_BT = log_ratio_BT.exp()
+    numbers = {"log_probability": logps_BT, "entropy": entropies_BT, "ratio": ratio_BT}
+    advantages = batch["advantages"].reshape(len(mask_BT), -1)  # (B, T) or (B, 1)
+    if trainer.loss_type == "cispo":
+        numbers["clipped"] = (ratio_BT > trainer.epsilon_high) & (advantages > 0)
+    elif trainer.loss_type in ("grpo", "bnpo", "dr_grpo", "dapo", "luspo"):
+        bounded_BT = ratio_BT if trainer.args.delta is None else ratio_BT.clamp(max=trainer.args.delta)
+        low_BT = (bounded_BT < 1 - trainer.epsilon_low) & (advantages < 0)
+        high_BT = (bounded_BT > 1 + trainer.epsilon_high) & (advantages > 0)
+        numbers["clipped"] = low_BT | high_BT
+    if "sampling_per_token_logps" in batch:
+        numbers["sampling_log_probability"] = batch["sampling_per_token_logps"]
+    return {name: values_BT.float().masked_fill(mask_BT == 0, torch.nan) for name, values_BT in numbers.items()}
 
 
 # Checkpoints.
@@ -415,6 +480,29 @@ def _tells_of_tokens(probe: _Probe) -> str:
     return ""
 
 
+def _computes_numbers(probe: _Probe) -> str:
+    batch = probe._generate_and_score_completions(probe.rows)
+    logps_BT = probe.model.logps_BT.detach()
+    signs_BT = torch.ones_like(logps_BT)
+    signs_BT[:, 0] = -1
+    shifts_BT = torch.linspace(-2.0, 3.0, logps_BT.shape[1], device=logps_BT.device)
+    batch |= {"advantages": signs_BT, "old_per_token_logps": logps_BT - shifts_BT}
+    with stats_in_loss(probe) as found:
+        probe._compute_loss(probe.model, batch)
+    if len(found) != 1:
+        return f"_compute_loss computes log-probabilities {len(found)} times, not once"
+    if not torch.equal(found[0][0], logps_BT) or not (found[0][1] == 1).all():
+        return f"_compute_loss computes {found[0]}, not the log-probabilities and entropies of a rollout"
+    numbers = numbers_in_loss(probe, batch, *found[0])
+    metrics = _metrics(probe)
+    logged = metrics.get("clip_ratio/region_mean") or metrics.get("cispo_clip_ratio")
+    if (logged is None) != ("clipped" not in numbers):
+        return f"the metrics of clipped tokens with loss_type {probe.loss_type} are {logged}"
+    if logged and abs(logged[-1] - numbers["clipped"].nanmean().item()) > 1e-6:
+        return f"the share of clipped tokens is {logged[-1]}, not {numbers['clipped'].nanmean().item()}"
+    return ""
+
+
 def _generates(probe: _Probe) -> str:
     given = probe.rollouts | {"env_mask": [[1, 1, 0, 1]], "noted": ["x"]}
     probe.rollouts = dict(given)
@@ -489,6 +577,7 @@ FEATURES = {
         (_takes("log", {}, None), _takes("_get_grad_norm", None, None), _makes_batches),
     ),
     "credit": _Feature("credit other than none", (_takes_token_advantages,)),
+    "token_numbers": _Feature("log-probabilities, entropies and ratios in the records", (_computes_numbers,)),
     "token_stats": _Feature("a credit method that uses token_stats", (_tells_of_tokens,)),
     "frozen": _Feature(
         "a credit method with a second model",

@@ -8,10 +8,12 @@ import json
 import logging
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ktae_trl.arguments import UserError
@@ -31,7 +33,8 @@ def schema(rewards: list[str], arrays: list[str] = ()) -> pa.Schema:
 
     Args:
         rewards: The names of the reward functions.
-        arrays: The names of the arrays with one number per token.
+        arrays: The names of the arrays with one number per token. The trainer's are those of
+            `trl_seam.numbers_in_loss`: `log_probability`, `entropy`, `ratio`, `clipped` and `sampling_log_probability`.
     """
     # Parquet has no struct without fields, and records from before there were arrays have no such column.
     numbers = {"arrays": pa.struct({name: pa.list_(pa.float32()) for name in arrays})} if arrays else {}
@@ -52,7 +55,9 @@ def schema(rewards: list[str], arrays: list[str] = ()) -> pa.Schema:
             "advantage": pa.float32(),  # A of the rollout
             "credit": pa.list_(pa.float32()),  # value of each token; null without a credit method
             "advantages": pa.list_(pa.float32()),  # A' of each token
-            **numbers,  # further numbers of each token, such as its entropy; null where there is none
+            # Further numbers of each token, such as its entropy. Null where there is none: for tokens that are not
+            # trained on, and for rows on which the run had not trained when it ended.
+            **numbers,
         }
     )
 
@@ -130,8 +135,44 @@ def write(path: Path, record: Record) -> None:
     columns = schema(sorted(names), sorted(arrays)).with_metadata({_METADATA: metadata})
     rows = [{"schema_version": SCHEMA_VERSION, **row} for row in record.rows]
     path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, pa.Table.from_pylist(rows, columns))
+
+
+def add_arrays(path: Path, arrays: dict[tuple[int, int], dict[str, Sequence[float]]]) -> None:
+    """Add arrays to rows of a record, atomically. Other rows keep theirs.
+
+    Args:
+        arrays: For a group and a rollout, its arrays by name, with one number for each token and perhaps for padding
+            after them. NaN becomes null.
+
+    Raises:
+        ValueError: The file is not a Parquet file.
+    """
+    table = _table(path)
+    column = table.column_names.index("arrays") if "arrays" in table.column_names else None
+    found = [None] * len(table) if column is None else table["arrays"].to_pylist()
+    lengths = pc.list_value_length(table["token_ids"]).to_pylist()
+    for i, key in enumerate(zip(table["group"].to_pylist(), table["rollout"].to_pylist(), strict=True)):
+        if key in arrays:
+            found[i] = {name: values[: lengths[i]] for name, values in arrays[key].items()}
+    names = sorted({name for row in found if row for name in row})
+    if not names:
+        return
+    values = pa.array(found, schema([], names).field("arrays").type, from_pandas=True)
+    added = table.append_column("arrays", values) if column is None else table.set_column(column, "arrays", values)
+    _replace(path, added)
+
+
+def _replace(path: Path, table: pa.Table) -> None:
     with replacing(path) as draft:
-        pq.write_table(pa.Table.from_pylist(rows, columns), draft, compression="zstd")
+        pq.write_table(table, draft, compression="zstd")
+
+
+def _table(path: str | Path) -> pa.Table:
+    try:
+        return pq.read_table(path)
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path} is not a Parquet file: {error}") from None
 
 
 def read(path: str | Path) -> Record:
@@ -141,10 +182,7 @@ def read(path: str | Path) -> Record:
         FileNotFoundError: The file does not exist.
         ValueError: The file is not a record or has an unsupported schema version.
     """
-    try:
-        table = pq.read_table(path)
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path} is not a Parquet file: {error}") from None
+    table = _table(path)
     text = (table.schema.metadata or {}).get(_METADATA)
     if text is None or "schema_version" not in table.column_names:
         raise UserError(f"{path} is not a record of ktae_trl: its metadata is missing")

@@ -2,6 +2,9 @@
 
 import logging
 import math
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -9,14 +12,17 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from transformers import TrainerCallback
 
-from ktae_trl.arguments import UserError
+from ktae_trl import trl_seam
+from ktae_trl.arguments import NotImportedError, UserError
 from ktae_trl.credit.combine import combine
-from ktae_trl.credit.method import Method
 from ktae_trl.files.model_files import PAGE
 from ktae_trl.report import records
 from ktae_trl.report.tokens import token_strings
 
 MOST = 100  # maximum number of records of a run
+# Field of a batch, (B, 3): the step, group and rollout of each recorded row, and -1 for rows that are not recorded. It
+# is shuffled, split and saved in checkpoints like the rest of the batch.
+RECORDED = "recorded"
 logger = logging.getLogger(__name__)
 
 
@@ -27,25 +33,21 @@ class Recorder(TrainerCallback):
     A run has at most `MOST` records; longer runs are recorded less often. A record has at most `record_groups` groups.
     Groups with a more even split of correct and wrong rollouts are chosen first. With `log_completions`, the first
     process also keeps the most evenly split group of the newest generation to show it.
+
+    A record is written after the generation. When the loss passes over its rows for the first time, the numbers that
+    TRL computes for each token (`trl_seam.numbers_in_loss`) are kept, and added to the record after the optimizer step.
     """
 
-    def __init__(
-        self,
-        args,
-        method: Method | type[Method],
-        reward_names: list[str],
-        tokenizer,
-        special_ids: tuple[int, ...],
-        accelerator,
-    ):
-        self.args, self.method = args, method
+    def __init__(self, trainer, reward_names: list[str]):
+        self.trainer, self.args, self.accelerator = trainer, trainer.args, trainer.accelerator
+        self.tokenizer, credit = trl_seam.tokenizer_of(trainer), trainer.token_credit
+        self.method, self.special_ids = credit.shown, credit.special_ids
         # Functions with the same name, such as lambdas, get a column each.
         self.reward_names = [
             f"{name} ({reward_names[:i].count(name) + 1})" if name in reward_names[:i] else name
             for i, name in enumerate(reward_names)
         ]
-        self.tokenizer, self.special_ids, self.accelerator = tokenizer, special_ids, accelerator
-        self.folder = Path(args.output_dir) / records.FOLDER
+        self.folder = Path(self.args.output_dir) / records.FOLDER
         for folder in (self.folder, self.folder.with_name("completions")):  # the second is TRL's, of `log_completions`
             if folder.is_symlink():
                 raise UserError(
@@ -56,6 +58,19 @@ class Recorder(TrainerCallback):
         self._sample: records.Record | None = None
         self._every = 0  # optimizer steps; 0 before training begins
         self._last_step = 0  # step of the newest record
+        self._adds_numbers = bool(self.args.record_steps) and self._can_add_numbers()
+        # What the loss computed for recorded rows of this process since the last optimizer step: step, group, rollout
+        # and numbers. None on all processes if no batch had recorded rows.
+        self._numbers: list[tuple[int, int, int, dict]] | None = None
+
+    def _can_add_numbers(self) -> bool:
+        try:
+            trl_seam.need("token_numbers", self.trainer)
+        except NotImportedError as error:
+            if self.accelerator.is_main_process:
+                logger.warning("Rollouts are recorded without the numbers that the loss computes. %s", error)
+            return False
+        return True
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Set how often to record, and remove records of an earlier run from later steps than the current one."""
@@ -70,7 +85,7 @@ class Recorder(TrainerCallback):
                     self.folder,
                 )
             last = [max(map(records.step_of, records.files(self.folder)), default=0)]
-        self._last_step = broadcast_object_list(last)[0]
+        self._last_step, self._numbers = broadcast_object_list(last)[0], None
         wanted = self.args.record_steps
         self._every = max(wanted, math.ceil(state.max_steps / MOST)) if wanted else 0
         if self._every > wanted and self.accelerator.is_main_process:
@@ -87,6 +102,43 @@ class Recorder(TrainerCallback):
         if self._every and state.is_world_process_zero:
             self._try(records.append_metrics, self.folder, {"step": state.global_step, **(logs or {})})
 
+    def on_step_end(self, args, state, control, **kwargs):
+        """Add the numbers of the step's loss to the record. Collective. Checkpoints are saved later."""
+        if self._numbers is None:
+            return
+        gathered, self._numbers = gather_object(self._numbers), None
+        if not self.accelerator.is_main_process:
+            return
+        by_step = defaultdict(dict)
+        for step, group, rollout, numbers in gathered:
+            by_step[step][group, rollout] = numbers
+        for step, arrays in by_step.items():
+            path = self.folder / records.file_name(step)
+            if path.exists():  # not if it could not be written, or if the run resumed in another folder
+                self._try(records.add_arrays, path, arrays)
+
+    @contextmanager
+    def watching(self, batch: dict[str, Tensor], recorded_B3: Tensor | None) -> Iterator[None]:
+        """Keep the numbers of recorded rows that a loss computes in this context.
+
+        Args:
+            batch: the batch of the loss.
+            recorded_B3: its field `RECORDED`; None if it has none, on all processes.
+        """
+        if recorded_B3 is None:
+            yield
+            return
+        with trl_seam.stats_in_loss(self.trainer) as stats:
+            yield
+        self._numbers = self._numbers or []
+        rows = (recorded_B3[:, 0] >= 0).nonzero()[:, 0]
+        if not stats or not len(rows):
+            return
+        numbers = trl_seam.numbers_in_loss(self.trainer, batch, *stats[0])
+        kept = {name: values_BT[rows].cpu().numpy() for name, values_BT in numbers.items()}
+        for i, place in enumerate(recorded_B3[rows].tolist()):
+            self._numbers.append((*place, {name: values[i] for name, values in kept.items()}))
+
     def take_sample(self) -> records.Record | None:
         """Return the group to show, once. None if there is no new one, and on all processes but the first."""
         sample, self._sample = self._sample, None
@@ -97,7 +149,8 @@ class Recorder(TrainerCallback):
 
         Args:
             step: the generation's first optimizer step, counted from 1.
-            batch: TRL's batch on this process, with `credit` if there is a credit method.
+            batch: TRL's batch on this process, with `credit` if there is a credit method. It gets the field `RECORDED`
+                if it is recorded and the numbers of its loss can be added.
             rewards: (rollouts of all processes, reward functions); NaN where a function returned None.
             correct_PG, scored_PG: for the groups of all processes.
             how: how credit is combined with the advantages; None without credit.
@@ -115,6 +168,8 @@ class Recorder(TrainerCallback):
         else:
             chosen = []
         shown = by_balance[:1].tolist() if show else []
+        if chosen and self._adds_numbers:
+            batch[RECORDED] = self._places(chosen, step, batch["completion_ids"], correct_PG.shape[1])
         wanted = sorted({*chosen, *shown})
         rows = gather_object(self._rows(wanted, step, batch, rewards, correct_PG, scored_PG, how))
         if not self.accelerator.is_main_process:
@@ -130,12 +185,20 @@ class Recorder(TrainerCallback):
     def _try(write, *arguments):
         try:
             return write(*arguments)
-        except OSError as error:  # a full disk must not end training
+        except (OSError, UserError) as error:  # a full disk or a damaged record must not end training
             logger.warning("Could not write a record: %s", error)
 
     def _method(self, how: str | None, groups: int) -> records.Method:
         settings = self.method.settings_of(self.args)
         return records.method_of(self.method, how, settings, special_ids=self.special_ids, generated_groups=groups)
+
+    def _places(self, groups: list[int], step: int, ids_BT: Tensor, G: int) -> Tensor:
+        """Return the field `RECORDED` of this process's rows."""
+        B = len(ids_BT)
+        rows_B = torch.arange(B, device=ids_BT.device) + self.accelerator.process_index * B
+        places_B3 = torch.stack([torch.full_like(rows_B, step), rows_B // G, rows_B % G], 1)
+        recorded_B = torch.isin(rows_B // G, torch.tensor(groups, device=ids_BT.device))
+        return places_B3.where(recorded_B[:, None], -1)
 
     def _rows(self, groups, step, batch, rewards, correct_PG, scored_PG, how) -> list[dict]:
         """Return the rows of these groups that are on this process."""

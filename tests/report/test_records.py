@@ -6,6 +6,7 @@ import logging
 import math
 
 import datasets
+import numpy
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -308,6 +309,25 @@ def test_further_numbers_of_tokens_survive(tmp_path):
     records.write(path, records.Record(METHOD, [row()]))
     assert "arrays" not in pq.read_table(path).column_names
     assert records.read(path).rows[0]["arrays"] == {}
+
+
+def test_numbers_are_added_to_some_rows(tmp_path):
+    path = tmp_path / "step_000001.parquet"
+    rows = [row(rollout=i, token_ids=[5, 6], tokens=["c", "d"]) for i in range(3)]
+    records.write(path, records.Record(METHOD, rows))
+    before = pq.read_table(path)
+    records.add_arrays(path, {(1, 0): {"entropy": [0.5, 1.0]}})
+    assert pq.read_table(path).equals(before)  # it has no such row
+    records.add_arrays(path, {(0, 1): {"entropy": numpy.array([0.5, math.nan, 7.0], numpy.float32)}})
+    assert [back["arrays"] for back in records.read(path).rows] == [{}, {"entropy": [0.5, None]}, {}]
+    records.add_arrays(path, {(0, 0): {"entropy": [0.25, math.inf], "ratio": [1.0, 2.0]}})
+    first, second, third = records.read(path).rows
+    assert first["arrays"] == {"entropy": [0.25, math.inf], "ratio": [1.0, 2.0]}
+    assert (second["arrays"], third["arrays"]) == ({"entropy": [0.5, None]}, {})
+    after = pq.read_table(path)
+    assert after.drop_columns("arrays").equals(before)
+    assert after.schema.metadata == before.schema.metadata
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
 def test_what_is_no_record_is_refused(tmp_path):

@@ -114,6 +114,18 @@ def otherwise(original, self, model, inputs):
     return loss if inputs["advantages"].dim() == 1 else 2 * loss
 
 
+def of_the_other_sign(original, self, model, inputs):
+    return original(self, model, {**inputs, "advantages": -inputs["advantages"]})
+
+
+def twice(original, self, model, inputs):
+    return original(self, model, inputs) + original(self, model, inputs)
+
+
+def without_entropies(original, self, *arguments, **named):
+    return original(self, *arguments, **named | {"compute_entropy": False})
+
+
 def one_process_more(original, self, *arguments):
     rewards = original(self, *arguments)
     return torch.cat([rewards, rewards])
@@ -126,6 +138,10 @@ CHANGES = [
     ("training", "_calculate_rewards", None, "AttributeError: .*_calculate_rewards"),
     ("credit", "_compute_loss", wrapped(of_rollouts_only), "_compute_loss does not weight each token by its adv"),
     ("credit", "_compute_loss", wrapped(otherwise), "_compute_loss does not weight each token by its adv"),
+    ("token_numbers", "_compute_loss", wrapped(of_the_other_sign), r"the share of clipped tokens is 0\.25, not 0\.75"),
+    ("token_numbers", "_compute_loss", wrapped(twice), "_compute_loss computes log-probabilities 2 times"),
+    ("token_numbers", "_get_per_token_logps_and_entropies", wrapped(without_entropies), "'NoneType' object has no"),
+    ("token_numbers", "_get_per_token_logps_and_entropies", None, "AttributeError: .*_get_per_token_logps"),
     ("dynamic_sampling", "_generate", wrapped(with_item), "_generate returns 9 items, not 8"),
     ("dynamic_sampling", "_generate", wrapped(without_fields), "_generate returns {} as extra_fields"),
     ("dynamic_sampling", "_calculate_rewards", wrapped(one_process_more), "not a reward of 1 from each process"),
