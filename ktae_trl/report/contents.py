@@ -2,17 +2,25 @@
 
 import base64
 import json
+import logging
 import zlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from ktae_trl.arguments import NotImportedError
 from ktae_trl.credit.ktae.method import KTAE
 from ktae_trl.report.curves import means_of, sums_of
 from ktae_trl.report.group_view import describe, is_key_token_value, split
+from ktae_trl.report.over_steps import Token, keys_of
 from ktae_trl.report.records import Method, Record
+from ktae_trl.report.rendered import rendered
 from ktae_trl.report.tokens import visible
 
+logger = logging.getLogger(__name__)
+
 _FORMULA = {"multiply": "A' = A + |A| {}", "add": "A' = A + {}", "scale": "A' = A {}", "replace": "A' = {}"}
+MOST_RENDERED = 1_000_000  # characters of a page: about 5 seconds and 1 MB
+LONGEST_RENDERED = 50_000  # characters of a completion
 _PREVIEW = 160  # characters of a prompt in the list of groups
 
 
@@ -24,31 +32,42 @@ class Shown(NamedTuple):
     methods: list[dict[str, Any]]  # as displayed
     recorded: list[Method]  # as recorded
     by_step: list[dict[str, float]]  # means over each step's groups, named like the trainer's metrics
+    keys: list[dict[Token, float]]  # key tokens of each group
+    rendered: dict[int, str]  # packed nodes of the rollouts of a group, if they have Markdown or formulas
     notes: list[str]  # about records and groups that are not on the page
 
 
-def collect(some: Iterable[Record], most: int | None = None) -> Shown:
-    """Describe and pack the groups of records, one record at a time and at most `most` groups of each."""
-    shown = Shown([], [], [], [], [], [])
+def collect(some: Iterable[Record], most: int | None = None, characters: int = MOST_RENDERED) -> Shown:
+    """Describe and pack the groups of records, one record at a time.
+
+    Args:
+        most: Maximum number of groups of each record.
+        characters: Maximum number of characters of each record whose Markdown is rendered, most telling groups first.
+    """
+    shown = Shown([], [], [], [], [], [], {}, [])
     recorded, known, generated = 0, 0, 0  # recorded groups; those with a known generation size; sum of these sizes
-    methods = shown.recorded
+    methods: list[tuple[Method, ...]] = []  # that of the training, and those that it is compared with
     prompts: list[str] = []
+    left_out = 0  # groups that are not rendered
     for record in some:
-        settings = record.method._replace(generated_groups=None)
+        settings = (record.method._replace(generated_groups=None), *record.compared)
         if settings not in methods:
             methods.append(settings)
-            shown.methods.append(_method(settings))
+            shown.recorded.append(settings[0])
+            shown.methods.append(_method(settings[0]) | {"compared": [_method(other) for other in record.compared]})
         begin = len(shown.groups)
         means: list[dict[str, list[float]]] = []
         groups = list(split(record))
+        some_rows = _nearest_to_half(groups, most)
         recorded += len(groups)
         if record.method.generated_groups:
             known, generated = known + len(groups), generated + record.method.generated_groups
-        for rows in _nearest_to_half(groups, most):
+        for rows in some_rows:
             group = describe(record.method, rows)
             means.append(sums_of(group))
             prompts.append(visible(rows[0]["prompt"]))
             shown.blocks.append(pack(group))
+            shown.keys.append(keys_of(group) if is_key_token_value(record.method) else {})
             shown.groups.append(
                 {
                     **{key: group[key] for key in ("step", "group", "score", "unscored")},
@@ -60,6 +79,7 @@ def collect(some: Iterable[Record], most: int | None = None) -> Shown:
         if shown.groups[begin:]:
             step = shown.groups[begin]["step"]
             shown.by_step.append({"step": step, **means_of(means, shown.groups[begin:])})
+            left_out += _render(shown, begin, some_rows, characters)
     if known < generated:
         shown.notes.append(f"The run recorded {known} of the {generated} groups generated in these steps.")
     if len(shown.groups) < recorded:
@@ -68,10 +88,45 @@ def collect(some: Iterable[Record], most: int | None = None) -> Shown:
             "equal number of correct and wrong rollouts. To see all groups of a step, make a page of its file "
             "(ktae report step_N.parquet) or raise --max_groups."
         )
+    if left_out:
+        shown.notes.append(
+            f"Markdown and LaTeX are rendered in {len(shown.groups) - left_out} of {len(shown.groups)} groups, in each "
+            f"step in those with the largest mean |K|: at most {MOST_RENDERED:,} characters a page, and no completion "
+            f"of more than {LONGEST_RENDERED:,}."
+        )
     begin, end = _own_part(prompts)
     for group, prompt in zip(shown.groups, prompts, strict=True):
-        group |= {"prompt": prompt, "preview": prompt[begin : len(prompt) - end][:_PREVIEW]}
+        own = (begin, len(prompt) - end)
+        group |= {"prompt": prompt, "own": own, "preview": prompt[slice(*own)][:_PREVIEW]}
     return shown
+
+
+def _render(shown: Shown, begin: int, groups: list[list[dict[str, Any]]], characters: int) -> int:
+    """Add the rendered completions of a record's groups, and return the number of groups that are not rendered.
+
+    Args:
+        begin: The index of the first group of the record on the page.
+        groups: The rows of its groups.
+        characters: The maximum number of characters.
+    """
+    left_out = 0
+    for i in sorted(range(len(groups)), key=lambda i: -shown.groups[begin + i]["score"]):
+        texts = [row["completion"] for row in groups[i]]
+        characters -= sum(map(len, texts))
+        if characters < 0 or max(map(len, texts)) > LONGEST_RENDERED:
+            left_out += 1
+            continue
+        try:
+            nodes = list(map(rendered, texts))
+        except NotImportedError as error:
+            note = f"Markdown and LaTeX are not rendered: {error}"
+            if note not in shown.notes:
+                logger.warning("%s", note)
+                shown.notes.append(note)
+            return 0
+        if any(nodes):
+            shown.rendered[begin + i] = pack(nodes)
+    return left_out
 
 
 def _nearest_to_half(groups: list[list[dict[str, Any]]], most: int | None) -> list[list[dict[str, Any]]]:

@@ -21,9 +21,10 @@ _PANELS = {
 
 
 def curves(metrics: list[dict[str, float]], methods: Iterable[Method] = ()) -> list[dict[str, Any]]:
-    """Return panels with Plotly traces of the metrics that have finite values at two or more steps.
+    """Return panels with the metrics that have finite values at two or more steps, each with its steps x and values y.
 
-    Evaluation metrics (`eval_...`) are dotted lines in the panel of the training metric.
+    Evaluation metrics (`eval_...`) are in the panel of the training metric. A panel whose lines are all drawn before is
+    left out, such as the only reward function's.
 
     Args:
         methods: The methods of the records, which define further panels.
@@ -32,7 +33,7 @@ def curves(metrics: list[dict[str, float]], methods: Iterable[Method] = ()) -> l
     for method in methods:
         for title, patterns in method.panels.items():
             wanted.setdefault(title, []).extend(patterns)
-    panels = []
+    panels, drawn = [], []
     names = list(dict.fromkeys(name for entry in metrics for name in entry))
     for title, patterns in wanted.items():
         traces = []
@@ -51,11 +52,11 @@ def curves(metrics: list[dict[str, float]], methods: Iterable[Method] = ()) -> l
                     "y": y,
                     "name": _short(visible(name.removeprefix("eval_"))),
                     "evaluated": evaluated,
-                    "mode": "lines+markers" if len(points) < 20 else "lines",
-                    "line": {"width": 1.6, "dash": "dot" if evaluated else "solid"},
                 }
             )
-        if traces:
+        points_of = [(trace["x"], trace["y"], trace["evaluated"]) for trace in traces]
+        if any(points not in drawn for points in points_of):
+            drawn += points_of
             panels.append({"title": visible(title), "traces": traces})
     return panels
 

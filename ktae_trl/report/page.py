@@ -6,7 +6,6 @@ text. The page's content security policy forbids all other scripts and all netwo
 
 import base64
 import hashlib
-import logging
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,16 +16,19 @@ from markupsafe import Markup
 from rich.console import Console
 from rich.progress import track
 
-from ktae_trl.arguments import NotFoundError, NotImportedError, UserError, need
+from ktae_trl.arguments import NotFoundError, UserError
 from ktae_trl.files.writing import replace_text
 from ktae_trl.report import records
-from ktae_trl.report.contents import Shown, collect, pack
+from ktae_trl.report.contents import MOST_RENDERED, Shown, collect, pack
 from ktae_trl.report.curves import curves
-from ktae_trl.report.tokens import colour, visible
+from ktae_trl.report.over_steps import RULE, over_steps
+from ktae_trl.report.rendered import ALLOWED
+from ktae_trl.report.tokens import amount, colour, visible
 
 MAX_GROUPS = 400  # a group of 16 rollouts of 1,000 tokens takes 0.13 MB
 LEVELS = 20  # colour shades on each side of 0
-logger = logging.getLogger(__name__)
+_WEB = Path(__file__).parent / "web"
+_SCRIPTS = ("base", "series", "list", "group", "tables", "tokens", "run", "rendered", "curves", "begin")  # joined
 T = TypeVar("T")
 
 
@@ -62,25 +64,13 @@ def write_report(source: str | Path, output: str | Path, max_groups: int = MAX_G
     run = folder.resolve()
     name = run.parent.name if run.name == records.FOLDER else run.name
     share = max(1, max_groups // len(paths))
-    shown = collect((records.read(path) for path in progress(paths, "Reading records")), share)
+    read = (records.read(path) for path in progress(paths, "Reading records"))
+    shown = collect(read, share, MOST_RENDERED // len(paths))
     metrics = records.read_metrics(folder)
     panels = curves(metrics or shown.by_step, shown.recorded)
-    if panels and (missing := _without_plotly()):
-        panels = []
-        shown.notes.append(missing)
     if panels and not metrics:
         shown.notes.append("The trainer's metrics are missing: the curves are means over the groups on this page.")
     return write(output, name, shown, panels)
-
-
-def _without_plotly() -> str:
-    """Return the note for a page without curves and log a warning, or return "" if Plotly is installed."""
-    try:
-        need("plotly", "report")
-    except NotImportedError as error:
-        logger.warning("The page does not show the run's curves: %s", error)
-        return f"This page does not show the run's curves: {error}"
-    return ""
 
 
 def write(output: str | Path, name: str, shown: Shown, panels: Sequence[dict[str, Any]] = ()) -> Path:
@@ -94,41 +84,69 @@ def write(output: str | Path, name: str, shown: Shown, panels: Sequence[dict[str
 
 
 def render(name: str, shown: Shown, panels: Sequence[dict[str, Any]] = ()) -> str:
-    """Return the HTML of a page. It includes Plotly's script only if there are curves."""
+    """Return the HTML of a page. What its first group needs is at the beginning, so that browsers show it early."""
     environment = Environment(
-        loader=PackageLoader("ktae_trl.report", "."),
+        loader=PackageLoader("ktae_trl.report", "web"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    css, javascript = ((Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    scripts = [script(javascript)]
-    if panels:
-        from plotly.offline import get_plotlyjs
-
-        scripts.insert(0, script(get_plotlyjs()))
+    javascript = script("".join((_WEB / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS))
+    index = {
+        "groups": shown.groups,
+        "methods": shown.methods,
+        "panels": panels,
+        "levels": LEVELS,
+        "run": any(shown.keys),
+        "allowed": ALLOWED,
+        "rendered": sorted(shown.rendered),
+    }
+    packed = {"index": pack(index), **{f"block-{i}": block for i, block in enumerate(shown.blocks)}}
+    packed |= {f"rendered-{i}": nodes for i, nodes in shown.rendered.items()}
+    if any(shown.keys):
+        packed["run-data"] = pack(over_steps(shown.keys))
+    opened = f"block-{_most_telling(shown.groups)}"
+    first = {name: packed[name] for name in ("index", opened) if name in packed}
     steps = {group["step"] for group in shown.groups}
     return environment.get_template("page.html.jinja").render(
         name=visible(name),
-        methods=shown.methods,
+        methods=[
+            {**method, "role": role}
+            for own in shown.methods
+            for method, role in [(own, "method"), *((other, "compared with") for other in own["compared"])]
+        ],
         groups=len(shown.groups),
         rollouts=sum(group["right"] + group["wrong"] + group["unscored"] for group in shown.groups),
         steps=sorted(steps),
         notes=shown.notes,
         curves=bool(panels),
-        index=pack({"groups": shown.groups, "methods": shown.methods, "panels": panels, "levels": LEVELS}),
-        blocks=shown.blocks,
-        css=Markup(css),
-        shades=[(i + LEVELS, colour(i / LEVELS), colour(i / LEVELS, dark=True)) for i in range(-LEVELS, LEVELS + 1)],
-        scripts=scripts,
-        hashes=[f"'sha256-{_sha256(text)}'" for text in scripts],
+        key_rule=RULE,
+        first=first,
+        rest={name: data for name, data in packed.items() if name not in first},
+        css=Markup((_WEB / "page.css").read_text(encoding="utf-8")),
+        shades=_shades(),
+        script=javascript,
+        hash=f"'sha256-{_sha256(javascript)}'",
     )
 
 
+def _most_telling(groups: list[dict[str, Any]]) -> int | None:
+    """Return the group that the page opens: the largest mean |K| with correct and wrong rollouts."""
+    mixed = [i for i, group in enumerate(groups) if group["right"] and group["wrong"]]
+    return max(mixed or range(len(groups)), key=lambda i: groups[i]["score"], default=None)
+
+
+def _shades() -> list[tuple[str, tuple[int, int, int], tuple[int, int, int]]]:
+    """Return the classes of the shades with their colours on light and dark pages: v0 to v40, s0 to s20."""
+    signed = [(f"v{i + LEVELS}", colour, i / LEVELS) for i in range(-LEVELS, LEVELS + 1)]
+    unsigned = [(f"s{i}", amount, i / LEVELS) for i in range(LEVELS + 1)]
+    return [(name, of(value), of(value, dark=True)) for name, of, value in (*signed, *unsigned)]
+
+
 def script(text: str) -> Markup:
-    """Return a script as HTML parsers keep it, byte for byte, because the page's policy has its hash."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    """Return a script with its own scope as HTML parsers keep it, byte for byte: the page's policy has its hash."""
+    text = f'"use strict";\n(() => {{\n{text}}})();\n'.replace("\r\n", "\n").replace("\r", "\n")
     return Markup(text.replace("</script", "<\\/script").replace("<!--", "<\\!--"))
 
 

@@ -23,6 +23,7 @@ _SCALES = {
     False: ((255, 255, 255), (96, 165, 246), (245, 145, 40)),
     True: ((24, 27, 32), (28, 92, 168), (160, 78, 0)),
 }
+_AMOUNTS = {False: (64, 190, 150), True: (0, 110, 82)}  # the colour of numbers without a sign, such as an entropy
 
 
 def visible(text: str) -> str:
@@ -70,6 +71,11 @@ def colour(value: float, dark: bool = False) -> tuple[int, int, int]:
     value = 0.0 if value != value else max(-1.0, min(1.0, value))
     end = positive if value > 0 else negative
     return tuple(round(a + abs(value) * (b - a)) for a, b in zip(ground, end, strict=True))
+
+
+def amount(value: float, dark: bool = False) -> tuple[int, int, int]:
+    """Return the background colour of a token with a number in [0, 1] that is neither for nor against it: green."""
+    return tuple(round(a + value * (b - a)) for a, b in zip(_SCALES[dark][0], _AMOUNTS[dark], strict=True))
 
 
 def shade(value: float | None, how: str, most: float) -> float:

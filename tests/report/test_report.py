@@ -176,7 +176,7 @@ def test_the_page_of_a_run(tmp_path):
     assert (train["x"], train["y"], train["evaluated"]) == ([1, 2], [0.1, 0.2], False)
     assert (held_out["x"], held_out["y"], held_out["evaluated"]) == ([2, 4], [0.25, 0.5], True)
     assert "The run recorded 4 of the 16 groups generated in these steps" in page.text
-    assert len(page.code) == 2  # Plotly's and ours
+    assert len(page.code) == 1
 
     one = Page(write_report(sources[1] / "step_000020.parquet", tmp_path / "one.html").read_text())
     assert [g["step"] for g in one.data("index")["groups"]] == [20]
@@ -245,7 +245,7 @@ def test_a_page_of_nothing_but_hostile_text(tmp_path):
     assert len(html) < 12e6
     page = Page(html)
     assert {a.get("id") for a, _ in page.scripts if "type" in a} == {"index", "block-0", "block-1"}
-    assert len(page.code) == 2
+    assert len(page.code) == 1
     assert not {"img", "svg", "iframe", "object", "embed", "a", "base"} & {tag for tag, _ in page.elements}
     for _, attributes in page.elements:
         assert not [name for name in attributes if name.startswith("on") or name == "src"]
@@ -265,7 +265,7 @@ def test_the_page_loads_nothing_and_runs_only_its_own_scripts(tmp_path):
     allowed = set(re.findall(r"'sha256-([^']+)'", page.policy))
     hashes = {base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in page.code}
     assert allowed == hashes
-    assert len(hashes) == 2
+    assert len(hashes) == 1
     assert "unsafe" not in page.policy.partition("style-src")[0]
     addresses = [a[name] for _, a in page.elements for name in ("src", "href", "action") if name in a]
     assert addresses == ["data:,"]
@@ -274,14 +274,19 @@ def test_the_page_loads_nothing_and_runs_only_its_own_scripts(tmp_path):
     assert "@import" not in style
 
 
-def test_a_page_without_plotly_lacks_the_curves_only(tmp_path, monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "plotly", None)
-    write_run(tmp_path, {1: [random_group(0)], 2: [random_group(1)]})
+def test_a_page_without_latex2mathml_lacks_the_rendered_text_only(tmp_path, monkeypatch, caplog):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    hide = lambda name, package=None: None if name == "latex2mathml" else find(name, package)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", hide)
+    rows = rows_of_group([["$x$"], ["y"]], [True, False])
+    write_run(tmp_path, {1: [rows], 2: [rows]})
     page = Page(write_report(tmp_path, tmp_path / "page.html").read_text())
-    assert page.data("index")["panels"] == []
     assert len(page.data("index")["groups"]) == 2
+    assert page.data("index")["rendered"] == []
     for said in (page.text, caplog.text):
-        assert said.count(f"plotly is not installed: {pip_install('report')}") == 1
+        assert said.count(f"latex2mathml is not installed: {pip_install('report')}") == 1
 
 
 def test_numbers_that_json_does_not_know(tmp_path):
@@ -517,7 +522,7 @@ def test_hostile_rows_are_explained(tokenizer, tmp_path):
     ]
     found = explain(rows, tokenizer)
     page = Page(found.save(tmp_path / "page.html").read_text(encoding="utf-8"))
-    assert len(page.code) == 1  # no curves, no Plotly
+    assert len(page.code) == 1
     group = page.data("block-0")
     assert len(group["rollouts"]) == len(texts)
     assert {"ï", "¿", "½"} <= set(group["tokens"]["text"])  # U+FFFD, in the bytes of this tokenizer
@@ -641,7 +646,7 @@ def test_errors_are_one_line(tmp_path, words, message):
 def test_the_package_is_cheap_to_import():
     code = "import sys, ktae_trl.report; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"torch", "jinja2", "plotly", "transformers", "pyarrow"} & set(loaded)
+    assert not {"torch", "jinja2", "markdown_it", "transformers", "pyarrow"} & set(loaded)
 
 
 def test_records_of_training_are_what_is_compared(tmp_path):

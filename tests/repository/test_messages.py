@@ -106,4 +106,4 @@ def test_the_notebook_needs_its_extra_only():
     requirements = extras()[""] + extras()["notebook"]
     installed = {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in requirements.split("\n") if line}
     assert imported <= installed
-    assert {"ipykernel", "matplotlib", "plotly"} <= installed
+    assert {"ipykernel", "matplotlib", "latex2mathml"} <= installed

@@ -88,7 +88,7 @@ def test_a_user_without_the_checkout_trains_measures_and_looks(wheel, tmp_path):
     there.install(str(wheel))
     settings = [str(word) for name, value in SMALL.items() for word in (f"--{name}", value)]
     installed = there.run("python", "-m", "pip", "list").stdout.lower()
-    heavy = ("matplotlib", "numba", "plotly", "reasoning-gym", "reasoning_gym", "scipy", "tensorboard", "wandb")
+    heavy = ("latex2mathml", "matplotlib", "numba", "reasoning-gym", "reasoning_gym", "scipy", "tensorboard", "wandb")
     assert not [name for name in heavy if f"\n{name} " in installed]
 
     trained = there.run("ktae", "train", "quickstart", *settings)
@@ -97,7 +97,7 @@ def test_a_user_without_the_checkout_trains_measures_and_looks(wheel, tmp_path):
     assert f"No TensorBoard logs: tensorboard is not installed. Install it: {pip_install('trackers')}" in trained.stderr
     run = there.work / "runs" / "quickstart"
     assert (run / "model.safetensors").exists()
-    without_curves = (run / "key_tokens.html").stat().st_size
+    assert "latex2mathml is not installed" in (run / "key_tokens.html").read_text()
     refused = there.run("ktae", "eval", "quickstart")
     assert refused.returncode == 1
     assert refused.stderr.splitlines()[-1].endswith(f": scipy is not installed: {pip_install('eval')}")
@@ -111,4 +111,7 @@ def test_a_user_without_the_checkout_trains_measures_and_looks(wheel, tmp_path):
     assert (there.work / "measured" / "summary.json").exists()
     reported = there.run("ktae", "report", "runs/quickstart", "-o", "page.html")
     assert reported.returncode == 0, reported.stderr[-3000:]
-    assert (there.work / "page.html").stat().st_size > without_curves + 1_000_000  # Plotly's script
+    page = (there.work / "page.html").read_text()
+    assert "is not installed" not in page
+    assert 'id="rendered-0"' in page
+    assert len(page) < 600_000

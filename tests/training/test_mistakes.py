@@ -109,9 +109,9 @@ def without(monkeypatch, *packages: str) -> None:
 
 def test_a_package_of_an_extra_that_is_missing_names_the_command(monkeypatch):
     need("torch", "vllm")
-    without(monkeypatch, "plotly")
-    with pytest.raises(ImportError, match=r"^plotly is not installed: pip install 'ktae-trl\[report\].*'$"):
-        need("plotly", "report")
+    without(monkeypatch, "latex2mathml")
+    with pytest.raises(ImportError, match=r"^latex2mathml is not installed: pip install 'ktae-trl\[report\].*'$"):
+        need("latex2mathml", "report")
 
 
 def test_recipes_report_to_tensorboard_if_it_is_there(folder, monkeypatch, caplog):
