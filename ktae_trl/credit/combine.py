@@ -16,7 +16,7 @@ def combine(advantages: Tensor, credit: Tensor, how: str) -> Tensor:
 
         multiply   A' = A (1 + sign(A) K) = A + |A| K    signed values K in [-1, 1] (KTAE)
         add        A' = A + K                            signed values K (KTAE as in the authors' code)
-        scale      A' = A w                              weights w >= 0 (OAR)
+        scale      A' = A w                              weights w >= 0 (OAR, KTAE's importance)
         replace    A' = v                                values v that are advantages (tree sampling)
 
     With `multiply` the factor of A lies in [0, 2], so A' never has the opposite sign of A, and A = 0 gives A' = 0.

@@ -18,7 +18,7 @@ from scipy.stats import fisher_exact
 
 from ktae_trl.credit import METHODS
 from ktae_trl.credit.combine import combine
-from ktae_trl.credit.ktae.values import key_token_table, key_token_values
+from ktae_trl.credit.ktae.values import importance_weights, key_token_strengths, key_token_table, key_token_values
 from ktae_trl.credit.oar import reshape
 from ktae_trl.credit.tree import advantages_by_depth, node_values
 from tests.trainers import make_trainer
@@ -226,6 +226,43 @@ def test_leaving_one_out_in_the_worked_group(worked, rollouts):
                 found = values[i][ids[0, i] == words.index(token)]
                 assert found.tolist() == pytest.approx([K] * len(found), abs=1e-6)
         assert right == (row[0] in "123")
+
+
+def test_the_weights_of_the_worked_group(worked, rollouts, group):
+    (text,) = [table for table in tables(TEXT["methods/ktae"]) if table[0][:2] == ["rollout", "mean of 1 + S"]]
+    tokens, (words, ids, mask, correct) = text[0][2:], as_tensors(rollouts)
+    found = importance_weights(key_token_strengths(ids, mask, correct)[0], mask[0], beta=1.0)
+    for i, (row, (_, rollout)) in enumerate(zip(text[2:], rollouts, strict=True)):
+        raw = {token: 1 + group.strength(token)[-1] for token in rollout}
+        mean = sum(raw[token] for token in rollout) / len(rollout)
+        assert agrees(row[1], mean)
+        for token, cell in zip(tokens, row[2:], strict=True):
+            assert (cell != "") == (token in rollout)
+            if cell:
+                w = raw[token] / mean
+                assert agrees(cell, w), (i, token, cell, w)
+                own = found[i, : len(rollout)][ids[0, i, : len(rollout)] == words.index(token)]
+                assert own.tolist() == pytest.approx([w] * len(own), abs=1e-6)
+    fourth = dict(zip(tokens, text[5][2:], strict=True))
+    assert fourth["carry"] == fourth["so"]
+    page = " ".join(TEXT["methods/ktae"].split())
+    exact = {token: found[3, t].item() for t, token in enumerate(rollouts[3][1])}
+    blames = [f"{-0.9127 * exact[token]:.3f}" for token in ("carry", ":", "322")]
+    assert f"-0.913 x 1.162 = {blames[0]}, the colon by {blames[1]} and `322` by {blames[2]}" in page
+
+
+def test_the_smallest_effective_share_of_importance():
+    """Of weights between 1 and 1 + beta: a share x of them is 1 + beta, the others 1."""
+    for page in ("methods/ktae", "reference/metrics"):
+        text = " ".join(TEXT[page].split())
+        shown = re.search(
+            r"(0\.\d\d) (?:for beta = 1|with `ktae_importance_beta: 1`),? (?:and )?(0\.\d\d)", text
+        ).groups()
+        for cell, beta in zip(shown, (1, 4), strict=True):
+            x = np.linspace(0, 1, 100_001)
+            mean, square = 1 + beta * x, 1 + x * ((1 + beta) ** 2 - 1)
+            assert agrees(cell, (mean**2 / square).min())
+            assert (mean**2 / square).min() == pytest.approx(4 * (1 + beta) / (2 + beta) ** 2, rel=1e-6)
 
 
 def test_the_numbers_in_the_words_of_the_worked_group(group):
