@@ -23,7 +23,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
         UserError: a line is not UTF-8, or the gzip file is damaged.
     """
     path = Path(path)
-    for number, line in _raw_lines(path):
+    for number, line in raw_lines(path):
         yield number, _decoded(path, number, line)
 
 
@@ -46,21 +46,25 @@ def read_json_lines(
         UserError: a line is not UTF-8 or not a JSON object, or the gzip file is damaged.
     """
     path = Path(path)
-    for number, line in _raw_lines(path):
+    for number, line in raw_lines(path):
         try:
-            text = _decoded(path, number, line)
-            if not text.strip():
-                continue
-            value = _object(path, number, text, parse_float)
+            value = parsed(path, number, line, parse_float)
         except UserError as error:
             if not skip_damaged:
                 raise UserError(f"{error}. {remedy}" if remedy else str(error)) from None
             logger.warning("Skipped a damaged line, perhaps of an interrupted run: %s", error)
             continue
-        yield number, value
+        if value is not None:
+            yield number, value
 
 
-def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield the number and the bytes of each line of a file, which may be compressed (`.gz`).
+
+    Raises:
+        NotFoundError: the file does not exist.
+        UserError: the gzip file is damaged.
+    """
     if not path.is_file():
         raise NotFoundError(f"There is no file {path} (looked in {Path.cwd()})")
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
@@ -68,6 +72,18 @@ def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             yield from enumerate(file, 1)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise UserError(f"{path} is a damaged gzip file: {error}") from None
+
+
+def parsed(
+    path: Path, number: int, line: bytes, parse_float: Callable[[str], Any] | None = None
+) -> dict[str, Any] | None:
+    """Return the object of a line, or None if the line is blank.
+
+    Raises:
+        UserError: the line is not UTF-8 or not a JSON object. The message has its number.
+    """
+    text = _decoded(path, number, line)
+    return _object(path, number, text, parse_float) if text.strip() else None
 
 
 def _decoded(path: Path, number: int, line: bytes) -> str:

@@ -21,21 +21,18 @@ class KeyTokens(NamedTuple):
 
     record: Record
     name: str = "rollouts"
+    notes: tuple[str, ...] = ()  # shown on the page
 
     def save(self, path: str | Path) -> Path:
         """Write a page with all groups to `path` and return the path."""
-        return write(path, self.name, collect([self.record]))
+        shown = collect([self.record])
+        shown.notes.extend(self.notes)
+        return write(path, self.name, shown)
 
     def summary(self) -> str:
         """Return one line with the numbers of groups, by verdicts, and of rollouts."""
-        groups = list(split(self.record))
-        kinds = Counter(map(_kind, groups))
-        parts = [f"{count} {kind}" for kind in _KINDS if (count := kinds[kind])]
-        unscored = sum(row["correct"] is None for row in self.record.rows)
-        text = f"prompts: {len(groups)} ({', '.join(parts)}); rollouts: {len(self.record.rows)}"
-        if unscored:
-            text += f" ({unscored} not graded and excluded from the statistics)"
-        return text
+        kinds = Counter(map(_kind, split(self.record)))
+        return told(kinds, len(self.record.rows), sum(row["correct"] is None for row in self.record.rows))
 
     def __repr__(self) -> str:
         return f"KeyTokens: {self.summary()}"  # notebooks store it together with the HTML
@@ -59,12 +56,23 @@ _KINDS = ("with correct and wrong rollouts", "all correct", "all wrong", "with a
 
 
 def _kind(rows: list[dict[str, Any]]) -> str:
-    verdicts = {row["correct"] for row in rows} - {None}
-    if len(rows) == 1:
+    return kind_of(*(sum(row["correct"] is side for row in rows) for side in (True, False)), len(rows))
+
+
+def kind_of(right: int, wrong: int, rollouts: int) -> str:
+    """Return the kind of a group with so many correct and wrong ones of its rollouts."""
+    if rollouts == 1:
         return "with a single rollout"
-    if len(verdicts) == 2:
+    if right and wrong:
         return "with correct and wrong rollouts"
-    return "not graded" if not verdicts else "all correct" if True in verdicts else "all wrong"
+    return "not graded" if not right + wrong else "all correct" if right else "all wrong"
+
+
+def told(kinds: Counter[str], rollouts: int, unscored: int) -> str:
+    """Return one line with the numbers of groups of each kind and of rollouts."""
+    parts = [f"{count} {kind}" for kind in _KINDS if (count := kinds[kind])]
+    text = f"prompts: {kinds.total()} ({', '.join(parts)}); rollouts: {rollouts}"
+    return f"{text} ({unscored} not graded and excluded from the statistics)" if unscored else text
 
 
 def _known(value: float | str | None) -> float | None:

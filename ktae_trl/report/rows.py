@@ -1,22 +1,29 @@
-"""Compute key tokens of rollouts from any source: read, grade and tokenize rows, and value their tokens."""
+"""Compute key tokens of rollouts from any source: tokenize the rollouts of a group, and value their tokens."""
 
+import difflib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 
 from ktae_trl.arguments import UserError
 from ktae_trl.credit.combine import combine as combine_with
 from ktae_trl.credit.ktae.method import COMBINE, KTAE
-from ktae_trl.files.lines import read_json_lines
 from ktae_trl.grading import grade_many
-from ktae_trl.report.group_view import as_groups
+from ktae_trl.report.dumps.rollout import ASSISTANT, Place, Rollout, group_key
+from ktae_trl.report.dumps.rows import read
+from ktae_trl.report.dumps.verdicts import deciding, threshold_of
+from ktae_trl.report.group_view import statistics
 from ktae_trl.report.notebook import KeyTokens
 from ktae_trl.report.page import progress
-from ktae_trl.report.records import Record, method_of
+from ktae_trl.report.records import Method, Record, method_of
 from ktae_trl.report.tokens import token_strings
+
+_COMPARED = 500  # characters of a decoded text that are compared with the file's own text
+_LIKE = 0.5  # share of equal characters from which two texts are taken for the same
 
 
 def explain(
@@ -38,10 +45,12 @@ def explain(
 
     Args:
         rows: Mappings with `prompt` and `completion` (strings or lists of chat messages), and with `correct` (true,
-            false, or null if it could not be graded) or `answers` (the accepted answer or a list of accepted answers).
-            With `answers`, the completion is graded as in training.
+            false, or null if it could not be graded), `answers` (the accepted answer or a list of accepted answers) or
+            `reward` (with two values, of which the higher is correct). With `answers`, the completion is graded as in
+            training. Optional: `step` and `group` (rows of different steps or groups are not compared), `advantage`,
+            `token_ids` of the completion, and lists with one number per token, such as `logprobs`.
         tokenizer: A transformers tokenizer, which should be that of the model that wrote the completions.
-        combine: How the advantage A is changed: "multiply", "add" or "importance", as in `ktae_combine`.
+        combine: How K changes the advantage A: "multiply" or "add", as in `ktae_combine`.
         fisher_weight, ig_weight, tf_weight, leave_one_out: As in `key_token_table`.
 
     If all rollouts of a prompt are correct or all are wrong, or it has a single rollout, its values are 0. A rollout
@@ -52,104 +61,216 @@ def explain(
         ValueError: There are no rows, a row lacks a column or has a value of the wrong type (the message has its
             number), or a setting is unknown or out of range.
     """
+    valuer = Valuer(method_with(combine, fisher_weight, ig_weight, tf_weight, leave_one_out), tokenizer)
+    rollouts, names, values = [], [], []
+    for number, row in enumerate(rows):
+        try:
+            (rollout,) = read(row, Place(Path()))
+            name, value = deciding(rollout)
+        except UserError as error:
+            raise UserError(f"row {number}: {error}") from None
+        rollouts.append(rollout)
+        names.append(name)
+        values.append(value)
+    if not rollouts:
+        raise UserError("No rollouts to explain: rows is empty")
+    asked = [i for i, rollout in enumerate(rollouts) if rollout.answers and values[i] != values[i]]
+    graded = grade_many([rollouts[i].text for i in asked], [rollouts[i].answers for i in asked])
+    for i, verdict in zip(asked, graded, strict=True):
+        values[i] = float("nan") if verdict is None else float(verdict)
+    limit = threshold_of(np.array(values), names[0])
+    groups: dict[bytes, list[int]] = {}
+    for i, rollout in enumerate(rollouts):
+        groups.setdefault(group_key(rollout), []).append(i)
+    seen: Counter[int] = Counter()
+    explained = []
+    for members in progress(groups.values(), "Valuing tokens"):
+        own = [rollouts[i] for i in members]
+        verdicts = [None if values[i] != values[i] else values[i] > limit for i in members]
+        explained += valuer.rows(seen[own[0].step], own, verdicts)
+        seen[own[0].step] += 1
+    return KeyTokens(Record(valuer.method, explained), notes=tuple(valuer.notes()))
+
+
+def method_with(combine: str, fisher_weight: float, ig_weight: float, tf_weight: float, leave_one_out: bool) -> Method:
+    """Return KTAE with these settings.
+
+    Raises:
+        UserError: A setting is unknown or out of range.
+    """
     if combine not in COMBINE:
         raise UserError(f"combine must be one of {', '.join(COMBINE)}, not {combine!r}")
     weights = {"fisher_weight": fisher_weight, "ig_weight": ig_weight, "tf_weight": tf_weight}
-    settings = KTAE.settings_from({**weights, "leave_one_out": leave_one_out}, combine)
-    rows = list(rows)
-    if not rows:
-        raise UserError("No rollouts to explain: rows is empty")
-    for number, row in enumerate(rows):
-        check_row(row, f"row {number}")
+    return method_of(KTAE, combine, KTAE.settings_from({**weights, "leave_one_out": leave_one_out}, combine))
 
-    prompts = [_encodable(_text(row["prompt"])) for row in rows]
-    completions = [_encodable(_text(row["completion"], only="assistant")) for row in rows]
-    verdicts = _verdicts(rows, completions)
-    groups: dict[str, list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        groups.setdefault(prompt, []).append(i)
 
-    special = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    ids = tuple(sorted({i for i in special if i is not None}))
-    ktae = KTAE(SimpleNamespace(**settings), None)
-    method = method_of(ktae, ktae.how, settings, special_ids=ids)
-    strings: dict[int, str] = {}
-    explained = []
-    for number, members in enumerate(progress(groups.values(), "Valuing tokens")):
-        tokens = tokenizer([completions[i] for i in members], add_special_tokens=False)["input_ids"]
-        strings |= token_strings({i for row in tokens for i in row} - strings.keys(), tokenizer)
-        advantages = group_advantages([verdicts[i] for i in members])
+class Valuer:
+    """Turns groups of rollouts into rows of a record, with the values of their tokens.
+
+    It counts what a reader should know of the tokens, for `notes`.
+    """
+
+    def __init__(self, method: Method, tokenizer, special_ids: Iterable[int] = ()):
+        """Value tokens by `method`.
+
+        Args:
+            tokenizer: A transformers tokenizer; None if all rollouts have the strings of their tokens.
+            special_ids: Ids that do not count, in addition to the tokenizer's padding and end.
+        """
+        self.tokenizer = tokenizer
+        special = {*special_ids, *(getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))}
+        self.method = method._replace(special_ids=tuple(sorted(special - {None})))
+        self._strings: dict[int, str] = {}
+        self._largest = max(tokenizer.get_vocab().values()) if tokenizer is not None else None
+        self._beyond = self._unlike = self._checked = self._again = self._own_advantages = 0
+
+    def rows(self, number: int, rollouts: list[Rollout], verdicts: list[bool | None]) -> list[dict[str, Any]]:
+        """Return the rows of a group.
+
+        Args:
+            number: The number of the group in its step.
+            verdicts: Whether each rollout is correct; None: it could not be graded.
+
+        Raises:
+            UserError: The ids of the rollouts are not those of the tokenizer.
+        """
+        rollouts = self._tokenized(rollouts)
+        own = [rollout.advantage for rollout in rollouts]
+        self._own_advantages += None not in own
+        advantages = group_advantages(verdicts) if None in own else own
         group = [
             {
-                "step": 0,
+                "step": rollout.step,
                 "group": number,
                 "rollout": place,
-                "prompt": prompts[i],
-                "completion": completions[i],
-                "token_ids": own,
-                "tokens": [strings[token] for token in own],
-                "trained": [True] * len(own),
-                "rewards": {"correct": None if verdicts[i] is None else float(verdicts[i])},
-                "correct": verdicts[i],
+                "prompt": self._decoded(rollout.prompt),
+                "completion": rollout.text if rollout.text is not None else self._decoded(rollout.token_ids),
+                "token_ids": rollout.token_ids,
+                "tokens": rollout.tokens,
+                "trained": rollout.trained,
+                "rewards": _rewards(rollout, verdict),
+                "correct": None if verdict is None else bool(verdict),
                 "advantage": advantage,
+                **({"arrays": rollout.arrays} if rollout.arrays else {}),
+                **({"segments": [{"role": role, "begin": at} for role, at in rollout.turns]} if rollout.turns else {}),
             }
-            for place, (i, own, advantage) in enumerate(zip(members, tokens, advantages, strict=True))
+            for place, (rollout, verdict, advantage) in enumerate(zip(rollouts, verdicts, advantages, strict=True))
         ]
-        groups = as_groups(method, group)
-        values_BT = ktae.credit(groups).values_BT
-        advantages_BT = combine_with(groups.advantages_B, values_BT, method.how)
-        for row, values, own in zip(group, values_BT.tolist(), advantages_BT.tolist(), strict=True):
-            length = len(row["token_ids"])
-            row["credit"], row["advantages"] = values[:length], own[:length]
-        explained += group
-    return KeyTokens(Record(method, explained))
+        for row, values in zip(group, statistics(self.method, group).values, strict=True):
+            row["credit"] = values
+            combined = combine_with(torch.tensor([row["advantage"]]), torch.tensor([values]), self.method.how)
+            row["advantages"] = combined[0].tolist()
+        return group
 
+    def notes(self) -> list[str]:
+        """Return what a reader of the page should know of the tokens."""
+        name = getattr(self.tokenizer, "name_or_path", "")
+        notes = []
+        if self._again:
+            notes.append(
+                f"{self._again:,} completions have no token ids and were tokenized again with "
+                f"{name or 'the tokenizer'}, which may split a text differently from how the model wrote it."
+            )
+        if self._beyond:
+            notes.append(
+                f"{self._beyond:,} token ids are beyond the vocabulary of the tokenizer, whose largest is "
+                f"{self._largest}. They are shown as ⟨id N⟩. Is it the tokenizer of the model?"
+            )
+        if self._unlike:
+            notes.append(
+                f"The tokens of {self._unlike:,} of {self._checked:,} rollouts differ from the text in the file."
+            )
+        if self._own_advantages:
+            notes.append("The advantage A of a rollout is the one in the file.")
+        return notes
 
-def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """Read rollouts from a `.jsonl` or `.jsonl.gz` file.
+    def _tokenized(self, rollouts: list[Rollout]) -> list[Rollout]:
+        """Return the rollouts with token ids, their strings, turns in tokens, and which of them are trained."""
+        asked = [rollout for rollout in rollouts if rollout.token_ids is None]
+        pieces = [piece for rollout in asked for piece in _pieces(rollout)]
+        encoded = iter(self.tokenizer(pieces, add_special_tokens=False)["input_ids"] if pieces else [])
+        self._again += len(asked)
+        result = []
+        for rollout in rollouts:
+            if rollout.token_ids is None:
+                rollout = _of_pieces(rollout, [next(encoded) for _ in _pieces(rollout)])
+            elif rollout.trained is None:
+                rollout = rollout._replace(trained=[True] * len(rollout.token_ids))
+            result.append(rollout)
+        self._check(rollouts)
+        return [one if one.tokens is not None else one._replace(tokens=self._of(one.token_ids)) for one in result]
 
-    Raises:
-        FileNotFoundError: The file does not exist.
-        ValueError: The file is empty, or a line is not a valid row for `explain`. The message has the line number.
-    """
-    rows = []
-    for number, row in read_json_lines(path):
-        check_row(row, f"{path}, line {number}")
-        rows.append(row)
-    if not rows:
-        raise UserError(f"{path} contains no rollouts")
-    return rows
+    def _of(self, ids: list[int]) -> list[str]:
+        """Return the strings of token ids."""
+        new = set(ids) - self._strings.keys()
+        self._strings |= token_strings([i for i in new if i <= self._largest], self.tokenizer)
+        self._strings |= {i: f"⟨id {i}⟩" for i in new if i > self._largest}
+        return [self._strings[i] for i in ids]
 
+    def _decoded(self, found: str | list[int]) -> str:
+        """Return a text, or that of token ids."""
+        if isinstance(found, str):
+            return found
+        if max(found, default=0) > self._largest:
+            return "".join(self._of(found))
+        return self.tokenizer.decode(found)
 
-def check_row(row: Any, where: str) -> None:
-    """Raise a ValueError that begins with `where` if `row` is not a valid row for `explain`."""
-    if not isinstance(row, Mapping):
-        raise UserError(
-            f"{where}: a row must be an object with prompt, completion and correct (or answers), not {row!r:.60}"
+    def _check(self, rollouts: list[Rollout]) -> None:
+        """Count ids and texts that do not fit the tokenizer.
+
+        Raises:
+            UserError: Most ids of the group are beyond the vocabulary, or no text of the group is like its tokens.
+        """
+        given = [rollout for rollout in rollouts if rollout.token_ids is not None and rollout.tokens is None]
+        ids = [i for rollout in given for i in rollout.token_ids]
+        beyond = sum(i > self._largest for i in ids) if ids else 0
+        if beyond > len(ids) / 2:
+            raise self._misfit(
+                f"{beyond:,} of {len(ids):,} token ids of a group, up to {max(ids)}, are beyond its vocabulary, whose "
+                f"largest is {self._largest}"
+            )
+        texts = [(self._decoded(one.token_ids), one.text) for one in given if one.text and one.text.strip()]
+        unlike = [pair for pair in texts if not _alike(*pair)]
+        if unlike and len(unlike) == len(texts):
+            decoded, text = unlike[0]
+            raise self._misfit(f"the tokens of a rollout are {decoded[:60]!r}, its text in the file is {text[:60]!r}")
+        self._beyond += beyond
+        self._checked += len(texts)
+        self._unlike += len(unlike)
+
+    def _misfit(self, why: str) -> UserError:
+        name = getattr(self.tokenizer, "name_or_path", "")
+        return UserError(
+            f"The tokenizer {name} does not fit the files: {why}. Choose that of the model with --tokenizer"
         )
-    missing = [name for name in ("prompt", "completion") if name not in row]
-    if "correct" not in row and "answers" not in row:
-        missing.append("correct (or answers)")
-    if missing:
-        raise UserError(
-            f"{where}: {', '.join(missing)} is missing. The row has: {', '.join(map(str, row)) or 'nothing'}"
-        )
-    for name in ("prompt", "completion"):
-        value = row[name]
-        chat = isinstance(value, list) and all(
-            isinstance(message, Mapping) and isinstance(message.get("content"), str) for message in value
-        )
-        if not isinstance(value, str) and not chat:
-            raise UserError(f"{where}: {name} must be a string or a list of chat messages, not {value!r:.60}")
-    if "correct" in row:
-        if row["correct"] is not None and row["correct"] not in (0, 1):
-            raise UserError(f"{where}: correct must be true, false or null, not {row['correct']!r:.60}")
-        return
-    answers = row["answers"]
-    if not isinstance(answers, str) and not (
-        isinstance(answers, list) and answers and all(isinstance(answer, str) for answer in answers)
-    ):
-        raise UserError(f"{where}: answers must be a string or a non-empty list of strings, not {answers!r:.60}")
+
+
+def _rewards(rollout: Rollout, verdict: bool | None) -> dict[str, float | None]:
+    graded = rollout.decides is None and rollout.answers is not None
+    return {**rollout.rewards, "correct": None if verdict is None else float(verdict)} if graded else rollout.rewards
+
+
+def _pieces(rollout: Rollout) -> list[str]:
+    """Return the texts of the turns of a rollout, which are tokenized one by one."""
+    begins = [at for _, at in rollout.turns] or [0]
+    return [rollout.text[begin:end] for begin, end in zip(begins, [*begins[1:], None], strict=True)]
+
+
+def _of_pieces(rollout: Rollout, pieces: list[list[int]]) -> Rollout:
+    """Return a rollout with the ids of its turns. Those of other roles than the assistant's are not trained."""
+    roles = [role for role, _ in rollout.turns] or [ASSISTANT]
+    begins = np.cumsum([0, *map(len, pieces)]).tolist()
+    trained = [role == ASSISTANT for role, piece in zip(roles, pieces, strict=True) for _ in piece]
+    turns = tuple(zip(roles, begins[:-1], strict=True)) if rollout.turns else ()
+    return rollout._replace(token_ids=[i for piece in pieces for i in piece], trained=trained, turns=turns)
+
+
+def _alike(decoded: str, text: str) -> bool:
+    """Return whether decoded tokens have a text in them, or are much like it, apart from white space."""
+    decoded, text = ("".join(one.split()) for one in (decoded, text))
+    if text in decoded:
+        return True
+    return difflib.SequenceMatcher(None, decoded[:_COMPARED], text[:_COMPARED], autojunk=False).ratio() >= _LIKE
 
 
 def group_advantages(verdicts: list[bool | None]) -> list[float]:
@@ -163,25 +284,3 @@ def group_advantages(verdicts: list[bool | None]) -> list[float]:
     if len(known) < 2:
         return [0.0] * len(verdicts)
     return ((rewards - known.mean()) / (known.std() + 1e-4)).nan_to_num(nan=0.0).tolist()
-
-
-def _verdicts(rows: list[Mapping[str, Any]], completions: list[str]) -> list[bool | None]:
-    verdicts = [None if row.get("correct") is None else bool(row["correct"]) for row in rows]
-    asked = [i for i, row in enumerate(rows) if "correct" not in row]
-    graded = grade_many([completions[i] for i in asked], [rows[i]["answers"] for i in asked])
-    for i, verdict in zip(asked, graded, strict=True):
-        verdicts[i] = verdict
-    return verdicts
-
-
-def _text(value: str | list[Mapping[str, str]], only: str | None = None) -> str:
-    """Return chat messages as readable text. For a single message with role `only`, return its content."""
-    if isinstance(value, str):
-        return value
-    if len(value) == 1 and value[0].get("role") == only:
-        return value[0]["content"]
-    return "\n\n".join(f"{message.get('role', '')}: {message['content']}" for message in value)
-
-
-def _encodable(text: str) -> str:
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -1,7 +1,7 @@
 """Write an HTML page with key tokens, from a run's records or from rollouts of any source.
 
 ktae report runs/quickstart -o report.html
-ktae explain rollouts.jsonl --tokenizer Qwen/Qwen2.5-Math-1.5B -o page.html
+ktae explain rollouts/ --tokenizer Qwen/Qwen2.5-Math-1.5B -o page.html
 """
 
 import argparse
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ktae_trl.arguments import UserError, loading
+from ktae_trl.arguments import UserError
 from ktae_trl.report.tokens import visible
 
 
@@ -49,20 +49,47 @@ def _report(words: list[str]) -> Path:
 def _explain(words: list[str]) -> Path:
     parser = argparse.ArgumentParser(
         prog="ktae explain",
-        description="Write one HTML page with the key tokens of rollouts from any source. Rollouts with the same "
-        "prompt form a group.",
+        description="Write one HTML page with the key tokens of rollouts that any trainer saved. Rollouts of the same "
+        "prompt and step form a group.",
     )
     parser.add_argument(
-        "file",
+        "paths",
         type=Path,
-        help=".jsonl or .jsonl.gz file, one rollout per line, with prompt, completion, and correct (true, false, null) "
-        "or answers",
+        nargs="+",
+        metavar="PATH",
+        help="files and folders of one format: of TRL, verl, AReaL, open-instruct, ms-swift, prime-rl, Atropos, "
+        "NeMo-RL, SkyRL, ROLL, lm-evaluation-harness or ktae; or JSON Lines with prompt, completion, and correct "
+        "(true, false, null), answers or reward",
     )
     parser.add_argument(
-        "--tokenizer", required=True, help="tokenizer of the model that wrote the completions: a Hub id or a folder"
+        "--tokenizer",
+        help="tokenizer of the model that wrote the completions: a Hub id or a folder (default: the one that the files "
+        "name, if they do)",
     )
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("report.html"), help="the HTML file (default: report.html)"
+    )
+    parser.add_argument("--format", help="name of the format (default: the one whose keys the files have)")
+    parser.add_argument(
+        "--map",
+        metavar="FIELD=KEY,...",
+        help="the keys of files of another format: prompt=input,completion=output,reward=score",
+    )
+    parser.add_argument(
+        "--correct",
+        metavar="NAME",
+        help="the number that says whether a rollout is correct (default: correct or acc, or else the reward)",
+    )
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        metavar="X",
+        help="a rollout is correct if this number is above X (default: the lower of two values)",
+    )
+    parser.add_argument(
+        "--max_groups",
+        type=int,
+        help="maximum number of groups on the page, shared equally among the steps (default: 400)",
     )
     parser.add_argument(
         "--combine",
@@ -80,15 +107,23 @@ def _explain(words: list[str]) -> Path:
     )
     options = vars(parser.parse_args(words))
 
-    from transformers import AutoTokenizer
+    from ktae_trl.report.contents import collect
+    from ktae_trl.report.dumps.explaining import explain_files
+    from ktae_trl.report.page import write
+    from ktae_trl.report.rows import method_with
 
-    from ktae_trl.report.rows import explain, read_rows
+    paths, output = options.pop("paths"), options.pop("output")
+    if output.is_dir():  # before gigabytes are read
+        raise UserError(f"The output {output} is a folder. Give a file, such as {output / 'report.html'}")
+    method = method_with(*(options.pop(name) for name in _METHOD))
+    explained = explain_files(paths, method, **{name: value for name, value in options.items() if value is not None})
+    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
+    for line in explained.lines:
+        console.print(visible(line))
+    shown = collect(explained.records)
+    shown.notes.extend(explained.notes)
+    more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+    return write(output, f"{paths[0].resolve().name}{more}", shown)
 
-    file, output = options.pop("file"), options.pop("output")
-    rows = read_rows(file)
-    name = options.pop("tokenizer")
-    with loading(f"The tokenizer {name!r}", by="--tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    explained = explain(rows, tokenizer, **options)._replace(name=file.name)
-    Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False).print(explained.summary())
-    return explained.save(output)
+
+_METHOD = ("combine", "fisher_weight", "ig_weight", "tf_weight", "leave_one_out")

@@ -27,7 +27,7 @@ from ktae_trl.report.curves import curves
 from ktae_trl.report.group_view import describe, parting
 from ktae_trl.report.page import render
 from ktae_trl.report.records import Method, Record, method_of
-from ktae_trl.report.rows import group_advantages, read_rows
+from ktae_trl.report.rows import group_advantages
 from ktae_trl.report.run import main
 from ktae_trl.report.tokens import colour, label, token_strings, visible
 from tests.reference import ktae_loop
@@ -498,28 +498,6 @@ def test_chats_are_prompts_and_completions(tokenizer):
     assert [(row["group"], row["completion"]) for row in found] == [(0, "4"), (0, "5")]
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ("[1]", "line 2: an object was expected"),
-        ('{"prompt": "p", "completion": "c"', "line 2: not JSON"),
-        (
-            '{"prompt": "p", "text": "c"}',
-            r"line 2: completion, correct \(or answers\) is missing\. The row has: prompt, text",
-        ),
-        ('{"prompt": 3, "completion": "c", "correct": true}', "line 2: prompt must be a string or a list"),
-        ('{"prompt": "p", "completion": [3], "correct": true}', "line 2: completion must be a string or a list"),
-        ('{"prompt": "p", "completion": "c", "correct": "yes"}', "line 2: correct must be true, false or null"),
-        ('{"prompt": "p", "completion": "c", "answers": []}', "line 2: answers must be a string or a non-empty list"),
-    ],
-)
-def test_a_bad_line_is_named(tmp_path, row, message):
-    file = tmp_path / "rows.jsonl"
-    file.write_text(json.dumps(rollouts()[0]) + "\n" + row + "\n")
-    with pytest.raises(ValueError, match=message):
-        read_rows(file)
-
-
 def test_bad_rows_and_settings_are_named(tokenizer):
     with pytest.raises(ValueError, match="row 1: completion is missing"):
         explain([rollouts()[0], {"prompt": "p", "correct": True}], tokenizer)
@@ -642,7 +620,7 @@ def test_the_command_line(tmp_path, capsys):
         (["{}/bad.parquet"], "{}/bad.parquet is not a Parquet file"),
         (["explain", "{}/none.jsonl", "--tokenizer", str(tiny.MODEL)], "There is no file {}/none.jsonl"),
         (["explain", "{}/empty.jsonl", "--tokenizer", str(tiny.MODEL)], "{}/empty.jsonl contains no rollouts"),
-        (["explain", "{}/bad.parquet", "--tokenizer", str(tiny.MODEL)], "{}/bad.parquet, line 1: not JSON"),
+        (["explain", "{}/bad.parquet", "--tokenizer", str(tiny.MODEL)], "{}/bad.parquet is not a Parquet file"),
         (["explain", "{}/binary.jsonl.gz", "--tokenizer", str(tiny.MODEL)], "binary.jsonl.gz is a damaged gzip file"),
         (["explain", "{}/good.jsonl", "--tokenizer", "{}/none"], "'{}/none' (--tokenizer) could not be loaded"),
         (["explain", "{}/good.jsonl", "--tokenizer", str(tiny.MODEL), "-o", "{}"], "{}"),
@@ -695,31 +673,10 @@ def test_a_tree_counts_what_several_rows_share(tmp_path):
     assert not [note for note in describe(tree, rows)["notes"] if "do not count" in note]
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (gzip.compress(b'{"prompt": 1}')[:12] + b"garbage" * 9, "is a damaged gzip file"),
-        (b"[" * 100_000, "line 1: not JSON"),
-    ],
-    ids=["gzip", "deep"],
-)
-def test_broken_files_are_said_to_be(tmp_path, content, message):
-    path = tmp_path / ("rows.jsonl.gz" if message.startswith("is") else "rows.jsonl")
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        read_rows(path)
-
-
-def test_a_byte_order_mark_is_no_fault(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"prompt": "p", "completion": "c", "correct": true}', encoding="utf-8-sig")
-    assert read_rows(path)[0]["prompt"] == "p"
-
-
 def test_messages_quote_no_escape_sequences(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"\x1b[31mred": 1}))
-    with pytest.raises(SystemExit, match=r"The row has: ⟨ESC⟩\[31mred"):
+    with pytest.raises(SystemExit, match=r"Its keys: ⟨ESC⟩\[31mred"):
         main(["explain", str(path), "--tokenizer", "x"])
 
 
