@@ -148,7 +148,7 @@ def report(words: list[str]) -> None:
 
 
 def explain(words: list[str]) -> None:
-    """Show the key tokens of any rollouts on an HTML page: ktae explain FILE --tokenizer NAME -o PAGE.html"""
+    """Show the key tokens of any trainer's rollouts on an HTML page: ktae explain PATH --tokenizer NAME -o PAGE.html"""
     report(["explain", *words])
 
 

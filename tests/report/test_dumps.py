@@ -4,11 +4,14 @@ import gzip
 import json
 import logging
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from ktae_trl import tiny
 from ktae_trl.arguments import UserError
@@ -24,6 +27,7 @@ from tests.report.dump_files import FIRST, GROUPS, ROLLOUTS, TOKENIZER, WITHOUT_
 from tests.reporting import Page
 
 METHOD = method_with("multiply", 1.0, 1.0, 1.0, False)
+ROOT = Path(__file__).parents[2]
 TINY = str(tiny.MODEL)
 NO_TOKENIZER = {"open_instruct", "ktae_eval", "ktae"}  # their files name it, or have the strings
 
@@ -70,7 +74,7 @@ WITH_IDS = {"prime_rl", "prime_rl_tokens", "atropos", "nemo_rl"}
 def test_every_format_is_tested_and_in_the_documentation():
     assert set(WRITERS) == set(BY_NAME)
     assert len({one.title for one in FORMATS}) == len(FORMATS)
-    page = (Path(__file__).parents[2] / "docs" / "guides" / "other_trainers.md").read_text()
+    page = (ROOT / "docs" / "guides" / "other_trainers.md").read_text()
     table = re.findall(r"^\| [^|]+ \| `(\w+)` \|", page, re.MULTILINE)
     assert table == list(BY_NAME)
 
@@ -695,6 +699,36 @@ def test_pickles_are_refused_with_the_reason(tmp_path, name):
     if name != "x.dat":  # a folder is looked through by the names of its files
         with pytest.raises(UserError, match="is a pickle"):
             explained(tmp_path)
+
+
+def test_the_converter_of_the_documentation_reads_a_pickle_of_slime(tmp_path):
+    page = (ROOT / "docs" / "guides" / "other_trainers.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    assert len(code.splitlines()) <= 10
+    (tmp_path / "convert.py").write_text(code)
+    prompt = encoded("2 + 2?")
+    samples = [
+        {
+            "group_index": 3,
+            "prompt": "2 + 2?",
+            "tokens": [*prompt, *encoded(text)],
+            "response": text,
+            "response_length": len(encoded(text)),
+            "reward": reward,
+            "status": "completed",
+        }
+        for text, reward in (("The answer is 4.", 1), ("It is about 5", 0), ("", 0))
+    ]
+    torch.save({"rollout_id": 7, "samples": samples}, tmp_path / "rollout_7.pt")
+    words = [sys.executable, "convert.py", "rollout_7.pt", "rollout_7.jsonl"]
+    subprocess.run(words, cwd=tmp_path, check=True)
+    rows, _, _ = explained(tmp_path / "rollout_7.jsonl")
+    assert [(row["step"], row["completion"], row["correct"]) for row in rows] == [
+        (7, "The answer is 4.", True),
+        (7, "It is about 5", False),
+        (7, "", False),
+    ]
+    assert [row["token_ids"] for row in rows] == [encoded(row["completion"]) for row in rows]
 
 
 def test_a_byte_order_mark_is_no_fault(tmp_path):

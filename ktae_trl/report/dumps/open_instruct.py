@@ -1,4 +1,4 @@
-"""open-instruct: `RUN_rollouts_000000.jsonl`, which `save_traces` writes, and `RUN_metadata.jsonl`."""
+"""open-instruct: `RUN_rollouts_000000.jsonl`, where a line is a rollout, and `RUN_metadata.jsonl`."""
 
 from collections.abc import Iterable
 from pathlib import Path
