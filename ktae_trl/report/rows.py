@@ -20,7 +20,7 @@ from ktae_trl.report.group_view import statistics
 from ktae_trl.report.notebook import KeyTokens
 from ktae_trl.report.page import progress
 from ktae_trl.report.records import Method, Record, method_of
-from ktae_trl.report.tokens import token_strings
+from ktae_trl.report.tokens import token_strings, visible
 
 _COMPARED = 500  # characters of a decoded text that are compared with the file's own text
 _LIKE = 0.5  # share of equal characters from which two texts are taken for the same
@@ -89,7 +89,7 @@ def explain(
         verdicts = [None if values[i] != values[i] else values[i] > limit for i in members]
         explained += valuer.rows(seen[own[0].step], own, verdicts)
         seen[own[0].step] += 1
-    return KeyTokens(Record(valuer.method, explained), notes=tuple(valuer.notes()))
+    return KeyTokens(Record(valuer.method, explained), notes=tuple(map(visible, valuer.notes())))
 
 
 def method_with(combine: str, fisher_weight: float, ig_weight: float, tf_weight: float, leave_one_out: bool) -> Method:

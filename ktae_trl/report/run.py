@@ -72,6 +72,7 @@ def _explain(words: list[str]) -> Path:
     parser.add_argument("--format", help="name of the format (default: the one whose keys the files have)")
     parser.add_argument(
         "--map",
+        dest="names",
         metavar="FIELD=KEY,...",
         help="the keys of files of another format: prompt=input,completion=output,reward=score",
     )

@@ -44,7 +44,8 @@ def explained(*paths: Path, tokenizer: str | None = TINY, **options) -> tuple[li
 @pytest.mark.parametrize("name", WRITERS)
 def test_every_format_gives_the_same_rollouts(tmp_path, name):
     folder = dump_files.write(name, tmp_path / "files")
-    rows, (line, summary), notes = explained(folder, tokenizer=None if name in NO_TOKENIZER else TINY)
+    rows, (line, summary, *named), notes = explained(folder, tokenizer=None if name in NO_TOKENIZER else TINY)
+    assert named == [f"Tokenizer, which the files name: {TINY}"] * (name in NO_TOKENIZER - {"ktae"})
     groups = FIRST if name in WITHOUT_STEPS else GROUPS
     found = [(row["step"], row["prompt"], row["completion"], row["correct"]) for row in rows]
     all_of_them = [x for some in groups for x in some]
@@ -340,18 +341,18 @@ def test_other_names_are_mapped(tmp_path):
         for i in range(3)
     ]
     file = lines(tmp_path / "x.jsonl", rows)
-    found, (line, _), notes = explained(file, map="prompt=request.text, completion=reply,reward=passed,group=uid")
+    found, (line, _), notes = explained(file, names="prompt=request.text, completion=reply,reward=passed,group=uid")
     assert [(row["prompt"], row["correct"]) for row in found] == [("2 + 2?", i == 1) for i in range(3)]
     assert "rows with prompt and completion" in line
     assert "A rollout is correct if its reward is above 0.5." in notes
     with pytest.raises(UserError, match=r"x\.jsonl does not have the format rows: it lacks replie"):
-        explained(file, map="prompt=request.text,completion=replie,reward=passed")
+        explained(file, names="prompt=request.text,completion=replie,reward=passed")
     with pytest.raises(UserError, match=r"--map has no field 'promt' \(did you mean 'prompt'\?\)"):
-        explained(file, map="promt=request")
+        explained(file, names="promt=request")
     with pytest.raises(UserError, match="--map must be like"):
-        explained(file, map="prompt")
+        explained(file, names="prompt")
     with pytest.raises(UserError, match="cannot be used with --format verl"):
-        explained(file, map="prompt=a", format="verl")
+        explained(file, names="prompt=a", format="verl")
     with pytest.raises(UserError, match=r"--format 'verll' is unknown \(did you mean 'verl'\?\)"):
         explained(file, format="verll")
 
@@ -467,7 +468,7 @@ def test_an_index_is_small(tmp_path):
     [
         *(("12.jsonl", 12), ("12.jsonl.gz", 12), ("train_data_step7.jsonl", 7), ("a/step_3/rank_0.jsonl", 3)),
         *(("x/global_step_40_evals/m.jsonl", 40), ("rollout_dump_data.step_5.jsonl", 5), ("footstep2.jsonl", 0)),
-        *(("a/b/c/rows.jsonl", 0), ("9/x.jsonl", 9)),
+        *(("a/b/c/rows.jsonl", 0), ("9/x.jsonl", 0)),
     ],
 )
 def test_the_step_in_a_path(path, step):

@@ -12,13 +12,14 @@ from ktae_trl.report.dumps.rows import mapping
 from ktae_trl.report.page import MAX_GROUPS, progress
 from ktae_trl.report.records import Method, Record
 from ktae_trl.report.rows import Valuer
+from ktae_trl.report.tokens import visible
 
 
 class Explained(NamedTuple):
     """What a page of files has: a record per group, valued as it is asked for, and what is said of them."""
 
     records: Iterator[Record]
-    lines: list[str]  # what was recognised
+    lines: list[str]  # for the terminal: what was recognised
     notes: list[str]  # for the page; complete once all records were asked for
 
 
@@ -28,7 +29,7 @@ def explain_files(
     *,
     tokenizer: str | None = None,
     format: str | None = None,
-    map: str | None = None,
+    names: str | None = None,
     correct: str | None = None,
     threshold: float | None = None,
     max_groups: int = MAX_GROUPS,
@@ -40,7 +41,7 @@ def explain_files(
         method: KTAE with its settings.
         tokenizer: Hub id or folder of a tokenizer. Default: the one that the files name.
         format: Name of the format. Default: the one whose keys the files have.
-        map: Names of the fields in the files, such as `prompt=input,completion=output`.
+        names: Names of the fields in the files, such as `prompt=input,completion=output`.
         correct: The number that says whether a rollout is correct.
         threshold: The value above which that number says so.
         max_groups: Maximum number of groups; each step has an equal share.
@@ -51,7 +52,7 @@ def explain_files(
     """
     if max_groups < 1:
         raise UserError(f"max_groups must be at least 1, not {max_groups}")
-    chosen = named(format, None if map is None else mapping(map))
+    chosen = named(format, None if names is None else mapping(names))
     found = sources.files(paths)
     kind, found = recognise(found, chosen)
     valuer = _valuer(kind, found, method, tokenizer)
@@ -69,9 +70,12 @@ def explain_files(
         numbers = index.numbers()
         for group, rollouts, own in progress(index.groups(groups, verdicts), "Valuing tokens"):
             yield Record(valuer.method, valuer.rows(numbers[group], rollouts, own))
-        notes.extend([*index.notes(len(groups), threshold), *valuer.notes()])
+        notes.extend(map(visible, [*index.notes(len(groups), threshold), *valuer.notes()]))
 
-    return Explained(valued(), [index.recognised(), index.summary(verdicts)], notes)
+    lines = [index.recognised(), index.summary(verdicts)]
+    if tokenizer is None and valuer.tokenizer is not None:
+        lines.append(f"Tokenizer, which the files name: {valuer.tokenizer.name_or_path}")
+    return Explained(valued(), lines, notes)
 
 
 def _valuer(kind: Format, paths: list[Path], method: Method, name: str | None) -> Valuer:

@@ -103,6 +103,7 @@ class Index:
                     bar.update(task, completed=done + min(at, size))
                 done += size
         self._grade()
+        self._groups, self._seen = {}, set()  # not needed any more
         if not len(self):
             raise UserError(
                 f"{_some(paths)} contains no rollouts: none of the {self.rows} rows can be read. {self.bad[0]}"
@@ -231,7 +232,7 @@ class Index:
             notes.append(f"{_plural(self.repeated, 'file')} repeated the rollouts of another file and was left out.")
         if self.bad_rows:
             notes.append(self.skipped())
-        return [visible(note) for note in notes]
+        return notes
 
     # The chosen groups
 

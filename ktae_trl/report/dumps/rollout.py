@@ -22,7 +22,7 @@ _ARRAYS = {
     **dict.fromkeys(("entropy", "entropies"), "entropy"),
     "importance_ratio": "ratio",
 }
-_STEP = re.compile(r"(?:^|[^a-z])step[_-]?([0-9]{1,9})(?![0-9])|^([0-9]{1,9})$", re.IGNORECASE)
+_STEP = re.compile(r"(?:^|[^a-z])step[_-]?([0-9]{1,9})(?![0-9])", re.IGNORECASE)
 _LARGEST = 2**31 - 1  # of the integers in a record
 _VERDICTS = ("correct", "acc")
 
@@ -275,11 +275,12 @@ def step(row: Mapping[str, Any], path: Path, *names: str) -> int:
 
 
 def step_in(path: Path) -> int:
-    """Return the step in a file's name, or else in that of the nearest folder: `12.jsonl`, `step_12`; or 0."""
-    for name in (Path(path.name.removesuffix(".gz")).stem, *path.parts[-2:-5:-1]):
-        if found := _STEP.search(name):
-            return int(found[1] or found[2])
-    return 0
+    """Return the step in a path, as in `12.jsonl`, `train_data_step12.jsonl` or `step_12/rank_0.jsonl`, or 0."""
+    stem = Path(path.name.removesuffix(".gz")).stem
+    if re.fullmatch("[0-9]{1,9}", stem):
+        return int(stem)
+    found = (_STEP.search(name) for name in (stem, *path.parts[-2:-5:-1]))
+    return next((int(step[1]) for step in found if step), 0)
 
 
 def by_row(row: Row, main: str) -> list[Row]:
