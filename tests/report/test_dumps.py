@@ -3,11 +3,13 @@
 import gzip
 import json
 import logging
+import pickle
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
@@ -16,6 +18,7 @@ import torch
 from ktae_trl import tiny
 from ktae_trl.arguments import UserError
 from ktae_trl.report.contents import collect
+from ktae_trl.report.dumps import sources
 from ktae_trl.report.dumps.explaining import explain_files
 from ktae_trl.report.dumps.formats import BY_NAME, FORMATS
 from ktae_trl.report.dumps.index import Index
@@ -188,6 +191,21 @@ def test_nodes_of_prime_rl_are_turns(tmp_path):
     assert rows[0]["arrays"]["advantage"] == [1.0] * first + [None] * tool + [3.0] * last
     assert rows[0]["advantage"] == pytest.approx((first + 3 * last) / (first + last))
     assert "advantage" not in rows[1]["arrays"]
+
+
+def test_the_scaffold_of_a_turn_belongs_to_the_prompt(tmp_path):
+    """An assistant's node begins with tokens of the template, which were not sampled and have no log-probability."""
+    episodes = []
+    for text, score in (("The answer is 4.", 1.0), ("It is 5.", 0.0)):
+        one = trace([("user", "2 + 2?", False), ("assistant", text, True)], score)
+        scaffold, ids = encoded("so: "), encoded(text)
+        one["nodes"][1] |= {"token_ids": scaffold + ids, "mask": [False] * len(scaffold) + [True] * len(ids)}
+        one["nodes"][1]["logprobs"] = [-0.25 * i for i in range(len(ids))]
+        episodes.append({"group": {"id": 1}, "run": {"work": {"step": 1}}, "traces": [one]})
+    rows, _, _ = explained(lines(tmp_path / "traces.jsonl", episodes))
+    assert [row["prompt"] for row in rows] == ["2 + 2?so: "] * 2
+    assert rows[0]["token_ids"] == encoded("The answer is 4.")
+    assert rows[0]["arrays"]["log_probability"] == [-0.25 * i for i in range(len(rows[0]["token_ids"]))]
 
 
 def test_each_branch_of_a_trace_is_a_rollout(tmp_path):
@@ -400,6 +418,7 @@ def test_each_step_has_its_share_of_the_groups_nearest_to_half(tmp_path):
 def test_files_are_read_in_natural_order_and_once(tmp_path):
     for step in (2, 10, 1):
         lines(tmp_path / f"{step}.jsonl", [{**row, "step": step} for row in verl_rows([1.0, 0.0])])
+    assert [path.name for path in sources.files([tmp_path])] == ["1.jsonl", "2.jsonl", "10.jsonl"]
     rows, (line, _), _ = explained(tmp_path, tmp_path / "10.jsonl", tmp_path / ".." / tmp_path.name / "1.jsonl")
     assert [row["step"] for row in rows[::2]] == [1, 2, 10]
     assert line.startswith("Recognised 3 files")
@@ -690,9 +709,13 @@ def test_a_compressed_file_that_is_cut_off_keeps_its_beginning(tmp_path):
 
 @pytest.mark.parametrize("name", ["rollout_1.pt", "x.pkl", "x.pickle", "x.npy", "x.dat"])
 def test_pickles_are_refused_with_the_reason(tmp_path, name):
-    import pickle
-
-    (tmp_path / name).write_bytes(pickle.dumps([{"prompt": "p"}]))
+    samples = [{"prompt": "p"}]
+    if name.endswith(".pt"):
+        torch.save(samples, tmp_path / name)
+    elif name.endswith(".npy"):
+        np.save(tmp_path / name, np.array(samples, dtype=object))
+    else:
+        (tmp_path / name).write_bytes(pickle.dumps(samples))
     with pytest.raises(
         UserError, match=r"is a pickle, which is not read: loading one runs code from the file\. Convert"
     ):

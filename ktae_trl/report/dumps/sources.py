@@ -39,7 +39,8 @@ def files(paths: Iterable[Path]) -> list[Path]:
                 raise _pickle(path)
         else:
             raise NotFoundError(f"There is no file {path} (looked in {Path.cwd()})")
-        found |= {one.resolve(): one for one in some if one.resolve() not in found}
+        for one in some:
+            found.setdefault(one.resolve(), one)
     return sorted(found.values(), key=_natural)
 
 
