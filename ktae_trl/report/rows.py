@@ -4,6 +4,7 @@ import difflib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from ktae_trl.grading import grade_many
 from ktae_trl.report.dumps.rollout import ASSISTANT, Place, Rollout, group_key
 from ktae_trl.report.dumps.rows import read
 from ktae_trl.report.dumps.verdicts import deciding, threshold_of
-from ktae_trl.report.group_view import statistics
+from ktae_trl.report.group_view import as_groups
 from ktae_trl.report.notebook import KeyTokens
 from ktae_trl.report.page import progress
 from ktae_trl.report.records import Method, Record, method_of
@@ -50,7 +51,7 @@ def explain(
             training. Optional: `step` and `group` (rows of different steps or groups are not compared), `advantage`,
             `token_ids` of the completion, and lists with one number per token, such as `logprobs`.
         tokenizer: A transformers tokenizer, which should be that of the model that wrote the completions.
-        combine: How K changes the advantage A: "multiply" or "add", as in `ktae_combine`.
+        combine: How the advantage A is changed: "multiply", "add" or "importance", as in `ktae_combine`.
         fisher_weight, ig_weight, tf_weight, leave_one_out: As in `key_token_table`.
 
     If all rollouts of a prompt are correct or all are wrong, or it has a single rollout, its values are 0. A rollout
@@ -101,7 +102,9 @@ def method_with(combine: str, fisher_weight: float, ig_weight: float, tf_weight:
     if combine not in COMBINE:
         raise UserError(f"combine must be one of {', '.join(COMBINE)}, not {combine!r}")
     weights = {"fisher_weight": fisher_weight, "ig_weight": ig_weight, "tf_weight": tf_weight}
-    return method_of(KTAE, combine, KTAE.settings_from({**weights, "leave_one_out": leave_one_out}, combine))
+    settings = KTAE.settings_from({**weights, "leave_one_out": leave_one_out}, combine)
+    ktae = KTAE(SimpleNamespace(**settings), None)
+    return method_of(ktae, ktae.how, settings)
 
 
 class Valuer:
@@ -156,10 +159,12 @@ class Valuer:
             }
             for place, (rollout, verdict, advantage) in enumerate(zip(rollouts, verdicts, advantages, strict=True))
         ]
-        for row, values in zip(group, statistics(self.method, group).values, strict=True):
-            row["credit"] = values
-            combined = combine_with(torch.tensor([row["advantage"]]), torch.tensor([values]), self.method.how)
-            row["advantages"] = combined[0].tolist()
+        groups = as_groups(self.method, group)
+        values_BT = KTAE(SimpleNamespace(**self.method.settings), None).credit(groups).values_BT
+        advantages_BT = combine_with(groups.advantages_B, values_BT, self.method.how)
+        for row, values, own in zip(group, values_BT.tolist(), advantages_BT.tolist(), strict=True):
+            length = len(row["token_ids"])
+            row["credit"], row["advantages"] = values[:length], own[:length]
         return group
 
     def notes(self) -> list[str]:
