@@ -60,7 +60,8 @@ def as_groups(method: Method, rows: list[dict[str, Any]], prompts: Sequence[list
     """
     prompts = prompts or [[] for _ in rows]
     lengths, longest = [len(row["token_ids"]) for row in rows], max(map(len, prompts))
-    ids = torch.zeros(1, len(rows), max(lengths), dtype=torch.int64)
+    # At least one position: metrics of methods need one, even if all completions are empty.
+    ids = torch.zeros(1, len(rows), max(1, *lengths), dtype=torch.int64)
     mask = torch.zeros(ids.shape, dtype=torch.bool)
     prompt_ids = torch.zeros(len(rows), longest, dtype=torch.int64)
     prompt_mask = torch.zeros_like(prompt_ids)

@@ -415,6 +415,14 @@ def test_each_step_has_its_share_of_the_groups_nearest_to_half(tmp_path):
         explained(tmp_path, max_groups=0)
 
 
+def test_a_group_of_empty_completions_is_no_fault(tmp_path):
+    rows = [{**row, "output": ""} for row in verl_rows([1.0, 0.0])]
+    file = lines(tmp_path / "x.jsonl", rows)
+    found, _, _ = explained(file)
+    assert [(row["token_ids"], row["credit"], row["advantages"]) for row in found] == [([], [], [])] * 2
+    main(["explain", str(file), "--tokenizer", TINY, "-o", str(tmp_path / "page.html")])
+
+
 def test_files_are_read_in_natural_order_and_once(tmp_path):
     for step in (2, 10, 1):
         lines(tmp_path / f"{step}.jsonl", [{**row, "step": step} for row in verl_rows([1.0, 0.0])])

@@ -74,7 +74,7 @@ def test_hostile_text_in_every_field_stays_text(tmp_path, monkeypatch, capsys, n
 
 
 @pytest.mark.parametrize("text", ["\ud800", "a\udfff", *TEXTS[7:9]])
-def test_lone_surrogates_and_controls_in_every_field(tmp_path, capsys, text):
+def test_lone_surrogates_and_controls_in_every_field(tmp_path, caplog, text):
     turns = [{"role": text, "content": text}, {"role": "assistant", "content": text}]
     rows = [
         {"prompt": [{"role": text, "content": text}], "completion": turns, "reward": r, "group": text, text: 1.0}
@@ -85,13 +85,14 @@ def test_lone_surrogates_and_controls_in_every_field(tmp_path, capsys, text):
     page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
     safe(page)
     assert len(page.data("block-0")["rollouts"]) == 2
-    capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         main(["explain", str(lines(tmp_path / "y.jsonl", [{text: text}])), "--tokenizer", TINY])
     assert not HIDDEN.search(stopped.value.code)
     bad = lines(tmp_path / "z.jsonl", [*rows, {"prompt": "p", "completion": "c", text: text}])
     main(["explain", str(bad), "--tokenizer", TINY, "-o", str(tmp_path / "page.html")])
-    assert not HIDDEN.search(capsys.readouterr().err.replace("\n", ""))
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "Skipped 1 of 3 rows" in warning
+    assert not HIDDEN.search(warning)
 
 
 def test_hostile_messages_in_parquet(tmp_path):
@@ -168,6 +169,16 @@ def test_any_value_in_any_place_is_read_or_refused(tmp_path, name):
                 assert len(valuer.rows(0, [rollouts[0], rollouts[0]], [True, False])) == 2
     assert read > 20
     assert refused > 20
+
+
+def test_the_name_of_a_tokenizer_is_only_text(tmp_path, capsys):
+    dump_files.write("open_instruct", tmp_path / "files")
+    TOKENIZER.save_pretrained(tmp_path / "x\x1b[31m<b>")
+    lines(tmp_path / "files" / "run_metadata.jsonl", [{"model_name": str(tmp_path / "x\x1b[31m<b>")}])
+    main(["explain", str(tmp_path / "files"), "-o", str(tmp_path / "page.html")])
+    said = capsys.readouterr().err
+    assert "x⟨ESC⟩[31m<b>" in said
+    assert not HIDDEN.search(said.replace("\n", ""))
 
 
 def test_paths_of_any_name(tmp_path):
