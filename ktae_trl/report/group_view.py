@@ -214,16 +214,17 @@ def _mean_abs(values: list[list[float]], counted: list[list[bool]]) -> float:
 def _notes(method: Method, rows: list[dict[str, Any]], found: Statistics) -> list[str]:
     notes = []
     silent = sum(row["correct"] is not None and not any(counted(method, row)) for row in rows)
-    if len(rows) == 1:
+    has_K = is_key_token_value(method)
+    if has_K and len(rows) == 1:
         notes.append("The group has a single rollout and nothing to compare it with, so K is 0 for all tokens.")
-    elif not found.right and not found.wrong:
+    elif has_K and not found.right and not found.wrong:
         notes.append("No rollout could be graded, so there are no statistics.")
-    elif not found.right or not found.wrong:
+    elif has_K and not (found.right and found.wrong):
         side = "correct" if found.right else "wrong"
         notes.append(f"All counted rollouts are {side}, so there is nothing to compare and K is 0 for all tokens.")
     if silent:
         notes.append(f"Rollouts that are not counted, because none of their tokens is trained on: {silent}.")
-    if is_key_token_value(method):
+    if has_K:
         scale = KTAE.scale_of(method.settings)
         computed = [[scale * value for value in values] for values in found.values]
         differences = [

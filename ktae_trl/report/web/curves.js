@@ -49,7 +49,7 @@ function lines(panel, { x, y }, markers) {
 function spark(panel) {
   const { width, height } = SPARK;
   const main = panel.traces.find((trace) => !trace.evaluated) ?? panel.traces[0];
-  const last = panel.traces.length > 1 && namesOf(panel).length > 1 ? "" : ` ${brief(main.y[main.y.length - 1])}`;
+  const last = panel.traces.length > 1 && namesOf(panel).length > 1 ? "" : ` ${brief(main.y[main.y.length - 1], 3)}`;
   return make(
     "span",
     { className: "spark" },

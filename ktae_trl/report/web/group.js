@@ -18,6 +18,7 @@ const panelOf = (number, data) => {
 async function show(number, { jump = false, marked = null, focus = null } = {}) {
   const turn = ++showing;
   current = number;
+  delete $("group").dataset.complete;
   hideTip();
   const view = views(number).some(([name]) => name === look.view) ? look.view : "columns";
   const numbers = view === "steps" ? fewSteps(number) : [number];
@@ -34,7 +35,6 @@ async function show(number, { jump = false, marked = null, focus = null } = {}) 
   const head = heading(panel);
   $("group").replaceChildren(head, ...notes, prompt(panel.group), controls(panel), work);
   $("group").dataset.group = key(panel.group);
-  delete $("group").dataset.complete;
   document.title = `${titled(panel.group)} · ${document.querySelector("h1").textContent}`;
   if (jump) head.scrollIntoView();
   if (focus) $(focus)?.focus();
@@ -201,7 +201,7 @@ function fading(panel) {
 
 function repaint() {
   shown.texts.forEach(paint);
-  shown.tables.forEach((redraw) => redraw());
+  shown.tables.forEach(({ draw }) => draw());
 }
 
 // Layouts of the rollouts.
@@ -217,7 +217,8 @@ const LAYOUTS = {
   },
   side: (panel) => {
     const both = chosen(panel).both ?? panel.series.filter((series) => series.method);
-    return [make("div", {}, ...ordered(panel).map((rollout) => article(panel, rollout, both, true))), tables(panel)];
+    const heads = both.map((series) => make("div", {}, make("b", { textContent: series.name }), scaleOf(series)));
+    return [make("div", {}, make("div", { className: "texts which" }, ...heads), ...ordered(panel).map((rollout) => article(panel, rollout, both, true))), tables(panel)];
   },
   steps: () => [
     make(
@@ -254,7 +255,7 @@ function article(panel, rollout, some, verdict = false) {
   }
   const header = make("header", {}, ...facts.map((fact) => (typeof fact === "string" ? make("span", { textContent: fact }) : fact)));
   const tree = shown.trees?.[panel.data.rollouts.indexOf(rollout)];
-  const boxes = texts.map(({ box, more, series }) => make("div", {}, some.length > 1 ? make("div", { className: "which" }, make("b", { textContent: series.name }), scaleOf(series)) : null, box, more));
+  const boxes = texts.map(({ box, more, series }) => make("div", {}, some.length > 1 ? make("div", { className: "short", textContent: series.short ?? series.name }) : null, box, more));
   if (tree && panel.number === shown.number) boxes.push(make("div", { className: "rendered" }, ...grown(tree)));
   return make("article", { className: `rollout ${side}` }, header, make("div", { className: `texts n${boxes.length}` }, ...boxes));
 }

@@ -49,8 +49,14 @@ async function drawRun() {
       { name: "groups", hint: "groups in which the token is key", value: ({ all }) => all.length, cell: ({ all }) => numberCell(String(all.length)) },
       { name: "correct", hint: "of these, those in which it is associated with correct rollouts (K > 0)", value: ({ correct }) => correct, cell: ({ correct }) => numberCell(String(correct)) },
       { name: "wrong", hint: "of these, those in which it is associated with wrong rollouts (K < 0)", value: ({ wrong }) => wrong, cell: ({ wrong }) => numberCell(String(wrong)) },
-      { name: steps.length > 1 ? `steps ${steps[0]} to ${steps[steps.length - 1]}` : `step ${steps[0]}`, value: ({ all }) => mean(all.map(({ step }) => step)), cell: strip },
+      { name: "steps", head: stepNumbers(steps), cell: strip },
     ],
   });
   $("run").append(sorted.element);
+}
+
+// The heads of the strips: the steps, or if there are many, every few.
+function stepNumbers(steps) {
+  const every = Math.ceil(steps.length / 12);
+  return make("div", { className: "heat heads" }, ...steps.map((step, i) => make("i", { textContent: i % every ? "" : step })));
 }

@@ -108,10 +108,10 @@ function chosen(panel) {
 // The thresholds fade tokens that fewer rollouts contain, whose p is larger, or whose |K| is smaller.
 const thresholds = () => look.p < 1 || look.support > 1 || look.size > 0;
 
-function tooWeak({ data: { tokens }, method }, token, K) {
+function tooWeak({ data: { tokens }, method }, token) {
   if (tokens.p[token] === null) return true;
   if (tokens.a[token] + tokens.b[token] < look.support || asNumber(tokens.p[token]) > look.p) return true;
-  return method.key_tokens && Math.abs(asNumber(K)) < look.size;
+  return method.key_tokens && Math.abs(asNumber(tokens.K[token])) < look.size;
 }
 
-const faded = (panel, rollout, cell) => thresholds() && tooWeak(panel, rollout.cells.token[cell], rollout.cells.value[cell]);
+const faded = (panel, rollout, cell) => thresholds() && tooWeak(panel, rollout.cells.token[cell]);

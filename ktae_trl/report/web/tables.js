@@ -2,13 +2,14 @@
 
 const TABLE_PIECE = 100;
 
-// columns: {name, hint, value(row), cell(row), up}; `up` sorts ascending first. The rows are sorted by the column `by`, or
+// columns: {name, hint, value(row), cell(row), up}; `up` sorts ascending first; `head` is shown instead of the name. The rows are sorted by the column `by`, or
 // if `bySize` by its size, without the sign. `folded(row)` hides rows behind a button, which says `why`.
 function sortable({ columns, rows, by, bySize = false, folded = () => false, why = "", note = null, id = String }) {
   let [column, order, told, unfolded] = [columns.find(({ name }) => name === by), bySize ? "other" : "descending", TABLE_PIECE, false];
   const body = make("tbody");
   const [more, unfold] = [0, 1].map(() => make("button", { type: "button", className: "more" }));
   const headers = columns.map((own) => {
+    if (own.head) return make("th", { scope: "col", ariaLabel: own.name }, own.head);
     const button = make("button", { type: "button", textContent: own.name, title: own.hint ?? "" });
     button.onclick = () => {
       order = (column === own && order !== "other" ? order === "descending" : own.up) ? "ascending" : "descending";
@@ -78,7 +79,8 @@ const direction = (D) => (Math.abs(asNumber(D)) >= 10 ? (D > 0 ? "≫ 0" : "≪ 
 
 function tables(panel) {
   const { method } = panel;
-  const found = [method.key_tokens ? keyTokens(panel) : null, ofSeries(panel), disagreement(panel)].filter(Boolean);
+  const [keys, means, apart] = [method.key_tokens ? keyTokens(panel) : null, ofSeries(panel), disagreement(panel)];
+  const found = (shown.view === "side" ? [apart, means, keys] : [means, keys, apart]).filter(Boolean);
   shown.tables = found.map(({ sorted }) => sorted).filter(Boolean);
   return make("aside", { id: "tables" }, ...found.map(({ box }) => box));
 }
@@ -99,7 +101,7 @@ function keyTokens(panel) {
     rows: rows.sort((x, y) => asNumber(tokens.IG[y]) - asNumber(tokens.IG[x])), // decides between equal ones
     by: "K",
     bySize: true,
-    folded: (i) => !size(i) || (thresholds() && tooWeak(panel, i, tokens.K[i])),
+    folded: (i) => !size(i) || (thresholds() && tooWeak(panel, i)),
     why: thresholds() ? "with K = 0 or faded" : "with K = 0",
     note: panel.method.leave_one_out ? "This table shows K of the whole group. The colours and tooltips show K computed without the token’s own rollout." : null,
     columns: [
@@ -135,7 +137,7 @@ function ofSeries(panel) {
     rows: rows.sort((x, y) => y.size - x.size),
     by: series.both ? "mean size" : "mean",
     bySize: true,
-    folded: ({ i }) => thresholds() && tooWeak(panel, i, tokens.K[i]),
+    folded: ({ i }) => thresholds() && tooWeak(panel, i),
     why: "faded",
     note: series.both ? "Means over the token’s occurrences that are trained on. Size: without the sign." : "Means over the token’s occurrences that are trained on.",
     columns: [
@@ -194,14 +196,14 @@ function disagreement(panel) {
     id: ({ i }) => identity(tokens, i),
     rows: rows.sort((x, y) => y.times - x.times),
     by: "apart",
-    folded: ({ i }) => thresholds() && tooWeak(panel, i, tokens.K[i]),
+    folded: ({ i }) => thresholds() && tooWeak(panel, i),
     why: "faded",
     note: "Each method ranks the tokens of the group that are trained on by what it does to their advantage, from 0 (lowers it most, or raises it least) to 100; equal values share the mean of their ranks. The table has means over a token’s occurrences; “apart” is the largest minus the smallest rank at each occurrence.",
     columns: [
       { name: "token", up: true, value: ({ i }) => tokens.text[i], cell: ({ i }) => nameCell(tokens, i) },
       { name: "times", value: ({ times }) => times, cell: ({ times }) => numberCell(String(times)) },
-      ...some.map((series, m) => ({ name: series.short, hint: series.name, value: (row) => row.ranks[m], cell: (row) => shadedCell(scale, row.ranks[m], percent(row.ranks[m])) })),
       { name: "apart", value: ({ apart }) => apart, cell: ({ apart }) => numberCell(percent(apart)) },
+      ...some.map((series, m) => ({ name: series.short, hint: series.name, value: (row) => row.ranks[m], cell: (row) => shadedCell(scale, row.ranks[m], percent(row.ranks[m])) })),
     ],
   });
   return boxed("apart", "Where the methods disagree", sorted);
