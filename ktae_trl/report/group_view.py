@@ -190,8 +190,11 @@ def _same_beginning(some: list[int], others: list[int]) -> int:
 
 
 def _short(numbers: list[float | None]) -> list[float | str | None]:
-    """Return numbers for a colour and a tooltip, for which four digits are enough."""
-    return [float(f"{x:.4g}") if isinstance(x, (int, float)) and math.isfinite(x) else number(x) for x in numbers]
+    """Return numbers for a colour and a tooltip: with four digits of their range, and with three decimals or more."""
+    finite = [x for x in numbers if x is not None and math.isfinite(x)]
+    spread = max(finite) - min(finite) if finite else 0.0
+    decimals = max(3, 4 - math.ceil(math.log10(spread))) if spread else 6
+    return [number(x) if x is None or not math.isfinite(x) else round(x, decimals) + 0.0 for x in numbers]  # no -0.0
 
 
 def number(x: float | None) -> float | str | None:

@@ -115,6 +115,25 @@ def test_a_described_group_is_the_record():
     assert "differs" in " ".join(group["notes"])  # position 3 was changed: K of the others with it
 
 
+def test_arrays_have_four_digits_of_their_range():
+    rows = rows_of_group([["x", "y", "z", "x", "y"]], [True], credit=[[0.0] * 5])
+    rows[0]["arrays"] = {
+        "log_probability": [-1e-7, -12.345678, -0.000123, None, math.nan],
+        "ratio": [1.00012345, 0.99914999, 1.0021, 1.0, 1.0],
+        "small": [1e-6, 5.4321e-6, 0.0, 0.0, 0.0],
+        "same": [2.5] * 5,
+    }
+    rows[0]["compared"] = [[0.25, 0.5, math.inf, 1, 2]]
+    (rollout,) = describe(KTAE, rows)["rollouts"]
+    assert rollout["arrays"] == {
+        "log_probability": [0.0, -12.346, 0.0, None, "nan"],
+        "ratio": [1.000123, 0.99915, 1.0021, 1.0, 1.0],
+        "small": [1e-6, 5.432e-6, 0.0, 0.0, 0.0],
+        "same": [2.5] * 5,
+    }
+    assert rollout["compared"] == [[0.25, 0.5, "inf", 1.0, 2.0]]
+
+
 def test_a_record_of_other_values_is_told():
     rows = random_group(seed=2)
     assert describe(KTAE, rows)["notes"] == []

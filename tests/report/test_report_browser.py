@@ -511,14 +511,14 @@ def many_kinds(step: int, group: int, prompt: str, seed: int) -> list[dict]:
     for row in rows:
         n = len(row["tokens"])
         row["completion"] = RAW[row["rollout"]]
-        row["arrays"] = {
-            "entropy": rng.random(n).tolist(),
-            "ratio": np.exp(rng.normal(0, 0.2, n)).tolist(),
+        row["arrays"] = {  # three decimals are displayed
+            "entropy": rng.random(n).round(3).tolist(),
+            "ratio": np.exp(rng.normal(0, 0.2, n)).round(3).tolist(),
             "clipped": (rng.random(n) < 0.3).astype(float).tolist(),
-            "surprise": rng.normal(0, 2, n).tolist(),
-            **{name: (-rng.random(n) * (i + 1)).tolist() for i, name in enumerate(LOG_PROBABILITIES)},
+            "surprise": rng.normal(0, 2, n).round(3).tolist(),
+            **{name: (-rng.random(n) * (i + 1)).round(3).tolist() for i, name in enumerate(LOG_PROBABILITIES)},
         }
-        row["compared"] = [rng.uniform(-1, 1, n).tolist(), rng.uniform(0, 2, n).tolist()]
+        row["compared"] = [rng.uniform(-1, 1, n).round(3).tolist(), rng.uniform(0, 2, n).round(3).tolist()]
     return rows
 
 
@@ -567,7 +567,7 @@ def test_tokens_are_coloured_by_any_number(visit, rich, kinds):
         ("surprise", "surprise"),
     ):
         choose(page, "mode", option)
-        numbers = np.array([float(f"{x:.4g}") for row in rows for x in row["arrays"][name]])
+        numbers = np.array([x for row in rows for x in row["arrays"][name]])
         size = np.sort(np.abs(np.log(numbers) if name == "ratio" else numbers))
         end = 1 if name == "clipped" else size[int((len(size) - 1) * 0.99)]
         shade = np.clip((np.log(numbers) if name == "ratio" else numbers) / end, -1, 1)
@@ -579,7 +579,7 @@ def test_tokens_are_coloured_by_any_number(visit, rich, kinds):
     choose(page, "mode", other)
     choose(page, "minus", one)
     pairs = [zip(row["arrays"][other], row["arrays"][one], strict=True) for row in rows]
-    numbers = np.array([float(f"{x:.4g}") - float(f"{y:.4g}") for pair in pairs for x, y in pair])
+    numbers = np.array([x - y for pair in pairs for x, y in pair])
     size = np.sort(np.abs(numbers))
     assert shades(page, ".t") == [level(x / size[int((len(size) - 1) * 0.99)]) for x in numbers]
     # The table: means over the occurrences of a token that are trained on, the largest difference first.
@@ -663,8 +663,8 @@ def test_methods_side_by_side(visit, rich, kinds):
     row = rows[2]
     shown = [shades_of(texts.nth(i)) for i in range(3)]
     assert shown[0] == [level(k) for k in row["credit"]]
-    assert shown[1] == [level(float(f"{k:.4g}")) for k in row["compared"][0]]
-    assert shown[2] == [level(float(f"{w:.4g}") - 1) for w in row["compared"][1]]
+    assert shown[1] == [level(k) for k in row["compared"][0]]
+    assert shown[2] == [level(w - 1) for w in row["compared"][1]]
 
     # Where they disagree: ranks of what each does to the advantage, over all tokens that are trained on.
     places, pulls = [], []
@@ -673,7 +673,7 @@ def test_methods_side_by_side(visit, rich, kinds):
         for i, token in enumerate(row["tokens"]):
             if row["trained"][i]:
                 places.append(token.replace("\n", "↵").replace(" ", "␣"))
-                k, other, w = row["credit"][i], *(float(f"{values[i]:.4g}") for values in row["compared"])
+                k, other, w = row["credit"][i], *(values[i] for values in row["compared"])
                 pulls.append([float(f"{k:.7g}"), other, sign * (w - 1)])
     ranks = (rankdata(np.array(pulls), axis=0) - 1) / (len(pulls) - 1)
     expected = {}
