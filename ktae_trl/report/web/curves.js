@@ -1,6 +1,6 @@
 // Curves: a strip of small ones above the groups, which unfolds into charts.
 
-const CHART = { width: 320, height: 166, left: 38, right: 8, top: 6, bottom: 34 };
+const CHART = { width: 320, height: 166, left: 38, right: 14, top: 6, bottom: 34 };
 const SPARK = { width: 84, height: 22, left: 1, right: 1, top: 2, bottom: 2 };
 
 function svg(tag, attributes = {}, ...children) {
@@ -84,7 +84,7 @@ function chart(panel) {
     element.textContent = content;
     return element;
   };
-  const grid = ticks(low, high, 4).flatMap(({ at, text: value }) => [
+  const grid = ticks(low, high, 5).flatMap(({ at, text: value }) => [
     svg("line", { class: "grid", x1: left, x2: width - right, y1: y(at), y2: y(at) }),
     text("value", left - 5, y(at) + 3.5, value),
   ]);

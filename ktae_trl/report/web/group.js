@@ -30,7 +30,7 @@ async function show(number, { jump = false, marked = null, focus = null } = {}) 
   reveal(number);
 
   const [panel] = panels.filter((own) => own.number === number);
-  const work = make("div", { className: `work ${view}` }, ...LAYOUTS[view](panel));
+  const work = make("div", { className: `work by-${view}` }, ...LAYOUTS[view](panel));
   const notes = panel.data.notes.map((note) => make("p", { className: "warn", textContent: note }));
   const head = heading(panel);
   $("group").replaceChildren(head, ...notes, prompt(panel.group), controls(panel), work);
