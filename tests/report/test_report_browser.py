@@ -13,7 +13,7 @@ from scipy.stats import entropy, fisher_exact, rankdata
 from benchmarks.report_page import write_records
 from ktae_trl.credit import find_method
 from ktae_trl.report import explain, records, write_report
-from ktae_trl.report.contents import collect
+from ktae_trl.report.contents import collect, pack
 from ktae_trl.report.curves import curves
 from ktae_trl.report.page import write
 from ktae_trl.report.records import Record, method_of
@@ -750,6 +750,22 @@ def test_the_key_tokens_of_the_run(visit, report, run):
     assert line.locator(".heat button").last.inner_text() == str(len(steps[step]))
 
 
+def test_a_cell_of_the_run_goes_from_example_to_example(visit, tmp_path):
+    """The group in which x has the largest |K| first, and then the other."""
+    weak = rows_of_group([["x"]] * 4 + [["x"], *[["y"]] * 3], [True] * 4 + [False] * 4)
+    strong = rows_of_group([["x"], ["x"], ["y"], ["y"]], [True, True, False, False])
+    assert 0.5 < weak[0]["credit"][0] < strong[0]["credit"][0]
+    write_run(tmp_path, {1: [weak, strong]})
+    page = visit(write_report(tmp_path, tmp_path / "page.html"), "#step-1-group-0")
+    page.locator("#run-open").click()
+    cell = page.locator("#run tbody tr", has_text="x").locator(".heat button")
+    assert cell.inner_text() == "2"
+    for group in (1, 0, 1):
+        cell.click()
+        complete(page, 1, group)
+        assert set(page.locator(".hit").all_text_contents()) == {"x"}
+
+
 def test_roles_and_where_rollouts_part(visit, rich):
     page = visit(rich, "#step-1-group-0")
     assert page.locator(".role").all_inner_texts() == ["assistant", "tool", "assistant"]
@@ -761,6 +777,8 @@ def test_roles_and_where_rollouts_part(visit, rich):
     assert float(untrained.evaluate("t => getComputedStyle(t).opacity")) < 0.7
     # Rollout 2 begins like rollout 0 ("First,"), rollout 3 like none.
     assert page.locator(".t.parts").all_text_contents() == ["**guess**: ", "I "]
+    for flag in page.locator(".text .flag").all():
+        assert "parts" in flag.evaluate("flag => flag.nextSibling.className").split()
     buttons = page.locator("article header button")
     assert buttons.all_inner_texts() == ["parts at token 2", "parts at token 1"]
     assert PARTS in buttons.first.get_attribute("title")
@@ -787,6 +805,38 @@ def test_markdown_and_formulas_beside_the_tokens(visit, rich):
     page.wait_for_function("() => !document.querySelector('.rendered')")
 
 
+def test_no_other_elements_are_rendered(visit, kinds, tmp_path):
+    """Even if the packed nodes had others: a script, an image with a handler, a style."""
+    shown = collect(kinds)
+    bad = [
+        ["script", "window.__hacked = 1"],
+        ["img", {"src": "x", "onerror": "window.__hacked = 1"}],
+        [
+            "p",
+            {"style": "position:fixed", "onclick": "window.__hacked = 1", "class": "t"},
+            "kept",
+            ["a", {"href": "http://x"}, "text"],
+        ],
+        [
+            "math",
+            [
+                "mtext",
+                {"href": "javascript:window.__hacked = 1"},
+                ["iframe", {"srcdoc": "<script>window.__hacked = 1</script>"}],
+            ],
+        ],
+    ]
+    shown.rendered[0] = pack([bad] * 4)
+    page = visit(write(tmp_path / "page.html", "bad", shown), "#step-1-group-0")
+    page.locator("#rendered").check()
+    page.wait_for_selector(".rendered math", state="attached")
+    box = page.locator(".rendered").first
+    found = box.evaluate("box => [...box.querySelectorAll('*')].map(e => [e.localName, e.getAttributeNames()])")
+    assert found == [["p", []], ["math", []], ["mtext", []]]
+    assert "kepttext" in box.inner_text()
+    assert page.evaluate("window.__hacked") is None
+
+
 def test_a_narrow_screen_stacks_the_columns(visit, report):
     boxes = {}
     for width in (1500, 390):
@@ -799,17 +849,25 @@ def test_a_narrow_screen_stacks_the_columns(visit, report):
     right, wrong = boxes[390]
     assert right["x"] == wrong["x"]
     assert right["y"] + right["height"] <= wrong["y"]
-    # K is not cut, and the list of groups opens on demand.
-    page.locator(".keys summary").click()
-    for selector in (".keys th:last-child", ".keys td:last-child .value"):
-        box = page.locator(selector).first.bounding_box()
-        assert box["x"] >= 0
-        assert box["x"] + box["width"] <= 390 - 14
+    # The list of groups opens on demand.
     assert not page.locator("#list").is_visible()
     page.locator("#groups-open").click()
     page.locator("#list a").nth(1).click()
     complete(page, 10, 1)
     assert not page.locator("#list").is_visible()
+
+
+def test_k_is_not_cut_on_a_narrow_screen(visit, tmp_path):
+    words = ["multiplication", " denominators", "x"]
+    rows = rows_of_group([words] * 12 + [["x", "y"]] * 12, [True] * 12 + [False] * 12)
+    write_run(tmp_path, {1: [rows]})
+    page = visit(write_report(tmp_path, tmp_path / "page.html"), viewport={"width": 375, "height": 800})
+    page.locator(".keys summary").click()
+    box = page.locator(".keys").bounding_box()
+    for selector in (".keys th:last-child", ".keys td:last-child .value"):
+        own = page.locator(selector).first.bounding_box()
+        assert own["x"] + own["width"] <= box["x"] + box["width"]
+    assert page.locator("#tables").evaluate("box => box.scrollWidth <= box.clientWidth")
 
 
 def test_firefox_shows_the_same(rich, kinds, tmp_path):
