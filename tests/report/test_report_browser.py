@@ -418,6 +418,8 @@ def test_other_methods(visit, tmp_path, credit, how, name, value):
     page.keyboard.press("k")
     complete(page, 1, 0)
     assert page.locator(".keys, .warn, #fade-size, #run-open:not([hidden])").count() == 0
+    tables = page.locator(".table > summary").all_inner_texts()
+    assert tables == ([f"Tokens by {name}"] if how else [])
     modes = page.locator("#mode option").all_text_contents()
     assert modes[0].startswith(name)
     assert any("not used in training" in mode for mode in modes)
@@ -440,6 +442,9 @@ def test_hostile_text_does_nothing(visit, tmp_path, tokenizer):
     tokens = [HOSTILE, HOSTILE[::-1], HOSTILE[:4]]
     rows = rows_of_group(tokens, [True, False, False], prompt="\n".join(HOSTILE))
     rows[0]["rewards"] = {HOSTILE[0]: float("nan")}
+    names = [*HOSTILE[:9], "constructor", "toString"]
+    for row in rows:
+        row["arrays"] = {name: [0.5] * len(row["tokens"]) for name in names}
     write_run(tmp_path / HOSTILE[1], {1: [rows], 2: [rows]})
     page = visit(write_report(tmp_path / HOSTILE[1], tmp_path / "page.html"))
     for place in range(len(HOSTILE)):
@@ -447,6 +452,10 @@ def test_hostile_text_does_nothing(visit, tmp_path, tokenizer):
         page.locator(".t").nth(place).click()
     page.get_by_role("searchbox").fill("<script>")
     page.wait_for_timeout(300)
+    options = page.locator("#mode option").all_text_contents()
+    assert {"constructor", "toString", HOSTILE[0]} <= set(options)
+    for option in options:
+        choose(page, "mode", option)
     assert page.evaluate("window.__hacked") is None
     assert page.evaluate("document.querySelectorAll('img, svg[onload], .text script, #list script').length") == 0
     assert page.locator(".t").first.text_content() == HOSTILE[0]

@@ -31,7 +31,8 @@ function decimal(x, signed = false, digits = 4) {
   return minus(signed && x > 0 ? `+${text}` : text);
 }
 const probability = (p) => (typeof p === "number" && p > 0 && p < 0.001 ? minus(p.toExponential(2)) : decimal(p));
-const brief = (x, digits = 4) => (x === null ? "–" : typeof x === "string" ? minus(x) : minus(String(Number(x.toPrecision(digits)))));
+const brief = (x, digits = 4) =>
+  x === null ? "–" : typeof x === "string" ? minus(x) : minus(String(Number(x.toPrecision(digits))));
 const isNumber = (x) => typeof x === "number";
 const asNumber = (x) => (isNumber(x) ? x : 0);
 const mean = (numbers) => numbers.reduce((sum, x) => sum + x, 0) / numbers.length;
