@@ -724,6 +724,16 @@ def test_the_same_prompt_at_other_steps(visit, rich, kinds):
     assert page.locator(".column h3").all_inner_texts() == ["Correct (2)", "Wrong (2)"]
 
 
+def test_at_most_six_steps_stand_side_by_side(visit, tmp_path):
+    write_run(tmp_path, {step: [random_group(step, G=2, T=4, prompt="Again")] for step in range(1, 13)})
+    page = visit(write_report(tmp_path, tmp_path / "page.html"), "#step-8-group-0")
+    choose(page, "view", "steps")
+    steps = [int(text.split()[1]) for text in page.locator(".column h3").all_inner_texts()]
+    assert len(steps) == 6
+    assert {1, 8, 12} <= set(steps)
+    assert steps == sorted(steps)
+
+
 def test_the_key_tokens_of_the_run(visit, report, run):
     """Counted again from the records: |K| of at least 0.5, in at least two rollouts."""
     page = visit(report)

@@ -10,7 +10,7 @@ const pause = () => new Promise((resolve) => setTimeout(resolve));
 const plural = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : "s"}`;
 const narrow = (width = 860) => matchMedia(`(max-width: ${width}px)`).matches;
 
-// The script runs before the whole page is parsed, to show its first group early. Data is complete if something follows.
+// The script runs before the whole page is parsed, to show the first group early. Data is complete if something follows.
 const parsed = new Promise((resolve) => document.addEventListener("DOMContentLoaded", resolve));
 
 async function unpack(id) {

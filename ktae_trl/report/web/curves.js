@@ -57,7 +57,7 @@ function lines(panel, { x, y }, markers) {
 function spark(panel) {
   const { width, height } = SPARK;
   const main = panel.traces.find((trace) => !trace.evaluated) ?? panel.traces[0];
-  const last = panel.traces.length > 1 && namesOf(panel).length > 1 ? "" : ` ${brief(main.y[main.y.length - 1], 3)}`;
+  const last = panel.traces.length > 1 && namesOf(panel).length > 1 ? "" : ` ${brief(main.y.at(-1), 3)}`;
   return make(
     "span",
     { className: "spark" },
@@ -106,7 +106,8 @@ function chart(panel) {
   const cursor = svg("line", { class: "cursor", y1: top, y2: height - bottom, visibility: "hidden" });
   const ends = panel.traces.map(
     (trace) =>
-      `${trace.name}${trace.evaluated ? ", held-out" : ""}: ${brief(trace.y[0])} at step ${trace.x[0]}, ${brief(trace.y[trace.y.length - 1])} at step ${trace.x[trace.x.length - 1]}`,
+      `${trace.name}${trace.evaluated ? ", held-out" : ""}: ${brief(trace.y[0])} at step ${trace.x[0]}, ` +
+      `${brief(trace.y.at(-1))} at step ${trace.x.at(-1)}`,
   );
   const drawing = svg(
     "svg",

@@ -24,7 +24,8 @@ const panelOf = (number, data) => {
   return Object.assign(panel, { series: allSeries(panel) });
 };
 
-// Options: `jump` scrolls to the group, `marked` is a token to highlight (and to scroll to), `focus` the id of a control.
+// Options: `jump` scrolls to the group, `marked` is a token to highlight (with `jump`, to scroll to), `focus` the id of a
+// control.
 async function show(number, { jump = false, marked = null, focus = null } = {}) {
   const turn = ++showing;
   current = number;
@@ -363,7 +364,8 @@ function classOf({ panel, rollout, series }, i) {
   const cell = rollout.at[i];
   const shade = faded(panel, rollout, cell) ? "faded" : shadeClass(series.scale, series.of(rollout, i));
   const trained = rollout.cells.trained[cell] ? "" : " u";
-  return `t ${shade}${trained}${rollout.cells.token[cell] === panel.marked ? " hit" : ""}${rollout.parts === i ? " parts" : ""}`;
+  const hit = rollout.cells.token[cell] === panel.marked ? " hit" : "";
+  return `t ${shade}${trained}${hit}${rollout.parts === i ? " parts" : ""}`;
 }
 
 function fill(text, count) {

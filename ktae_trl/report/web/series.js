@@ -1,9 +1,10 @@
 // What tokens are coloured by: the method's value, A', the values of compared methods, arrays, and differences of two.
 //
-// A series has a number for each token, `of(rollout, i)`, or null. Its scale turns numbers into shades: those of kind "v"
-// run from orange (-1) through no colour (0) to blue (1), those of kind "s" from no colour (0) to green (1).
+// A series has a number for each token, `of(rollout, i)`, or null. Its scale turns numbers into shades: those of kind
+// "v" run from orange (-1) through no colour (0) to blue (1), those of kind "s" from no colour (0) to green (1).
 
-const ARRAYS = new Map(Object.entries({ log_probability: "log-probability", ratio: "importance ratio" })); // others keep their name
+// Other arrays keep their names.
+const ARRAYS = new Map(Object.entries({ log_probability: "log-probability", ratio: "importance ratio" }));
 
 // What the user chose, for all groups.
 const look = { series: null, minus: "", p: 1, support: 1, size: 0, view: "columns", rendered: false };

@@ -2,8 +2,9 @@
 
 const TABLE_PIECE = 100;
 
-// columns: {name, hint, value(row), cell(row), up}; `up` sorts ascending first; `head` is shown instead of the name. The rows are sorted by the column `by`, or
-// if `bySize` by its size, without the sign. `folded(row)` hides rows behind a button, which says `why`.
+// columns: {name, hint, value(row), cell(row), up}; `up` sorts ascending first; `head` is shown instead of the name.
+// The rows are sorted by the column `by`, or if `bySize` by its size, without the sign. `folded(row)` hides rows behind a
+// button, which says `why`.
 function sortable({ columns, rows, by, bySize = false, folded = () => false, why = "", note = null, id = String }) {
   let [column, order, told, unfolded] = [
     columns.find(({ name }) => name === by),
@@ -237,6 +238,11 @@ function ofSeries(panel) {
   return boxed("means", `Tokens by ${series.name}`, sorted);
 }
 
+const RANKED =
+  "Each method ranks the tokens of the group that are trained on by what it does to their advantage, from 0 (lowers it " +
+  "most, or raises it least) to 100; equal values share the mean of their ranks. The table has means over a token’s " +
+  "occurrences; “apart” is the largest minus the smallest rank at each occurrence.";
+
 // What a method does to a token's advantage A, up to a factor that is the same for all of its tokens.
 function pull({ how }, value, A) {
   if (!isNumber(value)) return null;
@@ -285,7 +291,7 @@ function disagreement(panel) {
     by: "apart",
     folded: ({ i }) => thresholds() && tooWeak(panel, i),
     why: "faded",
-    note: "Each method ranks the tokens of the group that are trained on by what it does to their advantage, from 0 (lowers it most, or raises it least) to 100; equal values share the mean of their ranks. The table has means over a token’s occurrences; “apart” is the largest minus the smallest rank at each occurrence.",
+    note: RANKED,
     columns: [
       { name: "token", up: true, value: ({ i }) => tokens.text[i], cell: ({ i }) => nameCell(tokens, i) },
       { name: "times", value: ({ times }) => times, cell: ({ times }) => numberCell(String(times)) },
