@@ -1,7 +1,8 @@
 """Measure the key-token page: time to make it, its size, and the time until a browser shows a group.
 
 python benchmarks/report_page.py --browser                  # 200 groups x 16 rollouts x 1,000 tokens
-python benchmarks/report_page.py --groups 20 --tokens 8000
+python benchmarks/report_page.py --browser --arrays         # with the arrays that the trainer records
+python benchmarks/report_page.py --browser --run runs/quickstart
 """
 
 import argparse
@@ -25,10 +26,11 @@ VOCABULARY = 50_000
 GROUPS_A_STEP = 8
 
 
-def write_records(folder: Path, groups: int, G: int, T: int, seed: int = 0) -> None:
+def write_records(folder: Path, groups: int, G: int, T: int, arrays: bool = False, seed: int = 0) -> None:
     """Write records of token ids distributed as in text (Zipf's law, exponent 1.1).
 
-    A quarter of the tokens come from 40 tokens that are specific to their group.
+    A quarter of the tokens come from 40 tokens that are specific to their group. With `arrays`, each token has an
+    entropy, a log-probability, a ratio and a clip mask, random numbers that compress badly.
     """
     rng = np.random.default_rng(seed)
     weights = 1 / np.arange(1, VOCABULARY + 1) ** 1.1
@@ -53,6 +55,7 @@ def write_records(folder: Path, groups: int, G: int, T: int, seed: int = 0) -> N
                         "step": first // GROUPS_A_STEP + 1,
                         "group": group,
                         "rollout": rollout,
+                        "arrays": _arrays(rng, T) if arrays else {},
                         "prompt": f"Problem {first + group}: " + " ".join(names[i].strip() for i in own),
                         "completion": "".join(tokens),
                         "token_ids": ids[rollout].tolist(),
@@ -69,6 +72,15 @@ def write_records(folder: Path, groups: int, G: int, T: int, seed: int = 0) -> N
                 )
         path = folder / records.FOLDER / f"step_{first // GROUPS_A_STEP + 1:06d}.parquet"
         records.write(path, records.Record(records.method_of(KTAE, "multiply", {}, generated_groups=64), rows))
+
+
+def _arrays(rng: np.random.Generator, T: int) -> dict[str, list[float]]:
+    return {
+        "entropy": rng.exponential(0.3, T).tolist(),
+        "log_probability": (-rng.exponential(0.3, T)).tolist(),
+        "ratio": np.exp(rng.normal(0, 0.02, T)).tolist(),
+        "clipped": (rng.random(T) < 0.01).astype(float).tolist(),
+    }
 
 
 def time_in_browser(page_file: Path, changes: int = 10) -> dict[str, float]:
@@ -92,7 +104,7 @@ def time_in_browser(page_file: Path, changes: int = 10) -> dict[str, float]:
         last = page.wait_for_function(until, arg=[None, None]).json_value()
         opened = time.perf_counter() - started
         page.wait_for_selector("#group[data-complete]", state="attached")
-        page.wait_for_timeout(1000)  # until the curves are drawn
+        page.wait_for_load_state()
         first, whole = [], []
         for _ in range(changes):
             started = time.perf_counter()
@@ -112,21 +124,26 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=200)
     parser.add_argument("--rollouts", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=1000)
+    parser.add_argument("--arrays", action="store_true", help="with numbers of each token in addition to its value")
+    parser.add_argument("--run", type=Path, help="measure the page of this run instead")
     parser.add_argument("--browser", action="store_true", help="also measure in Chromium (needs playwright)")
     options = parser.parse_args()
 
-    print(f"{options.groups} groups x {options.rollouts} rollouts x {options.tokens} tokens, {platform.machine()} CPU")
     with tempfile.TemporaryDirectory() as folder:
-        write_records(Path(folder), options.groups, options.rollouts, options.tokens)
-        size = sum(path.stat().st_size for path in records.files(folder))
+        if options.run is None:
+            write_records(Path(folder), options.groups, options.rollouts, options.tokens, options.arrays)
+            sizes = f"{options.groups} groups x {options.rollouts} rollouts x {options.tokens} tokens"
+            print(f"{sizes}{', arrays' if options.arrays else ''}, {platform.machine()} CPU")
+        run = options.run or folder
+        size = sum(path.stat().st_size for path in records.files(run))
         started = time.perf_counter()
-        page = write_report(folder, Path(folder) / "report.html")
+        page = write_report(run, Path(folder) / "report.html")
         seconds = time.perf_counter() - started
         print(f"records: {size / 1e6:.1f} MB; page: {page.stat().st_size / 1e6:.1f} MB, made in {seconds:.1f} s")
         if options.browser:
             took = time_in_browser(page)
             print(
-                f"first group shown after {took['opened']:.2f} s; another group: first tokens after "
+                f"first tokens shown after {took['opened']:.2f} s; another group: first tokens after "
                 f"{took['first']:.2f} s, all {took['spans']:,} tokens after {took['whole']:.2f} s (medians)"
             )
 

@@ -139,18 +139,18 @@ def _nearest_to_half(groups: list[list[dict[str, Any]]], most: int | None) -> li
 
 
 def _own_part(prompts: list[str]) -> tuple[int, int]:
-    """Return the lengths of the beginning and end that all prompts share (a template), to hide them in the list."""
+    """Return the lengths of the beginning and end that all prompts share (a template), to fold them."""
     if len(set(prompts)) < 2:
         return 0, 0
-    begin = _same_beginning(prompts)
-    return begin, _same_beginning([prompt[begin:][::-1] for prompt in prompts])
+    begin = _same_beginning(prompts, " \n>]")
+    return begin, _same_beginning([prompt[begin:][::-1] for prompt in prompts], " \n<[")
 
 
-def _same_beginning(texts: list[str]) -> int:
-    """Return the length of the longest common beginning of all texts that ends after a space or newline."""
+def _same_beginning(texts: list[str], ends: str) -> int:
+    """Return the length of the longest common beginning of all texts whose last character is one of `ends`."""
     first, last = min(texts), max(texts)
     same = next((i for i, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))
-    return max(first.rfind(" ", 0, same), first.rfind("\n", 0, same)) + 1
+    return max(first.rfind(end, 0, same) for end in ends) + 1
 
 
 def _method(method: Method) -> dict[str, Any]:

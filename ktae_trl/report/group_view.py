@@ -191,8 +191,11 @@ def _same_beginning(some: list[int], others: list[int]) -> int:
 
 
 def _short(numbers: list[float | None]) -> list[float | str | None]:
-    """Return numbers for a colour and a tooltip, for which four digits are enough."""
-    return [float(f"{x:.4g}") if isinstance(x, (int, float)) and math.isfinite(x) else number(x) for x in numbers]
+    """Return numbers for a colour and a tooltip: with four digits of their range, and with three decimals or more."""
+    finite = [x for x in numbers if x is not None and math.isfinite(x)]
+    spread = max(finite) - min(finite) if finite else 0.0
+    decimals = max(3, 4 - math.ceil(math.log10(spread))) if spread else 6
+    return [number(x) if x is None or not math.isfinite(x) else round(x, decimals) + 0.0 for x in numbers]  # no -0.0
 
 
 def number(x: float | None) -> float | str | None:
@@ -215,16 +218,17 @@ def _mean_abs(values: list[list[float]], counted: list[list[bool]]) -> float:
 def _notes(method: Method, rows: list[dict[str, Any]], found: Statistics) -> list[str]:
     notes = []
     silent = sum(row["correct"] is not None and not any(counted(method, row)) for row in rows)
-    if len(rows) == 1:
+    has_K = is_key_token_value(method)
+    if has_K and len(rows) == 1:
         notes.append("The group has a single rollout and nothing to compare it with, so K is 0 for all tokens.")
-    elif not found.right and not found.wrong:
+    elif has_K and not found.right and not found.wrong:
         notes.append("No rollout could be graded, so there are no statistics.")
-    elif not found.right or not found.wrong:
+    elif has_K and not (found.right and found.wrong):
         side = "correct" if found.right else "wrong"
         notes.append(f"All counted rollouts are {side}, so there is nothing to compare and K is 0 for all tokens.")
     if silent:
         notes.append(f"Rollouts that are not counted, because none of their tokens is trained on: {silent}.")
-    if is_key_token_value(method):
+    if has_K:
         scale = KTAE.scale_of(method.settings)
         computed = [[scale * value for value in values] for values in found.values]
         differences = [

@@ -27,7 +27,7 @@ ALLOWED = {
     ],
     "math": [
         "math", "mrow", "mi", "mn", "mo", "ms", "mtext", "mspace", "msup", "msub", "msubsup", "mfrac", "msqrt",
-        "mroot", "mover", "munder", "munderover", "mtable", "mtr", "mtd", "mpadded", "mphantom", "menclose", "mstyle",
+        "mroot", "mover", "munder", "munderover", "mtable", "mtr", "mtd", "mpadded", "mphantom", "mstyle",
         "mmultiscripts", "mprescripts",
     ],
     "attributes": [
@@ -191,6 +191,6 @@ def _element(element: Element) -> Node:
     attributes = {name: str(value) for name, value in element.attrib.items() if name in ALLOWED["attributes"]}
     text = _shown(html.unescape(element.text)) if element.text else ""
     children = [text, *map(_element, element)] if text else list(map(_element, element))
-    if element.tag not in ALLOWED["math"]:
-        return ["mrow", *children]
-    return [element.tag, *([attributes] if attributes else []), *children]
+    # Browsers that know menclose draw it, others do not: the page's style draws its notation around an mrow.
+    tag = element.tag if element.tag in ALLOWED["math"] else "mrow"
+    return [tag, *([attributes] if attributes else []), *children]

@@ -29,7 +29,7 @@ from ktae_trl.report.page import render
 from ktae_trl.report.records import Method, Record, method_of
 from ktae_trl.report.rows import group_advantages
 from ktae_trl.report.run import main
-from ktae_trl.report.tokens import colour, label, token_strings, visible
+from ktae_trl.report.tokens import amount, colour, label, token_strings, visible
 from tests.reference import ktae_loop
 from tests.reporting import HOSTILE, Page, random_group, rows_of_group, write_run
 
@@ -113,6 +113,25 @@ def test_a_described_group_is_the_record():
         assert [bool(trained) for trained in back["trained"]] == row["trained"]
         assert (rollout["rollout"], rollout["correct"]) == (row["rollout"], row["correct"])
     assert "differs" in " ".join(group["notes"])  # position 3 was changed: K of the others with it
+
+
+def test_arrays_have_four_digits_of_their_range():
+    rows = rows_of_group([["x", "y", "z", "x", "y"]], [True], credit=[[0.0] * 5])
+    rows[0]["arrays"] = {
+        "log_probability": [-1e-7, -12.345678, -0.000123, None, math.nan],
+        "ratio": [1.00012345, 0.99914999, 1.0021, 1.0, 1.0],
+        "small": [1e-6, 5.4321e-6, 0.0, 0.0, 0.0],
+        "same": [2.5] * 5,
+    }
+    rows[0]["compared"] = [[0.25, 0.5, math.inf, 1, 2]]
+    (rollout,) = describe(KTAE, rows)["rollouts"]
+    assert rollout["arrays"] == {
+        "log_probability": [0.0, -12.346, 0.0, None, "nan"],
+        "ratio": [1.000123, 0.99915, 1.0021, 1.0, 1.0],
+        "small": [1e-6, 5.432e-6, 0.0, 0.0, 0.0],
+        "same": [2.5] * 5,
+    }
+    assert rollout["compared"] == [[0.25, 0.5, "inf", 1.0, 2.0]]
 
 
 def test_a_record_of_other_values_is_told():
@@ -234,6 +253,66 @@ def test_curves_need_two_points_that_are_numbers():
     assert panel["title"] == "Mean |w - 1|"
 
 
+def test_no_curve_is_drawn_twice():
+    """The only reward function's mean is the reward itself; two functions are drawn."""
+    one = [{"step": s, "reward": s / 4, "rewards/accuracy/mean": s / 4} for s in (1, 2)]
+    assert [panel["title"] for panel in curves(one)] == ["Reward"]
+    two = [{**entry, "rewards/format/mean": 1.0} for entry in one]
+    panels = curves(two)
+    assert [panel["title"] for panel in panels] == ["Reward", "Rewards by function"]
+    assert [trace["name"] for trace in panels[1]["traces"]] == ["accuracy", "format"]
+    assert panels[0]["traces"][0] == {"x": (1, 2), "y": (0.25, 0.5), "name": "reward", "evaluated": False}
+
+
+def test_the_tokens_that_are_key_most_often():
+    """By hand: x is key in both mixed groups, at |K| of at least 0.5 and in two rollouts; z in one rollout only."""
+    groups = [
+        rows_of_group([["x"], ["x"], ["y"], ["y", "z"]], [True, True, False, False]),
+        rows_of_group([["x"], ["x"], ["y"], ["y"]], [False, False, True, True]),
+        rows_of_group([["x"], ["x"]], [True, True]),
+    ]
+    rows = [{**row, "group": i} for i, group in enumerate(groups) for row in group]
+    shown = collect([Record(KTAE, rows)])
+    page = Page(render("run", shown))
+    assert page.data("index")["run"]
+    found = page.data("run-data")
+    assert found["tokens"]["text"] == ["x", "y"]
+    signs = {(found["tokens"]["text"][token], group): K > 0 for token, group, K in found["found"]}
+    assert signs == {("x", 0): True, ("y", 0): False, ("x", 1): False, ("y", 1): True}
+    none = method_of(find_method("none"), None, {})
+    other = Page(render("run", collect([Record(none, [{**row, "credit": None} for row in rows])])))
+    assert not other.data("index")["run"]  # the method has no K
+    assert "run-data" not in {attributes.get("id") for attributes, _ in other.scripts}
+
+
+def test_markdown_is_rendered_up_to_a_limit(monkeypatch):
+    """The group with the larger mean |K| first, and the page says how many are left out."""
+    weak = rows_of_group([["$x$"], ["$x$", "y"]], [True, False])
+    strong = rows_of_group([["$x$"], ["$z$"]], [True, False])
+    rows = [{**row, "group": i} for i, group in enumerate((weak, strong)) for row in group]
+    for characters, groups in ((100, [0, 1]), (9, [1]), (1, [])):
+        shown = collect([Record(KTAE, rows)], characters=characters)
+        page = Page(render("run", shown))
+        assert page.data("index")["rendered"] == groups
+        assert (f"rendered in {len(groups)} of 2 groups" in page.text) == (len(groups) < 2)
+    assert page.data("index")["groups"][1]["score"] > page.data("index")["groups"][0]["score"]
+    nodes = Page(render("run", collect([Record(KTAE, rows)]))).data("rendered-1")
+    assert [node[0][1][0] for node in nodes] == ["math", "math"]
+    plain = rows_of_group([["x"], ["y"]], [True, False])
+    assert collect([Record(KTAE, plain)]).rendered == {}
+    monkeypatch.setattr("ktae_trl.report.contents.LONGEST_RENDERED", 2)
+    assert collect([Record(KTAE, rows)]).rendered == {}
+
+
+def test_warnings_about_k_are_for_methods_with_k():
+    rows = rows_of_group([["x"], ["y"]], [True, True])
+    assert "K is 0" in describe(KTAE, rows)["notes"][0]
+    for name, how in (("oar_g", "scale"), ("tree", "replace"), ("none", None)):
+        method = method_of(find_method(name), how, {})
+        assert describe(method, rows)["notes"] == []
+        assert describe(method, rows[:1])["notes"] == []
+
+
 def test_a_page_of_nothing_but_hostile_text(tmp_path):
     tokens = [HOSTILE, HOSTILE[::-1], HOSTILE[:3]]
     rows = rows_of_group(tokens, [True, False, False], prompt="".join(HOSTILE))
@@ -295,6 +374,17 @@ def test_numbers_that_json_does_not_know(tmp_path):
     group = Page(write_report(tmp_path, tmp_path / "page.html").read_text()).data("block-0")
     assert group["rollouts"][0]["cells"]["value"] == ["nan", "inf"]
     assert group["rollouts"][1]["cells"]["value"] == ["-inf", 0.5]
+
+
+def test_a_template_is_folded_up_to_its_special_tokens():
+    prompts = [
+        f"<|system|>Be brief.<|user|>{text}<|end|>\n<|assistant|>" for text in ("Is 7 odd?", "Is 8 odd?", "Why?")
+    ]
+    rows = [row for i, p in enumerate(prompts) for row in rows_of_group([["x"]], [True], prompt=p, group=i)]
+    groups = collect([Record(KTAE, rows)]).groups
+    assert [g["prompt"][slice(*g["own"])] for g in groups] == ["Is 7 odd?", "Is 8 odd?", "Why?"]
+    (alone,) = collect([Record(KTAE, rows[:1])]).groups
+    assert alone["own"] == (0, len(alone["prompt"]))  # nothing to compare with
 
 
 def test_the_list_leaves_out_what_all_prompts_share():
@@ -363,15 +453,19 @@ SIGHT = {
 def test_colours_can_be_told_apart_and_read(dark):
     text = luminance((255,) * 3 if dark else (0,) * 3)
     shades = [colour(i / 20, dark) for i in range(-20, 21)]
+    amounts = [amount(i / 20, dark) for i in range(21)]
     assert len(set(shades)) == 41
-    for shade in shades:
+    assert len(set(amounts)) == 21
+    assert amounts[0] == shades[20]
+    for shade in (*shades, *amounts):
         high, low = sorted((luminance(shade), text), reverse=True)
         assert (high + 0.05) / (low + 0.05) >= 4.5
     assert all(r < g < b for r, g, b in shades[25:])  # blue
     assert all(r > g > b for r, g, b in shades[:16])  # orange
     for name, cones in SIGHT.items():
         against, ground, for_it = (np.array(cones) @ linear(shades[i]) for i in (0, 20, 40))
-        for one, other in ((against, for_it), (against, ground), (for_it, ground)):
+        much = np.array(cones) @ linear(amounts[-1])
+        for one, other in ((against, for_it), (against, ground), (for_it, ground), (much, ground)):
             assert np.linalg.norm(one - other) > 0.15, name
     assert colour(7, dark) == shades[-1]
     assert colour(float("nan"), dark) == colour(0, dark)

@@ -10,7 +10,7 @@ const pause = () => new Promise((resolve) => setTimeout(resolve));
 const plural = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : "s"}`;
 const narrow = (width = 860) => matchMedia(`(max-width: ${width}px)`).matches;
 
-// The script runs before the whole page is parsed, to show its first group early. Data is complete if something follows.
+// The script runs before the whole page is parsed, to show the first group early. Data is complete if something follows.
 const parsed = new Promise((resolve) => document.addEventListener("DOMContentLoaded", resolve));
 
 async function unpack(id) {
@@ -31,7 +31,8 @@ function decimal(x, signed = false, digits = 4) {
   return minus(signed && x > 0 ? `+${text}` : text);
 }
 const probability = (p) => (typeof p === "number" && p > 0 && p < 0.001 ? minus(p.toExponential(2)) : decimal(p));
-const brief = (x) => (x === null ? "–" : typeof x === "string" ? minus(x) : minus(String(Number(x.toPrecision(4)))));
+const brief = (x, digits = 4) =>
+  x === null ? "–" : typeof x === "string" ? minus(x) : minus(String(Number(x.toPrecision(digits))));
 const isNumber = (x) => typeof x === "number";
 const asNumber = (x) => (isNumber(x) ? x : 0);
 const mean = (numbers) => numbers.reduce((sum, x) => sum + x, 0) / numbers.length;

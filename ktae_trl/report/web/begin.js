@@ -18,7 +18,8 @@ async function begin() {
     if (!index.same.has(group.prompt)) index.same.set(group.prompt, []);
     index.same.get(group.prompt).push(number);
   }
-  for (const numbers of index.same.values()) numbers.sort((x, y) => index.groups[x].step - index.groups[y].step || x - y);
+  for (const numbers of index.same.values())
+    numbers.sort((x, y) => index.groups[x].step - index.groups[y].step || x - y);
   let timer;
   $("search").oninput = () => {
     clearTimeout(timer);
@@ -48,11 +49,17 @@ async function begin() {
 async function open(jump) {
   const number = fromHash();
   if (number !== null) return show(number, { jump });
-  $("group").replaceChildren(make("p", { className: "warn", textContent: "This page does not have the group named in the address. Choose one from the list." }));
+  $("group").replaceChildren(
+    make("p", {
+      className: "warn",
+      textContent: "This page does not have the group named in the address. Choose one from the list.",
+    }),
+  );
 }
 
 if (typeof DecompressionStream === "undefined") {
-  $("waiting").textContent = "This browser cannot unpack the page's data, because it lacks DecompressionStream. Use a browser from 2023 or later.";
+  $("waiting").textContent =
+    "This browser cannot unpack the page's data, because it lacks DecompressionStream. Use a browser from 2023 or later.";
 } else {
   begin();
 }

@@ -1,6 +1,6 @@
 // Curves: a strip of small ones above the groups, which unfolds into charts.
 
-const CHART = { width: 320, height: 166, left: 38, right: 8, top: 6, bottom: 34 };
+const CHART = { width: 320, height: 166, left: 38, right: 14, top: 6, bottom: 34 };
 const SPARK = { width: 84, height: 22, left: 1, right: 1, top: 2, bottom: 2 };
 
 function svg(tag, attributes = {}, ...children) {
@@ -17,7 +17,8 @@ function ticks(low, high, most, whole = false) {
   const size = power * [1, 2, 5, 10].find((factor) => power * factor >= rough * (1 - 1e-9));
   const digits = Math.max(0, -Math.floor(Math.log10(size) + 1e-9));
   const found = [];
-  for (let i = Math.ceil(low / size - 1e-9); i * size <= high + size * 1e-9; i++) found.push({ at: i * size, text: minus((i * size).toFixed(digits)) });
+  for (let i = Math.ceil(low / size - 1e-9); i * size <= high + size * 1e-9; i++)
+    found.push({ at: i * size, text: minus((i * size).toFixed(digits)) });
   return found;
 }
 
@@ -40,8 +41,15 @@ function lines(panel, { x, y }, markers) {
   return panel.traces.flatMap((trace) => {
     const points = trace.x.map((step, i) => [x(step).toFixed(1), y(trace.y[i]).toFixed(1)]);
     const style = `--curve: var(--c${names.indexOf(trace.name) % 5})`;
-    const line = svg("polyline", { class: `curve${trace.evaluated ? " dotted" : ""}`, points: points.join(" "), style });
-    const dots = markers && points.length < 20 ? points.map(([cx, cy]) => svg("circle", { class: "dot", cx, cy, r: 2, style })) : [];
+    const line = svg("polyline", {
+      class: `curve${trace.evaluated ? " dotted" : ""}`,
+      points: points.join(" "),
+      style,
+    });
+    const dots =
+      markers && points.length < 20
+        ? points.map(([cx, cy]) => svg("circle", { class: "dot", cx, cy, r: 2, style }))
+        : [];
     return [line, ...dots];
   });
 }
@@ -49,11 +57,15 @@ function lines(panel, { x, y }, markers) {
 function spark(panel) {
   const { width, height } = SPARK;
   const main = panel.traces.find((trace) => !trace.evaluated) ?? panel.traces[0];
-  const last = panel.traces.length > 1 && namesOf(panel).length > 1 ? "" : ` ${brief(main.y[main.y.length - 1])}`;
+  const last = panel.traces.length > 1 && namesOf(panel).length > 1 ? "" : ` ${brief(main.y.at(-1), 3)}`;
   return make(
     "span",
     { className: "spark" },
-    svg("svg", { viewBox: `0 0 ${width} ${height}`, width, height, "aria-hidden": "true" }, ...lines(panel, placed(panel, SPARK), false)),
+    svg(
+      "svg",
+      { viewBox: `0 0 ${width} ${height}`, width, height, "aria-hidden": "true" },
+      ...lines(panel, placed(panel, SPARK), false),
+    ),
     make("span", {}, panel.title, make("b", { textContent: last })),
   );
 }
@@ -84,13 +96,19 @@ function chart(panel) {
     element.textContent = content;
     return element;
   };
-  const grid = ticks(low, high, 4).flatMap(({ at, text: value }) => [
+  const grid = ticks(low, high, 5).flatMap(({ at, text: value }) => [
     svg("line", { class: "grid", x1: left, x2: width - right, y1: y(at), y2: y(at) }),
     text("value", left - 5, y(at) + 3.5, value),
   ]);
-  const steps = ticks(first, last, 5, true).map(({ at, text: step }) => text("step", x(at), height - bottom + 14, step));
+  const steps = ticks(first, last, 5, true).map(({ at, text: step }) =>
+    text("step", x(at), height - bottom + 14, step),
+  );
   const cursor = svg("line", { class: "cursor", y1: top, y2: height - bottom, visibility: "hidden" });
-  const ends = panel.traces.map((trace) => `${trace.name}${trace.evaluated ? ", held-out" : ""}: ${brief(trace.y[0])} at step ${trace.x[0]}, ${brief(trace.y[trace.y.length - 1])} at step ${trace.x[trace.x.length - 1]}`);
+  const ends = panel.traces.map(
+    (trace) =>
+      `${trace.name}${trace.evaluated ? ", held-out" : ""}: ${brief(trace.y[0])} at step ${trace.x[0]}, ` +
+      `${brief(trace.y.at(-1))} at step ${trace.x.at(-1)}`,
+  );
   const drawing = svg(
     "svg",
     { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${panel.title}. ${ends.join("; ")}` },
@@ -108,7 +126,11 @@ function chart(panel) {
     const step = all.reduce((best, next) => (Math.abs(x(next) - at) < Math.abs(x(best) - at) ? next : best));
     const values = panel.traces.flatMap((trace) => {
       const i = trace.x.indexOf(step);
-      return i < 0 ? [] : [`${namesOf(panel).length > 1 ? `${trace.name} ` : ""}${trace.evaluated ? "held-out " : ""}${brief(trace.y[i])}`];
+      return i < 0
+        ? []
+        : [
+            `${namesOf(panel).length > 1 ? `${trace.name} ` : ""}${trace.evaluated ? "held-out " : ""}${brief(trace.y[i])}`,
+          ];
     });
     told.textContent = `step ${step}: ${values.join(", ")}`;
     for (const end of ["x1", "x2"]) cursor.setAttribute(end, x(step));

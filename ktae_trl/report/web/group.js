@@ -4,20 +4,32 @@ const FIRST_TOKENS = 2000; // of each text; the button adds MORE_TOKENS
 const MORE_TOKENS = 10000;
 const PROMPT_PIECE = 20000; // characters
 const MOST_STEPS = 6; // displayed side by side
-const SIDES = [["right", "Correct", true], ["wrong", "Wrong", false], ["unscored", "Not graded", null]];
+const SIDES = [
+  ["right", "Correct", true],
+  ["wrong", "Wrong", false],
+  ["unscored", "Not graded", null],
+];
 const PARTS = "leaves every correct rollout here: a place where they part, not a proof of an error";
 
 let showing = 0;
 
 const panelOf = (number, data) => {
-  const panel = { number, data, group: index.groups[number], method: index.methods[index.groups[number].method], marked: -1 };
+  const panel = {
+    number,
+    data,
+    group: index.groups[number],
+    method: index.methods[index.groups[number].method],
+    marked: -1,
+  };
   return Object.assign(panel, { series: allSeries(panel) });
 };
 
-// Options: `jump` scrolls to the group, `marked` is a token to highlight (and to scroll to), `focus` the id of a control.
+// Options: `jump` scrolls to the group, `marked` is a token to highlight (with `jump`, to scroll to), `focus` the id of a
+// control.
 async function show(number, { jump = false, marked = null, focus = null } = {}) {
   const turn = ++showing;
   current = number;
+  delete $("group").dataset.complete;
   hideTip();
   const view = views(number).some(([name]) => name === look.view) ? look.view : "columns";
   const numbers = view === "steps" ? fewSteps(number) : [number];
@@ -29,12 +41,11 @@ async function show(number, { jump = false, marked = null, focus = null } = {}) 
   reveal(number);
 
   const [panel] = panels.filter((own) => own.number === number);
-  const work = make("div", { className: `work ${view}` }, ...LAYOUTS[view](panel));
+  const work = make("div", { className: `work by-${view}` }, ...LAYOUTS[view](panel));
   const notes = panel.data.notes.map((note) => make("p", { className: "warn", textContent: note }));
   const head = heading(panel);
   $("group").replaceChildren(head, ...notes, prompt(panel.group), controls(panel), work);
   $("group").dataset.group = key(panel.group);
-  delete $("group").dataset.complete;
   document.title = `${titled(panel.group)} · ${document.querySelector("h1").textContent}`;
   if (jump) head.scrollIntoView();
   if (focus) $(focus)?.focus();
@@ -58,7 +69,14 @@ function heading({ number, group, data, method }) {
     { className: "head" },
     make("h2", { textContent: titled(group).replace(/^./, (first) => first.toUpperCase()) }),
     make("span", { className: "tally", textContent: tally(group) + score }),
-    steps.length && index.steps > 1 ? make("span", { className: "same" }, "same prompt at step ", ...steps.flatMap((other, i) => (i ? [", ", link(other)] : [link(other)]))) : null,
+    steps.length && index.steps > 1
+      ? make(
+          "span",
+          { className: "same" },
+          "same prompt at step ",
+          ...steps.flatMap((other, i) => (i ? [", ", link(other)] : [link(other)])),
+        )
+      : null,
     make("span", { className: "steps" }, move(-1, "← Previous", "Shortcut: k"), move(1, "Next →", "Shortcut: j")),
   );
 }
@@ -68,7 +86,12 @@ function prompt({ prompt: text, own: [begin, end] }) {
   const box = make("div", { className: "prompt", tabIndex: 0, role: "region", ariaLabel: "Prompt" });
   const template = (part, name) => {
     if (!part) return null;
-    const button = make("button", { type: "button", className: "template", textContent: "…", title: `Show the ${name} that all prompts share: ${plural(part.length, "character")}` });
+    const button = make("button", {
+      type: "button",
+      className: "template",
+      textContent: "…",
+      title: `Show the ${name} that all prompts share: ${plural(part.length, "character")}`,
+    });
     button.ariaLabel = button.title;
     button.onclick = () => button.replaceWith(part);
     return button;
@@ -94,7 +117,8 @@ function views(number) {
   const found = [["columns", "correct and wrong"]];
   if (methodsOf({ method: index.methods[group.method] }).length > 1) found.push(["side", "methods side by side"]);
   else if (look.minus) found.push(["side", "both side by side"]);
-  if (new Set(index.same.get(group.prompt).map((other) => index.groups[other].step)).size > 1) found.push(["steps", "steps side by side"]);
+  if (new Set(index.same.get(group.prompt).map((other) => index.groups[other].step)).size > 1)
+    found.push(["steps", "steps side by side"]);
   return found;
 }
 
@@ -103,13 +127,15 @@ function fewSteps(number) {
   const all = index.same.get(index.groups[number].prompt);
   if (all.length <= MOST_STEPS) return all;
   const some = new Set([number]);
-  for (let i = 0; some.size < MOST_STEPS; i++) some.add(all[[0, all.length - 1][i] ?? Math.round(((i - 1) * (all.length - 1)) / (MOST_STEPS - 1))]);
+  for (let i = 0; some.size < MOST_STEPS; i++)
+    some.add(all[[0, all.length - 1][i] ?? Math.round(((i - 1) * (all.length - 1)) / (MOST_STEPS - 1))]);
   return all.filter((other) => some.has(other));
 }
 
 function select(id, options, value, onchange) {
   const choice = make("select", { id });
-  for (const [name, text] of options) choice.append(make("option", { value: name, textContent: text, selected: name === value }));
+  for (const [name, text] of options)
+    choice.append(make("option", { value: name, textContent: text, selected: name === value }));
   choice.onchange = () => onchange(choice.value);
   return choice;
 }
@@ -130,11 +156,15 @@ function controls(panel) {
     "div",
     { className: "controls" },
     make("label", {}, "Colour ", select("mode", names, one.name, choose("mode", "series"))),
-    names.length > 1 ? make("label", {}, "minus ", select("minus", [["", "nothing"], ...names], look.minus, choose("minus", "minus"))) : null,
+    names.length > 1
+      ? make("label", {}, "minus ", select("minus", [["", "nothing"], ...names], look.minus, choose("minus", "minus")))
+      : null,
     scaleOf(chosen(panel), "scale"),
     fading(panel),
     layouts(panel),
-    index.rendered.includes(panel.number) ? make("label", { title: "Markdown and LaTeX beside the tokens" }, rendered, " rendered") : null,
+    index.rendered.includes(panel.number)
+      ? make("label", { title: "Markdown and LaTeX beside the tokens" }, rendered, " rendered")
+      : null,
     ...marks(panel),
   );
 }
@@ -160,15 +190,28 @@ function recolour(panel, focus) {
 
 function scaleOf({ scale }, id = "") {
   const ramp = make("span", { className: "ramp", ariaHidden: "true" });
-  for (let i = 0; i <= (scale.kind === "v" ? 2 : 1) * index.levels; i++) ramp.append(make("i", { className: `${scale.kind}${i}` }));
-  return make("span", { className: "scale", id, hidden: id !== "" && shown.view === "side" }, make("span", { textContent: scale.ends[0] }), ramp, make("span", { textContent: scale.ends[1] }));
+  for (let i = 0; i <= (scale.kind === "v" ? 2 : 1) * index.levels; i++)
+    ramp.append(make("i", { className: `${scale.kind}${i}` }));
+  return make(
+    "span",
+    { className: "scale", id, hidden: id !== "" && shown.view === "side" },
+    make("span", { textContent: scale.ends[0] }),
+    ramp,
+    make("span", { textContent: scale.ends[1] }),
+  );
 }
 
 // Explains the marks that are in this group.
 function marks({ data }) {
   const found = [];
-  if (data.rollouts.some((r) => r.cells.trained.includes(0))) found.push(make("span", { className: "key" }, make("span", { className: "u", textContent: "dotted" }), ": not trained on"));
-  if (data.rollouts.some((r) => r.parts !== null)) found.push(make("span", { className: "key" }, make("span", { className: "flag", textContent: "parts" }), `: ${PARTS}`));
+  if (data.rollouts.some((r) => r.cells.trained.includes(0)))
+    found.push(
+      make("span", { className: "key" }, make("span", { className: "u", textContent: "dotted" }), ": not trained on"),
+    );
+  if (data.rollouts.some((r) => r.parts !== null))
+    found.push(
+      make("span", { className: "key" }, make("span", { className: "flag", textContent: "parts" }), `: ${PARTS}`),
+    );
   return found;
 }
 
@@ -194,14 +237,16 @@ function fading(panel) {
     most > 1 ? slider("support", "in fewer than", { min: 1, max: most, step: 1 }, (x) => plural(x, "rollout")) : null,
     panel.method.key_tokens ? slider("size", "|K| below", { min: 0, max: 1, step: 0.05 }, (x) => x.toFixed(2)) : null,
   );
-  box.ontoggle = () => { look.fading = box.open; };
+  box.ontoggle = () => {
+    look.fading = box.open;
+  };
   box.classList.toggle("active", thresholds());
   return box;
 }
 
 function repaint() {
   shown.texts.forEach(paint);
-  shown.tables.forEach((redraw) => redraw());
+  shown.tables.forEach(({ draw }) => draw());
 }
 
 // Layouts of the rollouts.
@@ -211,13 +256,27 @@ const LAYOUTS = {
     const columns = SIDES.map(([side, title, correct]) => {
       const own = panel.data.rollouts.filter((rollout) => rollout.correct === correct);
       if (!own.length) return null;
-      return make("div", { className: `column ${side}` }, make("h3", { textContent: `${title} (${own.length})` }), ...own.map((r) => article(panel, r, [chosen(panel)])));
+      return make(
+        "div",
+        { className: `column ${side}` },
+        make("h3", { textContent: `${title} (${own.length})` }),
+        ...own.map((r) => article(panel, r, [chosen(panel)])),
+      );
     }).filter(Boolean);
     return [make("div", { className: "columns" }, ...columns), tables(panel)];
   },
   side: (panel) => {
     const both = chosen(panel).both ?? panel.series.filter((series) => series.method);
-    return [make("div", {}, ...ordered(panel).map((rollout) => article(panel, rollout, both, true))), tables(panel)];
+    const heads = both.map((series) => make("div", {}, make("b", { textContent: series.name }), scaleOf(series)));
+    return [
+      make(
+        "div",
+        {},
+        make("div", { className: "texts which" }, ...heads),
+        ...ordered(panel).map((rollout) => article(panel, rollout, both, true)),
+      ),
+      tables(panel),
+    ];
   },
   steps: () => [
     make(
@@ -227,7 +286,12 @@ const LAYOUTS = {
         make(
           "div",
           { className: "column" },
-          make("h3", {}, make("a", { href: `#${key(panel.group)}`, textContent: titled(panel.group) }), ` · ${tally(panel.group)}`),
+          make(
+            "h3",
+            {},
+            make("a", { href: `#${key(panel.group)}`, textContent: titled(panel.group) }),
+            ` · ${tally(panel.group)}`,
+          ),
           ...ordered(panel).map((rollout) => article(panel, rollout, [chosen(panel)], true)),
         ),
       ),
@@ -235,7 +299,8 @@ const LAYOUTS = {
   ],
 };
 
-const ordered = ({ data }) => SIDES.flatMap(([, , correct]) => data.rollouts.filter((rollout) => rollout.correct === correct));
+const ordered = ({ data }) =>
+  SIDES.flatMap(([, , correct]) => data.rollouts.filter((rollout) => rollout.correct === correct));
 const sideOf = ({ correct }) => SIDES.find(([, , own]) => own === correct);
 
 // A rollout, with its text once for each series.
@@ -248,22 +313,45 @@ function article(panel, rollout, some, verdict = false) {
   facts.push(plural(rollout.at.length, "token"));
   const texts = some.map((series) => textOf(panel, rollout, series));
   if (rollout.parts !== null) {
-    const go = make("button", { type: "button", className: "more", title: `The rollout ${PARTS}`, textContent: `parts at token ${rollout.parts + 1}` });
+    const go = make("button", {
+      type: "button",
+      className: "more",
+      title: `The rollout ${PARTS}`,
+      textContent: `parts at token ${rollout.parts + 1}`,
+    });
     go.onclick = () => focusToken(spanAt(texts[0], rollout.parts));
     facts.push(go);
   }
-  const header = make("header", {}, ...facts.map((fact) => (typeof fact === "string" ? make("span", { textContent: fact }) : fact)));
+  const header = make(
+    "header",
+    {},
+    ...facts.map((fact) => (typeof fact === "string" ? make("span", { textContent: fact }) : fact)),
+  );
   const tree = shown.trees?.[panel.data.rollouts.indexOf(rollout)];
-  const boxes = texts.map(({ box, more, series }) => make("div", {}, some.length > 1 ? make("div", { className: "which" }, make("b", { textContent: series.name }), scaleOf(series)) : null, box, more));
+  const boxes = texts.map(({ box, more, series }) =>
+    make(
+      "div",
+      {},
+      some.length > 1 ? make("div", { className: "short", textContent: series.short ?? series.name }) : null,
+      box,
+      more,
+    ),
+  );
   if (tree && panel.number === shown.number) boxes.push(make("div", { className: "rendered" }, ...grown(tree)));
-  return make("article", { className: `rollout ${side}` }, header, make("div", { className: `texts n${boxes.length}` }, ...boxes));
+  return make(
+    "article",
+    { className: `rollout ${side}` },
+    header,
+    make("div", { className: `texts n${boxes.length}` }, ...boxes),
+  );
 }
 
 function textOf(panel, rollout, series) {
   const box = make("div", { className: "text", tabIndex: 0, role: "group" });
   box.ariaLabel = `Tokens of rollout ${rollout.rollout} (use the arrow keys)`;
   const more = make("button", { type: "button", className: "more", hidden: true });
-  const turns = rollout.segments.length > 1 || rollout.segments.some(({ role }) => role !== "assistant") ? rollout.segments : [];
+  const turns =
+    rollout.segments.length > 1 || rollout.segments.some(({ role }) => role !== "assistant") ? rollout.segments : [];
   const roles = new Map(turns.map(({ begin, role }) => [begin, role]));
   const text = { panel, rollout, series, box, more, roles, spans: [] };
   box.shows = text;
@@ -276,7 +364,8 @@ function classOf({ panel, rollout, series }, i) {
   const cell = rollout.at[i];
   const shade = faded(panel, rollout, cell) ? "faded" : shadeClass(series.scale, series.of(rollout, i));
   const trained = rollout.cells.trained[cell] ? "" : " u";
-  return `t ${shade}${trained}${rollout.cells.token[cell] === panel.marked ? " hit" : ""}${rollout.parts === i ? " parts" : ""}`;
+  const hit = rollout.cells.token[cell] === panel.marked ? " hit" : "";
+  return `t ${shade}${trained}${hit}${rollout.parts === i ? " parts" : ""}`;
 }
 
 function fill(text, count) {
@@ -286,7 +375,8 @@ function fill(text, count) {
   const fragment = document.createDocumentFragment();
   for (let i = spans.length; i < end; i++) {
     if (roles.has(i)) fragment.append(make("span", { className: "role", textContent: roles.get(i) }));
-    if (rollout.parts === i) fragment.append(make("span", { className: "flag", textContent: "parts", title: `The rollout ${PARTS}` }));
+    if (rollout.parts === i)
+      fragment.append(make("span", { className: "flag", textContent: "parts", title: `The rollout ${PARTS}` }));
     const span = document.createElement("span");
     span.className = classOf(text, i);
     span.textContent = strings[rollout.cells.token[rollout.at[i]]];

@@ -33,7 +33,10 @@ const answers = (group) =>
 async function completions(number) {
   const data = await load(number);
   const text = data.tokens.text;
-  return data.rollouts.map((r) => r.at.map((c) => text[r.cells.token[c]]).join("")).join("\0").toLowerCase();
+  return data.rollouts
+    .map((r) => r.at.map((c) => text[r.cells.token[c]]).join(""))
+    .join("\0")
+    .toLowerCase();
 }
 
 async function filter() {
@@ -80,7 +83,10 @@ function tally(group) {
 function entry(number) {
   const group = index.groups[number];
   const bar = make("div", { className: "share", ariaHidden: "true" });
-  for (const [side, count] of [["r", group.right], ["w", group.wrong]]) {
+  for (const [side, count] of [
+    ["r", group.right],
+    ["w", group.wrong],
+  ]) {
     const part = make("i", { className: side });
     part.style.flexGrow = count;
     bar.append(part);
@@ -117,7 +123,8 @@ function reveal(number) {
   if (!link) return;
   link.setAttribute("aria-current", "true");
   const [own, all] = [link.getBoundingClientRect(), $("list").getBoundingClientRect()]; // the window does not scroll
-  if (own.top < all.top || own.bottom > Math.min(all.bottom, innerHeight)) $("list").scrollTop += own.top - all.top - all.height / 3;
+  if (own.top < all.top || own.bottom > Math.min(all.bottom, innerHeight))
+    $("list").scrollTop += own.top - all.top - all.height / 3;
 }
 
 function go(by, focus = false) {
@@ -159,5 +166,8 @@ function fromHash() {
 function mostTelling() {
   const mixed = found.filter((number) => answers(index.groups[number]) === "mixed");
   const score = (number) => asNumber(index.groups[number].score);
-  return (mixed.length ? mixed : found).reduce((best, number) => (best === null || score(number) > score(best) ? number : best), null);
+  return (mixed.length ? mixed : found).reduce(
+    (best, number) => (best === null || score(number) > score(best) ? number : best),
+    null,
+  );
 }

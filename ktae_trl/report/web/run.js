@@ -18,7 +18,12 @@ async function drawRun() {
     visit(next.group, identity(tokens, row.i));
   };
   const name = (row) => {
-    const button = make("button", { type: "button", className: "name", textContent: oneLine(tokens.text[row.i]), title: "Go to the strongest example; again: to the next" });
+    const button = make("button", {
+      type: "button",
+      className: "name",
+      textContent: oneLine(tokens.text[row.i]),
+      title: "Go to the strongest example; again: to the next",
+    });
     button.onclick = () => example(row);
     return make("td", {}, button);
   };
@@ -34,7 +39,13 @@ async function drawRun() {
           if (!some.length) return make("i");
           const K = mean(some.map((own) => own.K));
           const told = `step ${step}: key in ${plural(some.length, "group")}, mean K ${decimal(K, true, 2)}`;
-          const cell = make("button", { type: "button", className: shadeClass(K_SCALE, K), textContent: some.length, title: told, ariaLabel: told });
+          const cell = make("button", {
+            type: "button",
+            className: shadeClass(K_SCALE, K),
+            textContent: some.length,
+            title: told,
+            ariaLabel: told,
+          });
           cell.onclick = () => example(row, step);
           return cell;
         }),
@@ -46,11 +57,36 @@ async function drawRun() {
     by: "groups",
     columns: [
       { name: "token", up: true, value: ({ i }) => tokens.text[i], cell: name },
-      { name: "groups", hint: "groups in which the token is key", value: ({ all }) => all.length, cell: ({ all }) => numberCell(String(all.length)) },
-      { name: "correct", hint: "of these, those in which it is associated with correct rollouts (K > 0)", value: ({ correct }) => correct, cell: ({ correct }) => numberCell(String(correct)) },
-      { name: "wrong", hint: "of these, those in which it is associated with wrong rollouts (K < 0)", value: ({ wrong }) => wrong, cell: ({ wrong }) => numberCell(String(wrong)) },
-      { name: steps.length > 1 ? `steps ${steps[0]} to ${steps[steps.length - 1]}` : `step ${steps[0]}`, value: ({ all }) => mean(all.map(({ step }) => step)), cell: strip },
+      {
+        name: "groups",
+        hint: "groups in which the token is key",
+        value: ({ all }) => all.length,
+        cell: ({ all }) => numberCell(String(all.length)),
+      },
+      {
+        name: "correct",
+        hint: "of these, those in which it is associated with correct rollouts (K > 0)",
+        value: ({ correct }) => correct,
+        cell: ({ correct }) => numberCell(String(correct)),
+      },
+      {
+        name: "wrong",
+        hint: "of these, those in which it is associated with wrong rollouts (K < 0)",
+        value: ({ wrong }) => wrong,
+        cell: ({ wrong }) => numberCell(String(wrong)),
+      },
+      { name: "steps", head: stepNumbers(steps), cell: strip },
     ],
   });
   $("run").append(sorted.element);
+}
+
+// The heads of the strips: the steps, or if there are many, every few.
+function stepNumbers(steps) {
+  const every = Math.ceil(steps.length / 12);
+  return make(
+    "div",
+    { className: "heat heads" },
+    ...steps.map((step, i) => make("i", { textContent: i % every ? "" : step })),
+  );
 }

@@ -1,9 +1,10 @@
 // What tokens are coloured by: the method's value, A', the values of compared methods, arrays, and differences of two.
 //
-// A series has a number for each token, `of(rollout, i)`, or null. Its scale turns numbers into shades: those of kind "v"
-// run from orange (-1) through no colour (0) to blue (1), those of kind "s" from no colour (0) to green (1).
+// A series has a number for each token, `of(rollout, i)`, or null. Its scale turns numbers into shades: those of kind
+// "v" run from orange (-1) through no colour (0) to blue (1), those of kind "s" from no colour (0) to green (1).
 
-const ARRAYS = { log_probability: "log-probability", ratio: "importance ratio" }; // others keep their name
+// Other arrays keep their names.
+const ARRAYS = new Map(Object.entries({ log_probability: "log-probability", ratio: "importance ratio" }));
 
 // What the user chose, for all groups.
 const look = { series: null, minus: "", p: 1, support: 1, size: 0, view: "columns", rendered: false };
@@ -13,7 +14,9 @@ const sequential = (shade, low, high) => ({ kind: "s", shade, ends: [low, high] 
 
 function shadeClass(scale, x) {
   const shade = isNumber(x) ? Math.max(-1, Math.min(1, scale.shade(x))) : 0;
-  return scale.kind === "v" ? `v${index.levels + Math.round(shade * index.levels)}` : `s${Math.round(Math.max(0, shade) * index.levels)}`;
+  return scale.kind === "v"
+    ? `v${index.levels + Math.round(shade * index.levels)}`
+    : `s${Math.round(Math.max(0, shade) * index.levels)}`;
 }
 
 // The value below which 99% of the numbers are: a few extreme ones do not make all others pale.
@@ -58,7 +61,14 @@ function allSeries({ data, method }) {
   const add = (name, of, scaleOf, more = {}) => {
     let scale = null; // computed when it is first needed
     const numbers = () => data.rollouts.flatMap((r) => r.at.map((_, i) => of(r, i))).filter(isNumber);
-    all.push({ name, of, ...more, get scale() { return (scale ??= scaleOf(numbers())); } });
+    all.push({
+      name,
+      of,
+      ...more,
+      get scale() {
+        return (scale ??= scaleOf(numbers()));
+      },
+    });
   };
   const methods = methodsOf({ method });
   const beginning = ({ title }) => title.split(" (")[0];
@@ -68,17 +78,28 @@ function allSeries({ data, method }) {
   };
   const titled = (own) => (methods.length > 1 ? `${own.title}: ${own.value.name}` : own.value.name);
   for (const own of methods) {
-    const of = own === method ? (r, i) => r.cells.value[r.at[i]] : (r, i) => r.compared[method.compared.indexOf(own)]?.[i] ?? null;
+    const of =
+      own === method
+        ? (r, i) => r.cells.value[r.at[i]]
+        : (r, i) => r.compared[method.compared.indexOf(own)]?.[i] ?? null;
     add(titled(own), of, (numbers) => valueScale(own, numbers), { method: own, short: short(own) });
   }
   if (!method.key_tokens) {
-    const K = (r, i) => (r.cells.trained[r.at[i]] || method.shares_tokens ? data.tokens.K[r.cells.token[r.at[i]]] : null);
-    add("key-token value K (computed for this page, not used in training)", K, () => diverging((x) => x, "−1 wrong", "correct +1"));
+    const K = (r, i) =>
+      r.cells.trained[r.at[i]] || method.shares_tokens ? data.tokens.K[r.cells.token[r.at[i]]] : null;
+    add("key-token value K (computed for this page, not used in training)", K, () =>
+      diverging((x) => x, "−1 wrong", "correct +1"),
+    );
   }
   add("token advantage A'", (r, i) => r.cells.advantage[r.at[i]], largestScale);
   const names = new Set(data.rollouts.flatMap((r) => Object.keys(r.arrays)));
   for (const name of names) {
-    add(ARRAYS[name] ?? name, (r, i) => r.arrays[name]?.[i] ?? null, (numbers) => arrayScale(name, numbers), { array: true });
+    add(
+      ARRAYS.get(name) ?? name,
+      (r, i) => r.arrays[name]?.[i] ?? null,
+      (numbers) => arrayScale(name, numbers),
+      { array: true },
+    );
   }
   return all;
 }
@@ -108,10 +129,10 @@ function chosen(panel) {
 // The thresholds fade tokens that fewer rollouts contain, whose p is larger, or whose |K| is smaller.
 const thresholds = () => look.p < 1 || look.support > 1 || look.size > 0;
 
-function tooWeak({ data: { tokens }, method }, token, K) {
+function tooWeak({ data: { tokens }, method }, token) {
   if (tokens.p[token] === null) return true;
   if (tokens.a[token] + tokens.b[token] < look.support || asNumber(tokens.p[token]) > look.p) return true;
-  return method.key_tokens && Math.abs(asNumber(K)) < look.size;
+  return method.key_tokens && Math.abs(asNumber(tokens.K[token])) < look.size;
 }
 
-const faded = (panel, rollout, cell) => thresholds() && tooWeak(panel, rollout.cells.token[cell], rollout.cells.value[cell]);
+const faded = (panel, rollout, cell) => thresholds() && tooWeak(panel, rollout.cells.token[cell]);

@@ -1,11 +1,16 @@
 // A token: its numbers on hover and on focus, marks on all its occurrences, and the keys.
 
 const OWN = { ArrowRight: 1, ArrowLeft: -1 };
-const tokenOf = (target) => (target instanceof Element && target.closest(".text") && target.classList.contains("t") ? target : null);
+const tokenOf = (target) =>
+  target instanceof Element && target.closest(".text") && target.classList.contains("t") ? target : null;
 
 function tip(span) {
   const { panel, rollout } = span.parentElement.shows;
-  const { method, series, data: { tokens, right, wrong } } = panel;
+  const {
+    method,
+    series,
+    data: { tokens, right, wrong },
+  } = panel;
   const cell = rollout.at[span.place];
   const token = rollout.cells.token[cell];
   const facts = make("dl");
@@ -17,7 +22,8 @@ function tip(span) {
   const gap = () => facts.append(make("div", { className: "gap" }));
   const counted = tokens.p[token] !== null;
   const values = series.filter((own) => own.method);
-  for (const own of values) fact(own.short, decimal(own.of(rollout, span.place), own.method.how !== "scale"), values.length > 1);
+  for (const own of values)
+    fact(own.short, decimal(own.of(rollout, span.place), own.method.how !== "scale"), values.length > 1);
   if (!method.key_tokens && counted) fact("K", decimal(tokens.K[token], true));
   fact("A'", decimal(rollout.cells.advantage[cell], true));
   fact("A", decimal(rollout.advantage, true));
@@ -42,9 +48,15 @@ function tip(span) {
   if (difference.both) fact(difference.name, brief(difference.of(rollout, span.place)), true);
   const remarks = [];
   if (rollout.parts === span.place) remarks.push(`The rollout ${PARTS}.`);
-  if (method.leave_one_out && counted) remarks.push("K is computed without this rollout, the other numbers from the whole group.");
+  if (method.leave_one_out && counted)
+    remarks.push("K is computed without this rollout, the other numbers from the whole group.");
   if (!rollout.cells.trained[cell]) remarks.push("Not trained on in this rollout.");
-  if (!counted) remarks.push(right && wrong ? "No statistics for this token." : "No statistics: the group does not have both correct and wrong rollouts.");
+  if (!counted)
+    remarks.push(
+      right && wrong
+        ? "No statistics for this token."
+        : "No statistics: the group does not have both correct and wrong rollouts.",
+    );
   $("tip").replaceChildren(
     make(
       "div",
@@ -102,7 +114,8 @@ function focusToken(span) {
 // Arrow keys move from the focused token. Without one they begin where they were, or with the first rollout.
 function walk(event) {
   const free = event.target === document.body;
-  const box = event.target.closest(".text") ?? (free ? (shown?.last?.parentElement ?? $("group").querySelector(".text")) : null);
+  const box =
+    event.target.closest(".text") ?? (free ? (shown?.last?.parentElement ?? $("group").querySelector(".text")) : null);
   const spans = box?.shows?.spans;
   if (!spans?.length) return false;
   if (free && !(event.key in OWN)) return false; // the page scrolls
