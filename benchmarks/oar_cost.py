@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from ktae_trl import tiny
 from ktae_trl.credit import oar
-from ktae_trl.rollouts.tools import Policy
+from ktae_trl.policy import Policy
 
 
 def naive(question: oar.Question, args, policy: Policy) -> torch.Tensor:

@@ -173,6 +173,23 @@ def token_stats(
     return logps_BT, entropies_BT
 
 
+def add_token_stats(model: nn.Module, temperature: float = 1.0) -> None:
+    """Make a model able to return log-probabilities and entropies without keeping logits, as TRL's policy does."""
+    trl.trainer.utils.add_fused_lm_head(model, temperature=temperature, outputs=("log_probs", "entropy"))
+
+
+def token_stats_of(model: nn.Module, ids_BL: Tensor, wanted_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the log-probabilities and entropies of the wanted tokens, (B, L - 1) each, from the second token on.
+
+    Args:
+        model: a model with `add_token_stats`.
+        ids_BL: token ids, padded on the right with any id.
+        wanted_BL: bool. The result is 0 for other tokens.
+    """
+    output = model(input_ids=ids_BL, labels=ids_BL.masked_fill(~wanted_BL, -100), fused_lm_head=True)
+    return output.log_probs, output.entropy
+
+
 def continuations(trainer, prefixes: list[list[int]], limit: int) -> tuple[list[list[int]], list[list[float]] | None]:
     """Sample a continuation of at most `limit` tokens for each prefix. Log-probabilities are None without vLLM."""
     holder, name = _limit(trainer)
@@ -246,7 +263,7 @@ def frozen_model(trainer, name: str) -> nn.Module:
             f"tokenizer has {tokens}. Choose a model with the same tokenizer"
         )
     model.requires_grad_(False)
-    trl.trainer.utils.add_fused_lm_head(model, temperature=trainer.temperature, outputs=("log_probs", "entropy"))
+    add_token_stats(model, trainer.temperature)
     if trainer.is_deepspeed_enabled:
         model = trl.models.prepare_deepspeed(model, trainer.accelerator)
     elif trainer.is_fsdp_enabled:

@@ -226,6 +226,8 @@ class Method:
     columns: dict[str, tuple[str, ...]] = {}  # console: column -> (metric, format, meaning)
     panels: dict[str, list[str]] = {}  # page: title of a chart -> its metrics, `*` matches any text
 
+    # Names under which recorded rollouts are valued by this method with other settings: name -> these settings.
+    variants: ClassVar[dict[str, dict[str, Any]]] = {}
     needs_both_sides: ClassVar[bool] = True  # gives no credit in a group without both correct and wrong rollouts
     answered: ClassVar[str] = ""  # metric: share of rollouts in which it found an answer, if it looks for one
     shares_tokens: ClassVar[bool] = False  # rows share tokens, and each shared token is trained in one row only

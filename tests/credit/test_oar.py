@@ -17,7 +17,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from ktae_trl import tiny
 from ktae_trl.credit import oar
-from ktae_trl.rollouts.tools import Policy
+from ktae_trl.policy import Policy
 from tests.reference.oar_loop import influences
 from tests.trainers import difference, first_batch, logged, make_trainer, prompts, replay, watch_batches, weights
 

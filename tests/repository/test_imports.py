@@ -34,7 +34,7 @@ def test_imports_stay_light(module, forbidden):
 
 # The rooms, and files with a place of their own. What a module loads as it is imported stands in its own room or above.
 ORDER = [
-    "arguments", "preflight", "trl_seam", "tiny", "grading", "files", "prompts", "data", "credit",
+    "arguments", "preflight", "trl_seam", "tiny", "grading", "files", "prompts", "data", "credit", "policy",
     "training.reward_calls", "rewards", "rollouts", "report", "hub", "evaluation", "config", "training", "trainer",
     "training.run", "tiny.warm_start", "tiny.__main__", "cli", "__main__",
 ]  # fmt: skip

@@ -141,6 +141,14 @@ class KTAE(Method):
         "Shares": ["ktae/saturated", "ktae/informative_groups"],
     }
 
+    variants = {
+        "ktae": {"ktae_combine": "multiply", "ktae_leave_one_out": False},
+        "ktae_loo": {"ktae_combine": "multiply", "ktae_leave_one_out": True},
+        "ktae_add": {"ktae_combine": "add", "ktae_leave_one_out": False},
+        "importance": {"ktae_combine": IMPORTANCE, "ktae_leave_one_out": False},
+        "importance_loo": {"ktae_combine": IMPORTANCE, "ktae_leave_one_out": True},
+    }
+
     def __init__(self, settings: Any, tools: Any):
         super().__init__(settings, tools)
         self.how = settings.ktae_combine
