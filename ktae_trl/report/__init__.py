@@ -12,8 +12,10 @@ _HOMES = {
     "write_report": "ktae_trl.report.page",
     "explain": "ktae_trl.report.rows",
     "KeyTokens": "ktae_trl.report.notebook",
+    "compare": "ktae_trl.report.methods",
+    "log_probabilities": "ktae_trl.report.models",
 }
-__all__ = ["KeyTokens", "explain", "write_report"]
+__all__ = ["KeyTokens", "compare", "explain", "log_probabilities", "write_report"]
 
 
 def __getattr__(name: str):

@@ -1,7 +1,7 @@
 """Value the rollouts of a record by several credit methods, to compare them token by token."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +13,6 @@ from ktae_trl.credit.method import Groups, Method
 from ktae_trl.grading import check_format
 from ktae_trl.report import records
 from ktae_trl.report.group_view import as_groups, split
-from ktae_trl.report.page import progress
 from ktae_trl.report.records import Record
 
 
@@ -23,11 +22,19 @@ def names() -> dict[str, tuple[str, dict[str, Any]]]:
     return {name: (name, {}) for name, kind in METHODS.items() if not kind.samples_itself()} | variants
 
 
-def compare(record: Record, chosen: Iterable[str], model=None, tokenizer=None, answer_format: str = "boxed") -> Record:
+def compare(
+    record: Record,
+    chosen: Iterable[str],
+    model=None,
+    tokenizer=None,
+    *,
+    answer_format: str = "boxed",
+    settings: Mapping[str, Any] | None = None,
+) -> Record:
     """Value the rollouts of a record by several credit methods.
 
     A method has the settings of the record's own method where it knows them, else its defaults. Its values are those
-    that it would give in a training with this model on these rollouts.
+    that it would give in a training with this model on these rollouts, in float32.
 
     Args:
         record: Its rows need `token_ids`, `trained`, `correct` and `advantage`, and, for a method that needs a model,
@@ -37,20 +44,26 @@ def compare(record: Record, chosen: Iterable[str], model=None, tokenizer=None, a
             result of `models.load`. Load it once to compare many records.
         tokenizer: Its tokenizer. Default: the one saved with the model.
         answer_format: As in `KTAEGRPOConfig`, for methods that look for the answer.
+        settings: Other settings of the chosen methods, by their names in the config. What a name of `names()` fixes
+            takes precedence.
 
     Returns:
         The record, with a `Method` for each name in `compared`, whose title is the name, and in each row's `compared` a
         list of token values per method, in the same order.
 
     Raises:
-        UserError: A name is unknown, a method needs a model and there is none or samples its own rollouts, or the model
-            does not fit the rollouts.
+        UserError: A name or a setting is unknown, a method needs a model and there is none or samples its own rollouts,
+            or the model does not fit the rollouts.
     """
+    given = dict(settings or {})
     check_format(answer_format)
     chosen = list(dict.fromkeys(chosen))
     if not chosen:
         raise UserError(f"No methods to compare. Choose from: {', '.join(names())}")
     kinds = [_found(name) for name in chosen]
+    fields = {field.name for kind, _ in kinds for field in dataclasses.fields(kind.Settings)}
+    if unknown := [name for name in given if name not in fields]:
+        raise UserError(f"{', '.join(chosen)} have no setting {unknown[0]!r}{nearest(unknown[0], fields)}")
     if model is not None:
         from ktae_trl.report.models import opened
 
@@ -58,13 +71,15 @@ def compare(record: Record, chosen: Iterable[str], model=None, tokenizer=None, a
         model.check(record.rows)
     methods, compared = [], []
     for name, (kind, fixed) in zip(chosen, kinds, strict=True):
-        settings = _settings(kind, record.method.settings, fixed)
-        method = kind(_Settings(**settings, answer_format=answer_format), model or _NoModel(name))
-        own = records.method_of(method, method.how, settings, special_ids=record.method.special_ids)
+        fields = _fields(kind, record.method.settings | given | fixed)
+        own = _Settings(**fields, answer_format=answer_format)
+        kind.Settings.check(own)
+        method = kind(own, model or _NoModel(name))
+        own = records.method_of(method, method.how, fields, special_ids=record.method.special_ids)
         methods.append(method)
         compared.append(own._replace(title=name))
     rows = []
-    for group in progress(list(split(record)), "Valuing tokens"):
+    for group in split(record):
         prompts = model.prompts(group) if model else ()
         groups = _on(as_groups(record.method, group, prompts), model.device if model else "cpu")
         values = [_values(method, groups) for method in methods]
@@ -113,9 +128,10 @@ def _found(name: str) -> tuple[type[Method], dict[str, Any]]:
     return kind, {}
 
 
-def _settings(kind: type[Method], recorded: dict[str, Any], fixed: dict[str, Any]) -> dict[str, Any]:
-    fields = {field.name for field in dataclasses.fields(kind.Settings)}
-    return dataclasses.asdict(kind.Settings(**{k: v for k, v in recorded.items() if k in fields} | fixed))
+def _fields(kind: type[Method], settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a method's settings, with defaults for those that are missing."""
+    known = {field.name for field in dataclasses.fields(kind.Settings)}
+    return dataclasses.asdict(kind.Settings(**{name: value for name, value in settings.items() if name in known}))
 
 
 def _on(groups: Groups, device) -> Groups:

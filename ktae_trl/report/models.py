@@ -16,12 +16,10 @@ from ktae_trl import trl_seam
 from ktae_trl.arguments import UserError, loading, model_path
 from ktae_trl.credit.method import Groups
 from ktae_trl.policy import Policy
-from ktae_trl.report.page import progress
 from ktae_trl.report.records import Record
 from ktae_trl.report.tokens import token_strings, visible
 
 _TOKENS = 8192  # of prompts and completions in a forward pass
-_ROWS = 256  # sorted by length together
 _OTHER = 0.1  # from this share of token ids with another text on, a tokenizer is not that of the rollouts
 _ONLY_IN_TRAINING = ("generate", "grade", "frozen", "eos_ids")  # of `Tools`
 
@@ -153,13 +151,10 @@ def log_probabilities(record: Record, models: Mapping[str, str | Path | Reader])
         reader = opened(model)
         reader.check(record.rows)
         prompts = reader.prompts(record.rows)
-        rounds = range(0, len(record.rows), _ROWS)
-        for begin in progress(rounds, f"Reading rollouts ({name})"):
-            some = slice(begin, begin + _ROWS)
-            stats = reader.read(prompts[some], [row["token_ids"] for row in record.rows[some]])
-            for own, found in zip(arrays[some], stats, strict=True):
-                logps = found[:, 0].tolist()
-                own[f"log-probability ({name})"] = [None if math.isnan(logp) else logp for logp in logps]
+        stats = reader.read(prompts, [row["token_ids"] for row in record.rows])
+        for own, found in zip(arrays, stats, strict=True):
+            logps = found[:, 0].tolist()
+            own[f"log-probability ({name})"] = [None if math.isnan(logp) else logp for logp in logps]
         del reader
     rows = [{**row, "arrays": own} for row, own in zip(record.rows, arrays, strict=True)]
     return record._replace(rows=rows)

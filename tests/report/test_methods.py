@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from ktae_trl import tiny
 from ktae_trl.arguments import UserError
 from ktae_trl.credit import METHODS, find_method
-from ktae_trl.report import explain, records
+from ktae_trl.report import compare, explain, log_probabilities, records
 from ktae_trl.report.contents import collect
 from ktae_trl.report.group_view import describe, split
-from ktae_trl.report.methods import compare, names
-from ktae_trl.report.models import load, log_probabilities, named
+from ktae_trl.report.methods import names
+from ktae_trl.report.models import load, named
 from ktae_trl.report.records import Record, method_of
 from tests.reference import ktae_loop
 from tests.reporting import random_group
@@ -71,7 +71,7 @@ def test_values_by_counting_are_those_of_the_training(tmp_path, name, settings):
     "settings",
     [
         {"credit": "oar_g"},
-        {"credit": "oar_p", "oar_span": 4, "max_completion_length": 24},
+        {"credit": "oar_p", "oar_span": 4},
         {"credit": "oar_g", "oar_answer": "answer_joint", "answer_format": "last_number", "oar_beta": 2.0},
     ],
 )
@@ -129,6 +129,25 @@ def test_every_method_without_a_sampler_has_a_name():
         find_method(credit).Settings(**settings).check()
 
 
+def test_settings_are_those_given_then_those_of_the_record_then_defaults():
+    record = Record(KTAE._replace(settings={"ktae_ig_weight": 2.0, "ktae_fisher_weight": 3.0}), random_group(seed=1))
+    given = {"ktae_ig_weight": 0.0, "ktae_importance_beta": 4.0, "ktae_leave_one_out": True}
+    (method,) = compare(record, ["importance"], settings=given).compared
+    assert {name.removeprefix("ktae_"): value for name, value in method.settings.items()} == {
+        "combine": "importance",
+        "scale": 1.0,
+        "importance_beta": 4.0,
+        "fisher_weight": 3.0,
+        "ig_weight": 0.0,
+        "tf_weight": 1.0,
+        "leave_one_out": False,
+    }
+    with pytest.raises(UserError, match=r"importance have no setting 'ktae_scal' \(did you mean 'ktae_scale'\?\)"):
+        compare(record, ["importance"], settings={"ktae_scal": 1.0})
+    with pytest.raises(UserError, match="ktae_scale must be between 0 and 1, not 2"):
+        compare(record, ["importance"], settings={"ktae_scale": 2.0})
+
+
 # Two models
 
 
@@ -145,7 +164,6 @@ def by_one_pass(path, prompt: str, ids: list[int]) -> list[float]:
 
 def test_log_probabilities_are_those_of_plain_passes(tmp_path, monkeypatch):
     monkeypatch.setattr("ktae_trl.report.models._TOKENS", 300)  # several batches, of rows of several lengths
-    monkeypatch.setattr("ktae_trl.report.models._ROWS", 20)
     record = recorded(tmp_path / "run")
     other = other_model(tmp_path / "other")
     AutoTokenizer.from_pretrained(tiny.MODEL).save_pretrained(other)
