@@ -171,6 +171,8 @@ def test_log_probabilities_are_those_of_plain_passes(tmp_path, monkeypatch):
     found = log_probabilities(record, {"before": "tiny", "after": other})
     assert list(found.rows[3]["arrays"]) == ["entropy", "log-probability (before)", "log-probability (after)"]
     assert list(record.rows[3]["arrays"]) == ["entropy"]
+    for row in found.rows[:3]:  # those that the training recorded, at temperature 1
+        assert row["arrays"]["log-probability (before)"] == pytest.approx(row["arrays"]["log_probability"], abs=1e-4)
     for name, path in (("before", tiny.MODEL), ("after", other)):
         for row in found.rows[::5]:
             expected = by_one_pass(path, row["prompt"], row["token_ids"])
