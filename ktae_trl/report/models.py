@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from jinja2 import TemplateError
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -62,13 +62,27 @@ class Reader(Policy):
             )
 
     def prompts(self, rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
-        """Return the token ids of each row's prompt, which is the text that the model read."""
+        """Return the token ids of each row's prompt: of the text that the model read, or of its chat messages.
 
-        @cache
-        def ids(prompt: str) -> list[int]:
-            return self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        Raises:
+            UserError: A prompt has chat messages, for which the tokenizer has no template that fits.
+        """
+        known: dict[str, list[int]] = {}
+        for row in rows:
+            if row["prompt"] not in known:
+                known[row["prompt"]] = self._prompt(row["prompt"], row.get("chat"))
+        return [known[row["prompt"]] for row in rows]
 
-        return [ids(row["prompt"]) for row in rows]
+    def _prompt(self, prompt: str, chat: list[dict[str, Any]] | None) -> list[int]:
+        if chat is not None:
+            try:
+                prompt = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            except (ValueError, TemplateError) as error:
+                raise UserError(
+                    f"The rollouts' prompts are chat messages, which the chat template of {self.name!r} cannot turn "
+                    f"into a text: {error}. Use a model with a chat template that fits"
+                ) from None
+        return self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
 
     def token_stats(self, groups: Groups, model: str = "policy") -> tuple[Tensor, Tensor]:
         """Return the log-probabilities and entropies of the rollouts' tokens at temperature 1: see `Tools`."""

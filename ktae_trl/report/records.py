@@ -119,8 +119,9 @@ class Record(NamedTuple):
 
     The rows have the columns of `schema` and are sorted by group. `arrays` may be absent. Rows that are not read from a
     file of records may also have `segments`, the turns of a completion in order, each as
-    `{"role": str, "begin": index of its first token}` (absent: the assistant's alone), and `compared`, one list of
-    token values per method in `compared`.
+    `{"role": str, "begin": index of its first token}` (absent: the assistant's alone), `chat`, the messages of which
+    `prompt` is a readable form (absent: the model read `prompt`), and `compared`, one list of token values per method
+    in `compared`.
     """
 
     method: Method

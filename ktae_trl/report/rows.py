@@ -14,7 +14,7 @@ from ktae_trl.arguments import UserError
 from ktae_trl.credit.combine import combine as combine_with
 from ktae_trl.credit.ktae.method import COMBINE, KTAE
 from ktae_trl.grading import grade_many
-from ktae_trl.report.dumps.rollout import ASSISTANT, Place, Rollout, group_key
+from ktae_trl.report.dumps.rollout import ASSISTANT, Chat, Place, Rollout, group_key
 from ktae_trl.report.dumps.rows import read
 from ktae_trl.report.dumps.verdicts import deciding, threshold_of
 from ktae_trl.report.group_view import as_groups
@@ -155,6 +155,7 @@ class Valuer:
                 "rewards": _rewards(rollout, verdict),
                 "correct": None if verdict is None else bool(verdict),
                 "advantage": advantage,
+                **({"chat": rollout.prompt.messages} if isinstance(rollout.prompt, Chat) else {}),
                 **({"arrays": rollout.arrays} if rollout.arrays else {}),
                 **({"segments": [{"role": role, "begin": at} for role, at in rollout.turns]} if rollout.turns else {}),
             }

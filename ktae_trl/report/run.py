@@ -6,11 +6,13 @@ ktae explain rollouts/ --tokenizer Qwen/Qwen2.5-Math-1.5B -o page.html
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 
 from ktae_trl.arguments import UserError
+from ktae_trl.report.records import Record
 from ktae_trl.report.tokens import visible
 
 
@@ -106,6 +108,26 @@ def _explain(words: list[str]) -> Path:
     parser.add_argument(
         "--leave_one_out", action="store_true", help="compute K for each rollout from the other rollouts of its group"
     )
+    parser.add_argument(
+        "--methods",
+        metavar="NAME,...",
+        help="credit methods to show side by side: ktae, ktae_loo, ktae_add, importance, importance_loo; with --model "
+        "also oar_g and oar_p",
+    )
+    parser.add_argument(
+        "--model",
+        dest="models",
+        action="append",
+        default=[],
+        metavar="[NAME=]PATH",
+        help="the model that wrote the rollouts: a Hub id or a folder. Without --methods, and for each of several "
+        "models, such as two checkpoints, the page has the log-probability of every token",
+    )
+    parser.add_argument(
+        "--answer_format",
+        default="boxed",
+        help="how completions give their answer, for oar_g and oar_p (default: boxed)",
+    )
     options = vars(parser.parse_args(words))
 
     from ktae_trl.report.contents import collect
@@ -117,14 +139,35 @@ def _explain(words: list[str]) -> Path:
     if output.is_dir():  # before gigabytes are read
         raise UserError(f"The output {output} is a folder. Give a file, such as {output / 'report.html'}")
     method = method_with(*(options.pop(name) for name in _METHOD))
+    added = _further_values(options.pop("methods"), options.pop("models"), options.pop("answer_format"))
+    added(Record(method, []))  # mistakes show before gigabytes are read
     explained = explain_files(paths, method, **{name: value for name, value in options.items() if value is not None})
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
     for line in explained.lines:
         console.print(visible(line))
-    shown = collect(explained.records)
+    shown = collect(map(added, explained.records))
     shown.notes.extend(explained.notes)
     more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
     return write(output, f"{paths[0].resolve().name}{more}", shown)
+
+
+def _further_values(methods: str | None, models: list[str], answer_format: str) -> Callable[[Record], Record]:
+    """Return what adds to a record the values of methods, and log-probabilities of models, that the user asked for."""
+    if methods is None and not models:
+        return lambda record: record
+
+    from ktae_trl.report import models as reading
+    from ktae_trl.report.methods import compare
+
+    readers = {name: reading.load(path) for name, path in reading.named(models).items()}
+    writer = next(iter(readers.values()), None)  # the first model wrote the rollouts
+
+    def added(record: Record) -> Record:
+        if methods is not None:
+            record = compare(record, methods.split(","), writer, answer_format=answer_format)
+        return record if methods is not None and len(readers) < 2 else reading.log_probabilities(record, readers)
+
+    return added
 
 
 _METHOD = ("combine", "fisher_weight", "ig_weight", "tf_weight", "leave_one_out")

@@ -16,8 +16,9 @@ from ktae_trl.report.group_view import describe, split
 from ktae_trl.report.methods import names
 from ktae_trl.report.models import load, named
 from ktae_trl.report.records import Record, method_of
+from ktae_trl.report.run import main
 from tests.reference import ktae_loop
-from tests.reporting import random_group
+from tests.reporting import Page, random_group
 from tests.trainers import make_trainer, other_model, replay
 
 RECORDING = {"rollout_func": replay, "record_steps": 1, "max_steps": 1, "per_device_train_batch_size": 32}
@@ -208,6 +209,56 @@ def test_no_logits_of_all_positions_are_kept(reader, monkeypatch):
     (stats,) = reader.read([[1, 2, 3]], [[4, 5]])
     assert stats.shape == (2, 2)
     assert not sizes
+
+
+def test_prompts_of_messages_go_through_the_chat_template(tokenizer, reader):
+    """The model reads what it read in training, not the readable form of the page."""
+    messages = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1 + 1"}]
+    rows = [{"prompt": messages, "completion": text, "correct": text == "2"} for text in "23"]
+    record = explain(rows, tokenizer).record
+    expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert record.rows[0]["prompt"] == "system: Add.\n\nuser: 1 + 1" != expected
+    assert reader.prompts(record.rows) == [tokenizer(expected, add_special_tokens=False)["input_ids"]] * 2
+    found = log_probabilities(record, {"a": reader})
+    for row in found.rows:
+        assert row["arrays"]["log-probability (a)"] == pytest.approx(
+            by_one_pass(tiny.MODEL, expected, row["token_ids"])
+        )
+    plain = AutoTokenizer.from_pretrained(tiny.MODEL)
+    plain.chat_template = None
+    with pytest.raises(UserError, match="prompts are chat messages, which the chat template of 'tiny' cannot"):
+        compare(record, ["oar_g"], "tiny", plain)
+
+
+# The command
+
+
+def test_the_command_shows_methods_and_checkpoints(tmp_path):
+    recorded(tmp_path / "run")
+    page, run = tmp_path / "page.html", str(tmp_path / "run")
+    main(["explain", run, "--methods", "ktae,ktae_loo,importance,oar_g", "--model", "tiny", "-o", str(page)])
+    shown = Page(page.read_text())
+    (method,) = shown.data("index")["methods"]
+    assert [other["title"] for other in method["compared"]] == ["ktae", "ktae_loo", "importance", "oar_g"]
+    rollout = shown.data("block-0")["rollouts"][0]
+    assert [len(own) for own in rollout["compared"]] == [len(rollout["at"])] * 4
+    assert not any(name.startswith("log-probability") for name in rollout["arrays"])
+    other = other_model(tmp_path / "other")
+    AutoTokenizer.from_pretrained(tiny.MODEL).save_pretrained(other)
+    main(["explain", run, "--model", "before=tiny", "--model", f"after={other}", "-o", str(page)])
+    rollout = Page(page.read_text()).data("block-0")["rollouts"][0]
+    assert {"log-probability (before)", "log-probability (after)"} <= set(rollout["arrays"])
+    assert rollout["compared"] == []
+
+
+def test_mistakes_of_the_command_show_before_the_files_are_read(tmp_path):
+    for words, told in (
+        (["--methods", "ktae,oar_g"], "The method 'oar_g' needs the model that generated the rollouts: --model PATH"),
+        (["--methods", "kta"], "Unknown method 'kta' (did you mean 'ktae'?)"),
+        (["--methods", "ktae", "--model", str(tmp_path / "none")], "--model) could not be loaded"),
+    ):
+        with pytest.raises(SystemExit, match=re.escape(told)):
+            main(["explain", str(tmp_path / "missing.jsonl"), *words])
 
 
 # Mistakes

@@ -34,6 +34,12 @@ class Place(NamedTuple):
     at: int = 0  # byte at which its line begins, or its number in a Parquet file
 
 
+class Chat(str):
+    """A prompt of chat messages as readable text, with the messages as they were."""
+
+    messages: list[dict[str, Any]]
+
+
 class Rollout(NamedTuple):
     """One completion of a file, with what the file says about it.
 
@@ -42,7 +48,7 @@ class Rollout(NamedTuple):
     the whole completion is the model's.
     """
 
-    prompt: str | list[int]  # text, or ids to decode
+    prompt: str | Chat | list[int]  # text, chat messages, or ids to decode
     text: str | None = None
     token_ids: list[int] | None = None
     tokens: list[str] | None = None  # strings of `token_ids`
@@ -243,10 +249,12 @@ def _content(message: Mapping[str, Any], name: str) -> str:
 
 
 def prompt(found: Any, name: str = "prompt") -> str:
-    """Return a prompt, a string or chat messages, as readable text."""
+    """Return a prompt, a string or chat messages, as readable text: a `Chat` if it has messages."""
     if isinstance(found, str):
         return encodable(found)
-    return "\n\n".join(f"{encodable(role)}: {content}" for role, content in messages(found, name))
+    chat = Chat("\n\n".join(f"{encodable(role)}: {content}" for role, content in messages(found, name)))
+    chat.messages = found
+    return chat
 
 
 def completion(found: Any, name: str = "completion") -> tuple[str, tuple[tuple[str, int], ...]]:
