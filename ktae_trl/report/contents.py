@@ -49,7 +49,7 @@ def collect(some: Iterable[Record], most: int | None = None, characters: int = M
     methods: list[tuple[Method, ...]] = []  # that of the training, and those that it is compared with
     prompts: list[str] = []
     left_out = 0  # groups that are not rendered
-    for record in some:
+    for record in map(_without_copies, some):
         settings = (record.method._replace(generated_groups=None), *record.compared)
         if settings not in methods:
             methods.append(settings)
@@ -99,6 +99,20 @@ def collect(some: Iterable[Record], most: int | None = None, characters: int = M
         own = (begin, len(prompt) - end)
         group |= {"prompt": prompt, "own": own, "preview": prompt[slice(*own)][:_PREVIEW]}
     return shown
+
+
+def _without_copies(record: Record) -> Record:
+    """Return the record without compared methods that are its own, with the same settings and values."""
+
+    def is_own(i: int, method: Method) -> bool:
+        own = record.method._replace(title=method.title, generated_groups=method.generated_groups)
+        return method == own and all(row["compared"][i] == row["credit"] for row in record.rows)
+
+    kept = [i for i, method in enumerate(record.compared) if not is_own(i, method)]
+    if len(kept) == len(record.compared):
+        return record
+    rows = [{**row, "compared": [row["compared"][i] for i in kept]} for row in record.rows]
+    return record._replace(rows=rows, compared=tuple(record.compared[i] for i in kept))
 
 
 def _render(shown: Shown, begin: int, groups: list[list[dict[str, Any]]], characters: int) -> int:

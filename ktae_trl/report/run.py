@@ -158,7 +158,9 @@ def _further_values(methods: str | None, models: list[str], answer_format: str) 
 
     from ktae_trl.report import models as reading
     from ktae_trl.report.methods import compare
+    from ktae_trl.training.console import quieten_libraries
 
+    quieten_libraries()
     readers = {name: reading.load(path) for name, path in reading.named(models).items()}
     writer = next(iter(readers.values()), None)  # the first model wrote the rollouts
 

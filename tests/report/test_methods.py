@@ -239,9 +239,9 @@ def test_the_command_shows_methods_and_checkpoints(tmp_path):
     main(["explain", run, "--methods", "ktae,ktae_loo,importance,oar_g", "--model", "tiny", "-o", str(page)])
     shown = Page(page.read_text())
     (method,) = shown.data("index")["methods"]
-    assert [other["title"] for other in method["compared"]] == ["ktae", "ktae_loo", "importance", "oar_g"]
+    assert [other["title"] for other in method["compared"]] == ["ktae_loo", "importance", "oar_g"]  # ktae is the page's
     rollout = shown.data("block-0")["rollouts"][0]
-    assert [len(own) for own in rollout["compared"]] == [len(rollout["at"])] * 4
+    assert [len(own) for own in rollout["compared"]] == [len(rollout["at"])] * 3
     assert not any(name.startswith("log-probability") for name in rollout["arrays"])
     other = other_model(tmp_path / "other")
     AutoTokenizer.from_pretrained(tiny.MODEL).save_pretrained(other)
@@ -249,6 +249,17 @@ def test_the_command_shows_methods_and_checkpoints(tmp_path):
     rollout = Page(page.read_text()).data("block-0")["rollouts"][0]
     assert {"log-probability (before)", "log-probability (after)"} <= set(rollout["arrays"])
     assert rollout["compared"] == []
+
+
+def test_a_method_is_left_out_of_a_page_only_if_its_values_are_there_already(tokenizer):
+    texts = {True: "It is \\boxed{4}", False: "Then it is \\boxed{5}"}
+    rows = [{"prompt": "2 + 2", "completion": texts[right], "correct": right} for right in (True, False, True)]
+    record = compare(explain(rows, tokenizer).record, ["ktae", "ktae_add"])
+    assert [other["title"] for other in collect([record]).methods[0]["compared"]] == ["ktae_add"]
+    only = compare(record, ["ktae"])
+    assert collect([only]).methods[0]["compared"] == []
+    only.rows[0]["compared"][0][0] += 0.5  # the same settings, but another model, say
+    assert [other["title"] for other in collect([only]).methods[0]["compared"]] == ["ktae"]
 
 
 def test_mistakes_of_the_command_show_before_the_files_are_read(tmp_path):
