@@ -271,7 +271,7 @@ def lm_eval(folder: Path) -> None:
     lines(folder / "samples_math_2025-01-01T00-00-00.jsonl", rows)
 
 
-def ktae_eval(folder: Path) -> None:
+def eval_samples(folder: Path) -> None:
     rows = [
         {
             "id": str(number),
@@ -299,11 +299,11 @@ def rows(folder: Path) -> None:
     )
 
 
-def ktae(folder: Path) -> None:
+def records(folder: Path) -> None:
     from ktae_trl.credit import find_method
-    from ktae_trl.report import records
+    from ktae_trl.report import records as own
 
-    method = records.method_of(find_method("oar_g"), "scale", {}, special_ids=(0,))
+    method = own.method_of(find_method("oar_g"), "scale", {}, special_ids=(0,))
     for step, some in by_step(ROLLOUTS).items():
         found = [
             {
@@ -324,7 +324,7 @@ def ktae(folder: Path) -> None:
             }
             for i, x in enumerate(some)
         ]
-        records.write(folder / records.FOLDER / records.file_name(step), records.Record(method, found))
+        own.write(folder / own.FOLDER / own.file_name(step), own.Record(method, found))
     (folder / "completions.jsonl").write_text("{}\n")  # other files of a run
     (folder / "settings.json").write_text("{}")
 
@@ -333,10 +333,10 @@ WRITERS = {
     one.__name__: one
     for one in (
         *(trl, verl, areal, open_instruct, ms_swift, prime_rl, prime_rl_tokens, atropos, nemo_rl, skyrl, roll),
-        *(lm_eval, ktae_eval, ktae, rows),
+        *(lm_eval, eval_samples, records, rows),
     )
 }
-WITHOUT_STEPS = {"atropos", "lm_eval", "ktae_eval"}
+WITHOUT_STEPS = {"atropos", "lm_eval", "eval_samples"}
 
 
 def write(name: str, folder: Path) -> Path:

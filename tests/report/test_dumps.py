@@ -32,7 +32,7 @@ from tests.reporting import Page
 METHOD = method_with("multiply", 1.0, 1.0, 1.0, False)
 ROOT = Path(__file__).parents[2]
 TINY = str(tiny.MODEL)
-NO_TOKENIZER = {"open_instruct", "ktae_eval", "ktae"}  # their files name it, or have the strings
+NO_TOKENIZER = {"open_instruct", "eval_samples", "records"}  # their files name it, or have the strings
 
 
 def explained(*paths: Path, tokenizer: str | None = TINY, **options) -> tuple[list[dict], list[str], list[str]]:
@@ -48,7 +48,7 @@ def explained(*paths: Path, tokenizer: str | None = TINY, **options) -> tuple[li
 def test_every_format_gives_the_same_rollouts(tmp_path, name):
     folder = dump_files.write(name, tmp_path / "files")
     rows, (line, summary, *named), notes = explained(folder, tokenizer=None if name in NO_TOKENIZER else TINY)
-    assert named == [f"Tokenizer, which the files name: {TINY}"] * (name in NO_TOKENIZER - {"ktae"})
+    assert named == [f"Tokenizer, which the files name: {TINY}"] * (name in NO_TOKENIZER - {"records"})
     groups = FIRST if name in WITHOUT_STEPS else GROUPS
     found = [(row["step"], row["prompt"], row["completion"], row["correct"]) for row in rows]
     all_of_them = [x for some in groups for x in some]
@@ -64,8 +64,8 @@ def test_every_format_gives_the_same_rollouts(tmp_path, name):
     assert summary == f"prompts: {len(groups)} ({len(groups)} with correct and wrong rollouts); rollouts: {len(rows)}"
     assert all(any(abs(k) > 0.1 for k in row["credit"]) for row in rows)
     again = [note for note in notes if "tokenized again" in note]
-    assert len(again) == (name not in {*NO_TOKENIZER - {"ktae_eval"}, *WITH_IDS})
-    own = {"trl", "ms_swift", "ktae", "open_instruct", *WITH_IDS}
+    assert len(again) == (name not in {*NO_TOKENIZER - {"eval_samples"}, *WITH_IDS})
+    own = {"trl", "ms_swift", "records", "open_instruct", *WITH_IDS}
     assert ("The advantage A of a rollout is the one in the file." in notes) is (name in own)
     of_grpo = group_advantages([True, False, False, True]) * len(groups)
     expected = [x.advantage for x in all_of_them] if name in own else of_grpo
@@ -91,11 +91,11 @@ def test_every_format_is_tested_and_in_the_documentation():
         ("prime_rl_tokens", {"log_probability": -0.5, "trainer_logprobs": -0.75, "entropy": 0.25, "ratio": 1.5}),
         ("atropos", {"log_probability": -0.5}),
         ("nemo_rl", {"log_probability": -0.5, "prev_logprobs": -0.75}),
-        ("ktae", {"entropy": 0.25}),
+        ("records", {"entropy": 0.25}),
     ],
 )
 def test_numbers_of_tokens_are_kept(tmp_path, name, arrays):
-    rows, _, _ = explained(dump_files.write(name, tmp_path / "files"), tokenizer=None if name == "ktae" else TINY)
+    rows, _, _ = explained(dump_files.write(name, tmp_path / "files"), tokenizer=None if name == "records" else TINY)
     for row in rows:
         assert row["arrays"] == {key: [value] * len(row["token_ids"]) for key, value in arrays.items()}
 

@@ -62,8 +62,8 @@ FORMATS = [
     Format("skyrl", "SkyRL rollouts", skyrl.NEEDS, skyrl.read),
     Format("roll", "ROLL rollouts", roll.NEEDS, roll.read),
     Format("lm_eval", "lm-evaluation-harness samples", lm_eval.NEEDS, lm_eval.read, answer_format="auto"),
-    Format("ktae_eval", "samples of ktae eval", eval_samples.NEEDS, eval_samples.read, eval_samples.tokenizer),
-    Format("ktae", "records of this package", own_records.NEEDS, own_records.read, has_tokens=True),
+    Format("eval_samples", "samples of ktae eval", eval_samples.NEEDS, eval_samples.read, eval_samples.tokenizer),
+    Format("records", "records of this package", own_records.NEEDS, own_records.read, has_tokens=True),
     Format("rows", "rows with prompt and completion", rows.NEEDS, rows.read),
 ]
 BY_NAME = {one.name: one for one in FORMATS}
