@@ -199,6 +199,13 @@ def _not_yaml(file: str, error: "yaml.MarkedYAMLError") -> str:  # noqa: F821
     return f"{where} is not YAML: {problem}{text}{remedy}"
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to a help text, but not `(default: None)`, which does not say what then happens."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def parse(
     dataclass_types: Sequence[type], program: str, arguments: Sequence[str] | None = None, *, others: bool = False
 ) -> tuple:
@@ -221,7 +228,7 @@ def parse(
 
     asked = "CONFIG" if program.startswith("ktae ") else "--config FILE.yaml"
     usage = f"{program} {asked} [--field value ...]"
-    parser = TrlParser(dataclass_types, allow_abbrev=False, prog=program, usage=usage)
+    parser = TrlParser(dataclass_types, allow_abbrev=False, prog=program, usage=usage, formatter_class=_Help)
     _take_null(parser, dataclass_types)
 
     def refuse(message: str) -> NoReturn:  # argparse would print the usage, too
