@@ -60,7 +60,7 @@ def _kind(rows: list[dict[str, Any]]) -> str:
 
 
 def kind_of(right: int, wrong: int, rollouts: int) -> str:
-    """Return the kind of a group with so many correct and wrong ones of its rollouts."""
+    """Return the kind of a group from the numbers of its correct and wrong rollouts."""
     if rollouts == 1:
         return "with a single rollout"
     if right and wrong:

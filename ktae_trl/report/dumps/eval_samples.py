@@ -23,7 +23,7 @@ def read(row: Row, place: Place) -> list[Rollout]:
 
 
 def tokenizer(paths: list[Path]) -> str | None:
-    """Return the model that was evaluated, from the settings beside the samples."""
+    """Return the model that was evaluated, from the settings next to the samples."""
     try:
         settings = json.loads((paths[0].parent / "settings.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

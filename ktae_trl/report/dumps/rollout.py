@@ -43,8 +43,8 @@ class Chat(str):
 class Rollout(NamedTuple):
     """One completion of a file, with what the file says about it.
 
-    The completion is `text`, or `token_ids` if the file has them; a text beside them is the file's own. `turns` are
-    the roles in it, each with the index at which it begins: in `token_ids` or, without them, in `text`. Without turns,
+    The completion is `token_ids` if the file has them, else `text`. With `token_ids`, `text` is for checks only. `turns`
+    are the roles in it, each with the index at which it begins: in `token_ids` or, without them, in `text`. Without turns,
     the whole completion is the model's.
     """
 

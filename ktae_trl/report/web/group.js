@@ -163,7 +163,7 @@ function controls(panel) {
     fading(panel),
     layouts(panel),
     index.rendered.includes(panel.number)
-      ? make("label", { title: "Markdown and LaTeX beside the tokens" }, rendered, " rendered")
+      ? make("label", { title: "Markdown and LaTeX next to the tokens" }, rendered, " rendered")
       : null,
     ...marks(panel),
   );
