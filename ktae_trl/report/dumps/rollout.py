@@ -43,9 +43,9 @@ class Chat(str):
 class Rollout(NamedTuple):
     """One completion of a file, with what the file says about it.
 
-    The completion is `token_ids` if the file has them, else `text`. With `token_ids`, `text` is for checks only. `turns`
-    are the roles in it, each with the index at which it begins: in `token_ids` or, without them, in `text`. Without turns,
-    the whole completion is the model's.
+    The completion is `token_ids` if the file has them, with the file's own `text` of them if it has that too, else
+    `text`. `turns` are the roles in it, each with the index at which it begins: in `token_ids` or, without them, in
+    `text`. Without turns, the whole completion is the model's.
     """
 
     prompt: str | Chat | list[int]  # text, chat messages, or ids to decode
