@@ -270,7 +270,7 @@ def _sample(
 
 
 class _Log:
-    """Prints how many samples are there, at most once per minute: in a file or pipe, where a bar cannot be redrawn."""
+    """Prints how many samples are there once a minute and at the end, in a file, where a bar cannot be redrawn."""
 
     def __init__(self, total: int, there: int, silent: bool):
         self.total, self.there, self.silent = total, there, silent
@@ -279,7 +279,8 @@ class _Log:
     def advance(self, count: int) -> None:
         self.there += count
         now = time.monotonic()
-        if not self.silent and now - self.last >= _LOG_SECONDS:
+        due = now - self.last >= _LOG_SECONDS or self.there == self.total
+        if due and not self.silent:
             self.last = now
             print(f"{self.there:,} of {self.total:,} samples after {(now - self.begin) / 60:.0f} min", flush=True)
 

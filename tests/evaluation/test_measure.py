@@ -71,13 +71,15 @@ def test_a_second_run_samples_nothing(evaluated, tmp_path, capsys):
 
 
 def test_a_file_gets_lines_and_no_bar(tmp_path, capsys, monkeypatch):
-    """Where a bar cannot be redrawn: one line a minute, here one for each batch."""
-    monkeypatch.setattr(measure, "_LOG_SECONDS", 0.0)
-    main([*QUICK, "--output_dir", str(tmp_path / "tiny"), "--limit", "2", "--samples", "2", "--batch_size", "3"])
-    said = capsys.readouterr()
-    lines = [line for line in said.out.splitlines() if "samples after" in line]
-    assert lines == ["3 of 4 samples after 0 min", "4 of 4 samples after 0 min"]
-    assert "━" not in said.out + said.err
+    """Where a bar cannot be redrawn: one line a minute, for which 0 stands here, and one at the end."""
+    for seconds, expected in ((0.0, ["3 of 4", "4 of 4"]), (60.0, ["4 of 4"])):
+        monkeypatch.setattr(measure, "_LOG_SECONDS", seconds)
+        folder = str(tmp_path / f"{seconds}")
+        main([*QUICK, "--output_dir", folder, "--limit", "2", "--samples", "2", "--batch_size", "3"])
+        said = capsys.readouterr()
+        lines = [line for line in said.out.splitlines() if "samples after" in line]
+        assert lines == [f"{done} samples after 0 min" for done in expected]
+        assert "━" not in said.out + said.err
 
 
 def test_another_answer_format_grades_the_same_samples_again(evaluated, tmp_path, capsys):
@@ -572,7 +574,7 @@ def wait_for_samples(process, folder, count):
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_killed_in_the_middle(tmp_path, blow):
     """A run that was killed and started again leaves the same file as one that was not."""
-    assert "96/96" in output_of(tmp_path / "whole")
+    assert "96 of 96 samples after" in output_of(tmp_path / "whole")
     with start(tmp_path / "killed") as process:
         wait_for_samples(process, tmp_path / "killed", 8)
         process.send_signal(blow)
@@ -581,7 +583,7 @@ def test_killed_in_the_middle(tmp_path, blow):
     assert 8 <= there < 96
     assert ("Stopping after the current batch" in said) == (blow == signal.SIGINT)
     assert ("The samples generated so far are saved" in said) == (blow != signal.SIGKILL)
-    assert "96/96" in output_of(tmp_path / "killed")
+    assert "96 of 96 samples after" in output_of(tmp_path / "killed")
     assert (tmp_path / "killed" / "sums.jsonl").read_bytes() == (tmp_path / "whole" / "sums.jsonl").read_bytes()
 
 
@@ -591,4 +593,4 @@ def test_a_background_job_of_nohup_is_not_stopped_by_ctrl_c_or_a_closed_terminal
         wait_for_samples(process, tmp_path, 8)
         process.send_signal(signal.SIGINT)
         process.send_signal(signal.SIGHUP)
-        assert "96/96" in process.communicate()[0]
+        assert "96 of 96 samples after" in process.communicate()[0]
