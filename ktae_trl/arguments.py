@@ -199,13 +199,6 @@ def _not_yaml(file: str, error: "yaml.MarkedYAMLError") -> str:  # noqa: F821
     return f"{where} is not YAML: {problem}{text}{remedy}"
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to a help text, but not `(default: None)`, which does not say what then happens."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
 def parse(
     dataclass_types: Sequence[type], program: str, arguments: Sequence[str] | None = None, *, others: bool = False
 ) -> tuple:
@@ -228,8 +221,11 @@ def parse(
 
     asked = "CONFIG" if program.startswith("ktae ") else "--config FILE.yaml"
     usage = f"{program} {asked} [--field value ...]"
-    parser = TrlParser(dataclass_types, allow_abbrev=False, prog=program, usage=usage, formatter_class=_Help)
+    parser = TrlParser(
+        dataclass_types, allow_abbrev=False, prog=program, usage=usage, formatter_class=argparse.HelpFormatter
+    )
     _take_null(parser, dataclass_types)
+    _tell_defaults(parser)
 
     def refuse(message: str) -> NoReturn:  # argparse would print the usage, too
         raise UserError(re.sub(r"--(\w+)/--[\w-]+", r"--\1", message))
@@ -264,6 +260,13 @@ def _take_null(parser: argparse.ArgumentParser, dataclass_types: Sequence[type])
     for action in parser._actions:
         if action.dest in may_be_none and action.nargs != "+":
             action.type = _null_or(action.type)
+
+
+def _tell_defaults(parser: argparse.ArgumentParser) -> None:
+    """Add the defaults to the help texts, but not `(default: None)`, which does not say what then happens."""
+    for action in parser._actions:
+        if action.help and action.default not in (None, argparse.SUPPRESS):
+            action.help += " (default: %(default)s)"
 
 
 def _null_or(convert: Callable[[str], object]) -> Callable[[str], object]:

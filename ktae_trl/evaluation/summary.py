@@ -17,6 +17,7 @@ from ktae_trl.evaluation.samples import SUMMARY
 from ktae_trl.evaluation.statistics import Estimate, majority_at_k, mean_of, pass_at_k, share
 from ktae_trl.files.writing import replace_json
 
+FEW_ANSWERS = 0.1  # share of completions with an answer below which accuracies mean little
 QUANTILES = (0.05, 0.5, 0.95)
 
 
@@ -195,6 +196,13 @@ def show(summary: dict, title: str, console: Console) -> None:
         completions.add_row(name, *cells, f"{f['boxed']:.1%}", str(stopped), str(f["unparsable"]))
     console.print("Completions with an answer, and answers that timed out or could not be parsed")
     console.print(completions)
+    if silent := [name for name, f in summary["benchmarks"].items() if f["boxed"] < FEW_ANSWERS]:
+        console.print(
+            f"Hardly any completion has an answer in the answer_format: {', '.join(silent)}. The accuracies then say "
+            "little about the model. Read some completions. --answer_format auto also finds answers in other forms, "
+            "and --few_shot shows the model the form",
+            highlight=False,
+        )
     if left := {name: f["over_budget"] for name, f in summary["benchmarks"].items() if f["over_budget"]}:
         counts = ", ".join(f"{count} of {name}" for name, count in left.items())
         console.print(

@@ -88,10 +88,13 @@ def test_another_answer_format_grades_the_same_samples_again(evaluated, tmp_path
     words = [*QUICK, "--output_dir", str(folder)]
     asked = json.loads((folder / "settings.json").read_text())["system_prompt"]
     main([*words, "--answer_format", "tag", "--system_prompt", asked])
-    assert "All 96 samples are already in" in capsys.readouterr().out.replace("\n", " ")
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert "All 96 samples are already in" in said
+    assert "Hardly any completion has an answer in the answer_format: sums." in said
     assert {row["reason"] for row in samples(folder)} == {"no answer"}
     assert json.loads((folder / "summary.json").read_text())["benchmarks"]["sums"]["boxed"] == 0
     main([*words, "--answer_format", "auto", "--system_prompt", asked])
+    assert "Hardly any" not in capsys.readouterr().out
     for row in samples(folder):
         assert row["verdict"] == grade(row["completion"], row["answers"], "auto")
 
