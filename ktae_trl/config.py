@@ -147,7 +147,15 @@ class KTAEGRPOConfig(*_settings_of_methods(), GRPOConfig):
         self._check_generation_batch()
         # Before `super()`, which sets it from the number of processes if it is None.
         self.fixed_generation_batch = self.generation_batch_size is not None
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            if "bf16/gpu" not in str(error):
+                raise
+            raise UserError(
+                "bf16 is on (the default), but torch finds no GPU that supports it. Set use_cpu=true to train on the "
+                "CPU, or bf16=false for a GPU without bf16"
+            ) from error
         method = find_method(self.credit)
         for settings in dict.fromkeys(each.Settings for each in (*METHODS.values(), method)):
             settings.check(self)

@@ -649,6 +649,7 @@ def need(feature: str, trainer, version: str = trl.__version__) -> None:
 
     Raises:
         NotImportedError: something is missing or behaves differently. The message names it and the tested versions.
+        UserError: TRL does not know the value of a setting, such as `loss_type`.
 
     Warns:
         UserWarning: the checks passed, but this version of TRL was not tested.
@@ -661,6 +662,8 @@ def need(feature: str, trainer, version: str = trl.__version__) -> None:
         try:
             problem = check(_Probe(trainer))
         except (TypeError, ValueError, AttributeError, LookupError) as error:  # typical of changed code
+            if isinstance(error, ValueError) and str(error).startswith("Unknown "):  # as TRL refuses a setting
+                raise UserError(f"{error} (TRL {version}). `ktae train --help` lists the values") from error
             problem, cause = f"{type(error).__name__}: {error}", error
         if problem:
             raise NotImportedError(

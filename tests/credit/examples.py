@@ -36,7 +36,7 @@ class EntropyWeight(Method):
 
 
 class SegmentValues(Method):
-    """Value a segment by how much it raises the chance of a right answer, by rollouts from its start and its end."""
+    """Value a segment by how much it raises the chance of a correct answer, by rollouts from its start and its end."""
 
     @dataclass
     class Settings(Settings):

@@ -23,6 +23,7 @@ from ktae_trl.report.dumps.explaining import explain_files
 from ktae_trl.report.dumps.formats import BY_NAME, FORMATS
 from ktae_trl.report.dumps.index import Index
 from ktae_trl.report.dumps.rollout import step_in
+from ktae_trl.report.dumps.rows import renamed, suggested_mapping
 from ktae_trl.report.rows import group_advantages, method_with
 from ktae_trl.report.run import main
 from tests.report import dump_files
@@ -562,13 +563,32 @@ def test_what_is_wrong_with_a_line_is_said(tmp_path, row, message):
     assert f"{file}, {message}" in str(stopped.value)
 
 
+def test_fields_that_are_not_mapped_keep_their_names(tmp_path):
+    rows = [{"input": "2 + 2?", "completion": f"It is {i}.", "reward": float(i == 4), "step": 7} for i in range(3, 5)]
+    found, _, _ = explained(lines(tmp_path / "x.jsonl", rows), names="prompt=input")
+    assert [(row["prompt"], row["step"], row["correct"]) for row in found] == [
+        ("2 + 2?", 7, False),
+        ("2 + 2?", 7, True),
+    ]
+    # What says whether a rollout is correct is only what was named.
+    row = {"prompt": "p", "completion": "c", "answers": "4", "correct": True, "score": 0.0}
+    assert renamed(row, {"reward": "score"}) == {"prompt": "p", "completion": "c", "score": 0.0, "reward": 0.0}
+    assert renamed({"prompt": "p", "reward": "c"}, {"completion": "reward"}) == {"prompt": "p", "completion": "c"}
+
+
 def test_a_file_of_no_known_form_shows_its_keys_and_the_nearest_format(tmp_path, capsys):
     lines(tmp_path / "x.jsonl", [{"input": "p", "output": "c", "reward": 1.0}])
     with pytest.raises(SystemExit) as stopped:
         main(["explain", str(tmp_path / "x.jsonl"), "--tokenizer", TINY])
     assert "has no known format. Its keys: input, output, reward. The nearest format is verl" in stopped.value.code
     assert ", for which it lacks score. " in stopped.value.code
-    assert "--map prompt=input,completion=output,reward=score" in stopped.value.code
+    assert "--map prompt=input,completion=output" in stopped.value.code
+    for keys, names in (
+        ({"question", "response", "gold"}, "prompt=question,completion=response,answers=gold"),
+        ({"prompt", "reply", "score", "answer"}, "completion=reply,reward=score"),
+        ({"text"}, "prompt=input,completion=output,reward=score"),  # an example
+    ):
+        assert suggested_mapping(keys) == names
     with pytest.raises(
         UserError, match="does not have the format skyrl: it lacks input_prompt, output_response, score"
     ):

@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer, Qwen2Config
 
 from ktae_trl import tiny
@@ -48,6 +49,7 @@ def refusal(*words: str) -> str:
         (["--config", "empty.yaml"], "empty.yaml is empty"),
         (["--learning_rat", "1"], "Unknown setting: 'learning_rat' (did you mean 'learning_rate'?)"),
         (["--credit", "ktea"], "credit='ktea' is unknown (did you mean 'ktae'?)"),
+        (["--loss_type", "grop"], "Unknown loss type: grop (TRL "),
         (["--num_generations", "1"], "GRPO requires at least 2 generations per prompt"),  # TRL's own check
         (["--dataset_name", "nowhere.jsonl"], "There is no data file nowhere.jsonl"),
         (["--dataset_name", "lines.jsonl"], "lines.jsonl, line 2: not JSON"),
@@ -71,6 +73,15 @@ def test_a_mistake_is_one_line(folder, words, said):
     line = refusal(*words)
     assert line.startswith("train.py: ")
     assert said in line
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
+def test_bf16_without_a_gpu_names_the_settings(folder):
+    line = refusal("--use_cpu", "false", "--bf16", "true")
+    assert line == (
+        "train.py: bf16 is on (the default), but torch finds no GPU that supports it. Set use_cpu=true to train on the "
+        "CPU, or bf16=false for a GPU without bf16"
+    )
 
 
 def test_a_bug_keeps_its_traceback(folder, monkeypatch):

@@ -83,7 +83,7 @@ def unknown(path: Path, keys: set[str], chosen: Format | None = None) -> UserErr
     hint = f" The nearest format is {near.name}, for which it lacks {lacks}." if similar else ""
     return UserError(
         f"{path} {what} Its keys: {', '.join(sorted(map(str, keys))[:30]) or 'none'}.{hint} To name the fields of "
-        "another format: --map prompt=input,completion=output,reward=score"
+        f"another format: --map {rows.suggested_mapping(keys)}"
     )
 
 

@@ -3,7 +3,7 @@
 `--map prompt=input,completion=output,reward=score` reads rows with other names.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 from ktae_trl.arguments import UserError, nearest
@@ -28,6 +28,14 @@ FIELDS = (
     *("token_ids", "logprobs", "entropy"),
 )
 _NO_REWARDS = {"step", "group", "advantage"}
+_VERDICTS = {"correct", "answers", "reward"}
+_LIKELY = {  # other names of a field, for a suggestion
+    "prompt": ("input", "question", "problem", "query", "instruction"),
+    "completion": ("output", "response", "generation", "reply"),
+    "correct": ("is_correct", "acc"),
+    "reward": ("score", "rewards", "scores"),
+    "answers": ("gold", "ground_truth", "answer", "target", "solution", "label"),
+}
 
 
 def read(row: Row, place: Place) -> list[Rollout]:
@@ -95,9 +103,22 @@ def mapping(text: str) -> dict[str, str]:
     return {own.strip(): theirs.strip() for own, _, theirs in pairs}
 
 
+def suggested_mapping(keys: Set[str]) -> str:
+    """Return a `--map` for a file with these keys, or an example if they do not tell what is what."""
+    found = {own: next((name for name in (own, *names) if name in keys), None) for own, names in _LIKELY.items()}
+    verdict = next((own for own in ("correct", "reward", "answers") if found[own]), None)
+    if not (verdict and found["prompt"] and found["completion"]):
+        return "prompt=input,completion=output,reward=score"
+    return ",".join(f"{own}={found[own]}" for own in ("prompt", "completion", verdict) if own != found[own])
+
+
 def renamed(row: Row, names: Mapping[str, str]) -> Row:
-    """Return a row with the fields' own names. A name may be a dotted path: `response.text`."""
-    result = {name: found for name, found in row.items() if name not in FIELDS}
+    """Return a row with the fields' own names. A name may be a dotted path: `response.text`.
+
+    Fields that are not renamed keep their values, but what says whether a rollout is correct is only what was named.
+    """
+    replaced = {*names, *names.values(), *(_VERDICTS if _VERDICTS & set(names) else ())}
+    result = {name: found for name, found in row.items() if name not in FIELDS or name not in replaced}
     for own, theirs in names.items():
         found: Any = row
         for part in [theirs] if theirs in row else theirs.split("."):
