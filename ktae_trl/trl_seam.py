@@ -529,20 +529,19 @@ def _tells_of_tokens(probe: _Probe) -> str:
 
 
 class _HeadStandIn(nn.Module):
-    """Minimal model with a head, for TRL's fused one: the hidden state of a token is its id, twice."""
+    """Minimal model for TRL's fused head: the logits of the next token are 0, 1/2 and 1 times the id of a token."""
 
     is_gradient_checkpointing = False
 
     def __init__(self):
         super().__init__()
         self.config = SimpleNamespace(get_text_config=lambda: self.config)
-        self.head = nn.Linear(2, 3, bias=False)
-        self.head.weight.data = torch.tensor([[0.0, 0.0], [0.25, 0.25], [0.5, 0.5]])
+        self.head = SimpleNamespace(weight=torch.tensor([[0.0], [0.5], [1.0]]), bias=None)
 
     def base_model(self, input_ids: Tensor, **_) -> SimpleNamespace:
-        return SimpleNamespace(last_hidden_state=input_ids[..., None].expand(-1, -1, 2).float())
+        return SimpleNamespace(last_hidden_state=input_ids[..., None].float())
 
-    def get_output_embeddings(self) -> nn.Module:
+    def get_output_embeddings(self) -> SimpleNamespace:
         return self.head
 
     def forward(self) -> None:
@@ -552,12 +551,12 @@ class _HeadStandIn(nn.Module):
 def _squares_probabilities(probe: _Probe) -> str:
     model, ids_BL = _HeadStandIn(), torch.tensor([[2, 1, 2, 0]])
     found = token_squares(probe, model, ids_BL, torch.ones_like(ids_BL), completion_length=3, rows=1)
-    logits_LV = ids_BL[0, :-1, None] / probe.temperature * torch.tensor([0.0, 0.5, 1.0])
-    probs_LV = logits_LV.softmax(-1)
-    wanted = probs_LV.gather(1, ids_BL[0, 1:, None]).T, probs_LV.square().sum(-1)[None]
-    if all(x.shape == y.shape and torch.allclose(x, y, atol=0.01) for x, y in zip(found, wanted, strict=True)):
-        return ""
-    return f"the fused head computes the probabilities and sums of their squares {found}, not {wanted}"
+    probs_BTV = (ids_BL[:, :-1, None] / probe.temperature * model.head.weight[:, 0]).softmax(-1)
+    wanted = probs_BTV.gather(2, ids_BL[:, 1:, None])[..., 0], probs_BTV.square().sum(-1)
+    for x_BT, y_BT in zip(found, wanted, strict=True):
+        if x_BT.shape != y_BT.shape or not torch.allclose(x_BT, y_BT, atol=0.01):
+            return f"the fused head computes probabilities or sums of squares {x_BT.tolist()}, not {y_BT.tolist()}"
+    return ""
 
 
 def _computes_numbers(probe: _Probe) -> str:
