@@ -7,11 +7,13 @@ The abstract was read, not the whole paper. The formulas are those of notes on t
 agree with two independent implementations (teilomillet/textpolicy, and one with another signal in place of entropy).
 Inferred, or other than there:
 
+- By default, rewards are normalised over all tokens of a group. Equation 6, as the two implementations read it,
+  normalises the correct and the wrong rollouts separately (`gtpo_normalize: sides`). Then the mean of each side is 0,
+  so that no difference between correct and wrong rollouts is left.
 - A group with rollouts of one side only gets no advantages. The formulas would give it some, which say nothing about
   correctness. The paper trains on DAPO's groups, which have both sides.
 - 0.001 nats are added to each entropy. The implementations add 1e-8 to the entropies that are inverted, so that tokens
   with almost no entropy are compared by rounding errors.
-- `gtpo_normalize: group` is not in the paper.
 
 Shape suffixes: P prompts, G rollouts in a group, B rollouts of this process, T completion tokens.
 """
@@ -25,7 +27,7 @@ from torch import Tensor
 from ktae_trl.arguments import UserError
 from ktae_trl.credit.method import Card, Credit, Groups, Method, Settings
 
-NORMALIZE = ("sides", "group")
+NORMALIZE = ("group", "sides")
 FLOOR = 1e-3  # nats, added to each entropy
 _SPREAD = 1e-4  # a smaller standard deviation is rounding
 
@@ -74,12 +76,12 @@ def token_advantages(
     correct_PG: Tensor,
     scored_PG: Tensor,
     entropy_weight: float = 0.1,
-    normalize: str = "sides",
+    normalize: str = "group",
 ) -> Tensor:
     """Compute GTPO's advantages.
 
         r~_it = y_i (1 + c s_it)                         y = 1 in correct rollouts, -1 in wrong ones
-        A'_it = (r~_it - mean r~) / std r~               over the tokens of i's side (sides) or of both sides (group)
+        A'_it = (r~_it - mean r~) / std r~               over the tokens of the group (group) or of i's side (sides)
 
     s are the `entropy_shares`. The paper's r~ is alpha_1 times this, with c = alpha_2 / alpha_1; the factor cancels.
     With `sides`, so do c and the 1: A' = y (s - mean s) / std s. Source: arXiv 2508.04349, equations 3, 5 and 6.
@@ -90,7 +92,7 @@ def token_advantages(
         correct_PG: bool, the answer is correct.
         scored_PG: bool, the answer could be graded. Other rollouts are neither valued nor counted.
         entropy_weight: c.
-        normalize: "sides" or "group".
+        normalize: "group" or "sides".
 
     Returns:
         (P, G, T) float32. 0 in groups in which one side has no token, and, with `sides`, on a side whose tokens all
@@ -119,21 +121,21 @@ class GTPO(Method):
         """Settings of `credit: gtpo`.
 
         Parameters:
-            gtpo_normalize (`str`, *optional*, defaults to `"sides"`):
-                Tokens over which rewards are normalised: `"sides"`, those of the correct and of the wrong rollouts of a
-                group separately, as in the paper; `"group"`, all of a group, which keeps the difference between correct
-                and wrong rollouts.
+            gtpo_normalize (`str`, *optional*, defaults to `"group"`):
+                Tokens over which rewards are normalised: `"group"`, all of a group; `"sides"`, those of the correct and
+                of the wrong rollouts separately, which is how we understand the paper. With `"sides"`, no difference
+                between correct and wrong rollouts is left.
             gtpo_entropy_weight (`float`, *optional*, defaults to `0.1`):
                 Weight of entropy relative to correctness, alpha_2 / alpha_1. It has no effect with
                 `gtpo_normalize: sides`.
         """
 
         gtpo_normalize: str = field(
-            default="sides",
-            metadata={"help": "Rewards are normalised over: 'sides' (correct and wrong separately) or 'group'."},
+            default="group",
+            metadata={"help": "Rewards are normalised over: 'group', or 'sides' (correct and wrong separately)."},
         )
         gtpo_entropy_weight: float = field(
-            default=0.1, metadata={"help": "Weight of entropy relative to correctness, with gtpo_normalize 'group'."}
+            default=0.1, metadata={"help": "Weight of entropy relative to correctness. No effect with 'sides'."}
         )
 
         def check(self) -> None:

@@ -31,12 +31,14 @@ def random_groups(seed: int, P: int = 4, G: int = 7, T: int = 9):
     """Groups with rollouts of unequal length, holes (tool output), rollouts without any trained token or verdict."""
     rng = random.Random(seed)
     entropies = [[[rng.choice([0.0, rng.expovariate(2)]) for _ in range(T)] for _ in range(G)] for _ in range(P)]
-    mask = [[[t < n and rng.random() < 0.9 for t in range(T)] for n in rng.choices(range(T + 1), k=G)] for _ in range(P)]
+    mask = [
+        [[t < n and rng.random() < 0.9 for t in range(T)] for n in rng.choices(range(T + 1), k=G)] for _ in range(P)
+    ]
     correct = [rng.choices([True, False, None], weights=[3, 3, 1], k=G) for _ in range(P)]
     return entropies, mask, correct
 
 
-@pytest.mark.parametrize("normalize", ["sides", "group"])
+@pytest.mark.parametrize("normalize", ["group", "sides"])
 @pytest.mark.parametrize("seed", range(5))
 def test_against_the_slow_loop(seed, normalize):
     entropies, mask, correct = random_groups(seed)
@@ -77,17 +79,17 @@ def test_advantages_by_hand():
     """Two correct and two wrong rollouts of one token, with shares 3/2 and 1/2."""
     entropies = [[0.299], [0.099], [0.099], [0.299]]
     mask, correct = [[1]] * 4, [True, True, False, False]
-    sides = advantages(entropies, mask, correct)[:, 0]
+    sides = advantages(entropies, mask, correct, normalize="sides")[:, 0]
     torch.testing.assert_close(sides, torch.tensor([1.0, -1.0, -1.0, 1.0]), atol=1e-5, rtol=0)
     # r~ = 1.15, 1.05, -1.15, -1.05: their mean is 0.
     std = math.sqrt((1.15**2 + 1.05**2) / 2)
-    group = advantages(entropies, mask, correct, normalize="group")[:, 0]
+    group = advantages(entropies, mask, correct)[:, 0]
     torch.testing.assert_close(group, torch.tensor([1.15, 1.05, -1.15, -1.05]) / std, atol=1e-5, rtol=0)
 
 
 def test_the_sides_are_normalised_separately():
     entropies, mask, correct = random_groups(7, P=1, G=16, T=40)
-    found = advantages(entropies[0], mask[0], correct[0])
+    found = advantages(entropies[0], mask[0], correct[0], normalize="sides")
     for side in (True, False):
         rows = [i for i, own in enumerate(correct[0]) if own is side]
         tokens = found[rows][torch.tensor(mask[0])[rows]]
@@ -98,18 +100,18 @@ def test_the_sides_are_normalised_separately():
 def test_normalised_by_sides_the_sign_follows_entropy_and_not_correctness():
     """As the page says: here it is the same with the verdicts exchanged."""
     entropies, mask = [[0.1, 0.5], [0.5, 0.1], [0.1, 0.5], [0.5, 0.1]], [[1, 1]] * 4
-    found = advantages(entropies, mask, [True, True, False, False])
-    exchanged = advantages(entropies, mask, [False, False, True, True])
+    found = advantages(entropies, mask, [True, True, False, False], normalize="sides")
+    exchanged = advantages(entropies, mask, [False, False, True, True], normalize="sides")
     assert torch.equal(found > 0, torch.tensor(entropies) > 0.3)
     assert torch.equal(found > 0, exchanged > 0)
-    by_group = advantages(entropies, mask, [True, True, False, False], normalize="group")
+    by_group = advantages(entropies, mask, [True, True, False, False])
     assert torch.equal(by_group > 0, torch.tensor([[True], [True], [False], [False]]).expand(4, 2))
 
 
 # Degenerate groups
 
 
-@pytest.mark.parametrize("normalize", ["sides", "group"])
+@pytest.mark.parametrize("normalize", ["group", "sides"])
 @pytest.mark.parametrize("correct", [[True] * 3, [False] * 3, [None] * 3, [True, True, None], [False, None, None]])
 def test_a_group_of_one_side_gets_nothing(correct, normalize):
     entropies = [[0.1, 0.5], [0.7, 0.2], [0.3, 0.4]]
@@ -127,10 +129,10 @@ def test_the_only_rollout_of_a_side_gets_nothing_by_sides_and_its_side_by_group(
     rng = random.Random(1)
     entropies = [[rng.random() for _ in range(200)] for _ in range(4)]
     correct = [True, False, False, False]
-    by_sides = advantages(entropies, [[1] * 200] * 4, correct)
+    by_sides = advantages(entropies, [[1] * 200] * 4, correct, normalize="sides")
     assert (by_sides[0] == 0).all()
     assert (by_sides[1:] != 0).all()
-    by_group = advantages(entropies, [[1] * 200] * 4, correct, normalize="group")
+    by_group = advantages(entropies, [[1] * 200] * 4, correct)
     assert (by_group[0] > 0).all()
 
 
@@ -147,7 +149,7 @@ def test_a_constant_is_standardised_to_zero():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"gtpo_normalize": "side"}, "gtpo_normalize must be one of sides, group, not 'side'"),
+        ({"gtpo_normalize": "side"}, "gtpo_normalize must be one of group, sides, not 'side'"),
         ({"gtpo_entropy_weight": -0.1}, "gtpo_entropy_weight must be at least 0, not -0.1"),
         ({"gtpo_entropy_weight": math.nan}, "gtpo_entropy_weight must be at least 0, not nan"),
         ({"gtpo_entropy_weight": math.inf}, "gtpo_entropy_weight must be at least 0, not inf"),
@@ -158,7 +160,7 @@ def test_settings_are_checked(settings, words):
         KTAEGRPOConfig(credit="gtpo", **CPU, **settings)
 
 
-@pytest.mark.parametrize("normalize", ["sides", "group"])
+@pytest.mark.parametrize("normalize", ["group", "sides"])
 def test_in_a_training_the_values_are_those_of_single_passes(tmp_path, normalize):
     settings = {"credit": "gtpo", "gtpo_normalize": normalize, "rollout_func": replay, "max_completion_length": 40}
     trainer = make_trainer(tmp_path, temperature=0.8, max_steps=1, per_device_train_batch_size=32, **settings)
@@ -180,7 +182,9 @@ def test_in_a_training_the_values_are_those_of_single_passes(tmp_path, normalize
         expected = gtpo_loop.token_advantages(
             entropies[rows].tolist(), mask[rows].tolist(), correct[group].tolist(), together=normalize == "group"
         )
-        torch.testing.assert_close(batch["credit"][rows], torch.tensor(expected), atol=0.02, rtol=0.02)  # of rounded entropies near 0
+        torch.testing.assert_close(
+            batch["credit"][rows], torch.tensor(expected), atol=0.02, rtol=0.02
+        )  # of rounded entropies near 0
     values = batch["credit"]
     turned = torch.where(correct.flatten()[:, None], values < 0, values > 0)
     turned = turned[mask & mixed.repeat_interleave(8)[:, None]].float().mean().item()
