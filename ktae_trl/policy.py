@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicLayer
 
 from ktae_trl import trl_seam
 from ktae_trl.arguments import UserError
+from ktae_trl.credit.method import Groups
 
 
 class Policy:
@@ -84,6 +85,10 @@ class Policy:
                 hook.remove()
         return output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
 
+    def of_groups(self, groups: Groups, x: Tensor) -> Tensor:
+        """Return numbers of this process's rollouts for all rollouts of its groups: see `Tools`."""
+        return whole(x, groups.ids_PGT.shape[1], self.accelerator)
+
     def empty_cache(self) -> DynamicCache:
         """Return an empty cache for `logits`."""
         return DynamicCache(config=self.model.config)
@@ -107,3 +112,22 @@ class Policy:
 def most(number: int, accelerator: Accelerator) -> int:
     """Return the maximum of `number` over all processes. Collective."""
     return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
+
+
+def whole(x: Tensor, G: int, accelerator: Accelerator) -> Tensor:
+    """Complete the groups of which this process holds rollouts from other processes. Collective.
+
+    Args:
+        x: (B, ...), a row for each rollout of this process. All processes have the same shape.
+        G: rollouts in a group.
+        accelerator: of the run.
+
+    Returns:
+        (P, G, ...): the P groups of which this process holds at least one rollout.
+    """
+    B = len(x)
+    begin = accelerator.process_index * B
+    first, last = begin // G, -(-(begin + B) // G)  # groups, in the order of all processes
+    if B % G:  # some groups are spread over processes
+        x = accelerator.gather(x.contiguous())[first * G : last * G]
+    return x.unflatten(0, (-1, G))

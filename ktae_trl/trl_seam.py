@@ -173,13 +173,44 @@ def token_stats(
     return logps_BT, entropies_BT
 
 
+def token_squares(
+    trainer, model: nn.Module, ids_BL: Tensor, mask_BL: Tensor, *, completion_length: int, rows: int
+) -> tuple[Tensor, Tensor]:
+    """Return pi(token) and the sum of pi^2 over the vocabulary, at the last tokens of each row: see `token_stats`.
+
+    TRL's fused head computes this sum too, but the head of the trainer's model is not set up for it.
+    """
+    owner = trainer.accelerator.unwrap_model(model)
+    owner = owner.get_base_model() if hasattr(owner, "get_base_model") else owner  # PEFT
+
+    def read(**inputs) -> SimpleNamespace:
+        output = model(**inputs)
+        return SimpleNamespace(log_probs=output.log_probs, entropy=output.log_sum_sq_probs)
+
+    with changed(owner, forward=owner.forward):
+        trl.trainer.utils.add_fused_lm_head(
+            owner,
+            temperature=trainer.temperature,
+            cast_lm_head_to_fp32=trainer.args.cast_lm_head_to_fp32,
+            outputs=("log_probs", "log_sum_sq_probs"),
+        )
+        logps_BT, log_squares_BT = token_stats(
+            trainer, read, ids_BL, mask_BL, completion_length=completion_length, rows=rows
+        )
+    return logps_BT.float().exp(), log_squares_BT.float().exp()
+
+
 def add_token_stats(model: nn.Module, temperature: float = 1.0) -> None:
-    """Make a model able to return log-probabilities and entropies without keeping logits, as TRL's policy does."""
-    trl.trainer.utils.add_fused_lm_head(model, temperature=temperature, outputs=("log_probs", "entropy"))
+    """Make a model able to return numbers of its tokens without keeping logits, as TRL's policy does."""
+    trl.trainer.utils.add_fused_lm_head(
+        model, temperature=temperature, outputs=("log_probs", "entropy", "log_sum_sq_probs")
+    )
 
 
-def token_stats_of(model: nn.Module, ids_BL: Tensor, wanted_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the log-probabilities and entropies of the wanted tokens, (B, L - 1) each, from the second token on.
+def token_stats_of(model: nn.Module, ids_BL: Tensor, wanted_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the log-probabilities, entropies and sums of pi^2 of the wanted tokens.
+
+    Each is (B, L - 1), from the second token on.
 
     Args:
         model: a model with `add_token_stats`.
@@ -187,7 +218,7 @@ def token_stats_of(model: nn.Module, ids_BL: Tensor, wanted_BL: Tensor) -> tuple
         wanted_BL: bool. The result is 0 for other tokens.
     """
     output = model(input_ids=ids_BL, labels=ids_BL.masked_fill(~wanted_BL, -100), fused_lm_head=True)
-    return output.log_probs, output.entropy
+    return output.log_probs, output.entropy, output.log_sum_sq_probs.exp() * wanted_BL[:, 1:]
 
 
 def continuations(trainer, prefixes: list[list[int]], limit: int) -> tuple[list[list[int]], list[list[float]] | None]:
@@ -497,6 +528,37 @@ def _tells_of_tokens(probe: _Probe) -> str:
     return ""
 
 
+class _HeadStandIn(nn.Module):
+    """Minimal model for TRL's fused head: the logits of the next token are 0, 1/2 and 1 times the id of a token."""
+
+    is_gradient_checkpointing = False
+
+    def __init__(self):
+        super().__init__()
+        self.config = SimpleNamespace(get_text_config=lambda: self.config)
+        self.head = SimpleNamespace(weight=torch.tensor([[0.0], [0.5], [1.0]]), bias=None)
+
+    def base_model(self, input_ids: Tensor, **_) -> SimpleNamespace:
+        return SimpleNamespace(last_hidden_state=input_ids[..., None].float())
+
+    def get_output_embeddings(self) -> SimpleNamespace:
+        return self.head
+
+    def forward(self) -> None:
+        raise NotImplementedError
+
+
+def _squares_probabilities(probe: _Probe) -> str:
+    model, ids_BL = _HeadStandIn(), torch.tensor([[2, 1, 2, 0]])
+    found = token_squares(probe, model, ids_BL, torch.ones_like(ids_BL), completion_length=3, rows=1)
+    probs_BTV = (ids_BL[:, :-1, None] / probe.temperature * model.head.weight[:, 0]).softmax(-1)
+    wanted = probs_BTV.gather(2, ids_BL[:, 1:, None])[..., 0], probs_BTV.square().sum(-1)
+    for x_BT, y_BT in zip(found, wanted, strict=True):
+        if x_BT.shape != y_BT.shape or not torch.allclose(x_BT, y_BT, atol=0.01):
+            return f"the fused head computes probabilities or sums of squares {x_BT.tolist()}, not {y_BT.tolist()}"
+    return ""
+
+
 def _computes_numbers(probe: _Probe) -> str:
     batch = probe._generate_and_score_completions(probe.rows)
     logps_BT = probe.model.logps_BT.detach()
@@ -596,6 +658,10 @@ FEATURES = {
     "credit": _Feature("credit other than none", (_takes_token_advantages,)),
     "token_numbers": _Feature("log-probabilities, entropies and ratios in the records", (_computes_numbers,)),
     "token_stats": _Feature("a credit method that uses token_stats", (_tells_of_tokens,)),
+    "token_squares": _Feature(
+        "a credit method that uses token_squares",
+        (_has(trl.trainer.utils, "add_fused_lm_head"), _squares_probabilities),
+    ),
     "frozen": _Feature(
         "a credit method with a second model",
         (

@@ -116,6 +116,32 @@ class Tools(Protocol):
             UserError: the rollouts contain images.
         """
 
+    def token_squares(self, groups: Groups) -> tuple[Tensor, Tensor]:
+        """Return pi(token) and the sum of pi^2 over the vocabulary, at the tokens of this process's rollouts.
+
+        One pass of the policy, as for `token_stats`.
+
+        Args:
+            groups: groups without images.
+
+        Returns:
+            Two (B, T) float32 tensors, 0 for padding.
+
+        Raises:
+            UserError: the rollouts contain images.
+        """
+
+    def of_groups(self, groups: Groups, x: Tensor) -> Tensor:
+        """Return numbers of this process's rollouts for all rollouts of its groups, which may be on other processes.
+
+        Args:
+            groups: the groups.
+            x: (B, ...), with the same shape on all processes: a number for each rollout or token, such as entropies.
+
+        Returns:
+            (P, G, ...), in the order of `groups.ids_PGT`.
+        """
+
     def generate(self, prefixes: list[list[int]], limit: int) -> tuple[list[list[int]], list[list[float]] | None]:
         """Sample a continuation of at most `limit` tokens for each prefix, with the run's sampling settings.
 

@@ -86,15 +86,25 @@ class Reader(Policy):
 
     def token_stats(self, groups: Groups, model: str = "policy") -> tuple[Tensor, Tensor]:
         """Return the log-probabilities and entropies of the rollouts' tokens at temperature 1: see `Tools`."""
-        found = pad_sequence(self.read(groups.prompts, groups.completions), batch_first=True)  # (B, T, 2)
+        logps_BT, entropies_BT, _ = self._read(groups)
+        return logps_BT.nan_to_num(0.0), entropies_BT.nan_to_num(0.0)
+
+    def token_squares(self, groups: Groups) -> tuple[Tensor, Tensor]:
+        """Return pi(token) and the sum of pi^2 at the rollouts' tokens at temperature 1: see `Tools`."""
+        logps_BT, _, squares_BT = self._read(groups)
+        mask_BT = torch.arange(squares_BT.shape[1], device=self.device) < groups.lengths_B[:, None]
+        return (logps_BT.exp() * mask_BT).nan_to_num(0.0), squares_BT.nan_to_num(0.0)
+
+    def _read(self, groups: Groups) -> tuple[Tensor, ...]:
+        found = pad_sequence(self.read(groups.prompts, groups.completions), batch_first=True)  # (B, T, 3)
         missing = groups.ids_BT.shape[1] - found.shape[1]
-        logps_BT, entropies_BT = nn.functional.pad(found, (0, 0, 0, missing)).nan_to_num(0.0).unbind(-1)
-        return logps_BT, entropies_BT
+        return nn.functional.pad(found, (0, 0, 0, missing)).unbind(-1)
 
     def read(self, prompts: list[list[int]], completions: list[list[int]]) -> list[Tensor]:
-        """Return the log-probability and the entropy (nats) of each completion token, (tokens, 2) float32 per rollout.
+        """Return three numbers of each completion token, (tokens, 3) float32 per rollout.
 
-        Logits are not kept in memory. The first token after an empty prompt has NaN: the model predicts nothing there.
+        They are the log-probability, the entropy (nats) and the sum of pi^2 over the vocabulary. Logits are not kept in
+        memory. The first token after an empty prompt has NaN: the model predicts nothing there.
         """
         lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
         found: dict[int, Tensor] = {}
@@ -105,11 +115,11 @@ class Reader(Policy):
                 stats = trl_seam.token_stats_of(
                     self.model, pad_sequence(rows, batch_first=True), pad_sequence(wanted, batch_first=True)
                 )
-            both = nn.functional.pad(
+            padded = nn.functional.pad(
                 torch.stack(stats, -1).float(), (0, 0, 1, 0), value=torch.nan
             )  # as long as the rows
-            found |= {i: both[row, len(prompts[i]) : lengths[i]] for row, i in enumerate(batch)}
-        return [found.get(i, torch.empty(0, 2, device=self.device)) for i in range(len(lengths))]
+            found |= {i: padded[row, len(prompts[i]) : lengths[i]] for row, i in enumerate(batch)}
+        return [found.get(i, torch.empty(0, 3, device=self.device)) for i in range(len(lengths))]
 
 
 def _batches(lengths: list[int], budget: int) -> Iterator[list[int]]:

@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ktae_trl.credit.method import Groups
+from ktae_trl.policy import whole
 from ktae_trl.rollouts.verdicts import Verdicts
 
 
@@ -31,15 +32,15 @@ def whole_groups(
     if "tool_mask" in batch:
         mask = mask & batch["tool_mask"].bool()
     B, G = len(ids), judged.correct_PG.shape[1]
-    begin = accelerator.process_index * B
-    first, last = begin // G, -(-(begin + B) // G)  # groups, in the order of all processes
     if B % G:  # some groups are spread over processes
         ids, mask = (accelerator.pad_across_processes(x, dim=1) for x in (ids, mask.int()))
-        ids, mask = (accelerator.gather(x)[first * G : last * G] for x in (ids, mask))
-    correct_PG, scored_PG = (x[first:last] for x in judged)
+    ids_PGT, mask_PGT = (whole(x, G, accelerator) for x in (ids, mask))
+    begin = accelerator.process_index * B
+    first = begin // G
+    correct_PG, scored_PG = (x[first : first + len(ids_PGT)] for x in judged)
     return Groups(
-        ids_PGT=ids.view(-1, G, ids.shape[1]),
-        mask_PGT=mask.view(-1, G, ids.shape[1]).bool(),
+        ids_PGT=ids_PGT,
+        mask_PGT=mask_PGT.bool(),
         correct_PG=correct_PG,
         scored_PG=scored_PG,
         advantages_B=batch["advantages"],

@@ -1,5 +1,6 @@
 """The `Tools` of a credit method: the model, extra rollouts, the correctness reward and a second model."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -27,19 +28,27 @@ class TrainerTools(Policy):
         if model is None:
             raise TypeError("token_stats: model is None. Omit it for the policy, or pass a model from `frozen`")
         trl_seam.need("token_stats", self.trainer)
+        return self._read(groups, trl_seam.token_stats, self.trainer.model if model == "policy" else model)
+
+    def token_squares(self, groups: Groups) -> tuple[Tensor, Tensor]:
+        """Return pi(token) and the sum of pi^2 at this process's tokens: see `Tools`."""
+        trl_seam.need("token_squares", self.trainer)
+        return self._read(groups, trl_seam.token_squares, self.trainer.model)
+
+    def _read(self, groups: Groups, read: Callable, model: nn.Module) -> tuple[Tensor, Tensor]:
         T = groups.ids_PGT.shape[2]
         mask_BT = torch.arange(T, device=self.device) < groups.lengths_B[:, None]
-        rows = self.trainer.args.per_device_train_batch_size
         with torch.no_grad(), self.reading():
-            logps_BT, entropies_BT = trl_seam.token_stats(
+            found = read(
                 self.trainer,
-                self.trainer.model if model == "policy" else model,
+                model,
                 torch.cat([groups.prompt_ids_BL, groups.ids_BT.to(groups.prompt_ids_BL.dtype)], 1),
                 torch.cat([groups.prompt_mask_BL, mask_BT.to(groups.prompt_mask_BL.dtype)], 1),
                 completion_length=T,
-                rows=rows,
+                rows=self.trainer.args.per_device_train_batch_size,
             )
-        return logps_BT.float().masked_fill(~mask_BT, 0), entropies_BT.float().masked_fill(~mask_BT, 0)
+        first_BT, second_BT = (x.float().masked_fill(~mask_BT, 0) for x in found)
+        return first_BT, second_BT
 
     def generate(self, prefixes: list[list[int]], limit: int) -> tuple[list[list[int]], list[list[float]] | None]:
         """Sample a continuation of each prefix: see `Tools`.

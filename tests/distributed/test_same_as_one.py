@@ -64,6 +64,10 @@ KINDS = {
     "oar_g": {"credit": "oar_g", "save_strategy": "no", "oar_token_budget": 300},
     "oar_p": {"credit": "oar_p", "save_strategy": "no", "oar_token_budget": 600, "oar_span": 2},
     "oar_g lora": {"credit": "oar_g", "oar_token_budget": 300, **LORA},
+    # Methods that compare the numbers of tokens in whole groups, which lie on both processes.
+    "gtpo": {"credit": "gtpo", "save_strategy": "no"},
+    "otb": {"credit": "otb", "save_strategy": "no"},
+    "otb lora": {"credit": "otb", **LORA},
     # Methods of one's own, which ask for log-probabilities and entropies, continuations and grades, a second model.
     "entropy": {"credit": "tests.credit.examples.EntropyWeight", "save_strategy": "no"},
     "entropy lora": {"credit": "tests.credit.examples.EntropyWeight", **LORA},
@@ -161,6 +165,16 @@ def test_the_model_is_read_by_several_processes(trained, mode, kind):
     _, two = trained(mode, kind=kind)
     # The influence of a token is a small difference of rounded numbers, so that its weight is not exact.
     assert_same_as_one(two, one, credit=0.01, weights=1e-5, padding=1)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"), [*itertools.product(["ddp", "zero3", "fsdp2"], ["gtpo", "otb"]), ("zero3", "otb lora")]
+)
+def test_numbers_of_tokens_of_spread_groups(trained, mode, kind):
+    _, (one,) = trained(kind=kind)
+    _, two = trained(mode, kind=kind)
+    # GTPO divides by entropies near 0, which are rounded.
+    assert_same_as_one(two, one, credit=0.02 if kind == "gtpo" else 1e-4, weights=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["ddp", "zero3"])

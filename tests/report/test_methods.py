@@ -87,6 +87,14 @@ def test_influences_are_those_of_the_training(tmp_path, reader, settings):
     assert values(compare(record, ["ktae"]), "ktae") == values(found, "ktae")
 
 
+@pytest.mark.parametrize("credit", ["gtpo", "otb"])
+def test_advantages_of_tokens_are_those_of_the_training(tmp_path, reader, credit):
+    record = recorded(tmp_path, credit=credit)
+    found = values(compare(record, [credit], reader), credit)
+    assert flat(found) == pytest.approx(flat(row["credit"] for row in record.rows), abs=0.01)
+    assert len({round(v, 3) for v in flat(found)}) > 50
+
+
 def test_a_method_of_a_user_reads_the_model(tmp_path, reader):
     credit = "tests.credit.examples.EntropyWeight"
     record = recorded(tmp_path, credit=credit, entropy_floor=0.2)

@@ -1,6 +1,7 @@
 """What the pages of `docs/` say is what the code does, and their links lead somewhere."""
 
 import contextlib
+import dataclasses
 import io
 import math
 import re
@@ -16,8 +17,9 @@ import torch
 import yaml
 from scipy.stats import fisher_exact
 
-from ktae_trl.credit import METHODS
+from ktae_trl.credit import METHODS, gtpo, otb
 from ktae_trl.credit.combine import combine
+from ktae_trl.credit.gtpo import entropy_shares
 from ktae_trl.credit.ktae.values import importance_weights, key_token_strengths, key_token_table, key_token_values
 from ktae_trl.credit.oar import reshape
 from ktae_trl.credit.tree import advantages_by_depth, node_values
@@ -354,6 +356,37 @@ def test_the_worked_tree():
         assert np.abs(found.numpy() - np.array(shown)[:, column]).max() < 0.00051
 
 
+def test_the_worked_tokens_of_gtpo():
+    (table,) = [table for table in tables(TEXT["methods/gtpo"]) if table[0][:2] == ["rollout", "H"]]
+    entropies = torch.tensor([float(row[1]) for row in table[2:]])[None, :, None]
+    correct = torch.tensor([[row[0] == "correct" for row in table[2:]]])
+    every = torch.ones(1, 4, 1, dtype=torch.bool)
+    shares = entropy_shares(entropies, every, correct)
+    rewards = torch.where(correct, 1.0, -1.0)[..., None] * (1 + 0.1 * shares)
+    by = [gtpo.token_advantages(entropies, every, correct, every[..., 0], normalize=how) for how in ("group", "sides")]
+    for i, row in enumerate(table[2:]):
+        assert all(map(agrees, row[2:], (x[0, i, 0].item() for x in (shares, rewards, *by)))), row
+
+
+def test_the_worked_rollouts_of_otb():
+    page = TEXT["methods/otb"]
+    (table,) = [table for table in tables(page) if table[0][:2] == ["position", "W"]]
+    rewards = torch.tensor([1.0, 0.0, 0.0])
+    advantages = (rewards - rewards.mean()) / rewards.std()
+    assert agrees("1.15", advantages[0].item())
+    assert agrees("-0.58", advantages[1].item())
+    columns = [row[1].split(", ") for row in table[2:]]
+    alive = torch.tensor([[cell != "ended" for cell in column] for column in columns]).T[None]
+    energies = torch.tensor([[0.0 if cell == "ended" else float(cell) for cell in column] for column in columns])
+    values = otb.token_advantages(advantages[None], energies.T[None], alive)[0]
+    for t, row in enumerate(table[2:]):
+        for i, cell in enumerate(row[3].split(", ")):
+            assert (cell == "ended") == (not alive[0, i, t])
+            if cell != "ended":
+                assert agrees(cell, values[i, t].item())
+                assert agrees(row[2], (advantages[i] - values[i, t]).item())
+
+
 # Settings
 
 
@@ -362,7 +395,8 @@ def test_the_tables_of_settings_are_up_to_date():
     pages = runpy.run_path(str(ROOT / "docs/settings.py"))["written"]()
     for page, text in pages.items():
         assert page.read_text() == text, page
-    assert {METHODS[page.stem].Settings for page in pages} == {method.Settings for method in METHODS.values()}
+    with_settings = {method.Settings for method in METHODS.values() if dataclasses.fields(method.Settings)}
+    assert {METHODS[page.stem].Settings for page in pages} == with_settings
 
 
 def test_a_table_of_settings_has_every_field_with_its_default_and_meaning():

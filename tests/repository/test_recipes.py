@@ -55,6 +55,7 @@ DAPO = PAPER | {
     "correctness_reward": "math_accuracy",
     "overlong_buffer": 512,
 }
+OTHERS = ("oar_g", "oar_p", "tree", "gtpo", "otb")  # methods with recipes of their own
 LEVELS = {"dataset_filter": {"level": [3, 4, 5]}}
 RUNS = {
     "1.5b_grpo": GRPO | {"model_name_or_path": "Qwen/Qwen2.5-Math-1.5B", "beta": 0.001},
@@ -81,9 +82,7 @@ def parse_recipe(path: Path, output: Path, **overrides):
 
 
 def test_there_are_recipes():
-    others = {
-        f"{twin}_{credit}" for twin in ("quickstart", "qwen2.5_math_1.5b") for credit in ("oar_g", "oar_p", "tree")
-    }
+    others = {f"{twin}_{credit}" for twin in ("quickstart", "qwen2.5_math_1.5b") for credit in OTHERS}
     assert {path.stem for path in RECIPES} == {
         "quickstart",
         "lora_24gb",
@@ -162,7 +161,7 @@ def test_twins_differ_in_credit_only(run):
     assert {key for key in different if not key.startswith("ktae_")} == {"credit", "output_dir"}
 
 
-@pytest.mark.parametrize("credit", ["oar_g", "oar_p", "tree"])
+@pytest.mark.parametrize("credit", OTHERS)
 @pytest.mark.parametrize("twin", ["quickstart", "qwen2.5_math_1.5b"])
 def test_other_methods_differ_in_credit_only(twin, credit):
     plain = read(ROOT / f"configs/{twin if twin == 'quickstart' else twin + '_grpo'}.yaml")
@@ -174,7 +173,7 @@ def test_other_methods_differ_in_credit_only(twin, credit):
 
 
 @pytest.mark.slow_after(1)
-@pytest.mark.parametrize("credit", ["oar_g", "oar_p", "tree"])
+@pytest.mark.parametrize("credit", OTHERS)
 def test_the_quickstart_with_another_method_trains(tmp_path, credit):
     small = {"max_steps": 1, "per_device_train_batch_size": 16, "report_to": "none", "eval_strategy": "no"}
     trainer = build_trainer(*parse_recipe(ROOT / f"configs/quickstart_{credit}.yaml", tmp_path, **small))

@@ -126,6 +126,11 @@ def without_entropies(original, self, *arguments, **named):
     return original(self, *arguments, **named | {"compute_entropy": False})
 
 
+def of_prompts(original, self, model, ids, mask, completion_length, **named):
+    logps, *others = original(self, model, ids, mask, ids.shape[1] - 1, **named)
+    return logps[:, :completion_length] - 1, *others
+
+
 def one_process_more(original, self, *arguments):
     rewards = original(self, *arguments)
     return torch.cat([rewards, rewards])
@@ -142,6 +147,8 @@ CHANGES = [
     ("token_numbers", "_compute_loss", wrapped(twice), "_compute_loss computes log-probabilities 2 times"),
     ("token_numbers", "_get_per_token_logps_and_entropies", wrapped(without_entropies), "'NoneType' object has no"),
     ("token_numbers", "_get_per_token_logps_and_entropies", None, "AttributeError: .*_get_per_token_logps"),
+    ("token_squares", "_get_per_token_logps_and_entropies", wrapped(without_entropies), "'NoneType' object has no"),
+    ("token_squares", "_get_per_token_logps_and_entropies", wrapped(of_prompts), "probabilities or sums of squares"),
     ("dynamic_sampling", "_generate", wrapped(with_item), "_generate returns 9 items, not 8"),
     ("dynamic_sampling", "_generate", wrapped(without_fields), "_generate returns {} as extra_fields"),
     ("dynamic_sampling", "_calculate_rewards", wrapped(one_process_more), "not a reward of 1 from each process"),
@@ -199,20 +206,22 @@ def test_trl_no_longer_calls_what_is_overridden(anew, trainer, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("feature", "owner", "name"),
+    ("features", "owner", "name"),
     [
-        ("checkpoints", trl.trainer.utils, "RepeatSampler"),
-        ("frozen", trl.trainer.utils, "add_fused_lm_head"),
-        ("push_to_hub", transformers.trainer, "hf_api"),
+        ({"checkpoints"}, trl.trainer.utils, "RepeatSampler"),
+        ({"frozen", "token_squares"}, trl.trainer.utils, "add_fused_lm_head"),
+        ({"push_to_hub"}, transformers.trainer, "hf_api"),
     ],
 )
-def test_what_a_module_no_longer_has_is_missed_by_the_feature_alone(anew, trainer, monkeypatch, feature, owner, name):
+def test_what_a_module_no_longer_has_is_missed_by_its_features_alone(anew, trainer, monkeypatch, features, owner, name):
     monkeypatch.delattr(owner, name)
     runpy.run_path(trl_seam.__file__)  # it can be imported
-    for other in FEATURES.keys() - {feature}:
+    for other in FEATURES.keys() - features:
         need(other, trainer)
-    with pytest.raises(ImportError, match=f"{FEATURES[feature].what.partition(' (')[0]}.*: {name} does not exist"):
-        need(feature, trainer)
+    for feature in features:
+        what = FEATURES[feature].what.partition(" (")[0]
+        with pytest.raises(ImportError, match=f"{what}.*: {name} does not exist"):
+            need(feature, trainer)
 
 
 def test_a_sampler_that_is_told_its_epoch_would_break_resuming(anew, trainer, monkeypatch):
