@@ -497,6 +497,11 @@ def _tells_of_tokens(probe: _Probe) -> str:
     return ""
 
 
+def _renders(probe: _Probe) -> str:
+    found, wanted = prompt_ids_of(probe, ["1", "2"]), probe._tokenizer(["1", "2"])["input_ids"]
+    return "" if found == wanted else f"_tokenize_prompts returns {found}, not the token ids of two texts, {wanted}"
+
+
 def _computes_numbers(probe: _Probe) -> str:
     batch = probe._generate_and_score_completions(probe.rows)
     logps_BT = probe.model.logps_BT.detach()
@@ -596,6 +601,7 @@ FEATURES = {
     "credit": _Feature("credit other than none", (_takes_token_advantages,)),
     "token_numbers": _Feature("log-probabilities, entropies and ratios in the records", (_computes_numbers,)),
     "token_stats": _Feature("a credit method that uses token_stats", (_tells_of_tokens,)),
+    "prompt_ids": _Feature("a credit method that renders prompts", (_renders,)),
     "frozen": _Feature(
         "a credit method with a second model",
         (
