@@ -100,17 +100,15 @@ class RLSD(Method):
                 if getattr(self, name) < least:
                     raise UserError(f"{name} must be at least {least}, not {getattr(self, name)}")
             if not self.rlsd_reference:
-                raise UserError(
-                    f"rlsd_reference must be '{SOLUTION}', '{ROLLOUT}' or a column of the dataset, not empty"
-                )
+                raise UserError("rlsd_reference is empty. Set it to solution, rollout or a column of the dataset")
 
     name = "rlsd"
     how = "scale"
     title = "RLSD (self-conditioned credit)"
     card = Card(
         "RLSD",
-        "Each token gets the advantage of its rollout, weighted by how much more likely the model finds the token if it "
-        "has a reference solution in its prompt.",
+        "Each token gets the advantage of its rollout, weighted by how much more likely the model finds the token if a "
+        "reference solution is in its prompt.",
         ("rlsd",),
         {
             "title": "Self-Distilled RLVR",
@@ -194,7 +192,10 @@ class RLSD(Method):
         """Return the text of another rollout of the group for each of this process's rollouts (see `partners`)."""
         found = partners(groups, side_PG, self.settings.rlsd_max_reference_length)
         decode = self.tools.tokenizer.decode
-        return [decode(ids).strip() if own and ids else None for ids, own in zip(found, wanted, strict=True)]
+        return [
+            decode(ids, skip_special_tokens=True).strip() if own and ids else None
+            for ids, own in zip(found, wanted, strict=True)
+        ]
 
     def _shift(self, groups: Groups, references: list[str | None], own_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Return log P_T - log P_S, (B, T), and which rollouts have a reference that fits the model, (B,).
@@ -238,8 +239,8 @@ class RLSD(Method):
         if sums.get("rlsd/referenced") != 0:
             return None
         return (
-            f"No rollout of {first} has a reference solution, so credit: {cls.name} gives all tokens of a completion the "
-            f"same advantage. Set rlsd_reference to a column with solutions, or raise num_generations or "
+            f"No rollout of {first} has a reference solution, so credit: {cls.name} gives all tokens of a completion "
+            "the same advantage. Set rlsd_reference to a column with solutions, or raise num_generations or "
             f"rlsd_max_reference_length ({config.rlsd_max_reference_length} tokens)."
         )
 
@@ -352,7 +353,7 @@ def with_reference(prompt: Prompt, reference: str) -> Prompt:
     places = [i for i, message in enumerate(prompt) if message["role"] == "user"]
     if not places:
         raise UserError(
-            "credit: rlsd adds a reference to the user message, but a prompt has no message with role 'user'"
+            "credit: rlsd adds a reference to the user message, but a prompt has no message with the role 'user'"
         )
     messages = list(prompt)
     content = messages[places[-1]]["content"]

@@ -64,6 +64,8 @@ KINDS = {
     "oar_g": {"credit": "oar_g", "save_strategy": "no", "oar_token_budget": 300},
     "oar_p": {"credit": "oar_p", "save_strategy": "no", "oar_token_budget": 600, "oar_span": 2},
     "oar_g lora": {"credit": "oar_g", "oar_token_budget": 300, **LORA},
+    # RLSD reads rollouts after other prompts, with another rollout of the group in them.
+    "rlsd": {"credit": "rlsd", "save_strategy": "no", "rlsd_decay_steps": 12},
     # Methods of one's own, which ask for log-probabilities and entropies, continuations and grades, a second model.
     "entropy": {"credit": "tests.credit.examples.EntropyWeight", "save_strategy": "no"},
     "entropy lora": {"credit": "tests.credit.examples.EntropyWeight", **LORA},
@@ -161,6 +163,14 @@ def test_the_model_is_read_by_several_processes(trained, mode, kind):
     _, two = trained(mode, kind=kind)
     # The influence of a token is a small difference of rounded numbers, so that its weight is not exact.
     assert_same_as_one(two, one, credit=0.01, weights=1e-5, padding=1)
+
+
+@pytest.mark.parametrize("mode", ["ddp", "zero3"])
+def test_a_reference_from_another_process(trained, mode):
+    """The next correct rollout of the group may be on the other process, and prompts are padded to other lengths."""
+    _, (one,) = trained(kind="rlsd")
+    _, two = trained(mode, kind="rlsd")
+    assert_same_as_one(two, one, credit=1e-3, weights=1e-5, padding=1)
 
 
 @pytest.mark.parametrize("mode", ["ddp", "zero3"])
