@@ -601,7 +601,7 @@ FEATURES = {
     "credit": _Feature("credit other than none", (_takes_token_advantages,)),
     "token_numbers": _Feature("log-probabilities, entropies and ratios in the records", (_computes_numbers,)),
     "token_stats": _Feature("a credit method that uses token_stats", (_tells_of_tokens,)),
-    "prompt_ids": _Feature("a credit method that renders prompts", (_renders,)),
+    "prompt_ids": _Feature("a credit method that renders prompts", (_takes("_tokenize_prompts", []), _renders)),
     "frozen": _Feature(
         "a credit method with a second model",
         (

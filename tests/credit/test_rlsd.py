@@ -21,14 +21,14 @@ from ktae_trl.report import compare, records
 from ktae_trl.report.models import load
 from ktae_trl.rollouts.tools import TrainerTools
 from tests.reference import rlsd_loop
-from tests.trainers import difference, logged, make_trainer, prompts, replay, watch_batches, weights
+from tests.trainers import difference, logged, make_trainer, prompts, replay, weights
 
 RUN = {"credit": "rlsd", "rollout_func": replay, "max_steps": 1, "max_completion_length": 60}
 RUN |= {"per_device_train_batch_size": 32, "console": False}
 
 
 def trained(folder, monkeypatch, **settings):
-    """Train, and return the trainer, the groups and the credit of each generation, and the number of passes."""
+    """Train, and return the trainer, the groups and the credit of each generation, and the tokens of each pass."""
     seen, passes = [], []
     credit, stats = rlsd.RLSD.credit, TrainerTools.token_stats
 
@@ -37,7 +37,7 @@ def trained(folder, monkeypatch, **settings):
         return seen[-1][1]
 
     def count(self, groups, *more):
-        passes.append(groups.prompt_ids_BL.shape)
+        passes.append((groups.prompt_mask_BL.sum(1) + groups.lengths_B).tolist())
         return stats(self, groups, *more)
 
     monkeypatch.setattr(rlsd.RLSD, "credit", spy)
@@ -281,7 +281,7 @@ def test_weights_and_metrics_are_those_of_the_loop(tmp_path, monkeypatch, tokeni
         torch.testing.assert_close(row[: len(own)], torch.tensor(own), atol=2e-5, rtol=0)
         assert (row[len(own) :] == 1).all()
         changed += sum(abs(w - 1) > 1e-3 for w in own)
-    assert changed > 50
+    assert changed > 30
     assert len(passes) == 3
     for name, share in shares.items():
         assert rate(credit.sums, name) == pytest.approx(share, abs=0.02 if name == "agreement" else 1e-6), name
@@ -323,17 +323,18 @@ def test_no_reference_at_all_is_grpo_and_is_said(tmp_path, monkeypatch, caplog):
 
 
 def test_a_prompt_that_the_model_cannot_hold_is_not_used(tmp_path, monkeypatch):
-    longest = 130
-
-    def limited(self):
-        return longest
-
-    monkeypatch.setattr(TrainerTools, "context_length", property(limited))
-    _, ((groups, credit),), passes = trained(tmp_path, monkeypatch)
-    told = (credit.values_BT != 1).any(1)
-    assert 0 < rate(credit.sums, "referenced") < 0.75  # 0.75 without the limit
-    assert told.any()
-    assert max(shape[1] for shape in passes) + groups.lengths_B.min() <= longest
+    trainer, ((groups, credit),), passes = trained(tmp_path, monkeypatch)
+    plain, longer, _ = passes
+    told = [i for i, (own, tokens) in enumerate(zip(plain, longer, strict=True)) if tokens > own]
+    assert told == (credit.values_BT != 1).any(1).nonzero().flatten().tolist()
+    limit = sorted(longer[i] for i in told)[len(told) // 2]
+    monkeypatch.setattr(TrainerTools, "context_length", limit)
+    again = trainer.token_credit.method.credit(groups)
+    short = [i for i in told if longer[i] <= limit]
+    assert 0 < len(short) < len(told)
+    assert (again.values_BT != 1).any(1).nonzero().flatten().tolist() == short
+    assert again.sums["rlsd/referenced"][0] == len(short)
+    assert max(passes[4]) <= max(limit, *plain)
 
 
 def test_the_model_s_limit_is_known(tmp_path):
@@ -391,15 +392,6 @@ def test_after_the_annealing_there_are_no_passes_and_training_is_grpo(tmp_path, 
         assert (groups.advantages_B != 0).any()
 
 
-def test_lambda_0_is_grpo(tmp_path, monkeypatch):
-    settings = {"max_steps": 2, "loss_type": "dapo"}
-    trainer, _, passes = trained(tmp_path / "a", monkeypatch, rlsd_lambda=0.0, **settings)
-    plain = make_trainer(tmp_path / "b", **RUN | {"credit": "none"} | settings)
-    plain.train()
-    assert not passes
-    assert difference(weights(trainer), weights(plain)) < 1e-7
-
-
 def test_the_agreement_changes_nothing(tmp_path, monkeypatch):
     found = []
     for asked in (True, False):
@@ -430,18 +422,6 @@ def test_a_resumed_run_has_the_lambda_of_its_step(tmp_path, step):
     resumed.train(resume_from_checkpoint=str(tmp_path / f"resumed/checkpoint-{step}"))
     assert difference(weights(resumed), weights(whole)) == 0
     assert logged(resumed, "rlsd/lambda") == logged(whole, "rlsd/lambda")
-
-
-def test_credit_reaches_the_loss(tmp_path):
-    """With other weights the model learns something else."""
-    found = []
-    for epsilon in (0.2, 0.9):
-        trainer = make_trainer(tmp_path, **RUN | {"rlsd_epsilon": epsilon, "rlsd_lambda": 1.0})
-        batches = watch_batches(trainer)
-        trainer.train()
-        found.append(weights(trainer))
-        assert (batches[0]["credit"] - 1).abs().max() == pytest.approx(epsilon, abs=1e-5)
-    assert difference(*found) > 1e-5
 
 
 # Settings, and recorded rollouts
