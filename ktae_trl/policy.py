@@ -37,6 +37,11 @@ class Policy:
         config = self.model.config.get_text_config()
         return config.vocab_size / config.hidden_size
 
+    @property
+    def context_length(self) -> int | None:
+        """Return the maximum number of tokens that the model can read, or None if its config does not define it."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Put the model in evaluation mode, and restore its modes at the end.

@@ -559,6 +559,11 @@ def _squares_probabilities(probe: _Probe) -> str:
     return ""
 
 
+def _renders(probe: _Probe) -> str:
+    found, wanted = prompt_ids_of(probe, ["1", "2"]), probe._tokenizer(["1", "2"])["input_ids"]
+    return "" if found == wanted else f"_tokenize_prompts returns {found}, not the token ids of two texts, {wanted}"
+
+
 def _computes_numbers(probe: _Probe) -> str:
     batch = probe._generate_and_score_completions(probe.rows)
     logps_BT = probe.model.logps_BT.detach()
@@ -662,6 +667,7 @@ FEATURES = {
         "a credit method that uses token_squares",
         (_has(trl.trainer.utils, "add_fused_lm_head"), _squares_probabilities),
     ),
+    "prompt_ids": _Feature("a credit method that renders prompts", (_takes("_tokenize_prompts", []), _renders)),
     "frozen": _Feature(
         "a credit method with a second model",
         (

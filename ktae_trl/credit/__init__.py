@@ -7,9 +7,10 @@ from ktae_trl.credit.ktae.method import KTAE
 from ktae_trl.credit.method import GRPO, Card, Method, from_function
 from ktae_trl.credit.oar import OARG, OARP
 from ktae_trl.credit.otb import OTB
+from ktae_trl.credit.rlsd import RLSD
 from ktae_trl.credit.tree import TreeRPO
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (KTAE, OARG, OARP, TreeRPO, GTPO, OTB)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (KTAE, OARG, OARP, TreeRPO, GTPO, OTB, RLSD)}
 
 
 def find_method(credit: str) -> type[Method]:

@@ -97,6 +97,18 @@ class Tools(Protocol):
     device: Any  # torch.device of this process
     eos_ids: tuple[int, ...]  # end-of-sequence ids
     tokens_per_logits: float  # memory of one logit vector, in units of one token's hidden state
+    context_length: int | None  # maximum tokens that the model can read, prompt and completion; None: no limit is known
+    step: int  # optimizer steps done so far, also those before a resume
+
+    def prompt_ids(self, prompts: list[Any]) -> list[list[int]]:
+        """Return the token ids of prompts, rendered as those of the run: its chat template and its settings.
+
+        Not collective. For `token_stats` after another prompt, replace `prompt_ids_BL` and `prompt_mask_BL` in the
+        groups.
+
+        Args:
+            prompts: conversations or texts, such as `row["prompt"]` of `Groups.rows`. There may be none.
+        """
 
     def token_stats(self, groups: Groups, model: nn.Module | Literal["policy"] = "policy") -> tuple[Tensor, Tensor]:
         """Return the log-probability and entropy (nats) of the tokens of this process's rollouts.

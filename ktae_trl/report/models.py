@@ -21,7 +21,7 @@ from ktae_trl.report.tokens import token_strings, visible
 
 _TOKENS = 8192  # of prompts and completions in a forward pass
 _OTHER = 0.1  # from this share of token ids with another text on, a tokenizer is not that of the rollouts
-_ONLY_IN_TRAINING = ("generate", "grade", "frozen", "eos_ids")  # of `Tools`
+_ONLY_IN_TRAINING = ("generate", "grade", "frozen", "eos_ids", "step", "prompt_ids")  # of `Tools`
 
 
 class Reader(Policy):

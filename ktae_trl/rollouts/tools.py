@@ -23,6 +23,16 @@ class TrainerTools(Policy):
         self.eos_ids = tuple(trainer.eos_token_ids)
         self._frozen: dict[str, nn.Module] = {}
 
+    @property
+    def step(self) -> int:
+        """Return the number of optimizer steps done so far."""
+        return self.trainer.state.global_step
+
+    def prompt_ids(self, prompts: list) -> list[list[int]]:
+        """Return the token ids of prompts, rendered as those of the run: see `Tools`."""
+        trl_seam.need("prompt_ids", self.trainer)
+        return trl_seam.prompt_ids_of(self.trainer, prompts) if prompts else []
+
     def token_stats(self, groups: Groups, model: nn.Module | Literal["policy"] = "policy") -> tuple[Tensor, Tensor]:
         """Return the log-probabilities and entropies of this process's tokens: see `Tools`."""
         if model is None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ktae_trl import KTAEGRPOConfig, tiny
 from ktae_trl.credit import METHODS
@@ -24,7 +24,7 @@ from ktae_trl.training.run import read_arguments
 from tests.credit import examples
 from tests.distributed.launching import environment
 from tests.reporting import Page
-from tests.trainers import difference, logged, make_trainer, other_model, prompts, replay, weights
+from tests.trainers import difference, first_batch, logged, make_trainer, other_model, prompts, replay, weights
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/methods/your_own.md").read_text()
@@ -155,6 +155,31 @@ def test_continuations_are_those_of_the_model_by_itself(tmp_path):
         assert ids == whole
         assert len(ids) <= 9
     assert tools.generate([], 9) == ([], None)
+
+
+def test_prompts_are_rendered_as_those_of_the_run(tmp_path):
+    """With the template and its variables that the run has, which may not be the tokenizer's own."""
+    template = (
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %} {{ mark }}{% endif %}"
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tiny.MODEL)
+    tokenizer.chat_template = template
+    settings = {"chat_template_kwargs": {"mark": "7:"}, "processing_class": tokenizer, "max_completion_length": 8}
+    trainer = make_trainer(tmp_path, credit="tests.credit.examples.EntropyWeight", max_steps=2, **settings)
+    tools = trainer.token_credit.tools
+    messages = list(prompts(3)["prompt"])
+    texts = ["".join(message["content"] for message in some) + " 7:" for some in messages]
+    assert tools.prompt_ids(messages) == tokenizer(texts)["input_ids"]
+    assert tools.prompt_ids(["1 + 1", "2"]) == tokenizer(["1 + 1", "2"])["input_ids"]
+    assert tools.prompt_ids([]) == []
+    assert (tools.step, tools.context_length) == (0, 512)
+    batch = first_batch(trainer)
+    own = {
+        tuple(ids[mask].tolist()) for ids, mask in zip(batch["prompt_ids"], batch["prompt_mask"].bool(), strict=True)
+    }
+    assert own <= {tuple(ids) for ids in tools.prompt_ids(list(prompts()["prompt"]))}
+    trainer.train()
+    assert tools.step == 2
 
 
 def test_grades_are_those_of_the_answers(tmp_path):

@@ -68,6 +68,8 @@ KINDS = {
     "gtpo": {"credit": "gtpo", "save_strategy": "no"},
     "otb": {"credit": "otb", "save_strategy": "no"},
     "otb lora": {"credit": "otb", **LORA},
+    # RLSD reads rollouts after other prompts, with another rollout of the group in them.
+    "rlsd": {"credit": "rlsd", "save_strategy": "no", "rlsd_decay_steps": 12},
     # Methods of one's own, which ask for log-probabilities and entropies, continuations and grades, a second model.
     "entropy": {"credit": "tests.credit.examples.EntropyWeight", "save_strategy": "no"},
     "entropy lora": {"credit": "tests.credit.examples.EntropyWeight", **LORA},
@@ -175,6 +177,14 @@ def test_numbers_of_tokens_of_spread_groups(trained, mode, kind):
     _, two = trained(mode, kind=kind)
     # GTPO divides by entropies near 0, which are rounded.
     assert_same_as_one(two, one, credit=0.02 if kind == "gtpo" else 1e-4, weights=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["ddp", "zero3"])
+def test_a_reference_from_another_process(trained, mode):
+    """The next correct rollout of the group may be on the other process, and prompts are padded to other lengths."""
+    _, (one,) = trained(kind="rlsd")
+    _, two = trained(mode, kind="rlsd")
+    assert_same_as_one(two, one, credit=1e-3, weights=1e-5, padding=1)
 
 
 @pytest.mark.parametrize("mode", ["ddp", "zero3"])
