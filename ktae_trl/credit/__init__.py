@@ -2,12 +2,13 @@
 
 from ktae_trl.arguments import UserError, imported, nearest
 from ktae_trl.credit.combine import HOW
+from ktae_trl.credit.hicra import HICRA
 from ktae_trl.credit.ktae.method import KTAE
 from ktae_trl.credit.method import GRPO, Card, Method, from_function
 from ktae_trl.credit.oar import OARG, OARP
 from ktae_trl.credit.tree import TreeRPO
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (KTAE, OARG, OARP, TreeRPO)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (KTAE, OARG, OARP, TreeRPO, HICRA)}
 
 
 def find_method(credit: str) -> type[Method]:

@@ -82,7 +82,9 @@ def parse_recipe(path: Path, output: Path, **overrides):
 
 def test_there_are_recipes():
     others = {
-        f"{twin}_{credit}" for twin in ("quickstart", "qwen2.5_math_1.5b") for credit in ("oar_g", "oar_p", "tree")
+        f"{twin}_{credit}"
+        for twin in ("quickstart", "qwen2.5_math_1.5b")
+        for credit in ("oar_g", "oar_p", "tree", "hicra")
     }
     assert {path.stem for path in RECIPES} == {
         "quickstart",
@@ -162,7 +164,7 @@ def test_twins_differ_in_credit_only(run):
     assert {key for key in different if not key.startswith("ktae_")} == {"credit", "output_dir"}
 
 
-@pytest.mark.parametrize("credit", ["oar_g", "oar_p", "tree"])
+@pytest.mark.parametrize("credit", ["oar_g", "oar_p", "tree", "hicra"])
 @pytest.mark.parametrize("twin", ["quickstart", "qwen2.5_math_1.5b"])
 def test_other_methods_differ_in_credit_only(twin, credit):
     plain = read(ROOT / f"configs/{twin if twin == 'quickstart' else twin + '_grpo'}.yaml")
@@ -174,7 +176,7 @@ def test_other_methods_differ_in_credit_only(twin, credit):
 
 
 @pytest.mark.slow_after(1)
-@pytest.mark.parametrize("credit", ["oar_g", "oar_p", "tree"])
+@pytest.mark.parametrize("credit", ["oar_g", "oar_p", "tree", "hicra"])
 def test_the_quickstart_with_another_method_trains(tmp_path, credit):
     small = {"max_steps": 1, "per_device_train_batch_size": 16, "report_to": "none", "eval_strategy": "no"}
     trainer = build_trainer(*parse_recipe(ROOT / f"configs/quickstart_{credit}.yaml", tmp_path, **small))
