@@ -1,8 +1,11 @@
 """HICRA: n-grams in texts and tokens against a slow loop, values and metrics by hand, lists and their errors."""
 
+import gzip
+import json
 import random
 import re
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +18,7 @@ from ktae_trl.credit import hicra
 from ktae_trl.credit.combine import combine
 from ktae_trl.credit.hicra import HICRA, clauses, find_ngrams, planning_tokens, read_ngrams
 from ktae_trl.credit.method import Groups
+from ktae_trl.report.mining import Said, mine
 from ktae_trl.tiny import task
 from ktae_trl.training.first_look import Seen, no_signal
 from tests.credit.test_oar import byte_fallback, byte_level
@@ -351,3 +355,33 @@ def test_no_n_gram_in_the_first_generations_is_said():
     assert "(the package's list)" in words
     assert "ktae mine-ngrams RUN -o ngrams.txt" in words
     assert "(hicra_ngrams: mine.txt)" in said(0.0, hicra_ngrams="mine.txt")
+
+
+# The page
+
+
+PAGE = (Path(__file__).parents[2] / "docs/methods/hicra.md").read_text()
+
+
+def test_the_advantages_on_the_page(ngrams):
+    rows = re.findall(r"^\| (a planning n-gram|anything else) \| (\S+) \| (\S+) \| (\S+) \|$", PAGE, re.MULTILINE)
+    rollouts = Rollouts(["let us first."] * 2, [True, False], [True, True], [0.94, -0.94])
+    values_BT = rollouts.credit(ngrams).values_BT
+    advantages_BT = combine(rollouts.groups.advantages_B, values_BT, HICRA.how)
+    expected = [
+        [f"{K:g}", *(f"{A:.2f}" for A in sides)] for K, sides in ((0.2, advantages_BT[:, 0]), (0, advantages_BT[:, 3]))
+    ]
+    assert [list(row[1:]) for row in rows] == expected
+
+
+def test_the_figures_on_the_page(shared):
+    """How many solutions contain n-grams of the package's list, and which n-grams are mined from them."""
+    with gzip.open(shared / "graded_outputs" / "qwen2.5_math_7b_grpo_ktae.jsonl.gz", "rt") as lines:
+        said = [json.loads(line)["output"] for line in lines]
+    places = [{i for place in find_ngrams(text, read_ngrams(None)) for i in range(*place)} for text in said]
+    with_one, inside = sum(map(bool, places)) / len(said), sum(map(len, places)) / sum(map(len, said))
+    page = " ".join(PAGE.split())
+    assert f"In {len(said)} solutions" in page
+    assert f"{with_one:.0%} contain one of its n-grams, which hold {inside:.1%} of the characters" in page
+    for one in mine((Said(str(i), text) for i, text in enumerate(said)), 5, 4):
+        assert f" {one.ngram} {one.problems} {one.rollouts} {one.times / one.rollouts:.2f} {one.example[:20]}" in page
