@@ -152,6 +152,13 @@ def explain(words: list[str]) -> None:
     report(["explain", *words])
 
 
+def mine_ngrams(words: list[str]) -> None:
+    """Mine a list of planning n-grams from rollouts, for the credit method HICRA: ktae mine-ngrams RUN -o FILE"""
+    from ktae_trl.report.mining import main as run
+
+    run(words)
+
+
 def recipes(words: list[str]) -> None:
     """List the package's recipes and other configs, or print one: ktae recipes [NAME] > my.yaml"""
     parser = argparse.ArgumentParser(prog="ktae recipes", description=_description(recipes))
@@ -226,6 +233,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "grade": grade,
     "report": report,
     "explain": explain,
+    "mine-ngrams": mine_ngrams,
     "recipes": recipes,
     "methods": methods,
     "merge": merge,
@@ -238,7 +246,7 @@ def usage() -> str:
     lines = ["Token-level credit assignment for GRPO, on top of TRL.", "", "usage: ktae COMMAND [arguments]", ""]
     for name, command in COMMANDS.items():
         what, _, call = " ".join(command.__doc__.split()).partition(": ")
-        lines += [f"  {name:<9}{what}", f"{'':<11}{call}"]
+        lines += [f"  {name:<13}{what}", f"{'':<15}{call}"]
     lines += [
         "",
         "`ktae COMMAND --help` shows the arguments of a command. `ktae --version` shows the version.",

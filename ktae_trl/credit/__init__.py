@@ -3,6 +3,7 @@
 from ktae_trl.arguments import UserError, imported, nearest
 from ktae_trl.credit.combine import HOW
 from ktae_trl.credit.gtpo import GTPO
+from ktae_trl.credit.hicra import HICRA
 from ktae_trl.credit.ktae.method import KTAE
 from ktae_trl.credit.method import GRPO, Card, Method, from_function
 from ktae_trl.credit.oar import OARG, OARP
@@ -10,7 +11,9 @@ from ktae_trl.credit.otb import OTB
 from ktae_trl.credit.rlsd import RLSD
 from ktae_trl.credit.tree import TreeRPO
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (KTAE, OARG, OARP, TreeRPO, GTPO, OTB, RLSD)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (KTAE, OARG, OARP, TreeRPO, GTPO, OTB, RLSD, HICRA)
+}
 
 
 def find_method(credit: str) -> type[Method]:

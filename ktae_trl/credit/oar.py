@@ -26,10 +26,10 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from ktae_trl.arguments import UserError
+from ktae_trl.credit.decoding import decoded, need_fast
 from ktae_trl.credit.method import Card, Credit, Groups, Method, Settings, Tools
 from ktae_trl.grading import answered, extraction
 
@@ -127,12 +127,7 @@ class OAR(Method):
 
     def __init__(self, settings: Any, tools: Tools):
         super().__init__(settings, tools)
-        if not tools.tokenizer.is_fast:
-            raise UserError(
-                f"OAR needs the character offsets of a fast tokenizer, but {type(tools.tokenizer).__name__} is a slow "
-                "one. Load the fast tokenizer (use_fast=True, or a tokenizer.json), or use another method, such as "
-                "credit: ktae"
-            )
+        need_fast(tools.tokenizer, "OAR")
 
     def influence(self, questions: list[Question]) -> list[Tensor]:
         """Return the influence of the reasoning tokens of each question, one tensor (tokens,) per question."""
@@ -253,16 +248,7 @@ def find_answer(
     Returns:
         None if there is no answer or it is empty.
     """
-    stream, chunks, ends = DecodeStream(skip_special_tokens=True), [], [0]
-    for token in ids:
-        try:
-            chunk = stream.step(tokenizer.backend_tokenizer, token)
-        except Exception:  # bytes that form no character; tokenizers raises a plain Exception
-            stream = DecodeStream(skip_special_tokens=True)
-            chunk = stream.step(tokenizer.backend_tokenizer, token)
-        chunks.append(chunk or "")  # "" inside a character
-        ends.append(ends[-1] + len(chunks[-1]))
-    text = "".join(chunks)
+    text, ends = decoded(ids, tokenizer)
     said = _said(text, ids, tokenizer, prompt_ids)
     answer = extraction.find_answer(said, answer_format)
     if answer is None:

@@ -112,7 +112,7 @@ def _explain(words: list[str]) -> Path:
         "--methods",
         metavar="NAME,...",
         help="credit methods to show side by side: ktae, ktae_loo, ktae_add, importance, importance_loo; with --model "
-        "also oar_g, oar_p, gtpo and otb",
+        "also oar_g, oar_p, gtpo, otb and hicra",
     )
     parser.add_argument(
         "--model",

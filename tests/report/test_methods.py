@@ -73,6 +73,7 @@ def test_values_by_counting_are_those_of_the_training(tmp_path, name, settings):
     [
         {"credit": "oar_g"},
         {"credit": "oar_p", "oar_span": 4},
+        {"credit": "hicra", "hicra_ngrams": "tiny", "hicra_alpha": 0.5},
         {"credit": "oar_g", "oar_answer": "answer_joint", "answer_format": "last_number", "oar_beta": 2.0},
     ],
 )

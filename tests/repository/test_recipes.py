@@ -55,7 +55,7 @@ DAPO = PAPER | {
     "correctness_reward": "math_accuracy",
     "overlong_buffer": 512,
 }
-OTHERS = ("oar_g", "oar_p", "tree", "gtpo", "otb", "rlsd")  # methods with recipes of their own
+OTHERS = ("oar_g", "oar_p", "tree", "gtpo", "otb", "rlsd", "hicra")  # methods with recipes of their own
 LEVELS = {"dataset_filter": {"level": [3, 4, 5]}}
 RUNS = {
     "1.5b_grpo": GRPO | {"model_name_or_path": "Qwen/Qwen2.5-Math-1.5B", "beta": 0.001},

@@ -355,6 +355,7 @@ def test_model_card(tmp_path):
         ("none", ["GRPO", "DeepSeekMath", "- grpo"], ["2505.16826", "- ktae\n"]),
         ("oar_g", ["OAR-G", "2601.07408", "li2026oar", "- oar", "- grpo"], ["2505.16826", "- ktae\n"]),
         ("oar_p", ["OAR-P", "2601.07408", "li2026oar", "- oar", "- grpo"], ["2505.16826", "- ktae\n"]),
+        ("hicra", ["HICRA", "2509.03646", "wang2026hicra", "- hicra", "- grpo"], ["2505.16826", "- ktae\n"]),
         ("tree", ["TreeRPO", "2506.05183", "yang2025treerpo", "- treerpo", "- grpo"], ["2505.16826", "- ktae\n"]),
     ):
         trainer = make_trainer(tmp_path, credit=credit)
