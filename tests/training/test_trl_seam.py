@@ -126,6 +126,11 @@ def without_entropies(original, self, *arguments, **named):
     return original(self, *arguments, **named | {"compute_entropy": False})
 
 
+def without_last_token(original, self, prompts):
+    ids, *more = original(self, prompts)
+    return [own[:-1] for own in ids], *more
+
+
 def one_process_more(original, self, *arguments):
     rewards = original(self, *arguments)
     return torch.cat([rewards, rewards])
@@ -154,6 +159,7 @@ CHANGES = [
     ("grading", "_generate", wrapped(with_item), "_generate returns 9 items, not 8"),
     ("sampling", "_generate", wrapped(with_item), "_generate returns 9 items, not 8"),
     ("sampling", "_tokenize_prompts", None, "_tokenize_prompts does not exist"),
+    ("prompt_ids", "_tokenize_prompts", wrapped(without_last_token), "not the token ids of two texts"),
     (
         "sampling",
         "_generate_single_turn",
