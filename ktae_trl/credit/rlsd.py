@@ -19,7 +19,7 @@ Departures from the authors' code:
 - Without a worked solution, another correct rollout of the group is the reference. The code needs a column.
 - A reference that is too long is not used. The code cuts off its end.
 - The words around the reference are our own.
-- `step` counts optimizer steps. In the launch script a generation has one.
+- `step` counts optimizer steps. In the launch script a generation seems to have one.
 - Rollouts with advantage 0 are skipped.
 
 Shape suffixes: B rollouts, T completion tokens, L prompt tokens.
@@ -104,6 +104,7 @@ class RLSD(Method):
 
     name = "rlsd"
     how = "scale"
+    family = "rlsd"
     title = "RLSD (self-conditioned credit)"
     card = Card(
         "RLSD",

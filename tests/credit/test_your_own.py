@@ -160,11 +160,11 @@ def test_continuations_are_those_of_the_model_by_itself(tmp_path):
 def test_prompts_are_rendered_as_those_of_the_run(tmp_path):
     """With the template and its variables that the run has, which may not be the tokenizer's own."""
     template = (
-        "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %} {{ mark }}{% endif %}"
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ mark }}{% endif %}"
     )
     tokenizer = AutoTokenizer.from_pretrained(tiny.MODEL)
     tokenizer.chat_template = template
-    settings = {"chat_template_kwargs": {"mark": "7:"}, "processing_class": tokenizer, "max_completion_length": 8}
+    settings = {"chat_template_kwargs": {"mark": " 7:"}, "processing_class": tokenizer, "max_completion_length": 8}
     trainer = make_trainer(tmp_path, credit="tests.credit.examples.EntropyWeight", max_steps=2, **settings)
     tools = trainer.token_credit.tools
     messages = list(prompts(3)["prompt"])
@@ -174,9 +174,8 @@ def test_prompts_are_rendered_as_those_of_the_run(tmp_path):
     assert tools.prompt_ids([]) == []
     assert (tools.step, tools.context_length) == (0, 512)
     batch = first_batch(trainer)
-    own = {
-        tuple(ids[mask].tolist()) for ids, mask in zip(batch["prompt_ids"], batch["prompt_mask"].bool(), strict=True)
-    }
+    rows = zip(batch["prompt_ids"], batch["prompt_mask"].bool(), strict=True)
+    own = {tuple(ids[mask].tolist()) for ids, mask in rows}
     assert own <= {tuple(ids) for ids in tools.prompt_ids(list(prompts()["prompt"]))}
     trainer.train()
     assert tools.step == 2

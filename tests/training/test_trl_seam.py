@@ -131,6 +131,11 @@ def of_prompts(original, self, model, ids, mask, completion_length, **named):
     return logps[:, :completion_length] - 1, *others
 
 
+def without_last_token(original, self, prompts):
+    ids, *more = original(self, prompts)
+    return [own[:-1] for own in ids], *more
+
+
 def one_process_more(original, self, *arguments):
     rewards = original(self, *arguments)
     return torch.cat([rewards, rewards])
@@ -161,6 +166,7 @@ CHANGES = [
     ("grading", "_generate", wrapped(with_item), "_generate returns 9 items, not 8"),
     ("sampling", "_generate", wrapped(with_item), "_generate returns 9 items, not 8"),
     ("sampling", "_tokenize_prompts", None, "_tokenize_prompts does not exist"),
+    ("prompt_ids", "_tokenize_prompts", wrapped(without_last_token), "not the token ids of two texts"),
     (
         "sampling",
         "_generate_single_turn",
