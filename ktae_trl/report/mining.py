@@ -201,7 +201,8 @@ def _mine(words: list[str]) -> None:
             "--min_problems, or write the list by hand: one n-gram of 3 to 5 words per line"
         )
     settings = f"--min_problems {options.min_problems} --top {options.top}"
-    command = _one_line(shlex.join(["ktae", "mine-ngrams", *words]))
+    command = _one_line(f"ktae mine-ngrams {shlex.join(words)}")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     replace_text(options.output, listed(mined, files.described(), command, settings))
     Console(highlight=False, markup=False, emoji=False).print(table(mined))
     Console(soft_wrap=True, highlight=False, markup=False, emoji=False).print(

@@ -155,7 +155,7 @@ def refusal(*words) -> str:
 
 
 def test_the_list_says_where_it_comes_from_and_is_read_by_the_setting(rows, tmp_path, capsys):
-    path = tmp_path / "mine.txt"
+    path = tmp_path / "new" / "mine.txt"
     cli.main(["mine-ngrams", str(rows), "-o", str(path), "--min_problems", "6"])
     head = path.read_text().splitlines()[:4]
     assert head[1] == f"# Mined from 12 rollouts of 6 problems in {rows}"
