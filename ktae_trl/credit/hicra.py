@@ -227,7 +227,7 @@ def read_ngrams(name: str | None) -> frozenset[str]:
     lists = {None: "general", TINY: "tiny"}
     path = LISTS / f"{lists[name]}.txt" if name in lists else Path(os.path.expanduser(name))
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         raise NotFoundError(
             f"There is no list of n-grams {name} (hicra_ngrams; looked in {Path.cwd()}). `ktae mine-ngrams RUN -o "

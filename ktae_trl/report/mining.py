@@ -128,15 +128,17 @@ def _ngrams_of(problem: str) -> frozenset[str]:
     )
 
 
-def _longest(found: list[Mined]) -> Iterator[Mined]:
-    """Leave out n-grams that are the beginning of a longer one with most of their rollouts."""
-    longer: dict[str, int] = {}  # beginning -> the most rollouts of a longer n-gram
-    for one in found:
-        words = one.ngram.split()
-        for size in range(SIZES[0], len(words)):
-            part = " ".join(words[:size])
-            longer[part] = max(longer.get(part, 0), one.rollouts)
-    return (one for one in found if longer.get(one.ngram, 0) < MOSTLY * one.rollouts)
+def _longest(found: list[Mined]) -> list[Mined]:
+    """Leave out n-grams that are the beginning of a longer kept one with most of their rollouts."""
+    kept, longer = [], {}  # beginning -> the most rollouts of a longer kept n-gram
+    for one in sorted(found, key=lambda one: -len(one.ngram.split())):
+        if longer.get(one.ngram, 0) < MOSTLY * one.rollouts:
+            kept.append(one)
+            words = one.ngram.split()
+            for size in range(SIZES[0], len(words)):
+                part = " ".join(words[:size])
+                longer[part] = max(longer.get(part, 0), one.rollouts)
+    return kept
 
 
 # The command
@@ -201,7 +203,8 @@ def _mine(words: list[str]) -> None:
             "--min_problems, or write the list by hand: one n-gram of 3 to 5 words per line"
         )
     settings = f"--min_problems {options.min_problems} --top {options.top}"
-    command = _one_line(shlex.join(["ktae", "mine-ngrams", *words]))
+    command = _one_line(f"ktae mine-ngrams {shlex.join(words)}")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     replace_text(options.output, listed(mined, files.described(), command, settings))
     Console(highlight=False, markup=False, emoji=False).print(table(mined))
     Console(soft_wrap=True, highlight=False, markup=False, emoji=False).print(

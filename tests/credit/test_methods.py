@@ -21,6 +21,7 @@ METHOD_SETTINGS = {
     "per_device_train_batch_size": 32,
     "loss_type": "dapo",
     "oar_token_budget": 2000,
+    "hicra_ngrams": "tiny",
 }
 # With settings of its own each.
 EXAMPLES = {

@@ -83,6 +83,11 @@ def test_the_longest_wins_over_its_beginnings():
     assert mined(*most) == {"we need to find it": (2, 2, 2), "we need to go": (2, 2, 2)}
     others = [(problem, f"we need to {verb}") for problem, verb in zip("pqr", ("see", "do", "ask"), strict=True)]
     assert mined(*most, *others)["we need to"] == (3, 7, 7)  # either longer one has 2 of these 7
+    chain = [(str(i), " ".join(["we", "need", "to", "find", "it"][:size])) for size in (3, 4, 5) for i in range(2)]
+    chain += [("0", "we need to find"), ("1", "we need to")]  # of 8, 5 and 2 rollouts: 5 of 8 are most, 2 of 5 are not
+    assert mined(*chain) == {"we need to find": (2, 5, 5), "we need to find it": (2, 2, 2)}
+    chain += [("2", "we need to find it")] * 2  # of 10, 7 and 4: the one of 7 goes, and 4 of 10 are not most
+    assert mined(*chain) == {"we need to": (3, 10, 10), "we need to find it": (3, 4, 4)}
 
 
 def test_the_order_and_the_number():
@@ -113,11 +118,11 @@ def slow(rollouts: list[tuple[str, str]], min_problems: int) -> dict[str, tuple[
                     problems.add(problem)
         if len(problems) >= min_problems and sum(uses.values()) <= 1.5 * len(uses):
             kept[ngram] = (len(problems), len(uses), sum(uses.values()))
-    return {
-        ngram: counts
-        for ngram, counts in kept.items()
-        if not any(other.startswith(ngram + " ") and kept[other][1] >= 0.5 * counts[1] for other in kept)
-    }
+    for size in (4, 3):  # those of 5 words stay
+        for ngram in [one for one in kept if len(one.split()) == size]:
+            if any(other.startswith(ngram + " ") and kept[other][1] >= 0.5 * kept[ngram][1] for other in kept):
+                del kept[ngram]
+    return kept
 
 
 def test_mining_against_the_slow_loop():
@@ -155,7 +160,7 @@ def refusal(*words) -> str:
 
 
 def test_the_list_says_where_it_comes_from_and_is_read_by_the_setting(rows, tmp_path, capsys):
-    path = tmp_path / "mine.txt"
+    path = tmp_path / "new" / "mine.txt"
     cli.main(["mine-ngrams", str(rows), "-o", str(path), "--min_problems", "6"])
     head = path.read_text().splitlines()[:4]
     assert head[1] == f"# Mined from 12 rollouts of 6 problems in {rows}"
