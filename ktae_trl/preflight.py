@@ -125,7 +125,11 @@ def check_model(name: str, revision: str | None = None, by: str | None = None) -
         remedy = near or ". Give the folder of a saved model, or a model on the Hub as USER/NAME"
         raise NotFoundError(f"There is no model {name}{_by(by, f'looked in {Path.cwd()}')}{remedy}")
     else:
-        _check_hub(name, "model", revision, by)
+        try:
+            _check_hub(name, "model", revision, by)
+        except NotFoundError as error:  # of runs/NAME, which could also be on the Hub, a folder may have been meant
+            own = (each for each in path.parent.glob("*") if each.is_dir()) if "/" in name else ()
+            raise NotFoundError(f"{error}{nearest_path(path, own)}") from error
 
 
 def check_dataset(name: str, by: str | None = None) -> None:

@@ -149,18 +149,22 @@ class MetricsTable(TrainerCallback):
         self._lines_below_head += 1
         if not self._explained:
             self._explained = True
-            say(f"\n{self.legend(evaluates=args.eval_strategy != 'no')}\n")
+            reuses = args.logging_steps < args.steps_per_generation / args.gradient_accumulation_steps
+            say(f"\n{self.legend(evaluates=args.eval_strategy != 'no', reuses=reuses)}\n")
             self._lines_below_head = None
 
-    def legend(self, *, evaluates: bool) -> str:
+    def legend(self, *, evaluates: bool, reuses: bool = False) -> str:
         """Return what each column means, a line each.
 
         Args:
             evaluates: whether there are lines of evaluations.
+            reuses: whether there are lines of steps that train only on rollouts of an earlier step.
         """
         meanings = {name: column.meaning or f"the metric {column.metric}" for name, column in self.columns.items()}
         if evaluates:
             meanings["N eval"] = "the same after step N, on the held-out problems"
+        if reuses:
+            meanings["(empty)"] = "no rollouts were sampled: these steps train on those of an earlier step"
         width = max(map(len, meanings))
         lines = [f"  {name:<{width}}  {meaning}" for name, meaning in meanings.items()]
         return "\n".join([f"Each line is a mean over the steps since the previous line{self._kept}:", *lines])

@@ -133,6 +133,18 @@ def ended(program: str, *words: str, **environment: str) -> tuple[subprocess.Com
     return done, time.monotonic() - began
 
 
+def test_a_folder_with_a_name_like_one_on_the_hub_is_suggested(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: True)
+    Path("runs/quickstart").mkdir(parents=True)
+    with pytest.raises(
+        NotFoundError, match=r"^The model 'runs/quickstar' is neither in .*\. Did you mean runs/quickstart\?"
+    ):
+        preflight.check_model("runs/quickstar")
+    with pytest.raises(NotFoundError, match=r"^The model 'quickstar' is neither in .* a copy$"):
+        preflight.check_model("quickstar")
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_no_network_is_one_line_before_torch_is_imported(folder, program):
     config = "good.yaml"

@@ -25,9 +25,15 @@ from tests.training.test_trackers import GROUP
 LOGS = {"reward": 0.25, "correctness/right": 0.5, "completions/mean_length": 17.25, "ktae/value_right": None}
 
 
+def make_args(**settings) -> SimpleNamespace:
+    usual = {"eval_strategy": "no", "logging_steps": 1, "steps_per_generation": 2, "gradient_accumulation_steps": 2}
+    return SimpleNamespace(**usual | settings)
+
+
 def log(table, step, logs, *, first=True, evaluates=False, max_steps=100) -> None:
     state = SimpleNamespace(global_step=step, max_steps=max_steps, is_world_process_zero=first)
-    table.on_log(SimpleNamespace(eval_strategy="steps" if evaluates else "no"), state, None, logs=logs)
+    args = make_args(eval_strategy="steps" if evaluates else "no")
+    table.on_log(args, state, None, logs=logs)
 
 
 def test_a_line_per_log(capsys):
@@ -90,6 +96,16 @@ def test_the_legend_says_what_is_counted():
         .endswith(", for the groups that were kept:")
     )
     assert re.search("N eval +the same after step N", MetricsTable(find_method("none"), False).legend(evaluates=True))
+
+
+@pytest.mark.parametrize(
+    ("logging_steps", "steps_per_generation", "said"), [(1, 4, True), (2, 4, False), (1, 2, False)]
+)
+def test_the_legend_says_why_a_line_is_empty(capsys, logging_steps, steps_per_generation, said):
+    args = make_args(logging_steps=logging_steps, steps_per_generation=steps_per_generation)
+    state = SimpleNamespace(global_step=1, max_steps=9, is_world_process_zero=True)
+    MetricsTable(find_method("none"), False).on_log(args, state, None, logs=LOGS)
+    assert ("(empty)" in capsys.readouterr().out) == said
 
 
 def test_a_method_of_a_user_may_leave_out_what_its_column_means():
