@@ -7,9 +7,10 @@ of the paper was not checked.
 Departures from the authors' code:
 
 - The threshold of a rollout does not depend on the rollouts before it.
-- `oar_answer` is "answer_mean" by default for both variants. The README uses "last" for OAR-P.
-- "last" is the distribution after the completion's last token. The code suggests that of the answer's first token.
-- "answer_joint" is the sum of the answer tokens' log-probabilities. The code takes their mean.
+- `oar_answer` is "answer_mean" by default for both variants. The README, and our recipes, use "last" for OAR-P.
+- "last" is the distribution of the answer's first token. This is inferred from the code, which lacks that function.
+- "answer_joint" is the sum of the answer tokens' log-probabilities, which is their joint log-probability. The code takes
+  their mean.
 - OAR-P can perturb several tokens together (`oar_span`).
 - The noise of OAR-G is seeded with the rollout's own tokens.
 - Rollouts with advantage 0 are skipped.
@@ -70,7 +71,8 @@ class OAR(Method):
             oar_answer (`str`, *optional*, defaults to `"answer_mean"`):
                 Representation of the model's answer on which influence is measured: `"answer_mean"`, the distribution
                 of the mean logits over the positions that predict the answer tokens; `"answer_joint"`, the joint
-                log-probability of the answer tokens; `"last"`, the distribution after the completion's last token.
+                log-probability of the answer tokens, which is the sum of their log-probabilities; `"last"`, the
+                distribution of the answer's first token.
             oar_quantile (`float`, *optional*, defaults to `0.25`):
                 Quantile of influence in a rollout. Tokens below it lose weight, the others gain weight.
             oar_beta (`float`, *optional*, defaults to `1.0`):
@@ -152,7 +154,7 @@ class OAR(Method):
             # With advantage 0 the weights have no effect.
             if reasoning_BT[row].sum() >= 2 and groups.advantages_B[row] != 0:
                 prompt = torch.tensor(prompt, dtype=torch.long, device=ids_BT.device)
-                questions.append(_ask(row, prompt, ids_BT[row], reasoning_BT[row], answer, groups, self.settings))
+                questions.append(_ask(row, prompt, ids_BT[row], reasoning_BT[row], answer, self.settings.oar_answer))
         influence_BT = torch.zeros(mask_BT.shape, device=mask_BT.device)
         for question, influence in zip(questions, self.influence(questions), strict=True):
             influence_BT[question.row, reasoning_BT[question.row]] = influence.float()
@@ -220,19 +222,12 @@ class OARP(OAR):
         return perturbation_influence(questions, self.settings, self.tools)
 
 
-def _ask(
-    row: int, prompt: Tensor, ids_T: Tensor, reasoning_T: Tensor, answer: Answer, groups: Groups, settings: Any
-) -> Question:
-    if settings.oar_answer == "last":
-        special = torch.tensor(groups.special_ids, device=ids_T.device)
-        told = torch.isin(ids_T[: groups.lengths_B[row]], special, invert=True).nonzero()
-        at_A = len(prompt) + told[-1]
-        targets_A = torch.zeros_like(at_A)  # not read
-    else:
-        tokens_A = torch.tensor(answer.tokens, device=ids_T.device)
-        at_A, targets_A = len(prompt) + tokens_A - 1, ids_T[tokens_A]
+def _ask(row: int, prompt: Tensor, ids_T: Tensor, reasoning_T: Tensor, answer: Answer, represented: str) -> Question:
+    tokens = answer.tokens[:1] if represented == "last" else answer.tokens
+    tokens_A = torch.tensor(tokens, device=ids_T.device)
+    at_A = len(prompt) + tokens_A - 1
     ids_L = torch.cat([prompt, ids_T])[: int(at_A[-1]) + 1]
-    return Question(row, ids_L, at_A, targets_A, len(prompt) + reasoning_T.nonzero().squeeze(1))
+    return Question(row, ids_L, at_A, ids_T[tokens_A], len(prompt) + reasoning_T.nonzero().squeeze(1))
 
 
 def find_answer(

@@ -219,8 +219,9 @@ def policy(accelerator, model=None) -> Policy:
 
 def question(how: str, prompt=PROMPT, completion=COMPLETION) -> oar.Question:
     n = len(prompt)
-    at = torch.tensor([n + len(completion) - 1] if how == "last" else [n + place - 1 for place in ANSWER])
-    targets = torch.zeros_like(at) if how == "last" else torch.tensor([completion[place] for place in ANSWER])
+    answer = ANSWER[:1] if how == "last" else ANSWER
+    at = torch.tensor([n + place - 1 for place in answer])
+    targets = torch.tensor([completion[place] for place in answer])
     ids = torch.tensor(prompt + completion)[: int(at[-1]) + 1]
     return oar.Question(0, ids, at, targets, n + torch.tensor(REASONING))
 
@@ -413,7 +414,7 @@ def test_the_weights_of_a_rollout_are_those_of_the_loop(tmp_path, how):
         reasoning = np.flatnonzero(ends <= box.start()).tolist()
         answer = np.flatnonzero((begins < box.end(1)) & (ends > box.start(1))).tolist()
         assert "".join(pieces[i] for i in answer) == box[1]
-        expected = influences(trainer.model.eval(), prompt, completion[:-1], reasoning, answer, how, 0)
+        expected = influences(trainer.model.eval(), prompt, completion, reasoning, answer, how, 0)
         weights_T = oar.reshape(torch.tensor([expected]), torch.ones(1, len(expected), dtype=torch.bool))[0]
         torch.testing.assert_close(batch["credit"][row][reasoning], weights_T, rtol=0, atol=tolerance)
         checked += 1
