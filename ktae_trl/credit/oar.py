@@ -9,11 +9,11 @@ Departures from the authors' code:
 - The threshold of a rollout does not depend on the rollouts before it.
 - `oar_answer` is "answer_mean" by default for both variants. The README, and our recipes, use "last" for OAR-P.
 - "last" is the distribution of the answer's first token. This is inferred from the code, which lacks that function.
-- "answer_joint" is the sum of the answer tokens' log-probabilities, which is their joint log-probability. The code takes
-  their mean.
+- "answer_joint" is the joint log-probability of the answer tokens, a sum. The code takes the mean of their
+  log-probabilities.
 - OAR-P can perturb several tokens together (`oar_span`).
 - The noise of OAR-G is seeded with the rollout's own tokens.
-- Rollouts with advantage 0 are skipped.
+- Rollouts with advantage 0 are skipped, and identical rollouts are computed once.
 
 Shape suffixes: B rollouts, T completion tokens, L tokens of prompt and completion, A answer tokens, V vocabulary, H
 hidden size, R rows of a forward pass.
@@ -47,9 +47,9 @@ class Answer(NamedTuple):
 
 
 class Question(NamedTuple):
-    """The inputs for the influence of each reasoning token of one rollout on its answer."""
+    """The inputs for the influence of each reasoning token of a rollout on its answer."""
 
-    row: int  # of the rollout in the batch
+    rows: list[int]  # the rollout's row in the batch, and those of identical rollouts
     ids_L: Tensor  # prompt and completion, up to the last position in `at_A`
     at_A: Tensor  # positions whose next-token distributions represent the answer
     targets_A: Tensor  # the token after each of these positions
@@ -143,7 +143,8 @@ class OAR(Method):
     def credit(self, groups: Groups) -> Credit:
         """Compute the weights of the tokens of this process's rollouts."""
         mask_BT, ids_BT = groups.mask_BT, groups.ids_BT.long()
-        reasoning_BT, questions, answered = torch.zeros_like(mask_BT), [], []
+        reasoning_BT, answered = torch.zeros_like(mask_BT), []
+        questions: dict[tuple, Question] = {}  # identical rollouts share one
         places_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)
         for row, (prompt, completion) in enumerate(zip(groups.prompts, groups.completions, strict=True)):
             answer = find_answer(completion, self.tools.tokenizer, self.settings.answer_format, prompt)
@@ -153,15 +154,18 @@ class OAR(Method):
             reasoning_BT[row] = mask_BT[row] & (places_T < answer.box)
             # With advantage 0 the weights have no effect.
             if reasoning_BT[row].sum() >= 2 and groups.advantages_B[row] != 0:
-                prompt = torch.tensor(prompt, dtype=torch.long, device=ids_BT.device)
-                questions.append(_ask(row, prompt, ids_BT[row], reasoning_BT[row], answer, self.settings.oar_answer))
+                same = (tuple(prompt), tuple(completion), tuple(mask_BT[row].tolist()))
+                if same not in questions:
+                    prompt = torch.tensor(prompt, dtype=torch.long, device=ids_BT.device)
+                    questions[same] = _ask(prompt, ids_BT[row], reasoning_BT[row], answer, self.settings.oar_answer)
+                questions[same].rows.append(row)
         influence_BT = torch.zeros(mask_BT.shape, device=mask_BT.device)
-        for question, influence in zip(questions, self.influence(questions), strict=True):
-            influence_BT[question.row, reasoning_BT[question.row]] = influence.float()
-        weights_BT = reshape(influence_BT, reasoning_BT, self.settings.oar_quantile, self.settings.oar_beta)
         asked_BT = torch.zeros_like(mask_BT)
-        asked_BT[[question.row for question in questions]] = True
-        asked_BT &= reasoning_BT
+        for question, influence in zip(questions.values(), self.influence(list(questions.values())), strict=True):
+            for row in question.rows:
+                influence_BT[row, reasoning_BT[row]] = influence.float()
+                asked_BT[row] = reasoning_BT[row]
+        weights_BT = reshape(influence_BT, reasoning_BT, self.settings.oar_quantile, self.settings.oar_beta)
         sums = {
             "oar/answered": (torch.tensor(len(answered), device=mask_BT.device), mask_BT.any(1).sum()),
             "oar/reshaped_tokens": (asked_BT.sum(), mask_BT.sum()),
@@ -222,12 +226,12 @@ class OARP(OAR):
         return perturbation_influence(questions, self.settings, self.tools)
 
 
-def _ask(row: int, prompt: Tensor, ids_T: Tensor, reasoning_T: Tensor, answer: Answer, represented: str) -> Question:
+def _ask(prompt: Tensor, ids_T: Tensor, reasoning_T: Tensor, answer: Answer, represented: str) -> Question:
     tokens = answer.tokens[:1] if represented == "last" else answer.tokens
     tokens_A = torch.tensor(tokens, device=ids_T.device)
     at_A = len(prompt) + tokens_A - 1
     ids_L = torch.cat([prompt, ids_T])[: int(at_A[-1]) + 1]
-    return Question(row, ids_L, at_A, ids_T[tokens_A], len(prompt) + reasoning_T.nonzero().squeeze(1))
+    return Question([], ids_L, at_A, ids_T[tokens_A], len(prompt) + reasoning_T.nonzero().squeeze(1))
 
 
 def find_answer(
@@ -389,7 +393,7 @@ def gradient_influence(questions: list[Question], settings: Any, tools: Tools) -
             influences |= zip(batch, _differentiate([questions[i] for i in batch], settings, tools), strict=True)
         for _ in range(extra):
             one = torch.zeros(1, dtype=torch.long, device=tools.device)
-            _differentiate([Question(0, one, one, one, one)], settings, tools)
+            _differentiate([Question([], one, one, one, one)], settings, tools)
     return [influences[i] for i in range(len(questions))]
 
 

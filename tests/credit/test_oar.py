@@ -17,6 +17,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from ktae_trl import tiny
 from ktae_trl.credit import oar
+from ktae_trl.credit.method import Groups
 from ktae_trl.policy import Policy
 from tests.reference.oar_loop import influences
 from tests.trainers import difference, first_batch, logged, make_trainer, prompts, replay, watch_batches, weights
@@ -223,7 +224,7 @@ def question(how: str, prompt=PROMPT, completion=COMPLETION) -> oar.Question:
     at = torch.tensor([n + place - 1 for place in answer])
     targets = torch.tensor([completion[place] for place in answer])
     ids = torch.tensor(prompt + completion)[: int(at[-1]) + 1]
-    return oar.Question(0, ids, at, targets, n + torch.tensor(REASONING))
+    return oar.Question([0], ids, at, targets, n + torch.tensor(REASONING))
 
 
 def config(**changed) -> SimpleNamespace:
@@ -321,6 +322,70 @@ def test_divergence_in_single_precision(size):
     exact = torch.nn.functional.kl_div(changed, clean, log_target=True, reduction="none").sum(-1)
     found = oar.divergence(clean.float(), changed.float(), "answer_mean")
     np.testing.assert_allclose(found, exact, rtol=0.1 if size < 1e-5 else 2e-3, atol=0)
+
+
+# Identical rollouts
+
+
+def groups_of(tokenizer, texts: list[str], advantages: list[float], prompts: list[str], untrained=()) -> Groups:
+    """Groups of one process with these completions; (row, place) in `untrained` are not trained on."""
+    ids = [torch.tensor(tokenizer(text)["input_ids"]) for text in texts]
+    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    mask_BT = pad([torch.ones_like(x, dtype=torch.bool) for x in ids])
+    for row, place in untrained:
+        mask_BT[row, place] = False
+    prompt_ids = [torch.tensor(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    flags = torch.ones(1, len(texts), dtype=torch.bool)
+    return Groups(
+        pad(ids)[None],
+        mask_BT[None],
+        flags,
+        flags,
+        torch.tensor(advantages),
+        pad(prompt_ids, padding_side="left"),
+        pad([torch.ones_like(x) for x in prompt_ids], padding_side="left"),
+        torch.tensor([len(x) for x in ids]),
+        (tokenizer.pad_token_id, tokenizer.eos_token_id),
+        slice(0, len(texts)),
+    )
+
+
+class Counting(Policy):
+    """A policy that notes the number of rows of each forward pass."""
+
+    def logits(self, ids, *arguments, **more):
+        self.rows.append(len(ids))
+        return super().logits(ids, *arguments, **more)
+
+
+@pytest.mark.parametrize("method", [oar.OARG, oar.OARP])
+def test_identical_rollouts_are_computed_once(accelerator, method):
+    tokenizer = AutoTokenizer.from_pretrained(tiny.MODEL)
+    reached = Counting(AutoModelForCausalLM.from_pretrained(tiny.MODEL, dtype=torch.float64), tokenizer, accelerator)
+    credited = method(config(answer_format="boxed", oar_quantile=0.25, oar_beta=1.0), reached)
+
+    def credit(texts, advantages=None, asked=None, untrained=()):
+        """Return the credit of these rollouts, and how many rows the model saw for them."""
+        advantages, asked = advantages or [1.0] * len(texts), asked or ["16+3?"] * len(texts)
+        reached.rows = []
+        found = credited.credit(groups_of(tokenizer, texts, advantages, asked, untrained))
+        return found, sum(reached.rows)
+
+    right, wrong = "16+3=19, so \\boxed{19}", "16+3 is 18, so \\boxed{18}"
+    (of_right, rows), (of_wrong, more_rows) = credit([right]), credit([wrong])
+    found, all_rows = credit([right, wrong, right, right, wrong], [0.5, -1.0, 2.0, 0.5, 0.0])
+    assert all_rows <= rows + more_rows
+    for row, alone in enumerate([of_right, of_wrong, of_right, of_right]):
+        (expected,) = alone.values_BT
+        assert expected.std() > 0.1
+        torch.testing.assert_close(found.values_BT[row, : len(expected)], expected, rtol=0, atol=1e-3)
+    assert (found.values_BT[4] == 1).all()
+    reshaped, alone = found.sums["oar/reshaped_tokens"][0], [of_right, of_right, of_right, of_wrong]
+    assert reshaped == sum(one.sums["oar/reshaped_tokens"][0] for one in alone)
+    # Rollouts with another prompt, or with a token that is not trained on, are not identical.
+    assert credit([right] * 2)[1] == rows
+    assert credit([right] * 2, asked=["16+3?", "3+16?"])[1] == 2 * rows
+    assert credit([right] * 2, untrained=[(1, 0)])[1] > rows
 
 
 # Beside a training
