@@ -60,6 +60,13 @@ class Question(NamedTuple):
         return len(self.ids_L) + len(self.at_A) * tokens_per_logits
 
 
+class Prompts(NamedTuple):
+    """The keys and values of the first tokens of all questions, which the rollouts of a prompt share."""
+
+    cache: Any  # one row for each distinct prompt; None if the model cannot use one
+    length: int  # tokens of each row in the cache
+
+
 class OAR(Method):
     """Weights by the influence of each token on the answer. Subclasses define how influence is measured."""
 
@@ -378,34 +385,46 @@ def gradient_influence(questions: list[Question], settings: Any, tools: Tools) -
         J = KL(P || P_noisy), with noise of N(0, oar_noise_std^2) on the embeddings e of the reasoning tokens
         I_t = |sum_h (dJ / de_t)_h e_t,h|
 
+    The tokens before the reasoning have no noise, so each distinct prompt is computed once and without a gradient, if
+    the model's cache allows it (`Tools.empty_cache`).
+
     The noise is seeded with the rollout's own tokens. In float32 a rollout therefore gets the same weights in every
     batch, on every process and in a resumed run. In bf16 the gradient, which is about P_noisy - P, is lost in the
     rounding error of the forward passes if the noise is small: set `oar_noise_std` to 0.01.
 
     Source: the authors' code (Valsure/Outcome-Grounded-Advantage-Reshaping) of arXiv 2601.07408.
     """
-    sizes = [(len(question.ids_L), len(question.at_A) * tools.tokens_per_logits) for question in questions]
-    batches = list(_in_batches(sizes, settings.oar_token_budget))
+    batches = list(_in_batches(questions, settings.oar_token_budget, tools.tokens_per_logits))
     extra = tools.missing_rounds(len(batches))
+    second = torch.ones(1, dtype=torch.long, device=tools.device)
+    filling = Question([], torch.zeros_like(second).repeat(2), second, second, second)
     influences: dict[int, Tensor] = {}
     with torch.enable_grad(), tools.reading():
+        if batches or extra:
+            prompts, prompt_N = _read_prompts(questions or [filling], settings, tools)
         for batch in batches:
-            influences |= zip(batch, _differentiate([questions[i] for i in batch], settings, tools), strict=True)
+            found = _differentiate([questions[i] for i in batch], prompts, prompt_N[batch], settings, tools)
+            influences |= zip(batch, found, strict=True)
         for _ in range(extra):
-            one = torch.zeros(1, dtype=torch.long, device=tools.device)
-            _differentiate([Question([], one, one, one, one)], settings, tools)
+            _differentiate([filling], Prompts(None, 0), second, settings, tools)
     return [influences[i] for i in range(len(questions))]
 
 
-def _in_batches(sizes: list[tuple[float, float]], budget: int) -> Iterator[list[int]]:
-    """Yield batches of rows of similar size, largest first, that fit the budget or have one row.
+def _in_batches(questions: list[Question], budget: int, tokens_per_logits: float) -> Iterator[list[int]]:
+    """Yield batches of questions, longest reasoning first, that fit the budget or have one row.
 
-    Both sizes of a row, tokens and logits, are padded to the largest in the batch.
+    Rows are padded to the longest. From its first reasoning token on, a row has at least half as many tokens as the
+    longest of its batch.
     """
+    own = [len(question.ids_L) - int(question.reasoning[0]) for question in questions]
+
+    def padded(batch: list[int]) -> float:
+        longest = max(len(questions[i].ids_L) for i in batch)
+        return len(batch) * (longest + max(len(questions[i].at_A) for i in batch) * tokens_per_logits)
+
     batch: list[int] = []
-    for i in sorted(range(len(sizes)), key=lambda i: -sum(sizes[i])):
-        padded = [max(some) for some in zip(*(sizes[j] for j in [*batch, i]), strict=True)]
-        if batch and sum(padded) * (len(batch) + 1) > budget:
+    for i in sorted(range(len(questions)), key=own.__getitem__, reverse=True):
+        if batch and (2 * own[i] < own[batch[0]] or padded([*batch, i]) > budget):
             yield batch
             batch = []
         batch.append(i)
@@ -413,10 +432,28 @@ def _in_batches(sizes: list[tuple[float, float]], budget: int) -> Iterator[list[
         yield batch
 
 
-def _differentiate(batch: list[Question], settings: Any, tools: Tools) -> list[Tensor]:
-    pad = torch.nn.utils.rnn.pad_sequence
-    ids_RL = pad([q.ids_L for q in batch], batch_first=True)
-    at_RA = pad([q.at_A for q in batch], batch_first=True)
+def _read_prompts(questions: list[Question], settings: Any, tools: Tools) -> tuple[Prompts, Tensor]:
+    """Compute the tokens before the reasoning of each distinct prompt. Also return each question's row in the cache.
+
+    All rows have the same length, that of the shortest prompt, so that no padding is needed.
+    """
+    length = min(int(question.reasoning[0]) for question in questions)
+    cache = tools.empty_cache() if length else None
+    if cache is None:
+        return Prompts(None, 0), torch.zeros(len(questions), dtype=torch.long, device=tools.device)
+    ids_PL, prompt_N = torch.stack([q.ids_L[:length] for q in questions]).unique(dim=0, return_inverse=True)
+    length = min(length, max(settings.oar_token_budget // len(ids_PL), 1))
+    with torch.no_grad():
+        tools.logits(ids_PL[:, :length], torch.zeros_like(ids_PL[:, :1]), cache)
+    return Prompts(cache, length), prompt_N
+
+
+def _differentiate(
+    batch: list[Question], prompts: Prompts, prompt_R: Tensor, settings: Any, tools: Tools
+) -> list[Tensor]:
+    pad, begin = torch.nn.utils.rnn.pad_sequence, prompts.length
+    ids_RL = pad([q.ids_L[begin:] for q in batch], batch_first=True)
+    at_RA = pad([q.at_A - begin for q in batch], batch_first=True)
     targets_RA = pad([q.targets_A for q in batch], batch_first=True)
     valid_RA = pad([torch.ones_like(q.at_A, dtype=torch.bool) for q in batch], batch_first=True)
     clean_embeddings = noisy_embeddings = None
@@ -428,18 +465,22 @@ def _differentiate(batch: list[Question], settings: Any, tools: Tools) -> list[T
         for row, question in enumerate(batch):
             generator = torch.Generator(noise.device).manual_seed(zlib.crc32(question.ids_L.cpu().numpy().tobytes()))
             shape = (len(question.reasoning), noise.shape[-1])
-            noise[row, question.reasoning] = torch.randn(
+            noise[row, question.reasoning - begin] = torch.randn(
                 shape, generator=generator, device=noise.device, dtype=noise.dtype
             )
         noisy_embeddings = (clean_embeddings + settings.oar_noise_std * noise).requires_grad_()
         return noisy_embeddings
 
+    def read(change: Any = None) -> Tensor:
+        before, _ = tools.beginning(prompts.cache, begin, prompt_R)
+        logits_RAV = tools.logits(ids_RL, at_RA, before, change)
+        return answer_log_probs(logits_RAV, targets_RA, valid_RA, settings.oar_answer)
+
     with torch.no_grad():
-        clean = answer_log_probs(tools.logits(ids_RL, at_RA), targets_RA, valid_RA, settings.oar_answer)
-    noisy = answer_log_probs(tools.logits(ids_RL, at_RA, change=add_noise), targets_RA, valid_RA, settings.oar_answer)
-    (gradient,) = torch.autograd.grad(divergence(clean, noisy, settings.oar_answer).sum(), noisy_embeddings)
+        clean = read()
+    (gradient,) = torch.autograd.grad(divergence(clean, read(add_noise), settings.oar_answer).sum(), noisy_embeddings)
     influence_RL = (gradient.float() * clean_embeddings.float()).sum(-1).abs()
-    return [influence_RL[row, question.reasoning] for row, question in enumerate(batch)]
+    return [influence_RL[row, question.reasoning - begin] for row, question in enumerate(batch)]
 
 
 def perturbation_influence(questions: list[Question], settings: Any, tools: Tools) -> list[Tensor]:
@@ -449,7 +490,7 @@ def perturbation_influence(questions: list[Question], settings: Any, tools: Tool
 
     With `answer_joint`, I_t is the log-probability lost, or 0 if the answer becomes more likely. With `oar_span` k > 1,
     k consecutive reasoning tokens are replaced together and share their influence. The keys and values before the first
-    replaced token are reused from the pass that computes P, if the model's cache allows it (`Tools.beginning`).
+    replaced token are reused from the pass that computes P, if the model's cache allows it (`Tools.empty_cache`).
 
     Source: the authors' code (Valsure/Outcome-Grounded-Advantage-Reshaping) of arXiv 2601.07408, without spans.
     """
@@ -477,7 +518,7 @@ def _perturb(question: Question, chunks: tuple[Tensor, ...], settings: Any, tool
     for spans in chunks:
         R = len(spans)
         ids_RL = torch.where(span_L == spans[:, None], tools.tokenizer.pad_token_id, ids_L)
-        before, begin = tools.beginning(cache, int(reasoning[spans[0] * settings.oar_span]), R)
+        before, begin = tools.beginning(cache, int(reasoning[spans[0] * settings.oar_span]), torch.zeros_like(spans))
         logits_RAV = tools.logits(ids_RL[:, begin:], (at_A - begin).expand(R, -1), before)
         influences.append(divergence(clean, _read(logits_RAV, targets_A, settings.oar_answer), settings.oar_answer))
     return torch.cat(influences)[span_L[reasoning]].clamp(min=0)  # < 0: rounding, or the answer is likelier without it
