@@ -45,7 +45,7 @@ def main() -> None:
     length = arguments.prompt + arguments.completion
     ids = torch.randint(10, 300, (length,), generator=torch.Generator().manual_seed(0))
     answer = torch.arange(length - 6, length - 3)
-    question = oar.Question(0, ids[:-4], answer - 1, ids[answer], torch.arange(arguments.prompt, length - 16))
+    question = oar.Question([0], ids[:-4], answer - 1, ids[answer], torch.arange(arguments.prompt, length - 16))
     args = SimpleNamespace(oar_answer="answer_mean", oar_span=1, oar_token_budget=arguments.budget)
 
     def shared() -> torch.Tensor:

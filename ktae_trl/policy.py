@@ -94,16 +94,25 @@ class Policy:
         """Return numbers of this process's rollouts for all rollouts of its groups: see `Tools`."""
         return whole(x, groups.ids_PGT.shape[1], self.accelerator)
 
-    def empty_cache(self) -> DynamicCache:
-        """Return an empty cache for `logits`."""
-        return DynamicCache(config=self.model.config)
+    def empty_cache(self) -> DynamicCache | None:
+        """Return an empty cache for `logits`, or None if the model cannot use one: see `Tools`."""
+        cache = DynamicCache(config=self.model.config)
+        if any(type(layer) is not DynamicLayer for layer in cache.layers):
+            return None
+        if any(module.training and trl_seam.recomputes(module) for module in self.model.modules()):
+            return None  # such layers ignore the cache
+        return cache
 
-    def beginning(self, cache: DynamicCache, length: int, rows: int) -> tuple[DynamicCache | None, int]:
-        """Return the first `length` tokens of a one-row cache, repeated for `rows` rows: see `Tools`."""
-        if length == 0 or any(type(layer) is not DynamicLayer for layer in cache.layers):
+    def beginning(self, cache: DynamicCache | None, length: int, rows: Tensor) -> tuple[DynamicCache | None, int]:
+        """Return the first `length` tokens of these rows of a cache: see `Tools`."""
+        if cache is None or length == 0:
             return None, 0
-        cut = (tuple(x[:, :, :length].expand(rows, -1, -1, -1) for x in (keys, values)) for keys, values, *_ in cache)
-        return DynamicCache(cut, self.model.config), length
+
+        def cut(x: Tensor) -> Tensor:
+            x = x[:, :, :length]
+            return x.expand(len(rows), -1, -1, -1) if len(x) == 1 else x[rows]  # `expand` needs no memory
+
+        return DynamicCache(((cut(keys), cut(values)) for keys, values, *_ in cache), self.model.config), length
 
     def missing_rounds(self, rounds: int) -> int:
         """Return how many more rounds the busiest process makes than this one: see `Tools`."""

@@ -217,13 +217,19 @@ class Tools(Protocol):
         """
 
     def empty_cache(self) -> Any:
-        """Return an empty cache for `logits`. Not collective."""
+        """Return an empty cache for `logits`. Not collective.
 
-    def beginning(self, cache: Any, length: int, rows: int) -> tuple[Any, int]:
-        """Return the first `length` tokens of a one-row cache, repeated for `rows` rows, and their number.
+        Returns None if the model's cache cannot be cut, as with sliding-window or recurrent layers, or if its layers
+        use gradient checkpointing in `reading`.
+        """
 
-        Returns None and 0 for models whose cache cannot be cut, such as those with sliding-window or recurrent layers.
-        Not collective.
+    def beginning(self, cache: Any, length: int, rows: Tensor) -> tuple[Any, int]:
+        """Return the first `length` tokens of these rows of a cache, and their number. Not collective.
+
+        Args:
+            cache: a cache that `logits` has filled. It is not changed. With None, the result is None and 0.
+            length: number of tokens.
+            rows: (R,) int. A row may occur several times.
         """
 
     def missing_rounds(self, rounds: int) -> int:

@@ -7,12 +7,13 @@ of the paper was not checked.
 Departures from the authors' code:
 
 - The threshold of a rollout does not depend on the rollouts before it.
-- `oar_answer` is "answer_mean" by default for both variants. The README uses "last" for OAR-P.
-- "last" is the distribution after the completion's last token. The code suggests that of the answer's first token.
-- "answer_joint" is the sum of the answer tokens' log-probabilities. The code takes their mean.
+- `oar_answer` is "answer_mean" by default for both variants. The README, and our recipes, use "last" for OAR-P.
+- "last" is the distribution of the answer's first token. This is inferred from the code, which lacks that function.
+- "answer_joint" is the joint log-probability of the answer tokens, a sum. The code takes the mean of their
+  log-probabilities.
 - OAR-P can perturb several tokens together (`oar_span`).
 - The noise of OAR-G is seeded with the rollout's own tokens.
-- Rollouts with advantage 0 are skipped.
+- Rollouts with advantage 0 are skipped, and identical rollouts are computed once.
 
 Shape suffixes: B rollouts, T completion tokens, L tokens of prompt and completion, A answer tokens, V vocabulary, H
 hidden size, R rows of a forward pass.
@@ -46,9 +47,9 @@ class Answer(NamedTuple):
 
 
 class Question(NamedTuple):
-    """The inputs for the influence of each reasoning token of one rollout on its answer."""
+    """The inputs for the influence of each reasoning token of a rollout on its answer."""
 
-    row: int  # of the rollout in the batch
+    rows: list[int]  # the rollout's row in the batch, and those of identical rollouts
     ids_L: Tensor  # prompt and completion, up to the last position in `at_A`
     at_A: Tensor  # positions whose next-token distributions represent the answer
     targets_A: Tensor  # the token after each of these positions
@@ -57,6 +58,13 @@ class Question(NamedTuple):
     def cost(self, tokens_per_logits: float) -> float:
         """Return the memory that a row needs in a forward pass, in units of one token."""
         return len(self.ids_L) + len(self.at_A) * tokens_per_logits
+
+
+class Prompts(NamedTuple):
+    """The keys and values of the first tokens of all questions, which the rollouts of a prompt share."""
+
+    cache: Any  # one row for each distinct prompt; None if the model cannot use one
+    length: int  # tokens of each row in the cache
 
 
 class OAR(Method):
@@ -70,7 +78,8 @@ class OAR(Method):
             oar_answer (`str`, *optional*, defaults to `"answer_mean"`):
                 Representation of the model's answer on which influence is measured: `"answer_mean"`, the distribution
                 of the mean logits over the positions that predict the answer tokens; `"answer_joint"`, the joint
-                log-probability of the answer tokens; `"last"`, the distribution after the completion's last token.
+                log-probability of the answer tokens, which is the sum of their log-probabilities; `"last"`, the
+                distribution of the answer's first token.
             oar_quantile (`float`, *optional*, defaults to `0.25`):
                 Quantile of influence in a rollout. Tokens below it lose weight, the others gain weight.
             oar_beta (`float`, *optional*, defaults to `1.0`):
@@ -136,7 +145,8 @@ class OAR(Method):
     def credit(self, groups: Groups) -> Credit:
         """Compute the weights of the tokens of this process's rollouts."""
         mask_BT, ids_BT = groups.mask_BT, groups.ids_BT.long()
-        reasoning_BT, questions, answered = torch.zeros_like(mask_BT), [], []
+        reasoning_BT, answered = torch.zeros_like(mask_BT), []
+        questions: dict[tuple, Question] = {}  # identical rollouts share one
         places_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)
         for row, (prompt, completion) in enumerate(zip(groups.prompts, groups.completions, strict=True)):
             answer = find_answer(completion, self.tools.tokenizer, self.settings.answer_format, prompt)
@@ -146,15 +156,18 @@ class OAR(Method):
             reasoning_BT[row] = mask_BT[row] & (places_T < answer.box)
             # With advantage 0 the weights have no effect.
             if reasoning_BT[row].sum() >= 2 and groups.advantages_B[row] != 0:
-                prompt = torch.tensor(prompt, dtype=torch.long, device=ids_BT.device)
-                questions.append(_ask(row, prompt, ids_BT[row], reasoning_BT[row], answer, groups, self.settings))
+                same = (tuple(prompt), tuple(completion), tuple(mask_BT[row].tolist()))
+                if same not in questions:
+                    prompt = torch.tensor(prompt, dtype=torch.long, device=ids_BT.device)
+                    questions[same] = _ask(prompt, ids_BT[row], reasoning_BT[row], answer, self.settings.oar_answer)
+                questions[same].rows.append(row)
         influence_BT = torch.zeros(mask_BT.shape, device=mask_BT.device)
-        for question, influence in zip(questions, self.influence(questions), strict=True):
-            influence_BT[question.row, reasoning_BT[question.row]] = influence.float()
-        weights_BT = reshape(influence_BT, reasoning_BT, self.settings.oar_quantile, self.settings.oar_beta)
         asked_BT = torch.zeros_like(mask_BT)
-        asked_BT[[question.row for question in questions]] = True
-        asked_BT &= reasoning_BT
+        for question, influence in zip(questions.values(), self.influence(list(questions.values())), strict=True):
+            for row in question.rows:
+                influence_BT[row, reasoning_BT[row]] = influence.float()
+                asked_BT[row] = reasoning_BT[row]
+        weights_BT = reshape(influence_BT, reasoning_BT, self.settings.oar_quantile, self.settings.oar_beta)
         sums = {
             "oar/answered": (torch.tensor(len(answered), device=mask_BT.device), mask_BT.any(1).sum()),
             "oar/reshaped_tokens": (asked_BT.sum(), mask_BT.sum()),
@@ -215,19 +228,12 @@ class OARP(OAR):
         return perturbation_influence(questions, self.settings, self.tools)
 
 
-def _ask(
-    row: int, prompt: Tensor, ids_T: Tensor, reasoning_T: Tensor, answer: Answer, groups: Groups, settings: Any
-) -> Question:
-    if settings.oar_answer == "last":
-        special = torch.tensor(groups.special_ids, device=ids_T.device)
-        told = torch.isin(ids_T[: groups.lengths_B[row]], special, invert=True).nonzero()
-        at_A = len(prompt) + told[-1]
-        targets_A = torch.zeros_like(at_A)  # not read
-    else:
-        tokens_A = torch.tensor(answer.tokens, device=ids_T.device)
-        at_A, targets_A = len(prompt) + tokens_A - 1, ids_T[tokens_A]
+def _ask(prompt: Tensor, ids_T: Tensor, reasoning_T: Tensor, answer: Answer, represented: str) -> Question:
+    tokens = answer.tokens[:1] if represented == "last" else answer.tokens
+    tokens_A = torch.tensor(tokens, device=ids_T.device)
+    at_A = len(prompt) + tokens_A - 1
     ids_L = torch.cat([prompt, ids_T])[: int(at_A[-1]) + 1]
-    return Question(row, ids_L, at_A, targets_A, len(prompt) + reasoning_T.nonzero().squeeze(1))
+    return Question([], ids_L, at_A, ids_T[tokens_A], len(prompt) + reasoning_T.nonzero().squeeze(1))
 
 
 def find_answer(
@@ -365,34 +371,46 @@ def gradient_influence(questions: list[Question], settings: Any, tools: Tools) -
         J = KL(P || P_noisy), with noise of N(0, oar_noise_std^2) on the embeddings e of the reasoning tokens
         I_t = |sum_h (dJ / de_t)_h e_t,h|
 
+    The tokens before the reasoning have no noise, so each distinct prompt is computed once and without a gradient, if
+    the model's cache allows it (`Tools.empty_cache`).
+
     The noise is seeded with the rollout's own tokens. In float32 a rollout therefore gets the same weights in every
     batch, on every process and in a resumed run. In bf16 the gradient, which is about P_noisy - P, is lost in the
     rounding error of the forward passes if the noise is small: set `oar_noise_std` to 0.01.
 
     Source: the authors' code (Valsure/Outcome-Grounded-Advantage-Reshaping) of arXiv 2601.07408.
     """
-    sizes = [(len(question.ids_L), len(question.at_A) * tools.tokens_per_logits) for question in questions]
-    batches = list(_in_batches(sizes, settings.oar_token_budget))
+    batches = list(_in_batches(questions, settings.oar_token_budget, tools.tokens_per_logits))
     extra = tools.missing_rounds(len(batches))
+    second = torch.ones(1, dtype=torch.long, device=tools.device)
+    filling = Question([], torch.zeros_like(second).repeat(2), second, second, second)
     influences: dict[int, Tensor] = {}
     with torch.enable_grad(), tools.reading():
+        if batches or extra:
+            prompts, prompt_N = _read_prompts(questions or [filling], settings, tools)
         for batch in batches:
-            influences |= zip(batch, _differentiate([questions[i] for i in batch], settings, tools), strict=True)
+            found = _differentiate([questions[i] for i in batch], prompts, prompt_N[batch], settings, tools)
+            influences |= zip(batch, found, strict=True)
         for _ in range(extra):
-            one = torch.zeros(1, dtype=torch.long, device=tools.device)
-            _differentiate([Question(0, one, one, one, one)], settings, tools)
+            _differentiate([filling], Prompts(None, 0), second, settings, tools)
     return [influences[i] for i in range(len(questions))]
 
 
-def _in_batches(sizes: list[tuple[float, float]], budget: int) -> Iterator[list[int]]:
-    """Yield batches of rows of similar size, largest first, that fit the budget or have one row.
+def _in_batches(questions: list[Question], budget: int, tokens_per_logits: float) -> Iterator[list[int]]:
+    """Yield batches of questions, longest reasoning first, that fit the budget or have one row.
 
-    Both sizes of a row, tokens and logits, are padded to the largest in the batch.
+    Rows are padded to the longest. From its first reasoning token on, a row has at least half as many tokens as the
+    longest of its batch.
     """
+    own = [len(question.ids_L) - int(question.reasoning[0]) for question in questions]
+
+    def padded(batch: list[int]) -> float:
+        longest = max(len(questions[i].ids_L) for i in batch)
+        return len(batch) * (longest + max(len(questions[i].at_A) for i in batch) * tokens_per_logits)
+
     batch: list[int] = []
-    for i in sorted(range(len(sizes)), key=lambda i: -sum(sizes[i])):
-        padded = [max(some) for some in zip(*(sizes[j] for j in [*batch, i]), strict=True)]
-        if batch and sum(padded) * (len(batch) + 1) > budget:
+    for i in sorted(range(len(questions)), key=own.__getitem__, reverse=True):
+        if batch and (2 * own[i] < own[batch[0]] or padded([*batch, i]) > budget):
             yield batch
             batch = []
         batch.append(i)
@@ -400,10 +418,28 @@ def _in_batches(sizes: list[tuple[float, float]], budget: int) -> Iterator[list[
         yield batch
 
 
-def _differentiate(batch: list[Question], settings: Any, tools: Tools) -> list[Tensor]:
-    pad = torch.nn.utils.rnn.pad_sequence
-    ids_RL = pad([q.ids_L for q in batch], batch_first=True)
-    at_RA = pad([q.at_A for q in batch], batch_first=True)
+def _read_prompts(questions: list[Question], settings: Any, tools: Tools) -> tuple[Prompts, Tensor]:
+    """Compute the tokens before the reasoning of each distinct prompt. Also return each question's row in the cache.
+
+    All rows have the same length, that of the shortest prompt, so that no padding is needed.
+    """
+    length = min(int(question.reasoning[0]) for question in questions)
+    cache = tools.empty_cache() if length else None
+    if cache is None:
+        return Prompts(None, 0), torch.zeros(len(questions), dtype=torch.long, device=tools.device)
+    ids_PL, prompt_N = torch.stack([q.ids_L[:length] for q in questions]).unique(dim=0, return_inverse=True)
+    length = min(length, max(settings.oar_token_budget // len(ids_PL), 1))
+    with torch.no_grad():
+        tools.logits(ids_PL[:, :length], torch.zeros_like(ids_PL[:, :1]), cache)
+    return Prompts(cache, length), prompt_N
+
+
+def _differentiate(
+    batch: list[Question], prompts: Prompts, prompt_R: Tensor, settings: Any, tools: Tools
+) -> list[Tensor]:
+    pad, begin = torch.nn.utils.rnn.pad_sequence, prompts.length
+    ids_RL = pad([q.ids_L[begin:] for q in batch], batch_first=True)
+    at_RA = pad([q.at_A - begin for q in batch], batch_first=True)
     targets_RA = pad([q.targets_A for q in batch], batch_first=True)
     valid_RA = pad([torch.ones_like(q.at_A, dtype=torch.bool) for q in batch], batch_first=True)
     clean_embeddings = noisy_embeddings = None
@@ -415,18 +451,22 @@ def _differentiate(batch: list[Question], settings: Any, tools: Tools) -> list[T
         for row, question in enumerate(batch):
             generator = torch.Generator(noise.device).manual_seed(zlib.crc32(question.ids_L.cpu().numpy().tobytes()))
             shape = (len(question.reasoning), noise.shape[-1])
-            noise[row, question.reasoning] = torch.randn(
+            noise[row, question.reasoning - begin] = torch.randn(
                 shape, generator=generator, device=noise.device, dtype=noise.dtype
             )
         noisy_embeddings = (clean_embeddings + settings.oar_noise_std * noise).requires_grad_()
         return noisy_embeddings
 
+    def read(change: Any = None) -> Tensor:
+        before, _ = tools.beginning(prompts.cache, begin, prompt_R)
+        logits_RAV = tools.logits(ids_RL, at_RA, before, change)
+        return answer_log_probs(logits_RAV, targets_RA, valid_RA, settings.oar_answer)
+
     with torch.no_grad():
-        clean = answer_log_probs(tools.logits(ids_RL, at_RA), targets_RA, valid_RA, settings.oar_answer)
-    noisy = answer_log_probs(tools.logits(ids_RL, at_RA, change=add_noise), targets_RA, valid_RA, settings.oar_answer)
-    (gradient,) = torch.autograd.grad(divergence(clean, noisy, settings.oar_answer).sum(), noisy_embeddings)
+        clean = read()
+    (gradient,) = torch.autograd.grad(divergence(clean, read(add_noise), settings.oar_answer).sum(), noisy_embeddings)
     influence_RL = (gradient.float() * clean_embeddings.float()).sum(-1).abs()
-    return [influence_RL[row, question.reasoning] for row, question in enumerate(batch)]
+    return [influence_RL[row, question.reasoning - begin] for row, question in enumerate(batch)]
 
 
 def perturbation_influence(questions: list[Question], settings: Any, tools: Tools) -> list[Tensor]:
@@ -436,7 +476,7 @@ def perturbation_influence(questions: list[Question], settings: Any, tools: Tool
 
     With `answer_joint`, I_t is the log-probability lost, or 0 if the answer becomes more likely. With `oar_span` k > 1,
     k consecutive reasoning tokens are replaced together and share their influence. The keys and values before the first
-    replaced token are reused from the pass that computes P, if the model's cache allows it (`Tools.beginning`).
+    replaced token are reused from the pass that computes P, if the model's cache allows it (`Tools.empty_cache`).
 
     Source: the authors' code (Valsure/Outcome-Grounded-Advantage-Reshaping) of arXiv 2601.07408, without spans.
     """
@@ -464,7 +504,7 @@ def _perturb(question: Question, chunks: tuple[Tensor, ...], settings: Any, tool
     for spans in chunks:
         R = len(spans)
         ids_RL = torch.where(span_L == spans[:, None], tools.tokenizer.pad_token_id, ids_L)
-        before, begin = tools.beginning(cache, int(reasoning[spans[0] * settings.oar_span]), R)
+        before, begin = tools.beginning(cache, int(reasoning[spans[0] * settings.oar_span]), torch.zeros_like(spans))
         logits_RAV = tools.logits(ids_RL[:, begin:], (at_A - begin).expand(R, -1), before)
         influences.append(divergence(clean, _read(logits_RAV, targets_A, settings.oar_answer), settings.oar_answer))
     return torch.cat(influences)[span_L[reasoning]].clamp(min=0)  # < 0: rounding, or the answer is likelier without it

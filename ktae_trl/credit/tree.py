@@ -12,7 +12,7 @@ A tree of depth 1 gives GRPO's advantages only with `tree_normalizer: std`.
 
 The paper was not read in full, and its code was not available for comparison. Known departures: N = 2 by default
 (published: N = 8, D = 3 and L = 384), and tokens saved by texts that end early are not spent on other nodes. Which
-statistic the published minimum spread of 0.1 applies to is not known; here it is the range of the sibling values.
+statistic of the sibling values the published minimum spread of 0.1 applies to is not known: see `tree_spread`.
 """
 
 import math
@@ -32,6 +32,7 @@ NORMALIZERS = {
     "std": lambda mean, std: std + 1e-4,
     "none": lambda mean, std: torch.ones_like(mean),
 }
+SPREADS = ("range", "std")
 _LOSSES = ("dapo", "bnpo", "dr_grpo")
 # Keys of `generation_kwargs` that override the segment length or would apply to each segment separately.
 _PER_SEGMENT = {
@@ -87,7 +88,7 @@ def node_values(leaves_PG: Tensor, branching: int) -> list[Tensor]:
     return values
 
 
-def sibling_advantages(values: Tensor, min_spread: float, normalizer: str) -> Tensor:
+def sibling_advantages(values: Tensor, min_spread: float, normalizer: str, spread: str = "range") -> Tensor:
     """Compute the advantage of nodes relative to their siblings.
 
         A = (v - mu) / n,  n = sqrt(mu (1 - mu)) (bernoulli) | sigma + 1e-4 (std) | 1 (none)
@@ -100,27 +101,31 @@ def sibling_advantages(values: Tensor, min_spread: float, normalizer: str) -> Te
 
     Args:
         values: (..., N) values of sibling nodes, NaN for nodes without a value.
-        min_spread: siblings get advantages only if their largest and smallest value differ by at least this.
+        min_spread: siblings get advantages only if the spread of their values is at least this.
         normalizer: a key of `NORMALIZERS`.
+        spread: "range", the largest minus the smallest value, or "std", which is sigma.
 
     Returns:
-        (..., N) float32. 0 for a node without a value, and for siblings whose values differ by less than `min_spread`
-        or are all equal. This includes siblings of which only one has a value.
+        (..., N) float32. 0 for a node without a value, and for siblings with a spread below `min_spread` or with equal
+        values. This includes siblings of which only one has a value.
     """
     known = ~values.isnan()
-    spread = values.masked_fill(~known, -torch.inf).amax(-1) - values.masked_fill(~known, torch.inf).amin(-1)
-    signal = (spread > 0) & (spread >= min_spread - _ROUNDING)  # -inf if no sibling has a value
+    size = values.masked_fill(~known, -torch.inf).amax(-1) - values.masked_fill(~known, torch.inf).amin(-1)
     mean = values.nanmean(-1, keepdim=True)
     count = known.sum(-1, keepdim=True)
     std = ((values - mean).square().nanmean(-1, keepdim=True) * (count / (count - 1))).sqrt()
+    # Without a value the range is -inf, and sigma NaN. With one, the range is 0.
+    signal = (size > 0) & ((std.squeeze(-1) if spread == "std" else size) >= min_spread - _ROUNDING)
     advantages = (values - mean) / NORMALIZERS[normalizer](mean, std)
     return torch.where(signal[..., None] & known, advantages, 0.0)
 
 
-def advantages_by_depth(leaves_PG: Tensor, branching: int, min_spread: float, normalizer: str) -> list[Tensor]:
+def advantages_by_depth(
+    leaves_PG: Tensor, branching: int, min_spread: float, normalizer: str, spread: str = "range"
+) -> list[Tensor]:
     """Return the advantages of the nodes at depths 1 to D relative to their siblings, (P, N^depth) each."""
     return [
-        sibling_advantages(values.unflatten(1, (-1, branching)), min_spread, normalizer).flatten(1)
+        sibling_advantages(values.unflatten(1, (-1, branching)), min_spread, normalizer, spread).flatten(1)
         for values in node_values(leaves_PG, branching)[1:]
     ]
 
@@ -226,7 +231,10 @@ class TreeRPO(Method):
             tree_segment_tokens (`int`, *optional*):
                 Maximum number of tokens in a segment. Defaults to `max_completion_length // tree_depth`.
             tree_min_spread (`float`, *optional*, defaults to `0.1`):
-                Siblings get advantages only if their largest and smallest value differ by at least this.
+                Siblings get advantages only if the spread of their values (`tree_spread`) is at least this.
+            tree_spread (`str`, *optional*, defaults to `"range"`):
+                Measure of spread to which `tree_min_spread` applies: `"range"` is the largest minus the smallest value
+                of the siblings, `"std"` their sample standard deviation, which is smaller.
             tree_normalizer (`str`, *optional*, defaults to `"bernoulli"`):
                 Divisor of the difference between a segment's value and the mean mu of the siblings' values:
                 `"bernoulli"` is sqrt(mu (1 - mu)),
@@ -243,7 +251,12 @@ class TreeRPO(Method):
             metadata={"help": "Maximum tokens in a segment. Defaults to max_completion_length // tree_depth."},
         )
         tree_min_spread: float = field(
-            default=0.1, metadata={"help": "Siblings get advantages only if their values differ by at least this."}
+            default=0.1,
+            metadata={"help": "Siblings get advantages only if the spread of their values is at least this."},
+        )
+        tree_spread: str = field(
+            default="range",
+            metadata={"help": "Measure of spread for tree_min_spread: 'range' (largest minus smallest) or 'std'."},
         )
         tree_normalizer: str = field(
             default="bernoulli",
@@ -258,6 +271,8 @@ class TreeRPO(Method):
                 raise UserError(
                     f"tree_normalizer must be one of {', '.join(NORMALIZERS)}, not {self.tree_normalizer!r}"
                 )
+            if self.tree_spread not in SPREADS:
+                raise UserError(f"tree_spread must be one of {', '.join(SPREADS)}, not {self.tree_spread!r}")
             if not 0 <= self.tree_min_spread <= 1:
                 raise UserError(f"tree_min_spread must be between 0 and 1, not {self.tree_min_spread}")
 
@@ -306,7 +321,9 @@ class TreeRPO(Method):
         """
         settings, shape = self.settings, Shape.of(self.settings)
         leaves_PG = groups.correct_PG.float().masked_fill(~groups.scored_PG, torch.nan)
-        advantages = advantages_by_depth(leaves_PG, shape.branching, settings.tree_min_spread, settings.tree_normalizer)
+        advantages = advantages_by_depth(
+            leaves_PG, shape.branching, settings.tree_min_spread, settings.tree_normalizer, settings.tree_spread
+        )
         values_PGT = token_advantages(advantages, shape, groups.mask_PGT.shape[2]) * groups.mask_PGT
         return Credit(groups.own_rows(values_PGT), _sums(groups.mask_PGT, values_PGT, advantages, shape))
 
@@ -316,8 +333,8 @@ class TreeRPO(Method):
         if any(signals) or not signals:
             return None
         return (
-            f"No siblings in the trees of {first} differ by at least tree_min_spread ({config.tree_min_spread:g}), "
-            "so no segment is trained. Lower tree_min_spread."
+            f"No siblings in the trees of {first} differ by at least tree_min_spread ({config.tree_min_spread:g}, "
+            f"tree_spread: {config.tree_spread}), so no segment is trained. Lower tree_min_spread."
         )
 
     @classmethod

@@ -3,6 +3,7 @@
 import copy
 import functools
 import re
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from ktae_trl import tiny
 from ktae_trl.credit import oar
+from ktae_trl.credit.method import Groups
 from ktae_trl.policy import Policy
 from tests.reference.oar_loop import influences
 from tests.trainers import difference, first_batch, logged, make_trainer, prompts, replay, watch_batches, weights
@@ -217,12 +219,25 @@ def policy(accelerator, model=None) -> Policy:
     return Policy(model, SimpleNamespace(pad_token_id=0), accelerator)
 
 
+class Counting(Policy):
+    """A policy that notes the rows and tokens of each forward pass."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.shapes: list[tuple[int, int]] = []
+
+    def logits(self, ids, *arguments, **more):
+        self.shapes.append(tuple(ids.shape))
+        return super().logits(ids, *arguments, **more)
+
+
 def question(how: str, prompt=PROMPT, completion=COMPLETION) -> oar.Question:
     n = len(prompt)
-    at = torch.tensor([n + len(completion) - 1] if how == "last" else [n + place - 1 for place in ANSWER])
-    targets = torch.zeros_like(at) if how == "last" else torch.tensor([completion[place] for place in ANSWER])
+    answer = ANSWER[:1] if how == "last" else ANSWER
+    at = torch.tensor([n + place - 1 for place in answer])
+    targets = torch.tensor([completion[place] for place in answer])
     ids = torch.tensor(prompt + completion)[: int(at[-1]) + 1]
-    return oar.Question(0, ids, at, targets, n + torch.tensor(REASONING))
+    return oar.Question([0], ids, at, targets, n + torch.tensor(REASONING))
 
 
 def config(**changed) -> SimpleNamespace:
@@ -265,13 +280,14 @@ def test_gradients_are_finite_differences(accelerator, how):
 
     def keep(ids, at, cache=None, change=None):
         if change is not None:
-            embeddings = reached.model.get_input_embeddings()(ids)
-            noisy.append((embeddings.detach(), change(embeddings).detach()))
+            own = reached.model.get_input_embeddings()(ids).detach()
+            before = reached.model.get_input_embeddings()(asked.ids_L[: -ids.shape[1]])[None].detach()
+            noisy.extend(torch.cat([before, some], 1) for some in (own, change(own).detach()))
         return Policy.logits(reached, ids, at, cache, change)
 
     reached.logits = keep
     (found,) = oar.gradient_influence([asked], args, reached)
-    clean_embeddings, noisy_embeddings = noisy[0]
+    clean_embeddings, noisy_embeddings = noisy
     noise = noisy_embeddings - clean_embeddings
     touched = noise.abs().sum(-1)[0] > 0
     assert touched.nonzero().squeeze(1).tolist() == asked.reasoning.tolist()
@@ -295,6 +311,83 @@ def test_gradients_are_finite_differences(accelerator, how):
         assert influence == pytest.approx(abs(slope), rel=1e-3)
 
 
+def plain_gradient(model, asked: oar.Question, std: float = 1e-3) -> torch.Tensor:
+    """OAR-G of one rollout: whole sequences, no cache, no batch, the KL as it is defined."""
+
+    def answer(embeddings):
+        return model(inputs_embeds=embeddings).logits[0, asked.at_A].double().mean(0).log_softmax(-1)
+
+    embeddings = model.get_input_embeddings()(asked.ids_L[None]).detach()
+    seed = zlib.crc32(asked.ids_L.numpy().tobytes())
+    noise = torch.randn(
+        len(asked.reasoning),
+        embeddings.shape[-1],
+        generator=torch.Generator().manual_seed(seed),
+        dtype=embeddings.dtype,
+    )
+    noisy = embeddings.clone()
+    noisy[0, asked.reasoning] += std * noise
+    noisy.requires_grad_()
+    with torch.no_grad():
+        clean = answer(embeddings)
+    (gradient,) = torch.autograd.grad((clean.exp() * (clean - answer(noisy))).sum(), noisy)
+    return (gradient * embeddings).sum(-1).abs()[0, asked.reasoning]
+
+
+def several() -> list[oar.Question]:
+    """Two rollouts of one prompt, and one of a shorter one."""
+    return [
+        question("answer_mean"),
+        question("answer_mean", completion=COMPLETION[::-1]),
+        question("answer_mean", [3, 4], COMPLETION[::-1]),
+    ]
+
+
+@pytest.mark.parametrize("budget", [10_000, 30, 1])
+def test_prompts_are_computed_once_and_gradients_are_those_of_whole_sequences(accelerator, budget):
+    model = AutoModelForCausalLM.from_pretrained(tiny.MODEL, dtype=torch.float64)
+    reached = Counting(model, SimpleNamespace(pad_token_id=0), accelerator)
+    found = oar.gradient_influence(several(), config(oar_token_budget=budget), reached)
+    for asked, influence in zip(several(), found, strict=True):
+        torch.testing.assert_close(influence.double(), plain_gradient(model, asked), rtol=1e-4, atol=1e-9)
+    # The shorter prompt has 2 tokens, so 2 of each prompt are computed first. Both prompts fit 10,000 and 30 tokens.
+    first, *others = reached.shapes
+    assert first == ((2, 2) if budget > 1 else (2, 1))
+    rows = [[3, 3], [1, 1] * 3, [1, 1] * 3][[10_000, 30, 1].index(budget)]
+    assert [n for n, _ in others] == rows
+    whole = len(PROMPT) + ANSWER[-1]
+    assert max(length for _, length in others) == whole - first[1]
+
+
+def test_gradients_of_layers_that_cannot_be_cut(accelerator):
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = MistralForCausalLM(MistralConfig(vocab_size=64, num_key_value_heads=2, sliding_window=4, **small)).double()
+    reached = Counting(model.eval(), SimpleNamespace(pad_token_id=0), accelerator)
+    found = oar.gradient_influence(several(), config(), reached)
+    for asked, influence in zip(several(), found, strict=True):
+        torch.testing.assert_close(influence.double(), plain_gradient(model, asked), rtol=1e-4, atol=1e-12)
+    assert [n for n, _ in reached.shapes] == [3, 3]
+
+
+def test_a_rollout_without_a_prompt(accelerator):
+    reached = policy(accelerator)
+    (found,) = oar.gradient_influence([question("answer_mean", [])], config(), reached)
+    expected = plain_gradient(reached.model, question("answer_mean", []))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("questions", [0, 1, 2])
+def test_processes_make_equally_many_passes(accelerator, questions):
+    """The busiest process has two batches. Without any questions a process fills in."""
+    model = AutoModelForCausalLM.from_pretrained(tiny.MODEL, dtype=torch.float64)
+    reached = Counting(model, SimpleNamespace(pad_token_id=0), accelerator)
+    reached.missing_rounds = lambda rounds: 2 - rounds
+    found = oar.gradient_influence(several()[:questions], config(oar_token_budget=1), reached)
+    assert len(found) == questions
+    assert len(reached.shapes) == 1 + 2 * 2
+
+
 def test_gradients_do_not_depend_on_the_batch(accelerator):
     reached = policy(accelerator)
     asked = [question("answer_mean"), question("answer_mean", [3, 4], COMPLETION[::-1]), question("answer_joint")]
@@ -305,10 +398,19 @@ def test_gradients_do_not_depend_on_the_batch(accelerator):
 
 
 def test_batches_keep_to_the_budget():
-    assert list(oar._in_batches([(5, 0), (9, 0), (1, 0), (3, 2), (4, 0)], 10)) == [[1], [0], [3], [4, 2]]
-    assert list(oar._in_batches([(5, 0), (9, 0), (1, 0), (5, 0), (4, 0)], 10)) == [[1], [0, 3], [4, 2]]
-    assert list(oar._in_batches([(50, 0), (60, 0)], 10)) == [[1], [0]]
-    assert list(oar._in_batches([], 10)) == []
+    def batches(*sizes: tuple[int, int], prompt: int = 0, logits: float = 0.0) -> list[list[int]]:
+        """Return the batches of questions with these numbers of tokens from the reasoning on and of the answer."""
+        return list(oar._in_batches([sized(prompt, *size) for size in sizes], 10, logits))
+
+    def sized(prompt: int, own: int, answer: int) -> oar.Question:
+        return oar.Question([0], torch.zeros(prompt + own), torch.zeros(answer), None, torch.tensor([prompt]))
+
+    assert batches((5, 1), (9, 1), (3, 1), (5, 1), (4, 1)) == [[1], [0, 3], [4, 2]]
+    assert batches((5, 1), (9, 1), (3, 2), (5, 1), (4, 1), logits=0.5) == [[1], [0], [3], [4, 2]]
+    assert batches((4, 1), (3, 1), (2, 1), prompt=1) == [[0, 1], [2]]
+    assert batches((4, 1), (2, 1), (1, 1), (1, 1)) == [[0, 1], [2, 3]]  # 1 is less than half of 4
+    assert batches((50, 1), (60, 1)) == [[1], [0]]
+    assert batches() == []
 
 
 @pytest.mark.parametrize("size", [1e-6, 1e-4, 1e-2, 1.0, 30.0])
@@ -320,6 +422,62 @@ def test_divergence_in_single_precision(size):
     exact = torch.nn.functional.kl_div(changed, clean, log_target=True, reduction="none").sum(-1)
     found = oar.divergence(clean.float(), changed.float(), "answer_mean")
     np.testing.assert_allclose(found, exact, rtol=0.1 if size < 1e-5 else 2e-3, atol=0)
+
+
+# Identical rollouts
+
+
+def groups_of(tokenizer, texts: list[str], advantages: list[float], prompts: list[str], untrained=()) -> Groups:
+    """Groups of one process with these completions; (row, place) in `untrained` are not trained on."""
+    ids = [torch.tensor(tokenizer(text)["input_ids"]) for text in texts]
+    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    mask_BT = pad([torch.ones_like(x, dtype=torch.bool) for x in ids])
+    for row, place in untrained:
+        mask_BT[row, place] = False
+    prompt_ids = [torch.tensor(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    flags = torch.ones(1, len(texts), dtype=torch.bool)
+    return Groups(
+        pad(ids)[None],
+        mask_BT[None],
+        flags,
+        flags,
+        torch.tensor(advantages),
+        pad(prompt_ids, padding_side="left"),
+        pad([torch.ones_like(x) for x in prompt_ids], padding_side="left"),
+        torch.tensor([len(x) for x in ids]),
+        (tokenizer.pad_token_id, tokenizer.eos_token_id),
+        slice(0, len(texts)),
+    )
+
+
+@pytest.mark.parametrize("method", [oar.OARG, oar.OARP])
+def test_identical_rollouts_are_computed_once(accelerator, method):
+    tokenizer = AutoTokenizer.from_pretrained(tiny.MODEL)
+    reached = Counting(AutoModelForCausalLM.from_pretrained(tiny.MODEL, dtype=torch.float64), tokenizer, accelerator)
+    credited = method(config(answer_format="boxed", oar_quantile=0.25, oar_beta=1.0), reached)
+
+    def credit(texts, advantages=None, asked=None, untrained=()):
+        """Return the credit of these rollouts, and how many rows the model saw for them."""
+        advantages, asked = advantages or [1.0] * len(texts), asked or ["16+3?"] * len(texts)
+        reached.shapes.clear()
+        found = credited.credit(groups_of(tokenizer, texts, advantages, asked, untrained))
+        return found, sum(rows for rows, _ in reached.shapes)
+
+    right, wrong = "16+3=19, so \\boxed{19}", "16+3 is 18, so \\boxed{18}"
+    (of_right, rows), (of_wrong, more_rows) = credit([right]), credit([wrong])
+    found, all_rows = credit([right, wrong, right, right, wrong], [0.5, -1.0, 2.0, 0.5, 0.0])
+    assert all_rows <= rows + more_rows
+    for row, alone in enumerate([of_right, of_wrong, of_right, of_right]):
+        (expected,) = alone.values_BT
+        assert expected.std() > 0.1
+        torch.testing.assert_close(found.values_BT[row, : len(expected)], expected, rtol=0, atol=1e-3)
+    assert (found.values_BT[4] == 1).all()
+    reshaped, alone = found.sums["oar/reshaped_tokens"][0], [of_right, of_right, of_right, of_wrong]
+    assert reshaped == sum(one.sums["oar/reshaped_tokens"][0] for one in alone)
+    # Rollouts with another prompt, or with a token that is not trained on, are not identical.
+    assert credit([right] * 2)[1] == rows
+    assert credit([right] * 2, asked=["16+3?", "3+16?"])[1] == 2 * rows
+    assert credit([right] * 2, untrained=[(1, 0)])[1] > rows
 
 
 # Beside a training
@@ -413,7 +571,7 @@ def test_the_weights_of_a_rollout_are_those_of_the_loop(tmp_path, how):
         reasoning = np.flatnonzero(ends <= box.start()).tolist()
         answer = np.flatnonzero((begins < box.end(1)) & (ends > box.start(1))).tolist()
         assert "".join(pieces[i] for i in answer) == box[1]
-        expected = influences(trainer.model.eval(), prompt, completion[:-1], reasoning, answer, how, 0)
+        expected = influences(trainer.model.eval(), prompt, completion, reasoning, answer, how, 0)
         weights_T = oar.reshape(torch.tensor([expected]), torch.ones(1, len(expected), dtype=torch.bool))[0]
         torch.testing.assert_close(batch["credit"][row][reasoning], weights_T, rtol=0, atol=tolerance)
         checked += 1

@@ -16,13 +16,16 @@ EOS, NAN = 99, math.nan
 NO_PROMPTS = (None, None, None)  # trees are valued without them
 
 
-def settings(N: int, D: int, L: int, min_spread: float = 0.1, normalizer: str = "bernoulli") -> SimpleNamespace:
+def settings(
+    N: int, D: int, L: int, min_spread: float = 0.1, normalizer: str = "bernoulli", spread: str = "range"
+) -> SimpleNamespace:
     return SimpleNamespace(
         tree_branching=N,
         tree_depth=D,
         tree_segment_tokens=L,
         tree_min_spread=min_spread,
         tree_normalizer=normalizer,
+        tree_spread=spread,
     )
 
 
@@ -90,10 +93,42 @@ def test_siblings_that_are_near_are_left_alone():
     assert (sibling_advantages(torch.tensor([0.3, 0.201]), 0.1, "none") == 0).all()
 
 
+def test_the_measure_of_spread_by_hand():
+    """{0, 0, 0, .125}: mean 1/32, range .125, squared deviations 3 (1/32)^2 + (3/32)^2 = 12/1024, so sigma is
+    sqrt(12/1024 / 3) = 1/16. Without the last value but one it is sqrt(6/576 / 2) = .0722."""
+    values = torch.tensor([0.0, 0.0, 0.0, 0.125])
+    expected = [-1 / 32, -1 / 32, -1 / 32, 3 / 32]
+    for spread, size in (("range", 0.125), ("std", 1 / 16)):
+        assert sibling_advantages(values, size, "none", spread).tolist() == expected
+        assert sibling_advantages(values, size - 1e-4, "none", spread).tolist() == expected
+        assert sibling_advantages(values, size + 1e-4, "none", spread).tolist() == [0, 0, 0, 0]
+    one_unknown = torch.tensor([0.0, 0.0, NAN, 0.125])
+    assert sibling_advantages(one_unknown, 0.0721, "none", "std")[3] > 0
+    assert (sibling_advantages(one_unknown, 0.0723, "none", "std") == 0).all()
+    assert sibling_advantages(values, 0.1, "none").tolist() == expected  # the range is the default
+
+
+def test_the_measure_of_spread_reaches_each_depth():
+    """The pairs {1, 0} have range 1 and sigma .707; their parents {.5, 1} range .5 and sigma .354."""
+    leaves = torch.tensor([[1.0, 0.0, 1.0, 1.0]])
+    first, second = advantages_by_depth(leaves, 2, 0.4, "bernoulli", "std")
+    assert (first == 0).all()
+    assert second.tolist() == [[1, -1, 0, 0]]
+    mask = torch.ones(1, 4, 4).bool()
+    mask[:, 1, :2] = mask[:, 3, :2] = False
+    flags = torch.ones(1, 4).bool()
+    groups = Groups(mask.int(), mask, leaves.bool(), flags, torch.zeros(4), *NO_PROMPTS, (EOS, 0), slice(0, 4))
+    for spread, signal in (("range", 1), ("std", 0)):
+        credit = TreeRPO(settings(2, 2, 2, 0.4, spread=spread), None).credit(groups)
+        assert credit.sums["tree/signal_depth_1"][0] == signal
+        assert credit.sums["tree/signal_depth_2"][0] == 1
+
+
+@pytest.mark.parametrize("spread", tree.SPREADS)
 @pytest.mark.parametrize("normalizer", tree.NORMALIZERS)
 @pytest.mark.parametrize("values", [[0.0, 0.0], [1.0, 1.0], [NAN, NAN], [NAN, 1.0]])
-def test_equal_or_single_siblings_have_none(values, normalizer):
-    assert sibling_advantages(torch.tensor(values), 0.0, normalizer).tolist() == [0, 0]
+def test_equal_or_single_siblings_have_none(values, normalizer, spread):
+    assert sibling_advantages(torch.tensor(values), 0.0, normalizer, spread).tolist() == [0, 0]
 
 
 def test_unscorable_leaves_are_left_out():

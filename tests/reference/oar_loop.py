@@ -12,10 +12,11 @@ def representation(model, ids: list[int], at: list[int], answer: list[int], how:
 
 
 def influences(model, prompt: list[int], completion: list[int], reasoning, answer, how, pad, span=1) -> list[float]:
-    """`reasoning` and `answer` are places in the completion. For `last` the completion ends where it is read."""
+    """`reasoning` and `answer` are places in the completion. For `last` only the answer's first token is predicted."""
     n = len(prompt)
-    at = [n + len(completion) - 1] if how == "last" else [n + place - 1 for place in answer]
-    tokens = [completion[place] for place in answer] if how != "last" else [0]
+    answer = answer[:1] if how == "last" else answer
+    at = [n + place - 1 for place in answer]
+    tokens = [completion[place] for place in answer]
     clean = representation(model, prompt + completion, at, tokens, how)
     found = []
     for first in range(0, len(reasoning), span):

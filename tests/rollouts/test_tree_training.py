@@ -389,6 +389,7 @@ def test_resume_is_exact(tmp_path, dynamic):
         ({"tree_depth": 0}, "tree_depth must be at least 1, not 0"),
         ({"tree_normalizer": "var"}, "tree_normalizer must be one of bernoulli, std, none, not 'var'"),
         ({"tree_min_spread": -0.1}, "tree_min_spread must be between 0 and 1, not -0.1"),
+        ({"tree_spread": "variance"}, "tree_spread must be one of range, std, not 'variance'"),
         ({"tree_min_spread": 1.5}, "tree_min_spread must be between 0 and 1, not 1.5"),
         (
             {"num_generations": 12, "per_device_train_batch_size": 12},

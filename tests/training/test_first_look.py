@@ -15,6 +15,7 @@ ARGS = {
     "dynamic_sampling": False,
     "max_completion_length": 100,
     "tree_min_spread": 0.1,
+    "tree_spread": "range",
 }
 SEEN = {
     "generations": 3,
@@ -55,7 +56,8 @@ def said(function, seen: dict, args: dict, *more) -> str | None:
         (
             {"informative": 6, "stats": {"tree/signal_depth_1": 0.0}},
             {"credit": "tree"},
-            "No siblings in the trees of the first 6 groups (3 generations) differ by at least tree_min_spread (0.1)",
+            "No siblings in the trees of the first 6 groups (3 generations) differ by at least tree_min_spread (0.1, "
+            "tree_spread: range)",
         ),
     ],
 )
