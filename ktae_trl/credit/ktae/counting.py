@@ -12,6 +12,7 @@ from torch import Tensor
 
 NUMBA = find_spec("numba") is not None  # `loops` replaces this module on a CPU
 
+
 class Pairs(NamedTuple):
     """One entry for each pair of a token and a rollout that contains it, (W,) each."""
 

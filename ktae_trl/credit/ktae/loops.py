@@ -41,7 +41,9 @@ class Tables(NamedTuple):
 class Scratch(NamedTuple):
     """Memory for the tokens of one group, used again for the next group."""
 
-    place: np.ndarray  # by id: the index of its token over all groups, which is lower than this group's for other tokens
+    place: (
+        np.ndarray
+    )  # by id: the index of its token over all groups, which is lower than this group's for other tokens
     row: np.ndarray  # (G * T, 8): the columns above for each token; 0 between groups
     at: np.ndarray  # (G, T): index of the token at each position, or -1
     some: np.ndarray  # (G * T,): indices of the tokens to value
@@ -75,7 +77,7 @@ def key_token_values(
         but for the token, which has the dtype of the ids. Without `keep` U is 0.
     """
     P, G, T = ids.shape
-    values = np.empty((P, G, T), np.float32)  # NumPy, other than PyTorch, asks for large pages: 1/4 of the time
+    values = np.empty((P, G, T), np.float32)  # unlike PyTorch, NumPy asks for large pages, which cost less
 
     def fill_all(ids: Tensor, mask: Tensor, ignore_ids: list[int], places: int) -> list[np.ndarray | None]:
         arrays = [x.contiguous().numpy() for x in (ids, mask, right, wrong)]
@@ -242,7 +244,7 @@ def value(n, p, g, right, wrong, voters, tables, tf_weight, strengths, scratch):
 
 @_compiled
 def tanh(x):
-    """Return tanh x = (e^2x - 1) / (e^2x + 1) with e^2x = (e^(x/32))^64, to 1e-8: four times as fast as a call of tanh."""
+    """Return tanh x = (e^2x - 1) / (e^2x + 1) with e^2x = (e^(x/32))^64, to 1e-8: faster than a call of tanh."""
     y = min(abs(x), 10.0) / 32
     e = 1 + y * (1 + y / 2 * (1 + y / 3 * (1 + y / 4 * (1 + y / 5 * (1 + y / 6 * (1 + y / 7 * (1 + y / 8)))))))
     for _ in range(6):

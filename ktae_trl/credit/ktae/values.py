@@ -1,7 +1,7 @@
 """KTAE: key-token values from the correct and wrong rollouts of a group (arXiv 2505.16826).
 
-Tokens are counted, valued once per distinct token of each group, and the values are copied to the positions: on a CPU by
-a compiled loop if numba is installed (`loops`), otherwise by PyTorch, for all groups together (`counting`).
+The tokens of a group are counted, each distinct token is valued once, and the values are copied to the positions: on a
+CPU with numba installed by a compiled loop (`loops`), otherwise by PyTorch, for all groups together (`counting`).
 
 The formulas are those of the authors' code (xiaolizh1/KTAE). According to notes on the paper, which were not checked
 against its text, the paper has K = sigmoid((h1 F + h2 IG) D) - 1/2 and uses the probability of a single table in F.
@@ -118,7 +118,7 @@ def key_token_table(
         ignore_ids: ids with K = 0 (padding, end of sequence). They do count in the length of their side.
 
     Memory in addition to the input is at most 18 times that of int64 `ids` (22 times with `leave_one_out`). It comes
-    close to this only if hardly any token occurs twice.
+    close to this only if hardly any token occurs twice. The compiled loop needs less, and up to 2 MiB per thread.
 
     Returns:
         A `KeyTokenTable`. Its `values` lie in [-1, 1], on the device of `ids`. They are 0 for masked tokens, in a group
@@ -215,7 +215,7 @@ def _statistics(tables: "_Tables", tf_weight: float, sides: _Sides, group, token
 def _lengths(mask: Tensor) -> Tensor:
     from ktae_trl.credit.ktae import loops
 
-    return torch.from_numpy(loops.lengths(mask.numpy()))
+    return torch.from_numpy(loops.lengths(mask.contiguous().numpy()))
 
 
 def _by_loop(ids, mask, sides: _Sides, weights, leave_one_out: bool, ignore_ids: list[int], keep: bool):
@@ -224,7 +224,9 @@ def _by_loop(ids, mask, sides: _Sides, weights, leave_one_out: bool, ignore_ids:
     voting, tf_weight = sides.voting(), weights[2]
     splits = set(zip(*(n.tolist() for n in sides.sizes()), strict=True))
     tables = _Tables(splits, leave_one_out, ids.shape[1], *weights[:2], ids.device)
-    sizes, tokens = sides.of_others() if leave_one_out else ([n[:, None] for n in x] for x in (sides.sizes(), sides.tokens()))
+    sizes, tokens = (
+        sides.of_others() if leave_one_out else ([n[:, None] for n in x] for x in (sides.sizes(), sides.tokens()))
+    )
     voters = loops.Voters(*(x.numpy() for x in (tables.first(*sizes), *tf_norms(*tokens))))
     cells = loops.Tables(tables.strength.numpy(), tables.presence.numpy(), tables.width)
     both = sides.right & voting, sides.wrong & voting
@@ -280,9 +282,7 @@ def _values_of_pairs(tables: "_Tables", tf_weight: float | None, sides: _Sides, 
 
     sizes, lengths = sides.of_others()
     cell = tables.cell(*sizes, rollout, *others((counts.a, counts.b), 1))
-    return _key_value(
-        tables, tf_weight, cell, rollout, lengths, others((counts.count_right, counts.count_wrong), own)
-    )
+    return _key_value(tables, tf_weight, cell, rollout, lengths, others((counts.count_right, counts.count_wrong), own))
 
 
 def _key_value(tables, tf_weight: float | None, cell: Tensor, where: Tensor, lengths, counts) -> Tensor:
