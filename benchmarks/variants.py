@@ -11,7 +11,6 @@ from torch import Tensor
 from ktae_trl.credit import METHODS
 from ktae_trl.credit.ktae.association import fisher_p_table, information_gain_table
 from ktae_trl.credit.ktae.method import KTAE, sums
-from ktae_trl.credit.ktae.values import key_token_table
 from ktae_trl.credit.method import Credit, Groups
 
 
@@ -84,9 +83,7 @@ class Smoothed(Dense):
 
 def _credit(groups: Groups, how: str, values_BT: Tensor) -> Credit:
     """Return the credit of this process's rollouts, with KTAE's metrics."""
-    g = groups
-    table = key_token_table(g.ids_PGT, g.mask_PGT, g.correct_PG, scored=g.scored_PG, ignore_ids=g.special_ids)
-    return Credit(values_BT, sums(groups, table, values_BT, how))
+    return Credit(values_BT, sums(groups, values_BT, how))
 
 
 def dense_values(

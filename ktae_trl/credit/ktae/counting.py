@@ -1,24 +1,16 @@
-"""Count the tokens of each group: in how many correct and wrong rollouts a token occurs, and how often.
+"""Count the tokens of each group with PyTorch: in how many correct and wrong rollouts a token occurs, and how often.
 
-On a CPU with numba installed, a compiled loop counts in one pass. Otherwise the ids of each group are sorted once. Both
-ways give the same counts, with the tokens in a different order.
-
-The compiled loops are imported inside functions because the CPU build of vLLM 0.31 cannot start its engine after numba
-was imported: it reads `__dict__` of every object, which is a function for llvmlite's handles.
+The ids of each group are sorted once. This is for GPUs, and for a CPU without numba (`loops`).
 """
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
-from itertools import pairwise
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NUMBA = find_spec("numba") is not None
+NUMBA = find_spec("numba") is not None  # `loops` replaces this module on a CPU
 
 
 class Pairs(NamedTuple):
@@ -45,14 +37,7 @@ class Counts(NamedTuple):
 
     def spread(self, values: Tensor, out: Tensor) -> None:
         """Write the value of each position's entry to `out`, and 0 for positions that are not counted."""
-        values = F.pad(values, (1, 0))
-        if NUMBA and values.device.type == "cpu":
-            from ktae_trl.credit.ktae import loops
-
-            arrays = [x.view(-1).numpy() for x in (self.entry, values, out)]
-            _on_threads(len(self.entry), lambda part: loops.look_up(arrays[0][part], arrays[1], arrays[2][part]), _PART)
-        else:
-            torch.index_select(values, 0, self.entry, out=out.view(-1))
+        torch.index_select(F.pad(values, (1, 0)), 0, self.entry, out=out.view(-1))
 
 
 def count(ids: Tensor, counted: Tensor, right: Tensor, sizes: Tensor, *, pairs: bool) -> tuple[Counts, list[list[int]]]:
@@ -68,67 +53,6 @@ def count(ids: Tensor, counted: Tensor, right: Tensor, sizes: Tensor, *, pairs: 
     Returns:
         The counts, and `sizes` as lists.
     """
-    how = _count_by_loop if NUMBA and ids.device.type == "cpu" else _count_by_sort
-    return how(ids, counted, right, sizes, pairs)
-
-
-# A compiled loop
-
-_TABLE = 2**22  # larger or negative ids are renumbered first
-_PART = 2**18  # least positions per thread: starting a thread takes a millisecond
-
-
-def _on_threads(length: int, work: Callable[[slice], object], least: int) -> list:
-    """Split `length` into even parts of at least `least`, run `work` on each in a thread, and return the results."""
-    workers = max(1, min(torch.get_num_threads(), length // max(least, 1)))
-    parts = [slice(*bounds) for bounds in pairwise(length * i // workers for i in range(workers + 1))]
-    if workers == 1:
-        return [work(part) for part in parts]
-    with ThreadPoolExecutor(workers) as threads:  # compiled code does not hold Python's lock
-        return list(threads.map(work, parts))
-
-
-def _count_by_loop(ids: Tensor, counted: Tensor, right: Tensor, sizes: Tensor, with_pairs: bool):
-    from ktae_trl.credit.ktae import loops
-
-    P, G, T = ids.shape
-    entry = np.empty((P, G, T), np.int32)
-
-    def fill(ids: Tensor, places: int) -> list[tuple[np.ndarray, np.ndarray, slice]]:
-        arrays = [x.contiguous().numpy() for x in (ids, counted, right)]
-
-        def fill_part(part: slice) -> tuple[np.ndarray, np.ndarray, slice]:
-            some = [x[part] for x in arrays]
-            room = some[0].size  # an upper bound; memory that is not written to is not allocated
-            rows, row = np.full(places, -1, np.int32), np.empty((G * T, 8), np.int32)
-            tokens, pairs = np.empty((loops.KEPT, room), np.int32), np.empty((3, room if with_pairs else 0), np.int32)
-            U, W = loops.fill(*some, part.start, rows, row, tokens, pairs, entry[part])
-            return None if U < 0 else (tokens[:, :U], pairs[:, :W], part)
-
-        return _on_threads(P, fill_part, _PART // max(G * T, 1))
-
-    names = None
-    parts = fill(ids, min(max(int(ids.max()) + 1, 1), _TABLE) if ids.numel() else 1)
-    if None in parts:
-        names, renumbered = ids.masked_fill(~counted, 0).unique(return_inverse=True)
-        parts = fill(renumbered, len(names))
-    before_U = before_W = 0
-    for tokens, pairs, part in parts:
-        if before_U:
-            loops.shift(entry[part].reshape(-1), before_W if with_pairs else before_U)
-            pairs[loops.OF_TOKEN] += before_U
-        before_U, before_W = before_U + tokens.shape[1], before_W + pairs.shape[1]
-    token, group, a, b, count_right, count_wrong = torch.from_numpy(np.concatenate([p[0] for p in parts], axis=1))
-    of_rollout = Pairs(*torch.from_numpy(np.concatenate([p[1] for p in parts], axis=1))) if with_pairs else None
-    token = token.to(ids.dtype) if names is None else names.index_select(0, token)
-    counts = Counts(group, token, a, b, count_right, count_wrong, of_rollout, torch.from_numpy(entry).view(-1))
-    return counts, sizes.tolist()
-
-
-# A sort
-
-
-def _count_by_sort(ids: Tensor, counted: Tensor, right: Tensor, sizes: Tensor, with_pairs: bool):
     P, G, T = ids.shape
     # A stable sort keeps the occurrences of an id in one rollout together.
     last_id = torch.iinfo(ids.dtype).max
@@ -159,7 +83,7 @@ def _count_by_sort(ids: Tensor, counted: Tensor, right: Tensor, sizes: Tensor, w
         return F.pad(x_W.cumsum(0, dtype=torch.int32), (1, 0)).index_select(0, bounds).diff()
 
     a, count_right = total(is_right), total(times * is_right)
-    run = (new_pair if with_pairs else new_token).view(-1).cumsum(0, dtype=torch.int32).view_as(order) * is_counted
+    run = (new_pair if pairs else new_token).view(-1).cumsum(0, dtype=torch.int32).view_as(order) * is_counted
     counts = Counts(
         group=rollout.index_select(0, first) // G,
         token=token,
@@ -167,7 +91,7 @@ def _count_by_sort(ids: Tensor, counted: Tensor, right: Tensor, sizes: Tensor, w
         b=bounds.diff() - a,
         count_right=count_right,
         count_wrong=total(times) - count_right,
-        pairs=Pairs(pair_is_new.cumsum(0, dtype=torch.int32) - 1, rollout, times) if with_pairs else None,
+        pairs=Pairs(pair_is_new.cumsum(0, dtype=torch.int32) - 1, rollout, times) if pairs else None,
         entry=torch.empty_like(run).scatter_(1, order, run).view(-1),  # back in the original order
     )
     return counts, [sizes[:P], sizes[P:]]

@@ -19,18 +19,17 @@ from torch import Tensor
 from ktae_trl.arguments import UserError, nearest
 from ktae_trl.credit.combine import combine
 from ktae_trl.credit.ktae.values import (
-    KeyTokenTable,
     check_weights,
     importance_weights,
     key_token_strengths,
-    key_token_table,
+    key_token_values,
 )
 from ktae_trl.credit.method import Card, Credit, Groups, Method, Settings
 
 IMPORTANCE = "importance"
 COMBINE = ("multiply", "add", IMPORTANCE)
 SATURATED = 0.9  # |K| above this counts in `ktae/saturated`
-_AFTER_COUNTING = ("ktae_combine", "ktae_scale", "ktae_importance_beta")  # no arguments of `key_token_table`
+_AFTER_COUNTING = ("ktae_combine", "ktae_scale", "ktae_importance_beta")  # no arguments of `key_token_values`
 _COLUMNS_OF_WEIGHTS = {
     "mixed": ("ktae/informative_groups", "{:.0%}", "share of groups with both correct and wrong rollouts"),
     "eff. w": ("ktae/effective_share", "{:.1%}", "effective share of the tokens of mixed groups: 1 / mean w^2"),
@@ -169,14 +168,13 @@ class KTAE(Method):
             strength_BT = groups.own_rows(key_token_strengths(*inputs, **counts, **options))
             weights_BT = importance_weights(strength_BT, groups.mask_BT, self.settings.ktae_importance_beta)
             return Credit(weights_BT, sums_of_weights(groups, weights_BT))
-        table = key_token_table(*inputs, **counts, **options)
-        values_BT = groups.own_rows(table.values)
+        values_BT = groups.own_rows(key_token_values(*inputs, **counts, **options))
         scale = self.settings.ktae_scale
-        return Credit(scale * values_BT, sums(groups, table, values_BT, self.settings.ktae_combine, scale))
+        return Credit(scale * values_BT, sums(groups, values_BT, self.settings.ktae_combine, scale))
 
     @classmethod
     def options(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        """Return the keyword arguments of `key_token_table` from config fields, with defaults for missing ones.
+        """Return the keyword arguments of `key_token_values` from config fields, with defaults for missing ones.
 
         Fields of other methods are ignored.
         """
@@ -190,15 +188,13 @@ class KTAE(Method):
 
     @classmethod
     def settings_from(cls, options: dict[str, Any], combine: str) -> dict[str, Any]:
-        """Return checked config fields from keyword arguments of `key_token_table`."""
+        """Return checked config fields from keyword arguments of `key_token_values`."""
         settings = cls.Settings(ktae_combine=combine, **{f"ktae_{name}": value for name, value in options.items()})
         settings.check()
         return dataclasses.asdict(settings)
 
 
-def sums(
-    groups: Groups, table: KeyTokenTable, values_BT: Tensor, how: str, scale: float = 1.0
-) -> dict[str, tuple[Tensor, Tensor]]:
+def sums(groups: Groups, values_BT: Tensor, how: str, scale: float = 1.0) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the metrics of this process's rollouts as (numerator, denominator). See `docs/reference/metrics.md`.
 
     Args:
@@ -211,9 +207,7 @@ def sums(
     )
     advantages = combine(groups.advantages_B, scale * values_BT, how).abs()
     before = groups.advantages_B.abs()[:, None].expand_as(advantages)
-    informative = groups.own_rows(
-        ((table.n_right > 0) & (table.n_wrong > 0))[:, None, None].expand_as(groups.correct_PG[..., None])
-    )
+    informative = _informative(groups)
     valued = mask & informative  # K is 0 everywhere else
     return {
         "ktae/value_right": _mean(values_BT, valued & scored & correct),
@@ -228,15 +222,20 @@ def sums(
 
 def sums_of_weights(groups: Groups, weights_BT: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the metrics of weights of mean 1, such as those of `importance_weights`, as (numerator, denominator)."""
-    votes_PG = groups.scored_PG & groups.mask_PGT.any(-1)
-    informative_P = (votes_PG & groups.correct_PG).any(1) & (votes_PG & ~groups.correct_PG).any(1)
-    informative_B1 = groups.own_rows(informative_P[:, None, None].expand_as(votes_PG[..., None]))
+    informative_B1 = _informative(groups)
     valued_BT = groups.mask_BT & informative_B1  # w is 1 everywhere else
     # (sum w)^2 / (n sum w^2) with sum w = n
     return {
         "ktae/effective_share": (valued_BT.sum(), (weights_BT.square() * valued_BT).sum()),
         "ktae/informative_groups": _mean(informative_B1[:, 0].float(), torch.ones_like(informative_B1[:, 0])),
     }
+
+
+def _informative(groups: Groups) -> Tensor:
+    """Return which rollouts of this process are in groups with votes on both sides, (B, 1) bool."""
+    votes_PG = groups.scored_PG & groups.mask_PGT.any(-1)
+    informative_P = (votes_PG & groups.correct_PG).any(1) & (votes_PG & ~groups.correct_PG).any(1)
+    return groups.own_rows(informative_P[:, None, None].expand_as(votes_PG[..., None]))
 
 
 def _mean(x: Tensor, over: Tensor) -> tuple[Tensor, Tensor]:

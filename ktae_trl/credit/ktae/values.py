@@ -1,7 +1,7 @@
 """KTAE: key-token values from the correct and wrong rollouts of a group (arXiv 2505.16826).
 
-Tokens are counted once (`counting`). Everything else is computed once per distinct token of each group, for all groups
-together, and copied to the positions at the end.
+The tokens of a group are counted, each distinct token is valued once, and the values are copied to the positions: on a
+CPU with numba installed by a compiled loop (`loops`), otherwise by PyTorch, for all groups together (`counting`).
 
 The formulas are those of the authors' code (xiaolizh1/KTAE). According to notes on the paper, which were not checked
 against its text, the paper has K = sigmoid((h1 F + h2 IG) D) - 1/2 and uses the probability of a single table in F.
@@ -17,12 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ktae_trl.credit.ktae import counting
 from ktae_trl.credit.ktae.association import fisher_p_table, information_gain_table
 from ktae_trl.credit.ktae.counting import Counts, count
-
-_TF_SATURATION = 2.0  # k1 of the BM25-like term frequency in the authors' code
-_TF_LENGTH = 0.5  # b0
-_TF_EPSILON = 1e-5
+from ktae_trl.credit.ktae.direction import direction, tf_norms
 
 
 class KeyTokenTable(NamedTuple):
@@ -120,7 +118,7 @@ def key_token_table(
         ignore_ids: ids with K = 0 (padding, end of sequence). They do count in the length of their side.
 
     Memory in addition to the input is at most 18 times that of int64 `ids` (22 times with `leave_one_out`). It comes
-    close to this only if hardly any token occurs twice.
+    close to this only if hardly any token occurs twice. The compiled loop needs less, and up to 2 MiB per thread.
 
     Returns:
         A `KeyTokenTable`. Its `values` lie in [-1, 1], on the device of `ids`. They are 0 for masked tokens, in a group
@@ -159,9 +157,6 @@ def importance_weights(strength_BT: Tensor, mask_BT: Tensor, beta: float) -> Ten
     return torch.where(mask_BT, raw_BT / mean_B1, 1.0)
 
 
-_ROUND = 2**22  # positions per round on a CPU, so that rounds reuse memory
-
-
 @torch.no_grad()
 def _value(ids, mask, correct, scored, weights, leave_one_out, ignore_ids, *, keep: bool) -> KeyTokenTable:
     """Return the table. Without `keep`, the statistics of the tokens are empty.
@@ -169,41 +164,15 @@ def _value(ids, mask, correct, scored, weights, leave_one_out, ignore_ids, *, ke
     If the last of the weights, h3, is None, nothing needs a direction: the values are S, and `keep` must be false.
     """
     _check(ids, mask, correct, scored, *weights)
-    P, G, T = ids.shape
-    mask, correct = mask.bool(), correct.bool()
-    lengths = mask.sum(-1, dtype=torch.int32)
+    mask, correct, ignore_ids = mask.bool(), correct.bool(), list(ignore_ids)
+    by_loop = counting.NUMBA and ids.device.type == "cpu"
+    lengths = _lengths(mask) if by_loop else mask.sum(-1, dtype=torch.int32)
     votes = lengths > 0 if scored is None else (lengths > 0) & scored.bool()
-    right, wrong = votes & correct, votes & ~correct  # (P, G)
-    n_right, n_wrong = right.sum(1), wrong.sum(1)  # (P,)
-    voting = votes & ((n_right > 0) & (n_wrong > 0))[:, None]
-    values = torch.empty(P, G, T, device=ids.device)
-    columns, tables = [], None
-    step = max(1, _ROUND // max(G * T, 1)) if ids.device.type == "cpu" else max(P, 1)
-    for begin in range(0, max(P, 1), step):
-        some = slice(begin, begin + step)
-        counted = mask[some] & voting[some, :, None]
-        for special in ignore_ids:
-            counted &= ids[some] != special
-        sizes = torch.stack([n_right[some], n_wrong[some]])
-        counts, sizes = count(ids[some], counted, right[some], sizes, pairs=leave_one_out)
-        splits = set(zip(*sizes, strict=True))
-        if tables is None or not splits <= tables.splits:  # later rounds mostly have the same splits
-            tables = _Tables(splits, leave_one_out, G, *weights[:2], ids.device)
-        sides = _Sides(right[some], wrong[some], lengths[some])
-        cell = tables.cell(*sides.sizes(), counts.group, counts.a, counts.b)
-        D = None
-        if keep or not (leave_one_out or weights[2] is None):
-            occurrences = counts.count_right, counts.count_wrong
-            D = _direction(tables, weights[2], cell, counts.group, sides.tokens(), occurrences)
-        if leave_one_out:
-            of_entries = _leave_one_out(tables, weights[2], sides, counts)
-        else:
-            of_entries = _key_value(tables.strength.index_select(0, cell), D)
-        counts.spread(of_entries, values[some])
-        if keep:
-            statistics = (table.index_select(0, cell) for table in (tables.p, tables.fisher, tables.gain))
-            columns.append((counts.group + begin, counts.token, counts.a, counts.b, *statistics, D))
-    columns = map(torch.cat, zip(*columns, strict=True)) if keep else [values.new_empty(0)] * 8
+    sides = _Sides(votes & correct, votes & ~correct, lengths)
+    n_right, n_wrong = sides.sizes()
+    how = _by_loop if by_loop else _by_sort
+    values, columns = how(ids, mask, sides, weights, leave_one_out, ignore_ids, keep)
+    columns = columns if keep else [values.new_empty(0)] * 8
     return KeyTokenTable(values, n_right, n_wrong, *columns)
 
 
@@ -222,12 +191,88 @@ class _Sides(NamedTuple):
         """Return the number of tokens on each side, (P,) each."""
         return (self.lengths * self.right).sum(1), (self.lengths * self.wrong).sum(1)
 
+    def of_others(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return both numbers for the other rollouts of the group, (P, G) each."""
+        both = (self.right, self.wrong)
+        sizes = [n[:, None] - side.int() for n, side in zip(self.sizes(), both, strict=True)]
+        return sizes, [n[:, None] - self.lengths * side for n, side in zip(self.tokens(), both, strict=True)]
 
-def _leave_one_out(tables: "_Tables", tf_weight: float | None, sides: _Sides, counts: Counts) -> Tensor:
-    """Return K of each (token, rollout) pair, with the rollout removed from the counts of its side.
+    def voting(self) -> Tensor:
+        """Return the rollouts that vote in a group with both sides, (P, G) bool."""
+        return (self.right | self.wrong) & (self.right.any(1) & self.wrong.any(1))[:, None]
 
-    If `tf_weight` is None, the result is S.
-    """
+
+def _statistics(tables: "_Tables", tf_weight: float, sides: _Sides, group, token, a, b, *occurrences) -> list[Tensor]:
+    """Return the columns of the table for tokens with these counts."""
+    cell = tables.cell(*sides.sizes(), group, a, b)
+    D = _direction(tables, tf_weight, cell, group, sides.tokens(), occurrences)
+    return [group, token, a, b, *(x.index_select(0, cell) for x in (tables.p, tables.fisher, tables.gain)), D]
+
+
+# By a compiled loop
+
+
+def _lengths(mask: Tensor) -> Tensor:
+    from ktae_trl.credit.ktae import loops
+
+    return torch.from_numpy(loops.lengths(mask.contiguous().numpy()))
+
+
+def _by_loop(ids, mask, sides: _Sides, weights, leave_one_out: bool, ignore_ids: list[int], keep: bool):
+    from ktae_trl.credit.ktae import loops
+
+    voting, tf_weight = sides.voting(), weights[2]
+    splits = set(zip(*(n.tolist() for n in sides.sizes()), strict=True))
+    tables = _Tables(splits, leave_one_out, ids.shape[1], *weights[:2], ids.device)
+    sizes, tokens = (
+        sides.of_others() if leave_one_out else ([n[:, None] for n in x] for x in (sides.sizes(), sides.tokens()))
+    )
+    voters = loops.Voters(*(x.numpy() for x in (tables.first(*sizes), *tf_norms(*tokens))))
+    cells = loops.Tables(tables.strength.numpy(), tables.presence.numpy(), tables.width)
+    both = sides.right & voting, sides.wrong & voting
+    values, counts = loops.key_token_values(ids, mask, *both, voters, cells, tf_weight, ignore_ids, keep=keep)
+    return values, _statistics(tables, tf_weight, sides, *counts) if keep else None
+
+
+# By sorting
+
+_ROUND = 2**22  # positions per round on a CPU, so that rounds reuse memory
+
+
+def _by_sort(ids, mask, sides: _Sides, weights, leave_one_out: bool, ignore_ids: list[int], keep: bool):
+    P, G, T = ids.shape
+    voting = sides.voting()
+    values = torch.empty(P, G, T, device=ids.device)
+    columns, tables = [], None
+    step = max(1, _ROUND // max(G * T, 1)) if ids.device.type == "cpu" else max(P, 1)
+    for begin in range(0, max(P, 1), step):
+        some = slice(begin, begin + step)
+        of_some = _Sides(*(x[some] for x in sides))
+        counted = mask[some] & voting[some, :, None]
+        for special in ignore_ids:
+            counted &= ids[some] != special
+        sizes = torch.stack(of_some.sizes())
+        counts, sizes = count(ids[some], counted, of_some.right, sizes, pairs=leave_one_out)
+        splits = set(zip(*sizes, strict=True))
+        if tables is None or not splits <= tables.splits:  # later rounds mostly have the same splits
+            tables = _Tables(splits, leave_one_out, G, *weights[:2], ids.device)
+        of_entries = (_values_of_pairs if leave_one_out else _values_of_tokens)(tables, weights[2], of_some, counts)
+        counts.spread(of_entries, values[some])
+        if keep:
+            group, *others = _statistics(tables, weights[2], of_some, *counts[:6])
+            columns.append((group + begin, *others))
+    return values, list(map(torch.cat, zip(*columns, strict=True)))
+
+
+def _values_of_tokens(tables: "_Tables", tf_weight: float | None, sides: _Sides, counts: Counts) -> Tensor:
+    """Return K of each token of each group, or S if `tf_weight` is None."""
+    cell = tables.cell(*sides.sizes(), counts.group, counts.a, counts.b)
+    occurrences = (counts.count_right, counts.count_wrong)
+    return _key_value(tables, tf_weight, cell, counts.group, sides.tokens(), occurrences)
+
+
+def _values_of_pairs(tables: "_Tables", tf_weight: float | None, sides: _Sides, counts: Counts) -> Tensor:
+    """Return K of each (token, rollout) pair, or S, with the rollout removed from the counts of its side."""
     token, rollout, own = counts.pairs
     own_right = sides.right.view(-1).index_select(0, rollout).int()
     own_sides = (own_right, 1 - own_right)
@@ -235,14 +280,17 @@ def _leave_one_out(tables: "_Tables", tf_weight: float | None, sides: _Sides, co
     def others(totals: tuple[Tensor, Tensor], times: Tensor | int) -> list[Tensor]:
         return [n.index_select(0, token) - mine * times for n, mine in zip(totals, own_sides, strict=True)]
 
-    both = (sides.right, sides.wrong)
-    sizes = [n[:, None] - side.int() for n, side in zip(sides.sizes(), both, strict=True)]
+    sizes, lengths = sides.of_others()
     cell = tables.cell(*sizes, rollout, *others((counts.a, counts.b), 1))
-    D = None
-    if tf_weight is not None:
-        lengths = [n[:, None] - sides.lengths * side for n, side in zip(sides.tokens(), both, strict=True)]
-        D = _direction(tables, tf_weight, cell, rollout, lengths, others((counts.count_right, counts.count_wrong), own))
-    return _key_value(tables.strength.index_select(0, cell), D)
+    return _key_value(tables, tf_weight, cell, rollout, lengths, others((counts.count_right, counts.count_wrong), own))
+
+
+def _key_value(tables, tf_weight: float | None, cell: Tensor, where: Tensor, lengths, counts) -> Tensor:
+    """Return K, or S if `tf_weight` is None. The arguments are those of `_direction`."""
+    strength = tables.strength.index_select(0, cell)
+    if tf_weight is None:
+        return strength
+    return torch.tanh(strength.mul_(_direction(tables, tf_weight, cell, where, lengths, counts)).div_(2))
 
 
 def _direction(
@@ -254,32 +302,8 @@ def _direction(
     counts: Iterable[Tensor],
 ) -> Tensor:
     """Return D for counts of both sides. `where` is the index into `lengths` of each count."""
-    norms = _tf_norms(*(n.reshape(-1) for n in lengths))
-    tf_right, tf_wrong = (
-        (_TF_SATURATION + 1) * n / (n + norm.index_select(0, where)) for n, norm in zip(counts, norms, strict=True)
-    )
-    ratio = tf_right / (tf_wrong + _TF_EPSILON) - tf_wrong / (tf_right + _TF_EPSILON)
-    return tables.presence.index_select(0, cell).add_(ratio, alpha=tf_weight)
-
-
-def _key_value(strength: Tensor, direction: Tensor | None) -> Tensor:
-    """Return K of entries, or S if there is no direction."""
-    if direction is None:
-        return strength
-    return torch.tanh(strength.mul_(direction).div_(2))  # = 2 sigmoid(S D) - 1
-
-
-def _tf_norms(length_right: Tensor, length_wrong: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the norm k1 (1 - b0 + b0 len / mean len) len of each side.
-
-    TF = (k1 + 1) n / (n + norm) for n occurrences. The norm is clamped to at least 1, which makes TF 0 instead of NaN
-    on a side without tokens and changes nothing else.
-    """
-    mean = (length_right + length_wrong).clamp(min=1) / 2
-    return tuple(
-        (_TF_SATURATION * (1 - _TF_LENGTH + _TF_LENGTH * length / mean) * length).clamp(min=1)
-        for length in (length_right, length_wrong)
-    )
+    norms = (norm.index_select(0, where) for norm in tf_norms(*(n.reshape(-1) for n in lengths)))
+    return direction(tables.presence.index_select(0, cell), tf_weight, *counts, *norms)
 
 
 class _Tables:
@@ -311,8 +335,11 @@ class _Tables:
 
     def cell(self, n_right: Tensor, n_wrong: Tensor, where: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """Return the cell of each `(a, b)`. `where` is the index of its split in `n_right` and `n_wrong`."""
-        first = self.number[n_right, n_wrong].view(-1) * self.width**2
-        return first.index_select(0, where).add_(a, alpha=self.width).add_(b)
+        return self.first(n_right, n_wrong).view(-1).index_select(0, where).add_(a, alpha=self.width).add_(b)
+
+    def first(self, n_right: Tensor, n_wrong: Tensor) -> Tensor:
+        """Return the first cell of each split."""
+        return self.number[n_right, n_wrong] * self.width**2
 
 
 def check_weights(fisher_weight: float, ig_weight: float, tf_weight: float | None) -> None:
