@@ -132,9 +132,17 @@ def render(name: str, shown: Shown, panels: Sequence[dict[str, Any]] = ()) -> st
 
 
 def _most_telling(groups: list[dict[str, Any]]) -> int | None:
-    """Return the group that the page opens: the largest mean |K| with correct and wrong rollouts."""
-    mixed = [i for i, group in enumerate(groups) if group["right"] and group["wrong"]]
-    return max(mixed or range(len(groups)), key=lambda i: groups[i]["score"], default=None)
+    """Return the group that the page opens, with the largest mean |K| of the most balanced ones.
+
+    Groups with at least a quarter of the rollouts on each side come first, then others with both sides. (With one
+    rollout on a side, nearly all of its tokens are one-sided, so |K| is large and says little.)
+    """
+
+    def rank(i: int) -> tuple[bool, bool, float]:
+        right, wrong = groups[i]["right"], groups[i]["wrong"]
+        return 4 * min(right, wrong) >= right + wrong > 0, min(right, wrong) > 0, groups[i]["score"]
+
+    return max(range(len(groups)), key=rank, default=None)
 
 
 def _shades() -> list[tuple[str, tuple[int, int, int], tuple[int, int, int]]]:

@@ -71,7 +71,12 @@ def _explain(words: list[str]) -> Path:
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("report.html"), help="the HTML file (default: report.html)"
     )
-    parser.add_argument("--format", help="name of the format (default: the one whose keys the files have)")
+    parser.add_argument(
+        "--format",
+        metavar="NAME",
+        help="name of the format (default: the one whose keys the files have): trl, verl, areal, open_instruct, "
+        "ms_swift, prime_rl, prime_rl_tokens, atropos, nemo_rl, skyrl, roll, lm_eval, eval_samples, records or rows",
+    )
     parser.add_argument(
         "--map",
         dest="names",

@@ -76,12 +76,16 @@ def test_every_format_gives_the_same_rollouts(tmp_path, name):
 WITH_IDS = {"prime_rl", "prime_rl_tokens", "atropos", "nemo_rl"}
 
 
-def test_every_format_is_tested_and_in_the_documentation():
+def test_every_format_is_tested_and_in_the_documentation(capsys):
     assert set(WRITERS) == set(BY_NAME)
     assert len({one.title for one in FORMATS}) == len(FORMATS)
     page = (ROOT / "docs" / "guides" / "other_trainers.md").read_text()
     table = re.findall(r"^\| [^|]+ \| `(\w+)` \|", page, re.MULTILINE)
     assert table == list(BY_NAME)
+    with pytest.raises(SystemExit):
+        main(["explain", "--help"])
+    said = " ".join(capsys.readouterr().out.split()).split("whose keys the files have): ")[1].split(" --")[0]
+    assert re.split(", | or ", said) == list(BY_NAME)
 
 
 @pytest.mark.parametrize(

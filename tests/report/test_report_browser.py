@@ -203,12 +203,15 @@ def test_colours_are_those_of_the_values(visit, report, run):
 
 
 def test_the_page_opens_at_the_most_telling_group(visit, report, run):
-    """The largest mean |K| of the groups with correct and wrong rollouts, with tokens in the first screen."""
-    strength = {}
+    """The largest mean |K| of the groups with a quarter on each side, with tokens in the first screen."""
+    strength, sides = {}, {}
     for path in records.files(run):
         for row in records.read(path).rows:
             strength.setdefault((row["step"], row["group"]), []).extend(map(abs, row["credit"]))
-    step, group = max(strength, key=lambda key: statistics.fmean(strength[key]))
+            sides.setdefault((row["step"], row["group"]), []).append(row["correct"])
+    balanced = [key for key, sides_of in sides.items() if 0.25 <= statistics.fmean(sides_of) <= 0.75]
+    assert 0 < len(balanced) < len(sides)
+    step, group = max(balanced, key=lambda key: statistics.fmean(strength[key]))
     for size in ({"width": 1500, "height": 950}, {"width": 1280, "height": 720}, {"width": 390, "height": 844}):
         page = visit(report, viewport=size)
         assert page.locator("#group").get_attribute("data-group") == f"step-{step}-group-{group}"

@@ -155,7 +155,7 @@ $("groups-open").onclick = () => {
   $("groups-open").ariaExpanded = String($("groups-open").ariaExpanded !== "true");
 };
 
-// Without a group in the address, the most telling one is shown: the largest mean |K| with correct and wrong rollouts.
+// Without a group in the address, the most telling one is shown: the largest mean |K| of the most balanced groups.
 function fromHash() {
   const wanted = location.hash.slice(1);
   if (!wanted) return mostTelling();
@@ -164,10 +164,14 @@ function fromHash() {
 }
 
 function mostTelling() {
-  const mixed = found.filter((number) => answers(index.groups[number]) === "mixed");
-  const score = (number) => asNumber(index.groups[number].score);
-  return (mixed.length ? mixed : found).reduce(
-    (best, number) => (best === null || score(number) > score(best) ? number : best),
+  const balance = (group) => {
+    const fewer = Math.min(group.right, group.wrong);
+    return fewer === 0 ? 0 : 4 * fewer < group.right + group.wrong ? 1 : 2; // as `_most_telling` in page.py
+  };
+  const better = (one, other) =>
+    balance(one) === balance(other) ? asNumber(one.score) > asNumber(other.score) : balance(one) > balance(other);
+  return found.reduce(
+    (best, number) => (best === null || better(index.groups[number], index.groups[best]) ? number : best),
     null,
   );
 }
