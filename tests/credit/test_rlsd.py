@@ -257,7 +257,7 @@ def by_loop(groups: Groups, tokenizer, column: str | None, lam: float, eps: floa
     return all_weights, {"referenced": len(used) / places, "from_column": sum(used) / len(used), "agreement": share}
 
 
-@pytest.mark.slow_after(3)
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     ("data", "column", "settings"),
     [
