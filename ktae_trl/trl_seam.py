@@ -9,7 +9,7 @@ import inspect
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -550,7 +550,8 @@ class _HeadStandIn(nn.Module):
 
 def _squares_probabilities(probe: _Probe) -> str:
     model, ids_BL = _HeadStandIn(), torch.tensor([[2, 1, 2, 0]])
-    found = token_squares(probe, model, ids_BL, torch.ones_like(ids_BL), completion_length=3, rows=1)
+    with changed(trl.trainer.utils, maybe_gather_lm_head_ctx=lambda *_: nullcontext()):  # no weights of ZeRO-3
+        found = token_squares(probe, model, ids_BL, torch.ones_like(ids_BL), completion_length=3, rows=1)
     probs_BTV = (ids_BL[:, :-1, None] / probe.temperature * model.head.weight[:, 0]).softmax(-1)
     wanted = probs_BTV.gather(2, ids_BL[:, 1:, None])[..., 0], probs_BTV.square().sum(-1)
     for x_BT, y_BT in zip(found, wanted, strict=True):

