@@ -35,9 +35,7 @@ def initial(seed: int, vocabulary: int, width: int) -> Parameters:
         "output_SHV": (width, vocabulary),
         "output_bias_SV": (vocabulary,),
     }
-    return {
-        name: (2 * torch.rand(1, *shape, generator=generator) - 1) / width**0.5 for name, shape in shapes.items()
-    }
+    return {name: (2 * torch.rand(1, *shape, generator=generator) - 1) / width**0.5 for name, shape in shapes.items()}
 
 
 def unroll(p: Parameters, first_SG: Tensor, length: int, choose: Callable[[int, Tensor], Tensor]) -> Trace:
@@ -115,9 +113,7 @@ def states(trace: Trace) -> Tensor:
     return trace.hidden_TSGH.transpose(0, 1).flatten(1, 2)
 
 
-def gradients(
-    p: Parameters, trace: Trace, allowed_TV: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
-) -> Parameters:
+def gradients(p: Parameters, trace: Trace, allowed_TV: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> Parameters:
     """Return the gradient of a loss of the log-probabilities of the chosen tokens.
 
     Args:
@@ -131,7 +127,9 @@ def gradients(
     trace = trace._replace(hidden_TSGH=trace.hidden_TSGH.detach().requires_grad_())
     logps_STGV = log_distributions(leaves, trace, allowed_TV)
     chosen = logps_STGV.gather(-1, trace.ids_TSG.transpose(0, 1)[..., None]).squeeze(-1)
-    found = torch.autograd.grad(loss(chosen.transpose(1, 2), logps_STGV.detach()), [trace.hidden_TSGH, *leaves.values()])
+    found = torch.autograd.grad(
+        loss(chosen.transpose(1, 2), logps_STGV.detach()), [trace.hidden_TSGH, *leaves.values()]
+    )
     return backpropagate(p, trace, found[0]) | dict(zip(leaves, found[1:], strict=True))
 
 

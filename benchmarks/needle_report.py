@@ -111,7 +111,7 @@ def p_values(finished: Finished) -> dict[tuple[str, str], float]:
     family = [(entry["at"], row) for entry in config["secondary"] for row in entry["rows"]]
     # A comparison that was not run counts in the family, so that a cut programme does not weaken the correction.
     corrected = holm([1.0 if np.isnan(value := p(*pair)) else value for pair in family])
-    return found | {pair: value for pair, value in zip(family, corrected, strict=True)}
+    return found | dict(zip(family, corrected, strict=True))
 
 
 def show(x: Estimate | Difference, scale: float = 100, digits: int = 2) -> str:
@@ -150,9 +150,7 @@ def comparison_table(finished: Finished, at: str, setting: dict, rows: list[str]
             line += [show(difference(areas, baseline)), "" if np.isnan(p) else f"{p:.2g}"]
             line.append("" if np.isnan(share.value) else f"{share.value:.0%} ({share.low:.0%} to {share.high:.0%})")
         line.append(f"{np.median(list(tokens.values())):,.0f} ({reached:.0%})")
-        line.append(
-            "" if row == BASELINE else show(difference(tokens, finished.tokens(BASELINE, at, setting)), 1, 0)
-        )
+        line.append("" if row == BASELINE else show(difference(tokens, finished.tokens(BASELINE, at, setting)), 1, 0))
         lines.append(line)
     head = [
         *("method", "rate", "seeds", "area, %", "less GRPO, points", "p", "share of the oracle's gain"),
@@ -213,7 +211,10 @@ def plot(finished: Finished, path: Path) -> None:
         rows = list(dict.fromkeys(row for _, some in plain if len(plain) > 1 for row in some if row != BASELINE))
         for number, row in enumerate(rows):
             found = [
-                (filler, difference(finished.of(row, at, {"filler": filler}), finished.of(BASELINE, at, {"filler": filler})))
+                (
+                    filler,
+                    difference(finished.of(row, at, {"filler": filler}), finished.of(BASELINE, at, {"filler": filler})),
+                )
                 for filler, some in plain
                 if row in some
             ]

@@ -137,8 +137,8 @@ def starting_policies(mood: float) -> Parameters:
     generator = torch.Generator().manual_seed(1)
     allowed_TV = grammar(WARM_FILLER).allowed_TV
     for _ in range(WARM_STEPS):
-        ids_SGT = texts(WARM_MODELS * WARM_BATCH, mood, generator).view(WARM_MODELS, WARM_BATCH, -1)
-        trace = unroll(p, torch.full_like(ids_SGT[..., 0], BEGIN), ids_SGT.shape[2], lambda t, h: ids_SGT[..., t])
+        ids_TSG = texts(WARM_MODELS * WARM_BATCH, mood, generator).T.unflatten(1, (WARM_MODELS, WARM_BATCH))
+        trace = unroll(p, torch.full_like(ids_TSG[0], BEGIN), len(ids_TSG), lambda t, h, ids=ids_TSG: ids[t])
         found = gradients(p, trace, allowed_TV, lambda logps_SGT, _: -logps_SGT.mean((1, 2)).sum())
         clip_each(found, MAX_GRAD_NORM)
         step(optimizer, p, found)
