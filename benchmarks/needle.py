@@ -88,6 +88,8 @@ def run_job(job: Job) -> dict:
         "cell": asdict(cell),
         "seeds": list(seeds),
         "area": [round(x, 5) for x in runs.accuracy_SN.mean(1).tolist()],
+        "focus": [round(x, 4) for x in runs.focus_S.tolist()],
+        "signal": [round(x, 4) for x in runs.signal_S.tolist()],
         "tokens_to_target": [None if x == float("inf") else x for x in reached],
         "curve": [round(float(runs.accuracy_SN[:, a:b].mean()), 4) for a, b in itertools.pairwise(marks)],
         "budget": runs.tokens * runs.accuracy_SN.shape[1],

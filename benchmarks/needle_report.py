@@ -136,7 +136,7 @@ def comparison_table(finished: Finished, at: str, setting: dict, rows: list[str]
     for row in rows:
         areas = finished.of(row, at, setting)
         if not areas:
-            lines.append([f"`{row}`", NOT_RUN, *[""] * 7])
+            lines.append([f"`{row}`", NOT_RUN, *[""] * 9])
             continue
         tokens = finished.tokens(row, at, setting)
         reached = np.isfinite(list(finished.of(row, at, setting, "tokens_to_target").values())).mean()
@@ -151,10 +151,11 @@ def comparison_table(finished: Finished, at: str, setting: dict, rows: list[str]
             line.append("" if np.isnan(share.value) else f"{share.value:.0%} ({share.low:.0%} to {share.high:.0%})")
         line.append(f"{np.median(list(tokens.values())):,.0f} ({reached:.0%})")
         line.append("" if row == BASELINE else show(difference(tokens, finished.tokens(BASELINE, at, setting)), 1, 0))
+        line += [f"{np.mean(list(finished.of(row, at, setting, name).values())):.2f}" for name in ("focus", "signal")]
         lines.append(line)
     head = [
         *("method", "rate", "seeds", "area, %", "less GRPO, points", "p", "share of the oracle's gain"),
-        *("median tokens to the target (runs that reach it)", "mean less GRPO"),
+        *("median tokens to the target (runs that reach it)", "mean less GRPO", "focus", "signal"),
     ]
     return table(head, lines)
 

@@ -222,8 +222,19 @@ class Runs(NamedTuple):
     """Training runs of a cell, one per seed."""
 
     accuracy_SN: Tensor  # mean expected accuracy of the rollouts of each step
+    focus_S: Tensor  # mean |A'| of the decisions over that of all tokens, over the run
+    signal_S: Tensor  # the same with A' of careful and -A' of careless decisions: credit for the right choice
     tokens: int  # generated tokens of a step, per seed
     policies: Parameters
+
+
+def credit_of_decisions(advantages_SGT: Tensor, rollouts: Rollouts) -> tuple[Tensor, Tensor, Tensor]:
+    """Return sums over trained tokens, (S,) each: |A'| of decisions, A' towards care, |A'| of all tokens."""
+    trained_SGT = advantages_SGT * rollouts.mask_SGT
+    decisions_SGK = trained_SGT[..., rollouts.decides_T]
+    careful_SGK = is_careful(rollouts.ids_SGT[..., rollouts.decides_T])
+    towards_SGK = torch.where(careful_SGK, decisions_SGK, -decisions_SGK)
+    return decisions_SGK.abs().sum((1, 2)), towards_SGK.sum((1, 2)), trained_SGT.abs().sum((1, 2))
 
 
 def train(cell: Cell, seeds: list[int], steps: int | None = None) -> Runs:
@@ -233,7 +244,7 @@ def train(cell: Cell, seeds: list[int], steps: int | None = None) -> Runs:
     chosen = torch.tensor(seeds) % WARM_MODELS
     p = {name: value[chosen].clone() for name, value in start.items()}
     optimizer = torch.optim.AdamW(p.values(), lr=cell.rate, weight_decay=0)
-    noise, accuracy = Noise(seeds), []
+    noise, accuracy, credits = Noise(seeds), [], []
     allowed_TV = grammar(cell.filler).allowed_TV
     T = len(allowed_TV)
     tokens = (2**STEPS - 1) * 2 * (T // STEPS) if credit.tree else cell.group * T
@@ -242,13 +253,15 @@ def train(cell: Cell, seeds: list[int], steps: int | None = None) -> Runs:
 
         def loss(logps_SGT: Tensor, logps_STGV: Tensor, rollouts: Rollouts = rollouts) -> Tensor:
             advantages_SGT = credit.advantages(rollouts._replace(logps_STGV=logps_STGV))
+            credits.append(torch.stack(credit_of_decisions(advantages_SGT, rollouts)))
             return policy_loss(logps_SGT, advantages_SGT, rollouts.mask_SGT)
 
         found = gradients(p, trace, allowed_TV, loss)
         clip_each(found, MAX_GRAD_NORM)
         step(optimizer, p, found)
         accuracy.append(expected_SG.mean(1))
-    return Runs(torch.stack(accuracy, 1), tokens, p)
+    size_S, towards_S, all_S = torch.stack(credits).sum(0) / torch.tensor([STEPS, STEPS, T])[:, None]
+    return Runs(torch.stack(accuracy, 1), size_S / all_S, towards_S / all_S, tokens, p)
 
 
 def tokens_to_target(accuracy_SN: Tensor, tokens: int, group: int, goal: float) -> Tensor:

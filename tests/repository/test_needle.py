@@ -19,7 +19,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 import needle  # noqa: E402
 import needle_model as model  # noqa: E402
 import needle_task as task  # noqa: E402
-from needle_rows import ROWS  # noqa: E402
+from needle_rows import ROWS, Rollouts  # noqa: E402
 
 from ktae_trl.rollouts.verdicts import Verdicts  # noqa: E402
 from tests.trainers import hook, make_trainer  # noqa: E402
@@ -209,6 +209,24 @@ def test_oracles_credit_what_they_say():
     for s in range(2):
         for k, t in enumerate(decides.nonzero().flatten()):
             torch.testing.assert_close(steps[s, :, t], trainer_advantages(found.success_SGK[s, :, k]))
+
+
+def test_focus_and_signal_by_hand():
+    """Two rollouts of three steps without filler words; the decisions are at 1, 4 and 7."""
+    ids = torch.tensor([[1, 5, 4, 2, 7, 4, 3, 9, 4], [1, 5, 4, 2, 8, 4, 3, 10, 4]])[None]
+    decides = torch.arange(9) % 3 == 1
+    found = Rollouts(ids, torch.ones_like(ids).bool(), decides, torch.ones(1, 2, 3).bool(), torch.zeros(1, 2))
+    advantages = torch.tensor([[1.0] * 9, [-2.0] * 9])[None]
+    advantages[0, 1, 1] = -3.0
+    assert [x.item() for x in task.credit_of_decisions(advantages, found)] == [3 + 7, 3 - 3 + 4, 9 + 19]
+
+
+def test_focus_of_oracles():
+    focus = {row: task.train(task.Cell(row, 1e-3, FILLER), [1], steps=3) for row in ("grpo", "oracle", "anti_oracle")}
+    assert focus["grpo"].focus_S.item() == pytest.approx(1)
+    assert focus["oracle"].focus_S.item() == pytest.approx(FILLER + 3)
+    assert focus["anti_oracle"].focus_S.item() == 0
+    assert focus["oracle"].signal_S.item() > focus["grpo"].signal_S.item() * 2
 
 
 def test_shuffled_labels_keep_the_split_and_change_the_values():
