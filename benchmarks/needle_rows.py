@@ -1,0 +1,134 @@
+"""The methods that the needle benchmark compares: rollouts -> token advantages.
+
+To add a method, write a function of `Rollouts` that returns advantages (S, G, T), and name it in `ROWS`. A group is a
+prompt of the package's functions, so the S groups are passed as (P, G, T).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ktae_trl.credit.combine import combine
+from ktae_trl.credit.ktae.values import importance_weights, key_token_strengths, key_token_values
+from ktae_trl.credit.tree import Shape, advantages_by_depth, token_advantages
+
+
+class Rollouts(NamedTuple):
+    """One group of G rollouts of each of S policies."""
+
+    ids_SGT: Tensor
+    mask_SGT: Tensor  # bool: trained tokens; not all in trees, whose rollouts share tokens
+    decides_T: Tensor  # bool: the tokens that matter
+    success_SGK: Tensor  # bool: whether each step succeeded
+    order_SG: Tensor  # random numbers, to shuffle the labels
+    logps_STGV: Tensor | None = None  # log-probabilities of all tokens at each position, -inf for those not allowed
+
+    @property
+    def correct_SG(self) -> Tensor:  # noqa: N802
+        return self.success_SGK.all(-1)
+
+    @property
+    def advantages_SG(self) -> Tensor:  # noqa: N802
+        """Return GRPO's rollout advantages, as TRL computes them from rewards of 0 and 1."""
+        return standardized(self.correct_SG.float())
+
+    @property
+    def logps_SGT(self) -> Tensor:  # noqa: N802
+        """Return the log-probability of each token."""
+        return self.logps_STGV.gather(-1, self.ids_SGT.transpose(1, 2)[..., None]).squeeze(-1).transpose(1, 2)
+
+    @property
+    def entropies_SGT(self) -> Tensor:  # noqa: N802
+        """Return the entropy of the distribution at each position, in nats."""
+        return torch.special.entr(self.logps_STGV.exp()).sum(-1).transpose(1, 2)
+
+    @property
+    def squares_SGT(self) -> Tensor:  # noqa: N802
+        """Return the sum of the squared probabilities at each position."""
+        return (2 * self.logps_STGV).exp().sum(-1).transpose(1, 2)
+
+
+def standardized(rewards_SG: Tensor) -> Tensor:
+    """Return (r - mean) / (std + 1e-4) over each group, with the unbiased standard deviation, as TRL does."""
+    return (rewards_SG - rewards_SG.mean(1, keepdim=True)) / (rewards_SG.std(1, keepdim=True) + 1e-4)
+
+
+def combined(rollouts: Rollouts, values_SGT: Tensor, how: str) -> Tensor:
+    """Return the package's combination of rollout advantages and token values, (S, G, T)."""
+    return combine(rollouts.advantages_SG.flatten(), values_SGT.flatten(0, 1), how).view_as(values_SGT)
+
+
+def grpo(rollouts: Rollouts) -> Tensor:
+    return rollouts.advantages_SG[..., None].expand(rollouts.ids_SGT.shape)
+
+
+def ktae(rollouts: Rollouts, how: str, *, leave_one_out: bool = False, shuffled: bool = False) -> Tensor:
+    """KTAE with `ktae_combine` "multiply" or "add"; `shuffled`: with the labels of each group in random order."""
+    correct_SG = rollouts.correct_SG
+    if shuffled:
+        correct_SG = correct_SG.gather(1, rollouts.order_SG.argsort(1))
+    values = key_token_values(rollouts.ids_SGT, rollouts.mask_SGT, correct_SG, leave_one_out=leave_one_out)
+    return combined(rollouts, values, how)
+
+
+def importance(rollouts: Rollouts, *, leave_one_out: bool = False) -> Tensor:
+    """KTAE with `ktae_combine` "importance"."""
+    strengths = key_token_strengths(
+        rollouts.ids_SGT, rollouts.mask_SGT, rollouts.correct_SG, leave_one_out=leave_one_out
+    )
+    weights = importance_weights(strengths.flatten(0, 1), rollouts.mask_SGT.flatten(0, 1), beta=1.0)
+    return combined(rollouts, weights.view_as(strengths), "scale")
+
+
+def tree(rollouts: Rollouts) -> Tensor:
+    """TreeRPO with two segments per node, three levels, and one step of the completion per segment."""
+    K, T = rollouts.success_SGK.shape[2], rollouts.ids_SGT.shape[2]
+    shape = Shape(2, K, T // K)
+    nodes = advantages_by_depth(rollouts.correct_SG.float(), shape.branching, 0.1, "bernoulli")
+    return token_advantages(nodes, shape, T) * rollouts.mask_SGT
+
+
+def oracle(rollouts: Rollouts) -> Tensor:
+    """GRPO's advantage on the tokens that matter, 0 on all others."""
+    return grpo(rollouts) * rollouts.decides_T
+
+
+def oracle_steps(rollouts: Rollouts) -> Tensor:
+    """On each decision, the advantage of its own step: the reward is the success of this step alone."""
+    success_SGK = rollouts.success_SGK.float()
+    S, G, T = rollouts.ids_SGT.shape
+    advantages = torch.zeros(S, G, T)
+    advantages[..., rollouts.decides_T] = standardized(success_SGK)
+    return advantages
+
+
+def anti_oracle(rollouts: Rollouts) -> Tensor:
+    """GRPO's advantage on all tokens but those that matter."""
+    return grpo(rollouts) * ~rollouts.decides_T
+
+
+class Row(NamedTuple):
+    """A method: its token advantages, and whether rollouts are sampled as trees."""
+
+    advantages: Callable[[Rollouts], Tensor]
+    tree: bool = False
+
+
+ROWS = {
+    "grpo": Row(grpo),
+    "multiply": Row(partial(ktae, how="multiply")),
+    "add": Row(partial(ktae, how="add")),
+    "importance": Row(importance),
+    "multiply_loo": Row(partial(ktae, how="multiply", leave_one_out=True)),
+    "add_loo": Row(partial(ktae, how="add", leave_one_out=True)),
+    "importance_loo": Row(partial(importance, leave_one_out=True)),
+    "tree": Row(tree, tree=True),
+    "multiply_shuffled": Row(partial(ktae, how="multiply", shuffled=True)),
+    "add_shuffled": Row(partial(ktae, how="add", shuffled=True)),
+    "oracle": Row(oracle),
+    "oracle_steps": Row(oracle_steps),
+    "anti_oracle": Row(anti_oracle),
+}
