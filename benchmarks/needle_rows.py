@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ktae_trl.credit import gtpo as gtpo_credit
+from ktae_trl.credit import otb as otb_credit
 from ktae_trl.credit.combine import combine
 from ktae_trl.credit.ktae.values import importance_weights, key_token_strengths, key_token_values
 from ktae_trl.credit.tree import Shape, advantages_by_depth, token_advantages
@@ -91,6 +93,18 @@ def tree(rollouts: Rollouts) -> Tensor:
     return token_advantages(nodes, shape, T) * rollouts.mask_SGT
 
 
+def gtpo(rollouts: Rollouts) -> Tensor:
+    """GTPO with `gtpo_normalize` "group"."""
+    graded_SG = torch.ones_like(rollouts.correct_SG)
+    return gtpo_credit.token_advantages(rollouts.entropies_SGT, rollouts.mask_SGT, rollouts.correct_SG, graded_SG)
+
+
+def otb(rollouts: Rollouts) -> Tensor:
+    """OTB, the optimal token baseline."""
+    energies = otb_credit.energies(rollouts.logps_SGT.exp(), rollouts.squares_SGT, rollouts.mask_SGT)
+    return otb_credit.token_advantages(rollouts.advantages_SG, energies, rollouts.mask_SGT)
+
+
 def oracle(rollouts: Rollouts) -> Tensor:
     """GRPO's advantage on the tokens that matter, 0 on all others."""
     return grpo(rollouts) * rollouts.decides_T
@@ -125,6 +139,8 @@ ROWS = {
     "multiply_loo": Row(partial(ktae, how="multiply", leave_one_out=True)),
     "add_loo": Row(partial(ktae, how="add", leave_one_out=True)),
     "importance_loo": Row(partial(importance, leave_one_out=True)),
+    "gtpo": Row(gtpo),
+    "otb": Row(otb),
     "tree": Row(tree, tree=True),
     "multiply_shuffled": Row(partial(ktae, how="multiply", shuffled=True)),
     "add_shuffled": Row(partial(ktae, how="add", shuffled=True)),

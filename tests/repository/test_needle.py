@@ -22,6 +22,7 @@ import needle_task as task  # noqa: E402
 from needle_rows import ROWS, Rollouts  # noqa: E402
 
 from ktae_trl.rollouts.verdicts import Verdicts  # noqa: E402
+from tests.reference import gtpo_loop, otb_loop  # noqa: E402
 from tests.trainers import hook, make_trainer  # noqa: E402
 
 CONFIG = yaml.safe_load(needle.CONFIG.read_text())
@@ -195,6 +196,31 @@ def test_the_gradient_is_that_of_the_trainer(row, loss_type, tmp_path):
 def trainer_advantages(correct: torch.Tensor) -> torch.Tensor:
     rewards = correct.double().numpy()
     return torch.tensor((rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-4)).float()
+
+
+def test_entropies_and_probabilities_are_those_of_the_policies():
+    """GTPO and OTB against the slow loops, from the distributions of the policies."""
+    seeds = [1, 2, 3]
+    p = policies(seeds)
+    trace, found, _ = task.sample(p, 8, "all", FILLER, task.Noise(seeds), tree=False)
+    kept = {}
+
+    def loss(logps_SGT, logps_STGV):
+        kept["logps_STGV"] = logps_STGV.detach()
+        return logps_SGT.sum()
+
+    model.gradients(p, trace, task.grammar(FILLER).allowed_TV, loss)
+    found = found._replace(**kept)
+    gtpo, otb = (ROWS[name].advantages(found) for name in ("gtpo", "otb"))
+    for s in range(len(seeds)):
+        probs_GTV = kept["logps_STGV"][s].transpose(0, 1).double().exp()
+        entropies_GT = torch.distributions.Categorical(probs_GTV).entropy()
+        mask, correct = found.mask_SGT[s].tolist(), found.correct_SG[s].tolist()
+        wanted = gtpo_loop.token_advantages(entropies_GT.tolist(), mask, correct, together=True)
+        torch.testing.assert_close(gtpo[s], torch.tensor(wanted), rtol=1e-3, atol=1e-4)
+        returns = trainer_advantages(found.correct_SG[s]).tolist()
+        wanted = otb_loop.token_advantages(probs_GTV.tolist(), found.ids_SGT[s].tolist(), mask, returns)
+        torch.testing.assert_close(otb[s], torch.tensor(wanted), rtol=1e-3, atol=1e-4)
 
 
 def test_oracles_credit_what_they_say():
