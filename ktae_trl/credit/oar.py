@@ -374,9 +374,9 @@ def gradient_influence(questions: list[Question], settings: Any, tools: Tools) -
     The tokens before the reasoning have no noise, so each distinct prompt is computed once and without a gradient, if
     the model's cache allows it (`Tools.empty_cache`).
 
-    The noise is seeded with the rollout's own tokens. In float32 a rollout therefore gets the same weights in every
-    batch, on every process and in a resumed run. In bf16 the gradient, which is about P_noisy - P, is lost in the
-    rounding error of the forward passes if the noise is small: set `oar_noise_std` to 0.01.
+    The noise is seeded with the rollout's own tokens. In float32 a rollout therefore gets the same weights, up to
+    rounding, in every batch, on every process and in a resumed run. In bf16 the gradient, which is about P_noisy - P,
+    is lost in the rounding error of the forward passes if the noise is small: set `oar_noise_std` to 0.01.
 
     Source: the authors' code (Valsure/Outcome-Grounded-Advantage-Reshaping) of arXiv 2601.07408.
     """
