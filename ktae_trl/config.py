@@ -73,8 +73,8 @@ class KTAEGRPOConfig(*_settings_of_methods(), GRPOConfig):
             every group of the generation batch has both (DAPO). The number of optimizer steps does not change, but more
             prompts are used.
         dynamic_sampling_max_batches (`int`, *optional*, defaults to `10`):
-            Maximum number of generations to fill a batch. If there are still too few groups with both correct and wrong
-            rollouts, other groups fill the batch.
+            At most this many times the groups of a batch are generated to fill it. If there are still too few groups
+            with both correct and wrong rollouts, other groups fill the batch.
         allow_inexact_resume (`bool`, *optional*, defaults to `False`):
             Also resume from a checkpoint without the optimizer and learning-rate schedule, the random states, or the
             rollouts still to be trained on, such as a checkpoint of another trainer. Missing parts start from scratch.
@@ -127,7 +127,7 @@ class KTAEGRPOConfig(*_settings_of_methods(), GRPOConfig):
         metadata={"help": "Replace prompts whose rollouts are all correct or all wrong (DAPO)."},
     )
     dynamic_sampling_max_batches: int = field(
-        default=10, metadata={"help": "Maximum number of generations to fill a batch."}
+        default=10, metadata={"help": "Maximum number of groups generated to fill a batch, in batches."}
     )
     allow_inexact_resume: bool = field(
         default=False,

@@ -7,6 +7,7 @@ called informative.
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -70,12 +71,12 @@ class PromptStream:
 
 
 class Generation(NamedTuple):
-    """G rollouts for each of P prompts, spread in order over the processes: B = P G / processes on each."""
+    """G rollouts for each of N prompts. Each process has some of the N G rollouts, with the number of each."""
 
-    indices: list[int]  # (P,) indices of the prompts in the training set
-    rollouts: list[dict]  # (B,) this process's rollouts, each with its `completion_ids`
-    rewards: Tensor  # (P G, reward functions) of all processes
-    verdicts: Verdicts
+    indices: list[int]  # (N,) indices of the prompts in the training set
+    rollouts: list[tuple[int, dict]]  # this process's: number among the N G, and rollout with its `completion_ids`
+    rewards: Tensor  # (N G, reward functions) of all processes
+    verdicts: Verdicts  # of N groups
 
 
 class Batch(NamedTuple):
@@ -92,6 +93,35 @@ Generate = Callable[[list[dict[str, Any]]], list[dict]]
 Grade = Callable[[list[dict[str, Any]], list[dict]], tuple[Tensor, Verdicts]]
 
 
+_FORGETS = 0.5  # weight of earlier batches in the share of informative groups: it changes as the model learns
+
+
+def groups_to_generate(missing: int, informative: float, generated: float, most: int, unit: int = 1) -> int:
+    """Return how many groups to generate so that probably `missing` of them are informative.
+
+    The number of informative groups among n new ones has a beta-binomial distribution, if every share of informative
+    groups was equally likely before the first group. With N = `generated`, it has
+
+        mean      n p,  p = (informative + 1) / (N + 2)
+        variance  n p (1 - p) (N + 2 + n) / (N + 3)
+
+    The result is the smallest n with mean - standard deviation >= `missing`, so that about five of six such generations
+    are large enough; rounded up to a multiple of `unit`, and at most `most`.
+
+    Args:
+        missing: number of informative groups that a batch lacks, at least 1.
+        informative, generated: of the groups generated so far. Both may be weighted counts.
+        most: maximum result, a multiple of `unit`.
+        unit: the result is a multiple of it.
+    """
+    share = (informative + 1) / (generated + 2)
+    for n in range(missing, most):
+        variance = n * share * (1 - share) * (generated + 2 + n) / (generated + 3)
+        if n * share - math.sqrt(variance) >= missing:
+            return min(-(-n // unit) * unit, most)
+    return most
+
+
 class DynamicSampling:
     """Fills batches with informative groups from one stream of prompts.
 
@@ -101,9 +131,9 @@ class DynamicSampling:
         dataset: the training set. Its rows are copied, because a reward function may change them.
         generate: returns a rollout for each row of this process, a dict with its `completion_ids`. Collective.
         grade: returns the rewards (P G, reward functions) of all processes' rollouts, and their verdicts. Collective.
-        groups: P, the number of groups in a batch and in each generation.
+        groups: P, the number of groups in a batch, and the maximum in a generation.
         num_generations: G, the number of rollouts in a group.
-        max_batches: maximum number of generations for one batch.
+        max_batches: at most `max_batches` P groups are generated for one batch.
         seed, shuffle: for the stream.
         process_index, num_processes: index of this process, and number of processes.
     """
@@ -126,18 +156,28 @@ class DynamicSampling:
         self.groups, self.num_generations, self.max_batches = groups, num_generations, max_batches
         self.process_index, self.num_processes = process_index, num_processes
         self.stream = PromptStream(len(dataset), seed, shuffle)
+        self.informative = self.generated = 0.0  # numbers of groups so far, those of earlier batches weighted
+        # Every process must generate equally many rollouts: whole groups, if a whole batch has whole groups on each.
+        whole = groups % num_processes == 0
+        self._unit = num_processes if whole else num_processes // math.gcd(num_generations, num_processes)
         self._warned_of_filling = False
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, Any]:
         """Return the state for a checkpoint."""
-        return self.stream.state()
+        return self.stream.state() | {"informative": self.informative, "generated": self.generated}
 
-    def restore(self, state: dict[str, int]) -> None:
-        """Resume from the state of a checkpoint, which must have the same prompts in the same order."""
+    def restore(self, state: dict[str, Any]) -> None:
+        """Resume from the state of a checkpoint, which must have the same prompts in the same order.
+
+        A checkpoint of an earlier version has no numbers of groups. They then count from 0.
+        """
         self.stream.restore(state)
+        self.informative, self.generated = state.get("informative", 0.0), state.get("generated", 0.0)
 
     def batch(self, step: int) -> Batch:
-        """Generate until there are P informative groups, at most `max_batches` times. Collective.
+        """Generate until there are P informative groups, at most `max_batches` P groups. Collective.
+
+        Each generation has as many groups as the batch probably still needs, at most P (`groups_to_generate`).
 
         The first P informative groups are chosen, in the order of the stream. If there are fewer, the first other
         groups fill the batch. Surplus groups are dropped: the policy will have changed by the next batch.
@@ -147,23 +187,26 @@ class DynamicSampling:
         """
         begin = self.stream.position
         generations: list[Generation] = []
-        found = 0
-        while found < self.groups and len(generations) < self.max_batches:
-            generations.append(self._generation(self.stream.take(self.groups)))
-            found += int(generations[-1].verdicts.informative.sum())
+        self.informative, self.generated = self.informative * _FORGETS, self.generated * _FORGETS
+        missing, allowed = self.groups, self.max_batches * self.groups
+        while missing > 0 and allowed > 0:
+            most = min(self.groups, allowed)
+            size = groups_to_generate(missing, self.informative, self.generated, most, self._unit)
+            generations.append(self._generation(self.stream.take(size)))
+            found = int(generations[-1].verdicts.informative.sum())
+            self.informative, self.generated = self.informative + found, self.generated + size
+            missing, allowed = missing - found, allowed - size
         informative = torch.cat([generation.verdicts.informative for generation in generations]).cpu()
         chosen = torch.argsort(~informative, stable=True)[: self.groups].sort().values.tolist()  # informative first
         filled = self.groups - int(informative[chosen].sum())
-        rollouts, discarded = self._spread(generations, chosen)
-        drawn = [index for generation in generations for index in generation.indices]
-        rewards = torch.cat([generation.rewards for generation in generations])
-        self._warn(step, begin, filled, len(generations))
+        selected = _select(generations, chosen, self.num_generations)
+        rollouts, tokens = self._spread(selected.rollouts, generations)
+        self._warn(step, begin, filled, len(informative))
         return Batch(
-            rows=self._rows([drawn[group] for group in chosen]),
+            rows=self._rows(selected.indices),
             rollouts=rollouts,
-            rewards=rewards.unflatten(0, (-1, self.num_generations))[chosen].flatten(0, 1),
-            metrics=_metrics(generations, informative, filled, self.groups)
-            | {"dynamic_sampling/discarded_tokens": discarded},
+            rewards=selected.rewards,
+            metrics=_metrics(generations, informative, filled, self.groups) | tokens,
             state={
                 "dynamic_sampling/prompts": self.stream.position,
                 "dynamic_sampling/epoch": self.stream.position / self.stream.size,
@@ -173,7 +216,9 @@ class DynamicSampling:
     def _generation(self, indices: list[int]) -> Generation:
         rows = self._rows(indices)
         rollouts = self.generate(rows)
-        return Generation(indices, rollouts, *self.grade(rows, rollouts))
+        rewards, judged = self.grade(rows, rollouts)
+        begin = self.process_index * len(rollouts)
+        return Generation(indices, list(enumerate(rollouts, begin)), rewards, judged)
 
     def _rows(self, indices: list[int]) -> list[dict[str, Any]]:
         """Return the dataset row of each rollout that this process generates for these prompts."""
@@ -182,27 +227,29 @@ class DynamicSampling:
         once = {index: self.dataset[index] for index in dict.fromkeys(own)}
         return [copy.deepcopy(once[index]) for index in own]
 
-    def _spread(self, generations: list[Generation], chosen: list[int]) -> tuple[list[dict], float]:
+    def _spread(
+        self, chosen: list[tuple[int, dict]], generations: list[Generation]
+    ) -> tuple[list[dict], dict[str, float]]:
         """Redistribute the chosen groups over the processes, in order. Collective.
 
-        Returns:
-            This process's rollouts, and the share of the generated tokens that are discarded.
-        """
-        P, G, B = self.groups, self.num_generations, len(generations[0].rollouts)
-        begin = self.process_index * B
-        own = []  # (place in the batch, rollout) of each chosen rollout that this process generated
-        for place, group in enumerate(chosen):
-            generation, number = divmod(group, P)
-            rollouts = generations[generation].rollouts
-            rows = range(max(number * G, begin), min(number * G + G, begin + B))
-            own += [(place * G + row - number * G, rollouts[row - begin]) for row in rows]
-        generated = sum(len(rollout["completion_ids"]) for each in generations for rollout in each.rollouts)
-        of_all = gather_object([(own, generated)])
-        placed = sorted((pair for pairs, _ in of_all for pair in pairs), key=lambda pair: pair[0])
-        kept = sum(len(rollout["completion_ids"]) for _, rollout in placed)
-        return [rollout for _, rollout in placed[begin : begin + B]], 1 - kept / sum(tokens for _, tokens in of_all)
+        Args:
+            chosen: place in the batch and rollout of each chosen rollout that this process has.
+            generations: all that was generated.
 
-    def _warn(self, step: int, begin: int, filled: int, generations: int) -> None:
+        Returns:
+            This process's rollouts, and the metrics of tokens.
+        """
+        of_all = gather_object([(chosen, sum(map(_tokens, generations)))])
+        placed = sorted((pair for pairs, _ in of_all for pair in pairs), key=lambda pair: pair[0])
+        trained = sum(len(rollout["completion_ids"]) for _, rollout in placed)
+        generated = sum(tokens for _, tokens in of_all)
+        B = self.groups * self.num_generations // self.num_processes
+        return [rollout for _, rollout in placed[self.process_index * B :][:B]], {
+            "dynamic_sampling/discarded_tokens": 1 - trained / generated,
+            "dynamic_sampling/tokens_per_trained": generated / trained,
+        }
+
+    def _warn(self, step: int, begin: int, filled: int, generated: int) -> None:
         stream = self.stream
         if self.process_index != 0:
             return
@@ -214,12 +261,42 @@ class DynamicSampling:
         if filled and not self._warned_of_filling:
             self._warned_of_filling = True
             logger.warning(
-                "Dynamic sampling found only %d of %d groups with both correct and wrong rollouts in %d generations "
-                "(the limit of dynamic_sampling_max_batches) and filled the batch with other groups. The problems may "
-                "be too easy or too hard for the model: see the metrics dynamic_sampling/filled, all_right and "
-                "all_wrong. This warning is shown once.",
-                *(self.groups - filled, self.groups, generations),
+                "Dynamic sampling found only %d of %d groups with both correct and wrong rollouts among %d generated "
+                "groups (the limit, dynamic_sampling_max_batches x %d) and filled the batch with other groups. The "
+                "problems may be too easy or too hard for the model: see the metrics dynamic_sampling/filled, "
+                "all_right and all_wrong. This warning is shown once.",
+                *(self.groups - filled, self.groups, generated, self.groups),
             )
+
+
+def _select(generations: list[Generation], chosen: list[int], G: int) -> Generation:
+    """Return the chosen groups, numbered by their place among the chosen ones.
+
+    Args:
+        chosen: numbers of groups, in the order of all generations.
+        G: number of rollouts in a group.
+    """
+    place_of = {group: place for place, group in enumerate(chosen)}
+    rollouts, before = [], 0
+    for generation in generations:
+        for number, rollout in generation.rollouts:
+            group, member = divmod(before + number, G)
+            if group in place_of:
+                rollouts.append((place_of[group] * G + member, rollout))
+        before += len(generation.indices) * G
+    indices = [index for generation in generations for index in generation.indices]
+    rewards = torch.cat([generation.rewards for generation in generations])
+    return Generation(
+        [indices[group] for group in chosen],
+        rollouts,
+        rewards.unflatten(0, (-1, G))[chosen].flatten(0, 1),
+        Verdicts(*(torch.cat(parts)[chosen] for parts in zip(*(g.verdicts for g in generations), strict=True))),
+    )
+
+
+def _tokens(generation: Generation) -> int:
+    """Return the number of tokens of this process's rollouts."""
+    return sum(len(rollout["completion_ids"]) for _, rollout in generation.rollouts)
 
 
 def _metrics(generations: list[Generation], informative: Tensor, filled: int, groups: int) -> dict[str, float]:
@@ -230,6 +307,7 @@ def _metrics(generations: list[Generation], informative: Tensor, filled: int, gr
     right, wrong = correct & scored, ~correct & scored
     return {
         "dynamic_sampling/generations": len(generations),
+        "dynamic_sampling/groups_per_needed": len(informative) / groups,
         "dynamic_sampling/informative_groups": informative.float().mean().item(),
         "dynamic_sampling/all_right": (right.any(1) & ~wrong.any(1)).float().mean().item(),
         "dynamic_sampling/all_wrong": (wrong.any(1) & ~right.any(1)).float().mean().item(),

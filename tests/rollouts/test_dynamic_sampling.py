@@ -3,17 +3,19 @@
 import itertools
 import logging
 import math
+import random
 import shutil
 
 import pandas
 import pytest
 import torch
 from datasets import IterableDataset
+from scipy.stats import betabinom
 from trl.trainer.utils import RepeatSampler
 
 from ktae_trl import trl_seam
 from ktae_trl.rewards import boxed_format, math_accuracy
-from ktae_trl.rollouts.dynamic import DynamicSampling, PromptStream
+from ktae_trl.rollouts.dynamic import DynamicSampling, PromptStream, groups_to_generate
 from ktae_trl.rollouts.verdicts import verdicts
 from tests.trainers import around, difference, logged, make_trainer, prompts, replay, weights
 
@@ -85,35 +87,87 @@ def test_the_stream_goes_on_from_a_position(position):
     assert resumed.take(14) == whole.take(14)
 
 
+# How much is generated
+
+
+def test_the_size_of_a_generation_by_hand():
+    # 4 of 8 were informative: p = 5/10. 13 groups: 6.5 - sqrt(13/4 x 23/11) = 3.89; 14: 7 - sqrt(14/4 x 24/11) = 4.24
+    assert groups_to_generate(4, 4, 8, most=16) == 14
+    assert groups_to_generate(4, 4, 8, most=12) == 12
+    assert [groups_to_generate(4, 4, 8, most=16, unit=unit) for unit in (2, 4, 8)] == [14, 16, 16]
+    assert groups_to_generate(1, 0, 8, most=16) == 16  # p = 1/10: 10 would be informative once, if at all
+    assert groups_to_generate(8, 0, 0, most=8) == 8  # nothing is known before the first generation
+
+
+def size_from_scipy(missing: int, informative: float, generated: float, most: int, unit: int) -> int:
+    for n in range(unit, most + 1, unit):
+        enough = []
+        for smaller in range(n - unit + 1, n + 1):  # n is what the smallest of these is rounded up to
+            found = betabinom(smaller, informative + 1, generated - informative + 1)
+            enough.append(smaller >= missing and found.mean() - found.std() >= missing)
+        if any(enough):
+            return n
+    return most
+
+
+@pytest.mark.parametrize("unit", [1, 2, 8])
+def test_the_size_is_that_of_a_beta_binomial_distribution(unit):
+    for missing, informative, generated in itertools.product((1, 3, 17), (0, 1, 5.5, 30), (30, 61.25)):
+        for most in (24, 64):
+            arguments = (missing, informative, generated, most, unit)
+            assert groups_to_generate(*arguments) == size_from_scipy(*arguments), arguments
+
+
+def test_five_of_six_generations_are_large_enough():
+    for informative in (8, 32, 64, 96, 120):
+        n = groups_to_generate(40, informative, 128, most=10_000)
+        assert 0.8 < betabinom(n, informative + 1, 128 - informative + 1).sf(39) < 0.95
+
+
+@pytest.mark.parametrize(
+    ("groups", "G", "processes", "unit"),
+    [(4, 2, 1, 1), (4, 2, 2, 2), (3, 8, 2, 1), (3, 8, 6, 3), (8, 3, 4, 4), (6, 4, 4, 1), (6, 2, 4, 2)],
+)
+def test_each_process_generates_equally_many_rollouts(groups, G, processes, unit):
+    """Whole groups if it has whole groups of a whole batch."""
+    dynamic = sampling("", groups=groups, G=G, processes=processes)
+    assert dynamic._unit == unit
+    assert groups % unit == unit * G % processes == 0
+
+
 # Which groups are chosen, on one process with groups of two: R right, W wrong, ? unscorable
 
 
-def sampling(generations, *, groups=3, max_batches=10, size=9, generate=None) -> DynamicSampling:
-    """Dynamic sampling that is told what comes of each group: of `generations`, one after another."""
-    kinds = iter(generations)
+def sampling(
+    kinds, *, groups=3, max_batches=10, size=9, generate=None, G=2, processes=1, **settings
+) -> DynamicSampling:
+    """Dynamic sampling that is told what comes of each group: `kinds`, one after another."""
+    kinds = iter(kinds)
 
     def write(rows):
         return [{"completion_ids": [row["number"], place]} for place, row in enumerate(rows)]
 
     def grade(rows, rollouts):
         values = {"R": 1.0, "W": 0.0, "?": math.nan}
-        rewards = torch.tensor([[values[kind]] for kind in "".join(next(kinds))])
+        groups = list(itertools.islice(kinds, len(rows) // G))
+        rewards = torch.tensor([[values[kind]] for kind in "".join(groups)])
         assert len(rows) == len(rollouts) == len(rewards)
-        return rewards, verdicts(rewards.view(-1, 2), 0.0)
+        return rewards, verdicts(rewards.view(-1, G), 0.0)
 
     dataset = [{"number": number} for number in range(size)]
-    shape = {"groups": groups, "num_generations": 2, "max_batches": max_batches}
-    return DynamicSampling(dataset, generate or write, grade, **shape, seed=0, shuffle=False)
+    shape = {"groups": groups, "num_generations": G, "max_batches": max_batches, "num_processes": processes}
+    return DynamicSampling(dataset, generate or write, grade, **shape, seed=0, shuffle=False, **settings)
 
 
 def test_the_first_informative_groups_are_chosen_and_the_surplus_is_dropped():
-    dynamic = sampling([["RW", "RR", "WW"], ["W?", "WR", "RW"], ["RW", "RW", "RW"]])
+    dynamic = sampling(["RW", "RR", "WW", "W?", "WR", "RW", "RW"])
     batch = dynamic.batch(0)
     assert [row["number"] for row in batch.rows] == [0, 0, 4, 4, 5, 5]
     assert [rollout["completion_ids"][0] for rollout in batch.rollouts] == [0, 0, 4, 4, 5, 5]
     assert batch.rewards[:, 0].tolist() == [1, 0, 0, 1, 1, 0]
     assert batch.metrics == {
         "dynamic_sampling/generations": 2,
+        "dynamic_sampling/groups_per_needed": pytest.approx(6 / 3),
         "dynamic_sampling/informative_groups": pytest.approx(3 / 6),
         "dynamic_sampling/all_right": pytest.approx(1 / 6),
         "dynamic_sampling/all_wrong": pytest.approx(2 / 6),
@@ -121,16 +175,19 @@ def test_the_first_informative_groups_are_chosen_and_the_surplus_is_dropped():
         "dynamic_sampling/surplus": 0,
         "dynamic_sampling/filled": 0,
         "dynamic_sampling/discarded_tokens": pytest.approx(6 / 12),
+        "dynamic_sampling/tokens_per_trained": pytest.approx(12 / 6),
     }
     assert batch.state == {"dynamic_sampling/prompts": 6, "dynamic_sampling/epoch": pytest.approx(6 / 9)}
 
 
 def test_surplus_and_filling_are_counted(caplog):
-    batch = sampling([["RW", "RR", "RW"], ["RW", "RW", "??"]]).batch(0)
+    # One is missing, 2 of 3 were informative: p = 3/5. 2 groups: 1.2 - sqrt(0.48 x 7/6) < 1. So three are generated.
+    batch = sampling(["RW", "RR", "RW", "RW", "RW", "??"]).batch(0)
     assert [row["number"] for row in batch.rows] == [0, 0, 2, 2, 3, 3]
+    assert batch.state["dynamic_sampling/prompts"] == 6
     assert batch.metrics["dynamic_sampling/surplus"] == 1
     assert caplog.records == []
-    none = sampling([["RR", "??", "WW"]] * 8, max_batches=4)
+    none = sampling(["RR", "??", "WW"] * 8, max_batches=4)
     for _ in range(2):
         batch = none.batch(5)
         assert batch.metrics["dynamic_sampling/generations"] == 4
@@ -138,7 +195,7 @@ def test_surplus_and_filling_are_counted(caplog):
         assert batch.metrics["dynamic_sampling/surplus"] == 0
     assert [row["number"] for row in batch.rows] == [3, 3, 4, 4, 5, 5]
     told = [record.getMessage() for record in caplog.records]
-    assert [line.partition(" in ")[0] for line in told] == [
+    assert [line.partition(" among ")[0] for line in told] == [
         "Dynamic sampling has drawn all 9 training prompts by optimizer step 5 and starts pass 2 over them.",
         "Dynamic sampling found only 0 of 3 groups with both correct and wrong rollouts",
         "Dynamic sampling has drawn all 9 training prompts by optimizer step 5 and starts pass 3 over them.",
@@ -146,11 +203,43 @@ def test_surplus_and_filling_are_counted(caplog):
 
 
 def test_a_restored_one_draws_what_would_have_come():
-    whole, resumed = (sampling([["RW", "RW", "RW"]] * 4) for _ in range(2))
+    whole, resumed = (sampling(["RW", "RR"] * 24) for _ in range(2))
     whole.batch(0)
     resumed.restore(whole.state())
     for _ in range(3):
         assert resumed.batch(0).rows == whole.batch(0).rows
+        assert resumed.state() == whole.state()
+
+
+def test_a_small_generation_completes_a_batch():
+    """30 of 32 were informative: p = 31/34, and 3 groups have 2.74 - sqrt(0.24 x 37/35) >= 2."""
+    dynamic = sampling(["RW"] * 30 + ["RR"] * 2 + ["RW", "WW", "RW"], groups=32, size=40)
+    batch = dynamic.batch(0)
+    assert [row["number"] for row in batch.rows][-6:] == [29, 29, 32, 32, 34, 34]
+    assert batch.metrics["dynamic_sampling/groups_per_needed"] == 35 / 32
+    assert batch.metrics["dynamic_sampling/generations"] == 2
+    assert batch.metrics["dynamic_sampling/filled"] == batch.metrics["dynamic_sampling/surplus"] == 0
+
+
+def test_earlier_batches_count_half_in_the_share():
+    dynamic = sampling(["RW", "RR", "RW"] + ["RW", "RR", "WW"] + ["RW", "RW", "RW"])
+    seen = []
+    for _ in range(2):
+        dynamic.batch(0)
+        seen.append((dynamic.informative, dynamic.generated))
+    assert seen == [(2 + 1, 3 + 3), (3 / 2 + 3, 6 / 2 + 3)]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_a_batch_is_not_filled_earlier_than_with_whole_generations(share):
+    """At most max_batches x P groups are generated, the same ones as with generations of P."""
+    for seed in range(20):
+        rng = random.Random(seed)
+        kinds = [("RW" if rng.random() < share else "WW") for _ in range(4 * 8)]
+        batch = sampling(kinds, groups=8, max_batches=4, size=40).batch(0)
+        whole = min(8, sum(kind == "RW" for kind in kinds))
+        assert round(8 * (1 - batch.metrics["dynamic_sampling/filled"])) == whole
+        assert batch.metrics["dynamic_sampling/groups_per_needed"] <= 4
 
 
 def test_rows_are_copies():
@@ -162,7 +251,7 @@ def test_rows_are_copies():
             row["mine"] = 1
         return [{"completion_ids": [1]} for _ in rows]
 
-    dynamic = sampling([["WW", "WW", "WW"]] * 3 + [["RW", "RW", "RW"]], generate=change)
+    dynamic = sampling(["WW"] * 9 + ["RW"] * 3, generate=change)
     assert all(row.keys() == {"number"} for row in dynamic.batch(0).rows)
 
 
@@ -193,7 +282,7 @@ def test_every_step_s_groups_are_informative(tmp_path, credit):
     tokens = itertools.accumulate((b["prompt_mask"].sum() + b["completion_mask"].sum()).item() for b in batches)
     assert sorted(set(logged(trainer, "num_tokens"))) == list(tokens)
     drawn = logged(trainer, "dynamic_sampling/prompts")
-    assert drawn == [4 * g for g in itertools.accumulate(logged(trainer, "dynamic_sampling/generations"))]
+    assert drawn == [4 * g for g in itertools.accumulate(logged(trainer, "dynamic_sampling/groups_per_needed"))]
 
 
 @pytest.mark.parametrize("right", [0.0, 1.0, None])
@@ -214,7 +303,7 @@ def test_a_task_without_informative_groups_goes_on(tmp_path, caplog, right):
     assert logged(trainer, "dynamic_sampling/all_right") == [1.0 if right else 0.0] * 3
     assert logged(trainer, "dynamic_sampling/prompts") == [6, 12, 18]  # three times through five prompts
     said = [record.message for record in caplog.records]
-    assert len([line for line in said if "found only 0 of 2 groups" in line and "in 3 generations" in line]) == 1
+    assert len([line for line in said if "found only 0 of 2 groups" in line and "among 6 generated" in line]) == 1
     assert len([line for line in said if "all 5 training prompts" in line]) == 3
 
 
@@ -296,7 +385,7 @@ def test_columns_that_reward_functions_log_stay_with_their_rollouts(tmp_path):
     (table,) = (tmp_path / "completions").glob("*.parquet")
     assert pandas.read_parquet(table)["number"].tolist() == batches[0]["numbers"]
     assert logged(trainer, "third/generated") == [16]
-    assert calls == [16] * int(logged(trainer, "dynamic_sampling/generations")[0])  # nothing is graded twice
+    assert sum(calls) == 16 * logged(trainer, "dynamic_sampling/groups_per_needed")[0]  # nothing is graded twice
 
 
 def test_a_rollout_func_with_masks_and_fields_of_its_own(tmp_path):
