@@ -75,6 +75,9 @@ class KTAEGRPOConfig(*_settings_of_methods(), GRPOConfig):
         dynamic_sampling_max_batches (`int`, *optional*, defaults to `10`):
             At most this many times the groups of a batch are generated to fill it. If there are still too few groups
             with both correct and wrong rollouts, other groups fill the batch.
+        dynamic_sampling_skip_solved (`int`, *optional*, defaults to `0`):
+            Dynamic sampling skips a prompt whose rollouts were all correct the last two times in the next N passes over
+            the training set, and then draws it again. `0` skips no prompt.
         allow_inexact_resume (`bool`, *optional*, defaults to `False`):
             Also resume from a checkpoint without the optimizer and learning-rate schedule, the random states, or the
             rollouts still to be trained on, such as a checkpoint of another trainer. Missing parts start from scratch.
@@ -129,6 +132,12 @@ class KTAEGRPOConfig(*_settings_of_methods(), GRPOConfig):
     dynamic_sampling_max_batches: int = field(
         default=10, metadata={"help": "Maximum number of groups generated to fill a batch, in batches."}
     )
+    dynamic_sampling_skip_solved: int = field(
+        default=0,
+        metadata={
+            "help": "Skip a prompt in the next N passes if its rollouts were all correct the last two times (0: never)."
+        },
+    )
     allow_inexact_resume: bool = field(
         default=False,
         metadata={"help": "Also resume from a checkpoint that lacks training state, such as the optimizer."},
@@ -153,7 +162,12 @@ class KTAEGRPOConfig(*_settings_of_methods(), GRPOConfig):
             settings.check(self)
         if self.dynamic_sampling_max_batches < 1:
             raise UserError(f"dynamic_sampling_max_batches must be at least 1, not {self.dynamic_sampling_max_batches}")
-        for name, least in (("record_steps", 0), ("record_groups", 1)):
+        if self.dynamic_sampling_skip_solved and not self.dynamic_sampling:
+            raise UserError(
+                f"dynamic_sampling_skip_solved is {self.dynamic_sampling_skip_solved}, but has an effect only with "
+                "dynamic sampling. Set dynamic_sampling: true"
+            )
+        for name, least in (("dynamic_sampling_skip_solved", 0), ("record_steps", 0), ("record_groups", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if self.reward_timeout is not None and not 0 < self.reward_timeout < math.inf:

@@ -29,31 +29,59 @@ class PromptStream:
 
     The permutations are those of TRL's `RepeatSampler` with the same seed. TRL starts a new permutation when less than
     a batch is left of the current one. Here the rest is drawn first, so that no prompt is repeated before all others
-    were drawn. `position`, the number of prompts drawn so far, is the whole state of the stream.
+    were drawn.
+
+    A prompt whose last two groups were all correct is skipped in the next `skip_solved` passes and then drawn again. So
+    every prompt is drawn at least once in `skip_solved` + 1 passes.
+
+    Attributes:
+        position: number of prompts passed so far, drawn or skipped.
+        skipped: number of prompts skipped so far.
     """
 
-    def __init__(self, size: int, seed: int, shuffle: bool = True):
-        self.size, self.seed, self.shuffle = size, seed, shuffle
-        self.position = 0
+    def __init__(self, size: int, seed: int, shuffle: bool = True, skip_solved: int = 0):
+        self.size, self.seed, self.shuffle, self.skip_solved = size, seed, shuffle, skip_solved
+        self.position = self.skipped = 0
+        # Prompts whose last group was all correct: how often each is still skipped (0 after the first such group).
+        self._solved: dict[int, int] = {}
         self._restart()
 
     def take(self, n: int) -> list[int]:
         """Draw the next `n` prompts and return their indices in the training set."""
         taken = []
         while len(taken) < n:
-            epoch, begin = divmod(self.position, self.size)
-            part = self._permutation(epoch)[begin : begin + n - len(taken)]
-            taken += part
-            self.position += len(part)
+            epoch, place = divmod(self.position, self.size)
+            index = self._permutation(epoch)[place]
+            self.position += 1
+            if self._solved.get(index, 0):
+                self._solved[index] -= 1
+                self.skipped += 1
+            else:
+                taken.append(index)
         return taken
 
-    def state(self) -> dict[str, int]:
-        """Return the state for a checkpoint."""
-        return {"position": self.position, "size": self.size, "seed": self.seed, "shuffle": self.shuffle}
+    def note(self, indices: list[int], all_right: list[bool]) -> None:
+        """Note for each drawn prompt whether its rollouts were all correct."""
+        if not self.skip_solved:
+            return
+        for index, solved in zip(indices, all_right, strict=True):
+            if solved:
+                self._solved[index] = self.skip_solved if index in self._solved else 0
+            else:
+                self._solved.pop(index, None)
 
-    def restore(self, state: dict[str, int]) -> None:
-        """Resume from the state of a checkpoint, which must have the same prompts in the same order."""
-        self.position = state["position"]
+    def state(self) -> dict[str, Any]:
+        """Return the state for a checkpoint."""
+        stream = {"position": self.position, "size": self.size, "seed": self.seed, "shuffle": self.shuffle}
+        return stream | {"skipped": self.skipped, "solved": dict(self._solved)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Resume from the state of a checkpoint, which must have the same prompts in the same order.
+
+        Without `skip_solved`, and in a checkpoint of an earlier version, no prompt is known to be solved.
+        """
+        self.position, self.skipped = state["position"], state.get("skipped", 0)
+        self._solved = dict(state.get("solved", {})) if self.skip_solved else {}
 
     def _permutation(self, epoch: int) -> list[int]:
         if not self.shuffle:
@@ -134,7 +162,7 @@ class DynamicSampling:
         groups: P, the number of groups in a batch, and the maximum in a generation.
         num_generations: G, the number of rollouts in a group.
         max_batches: at most `max_batches` P groups are generated for one batch.
-        seed, shuffle: for the stream.
+        seed, shuffle, skip_solved: for the stream.
         process_index, num_processes: index of this process, and number of processes.
     """
 
@@ -149,13 +177,14 @@ class DynamicSampling:
         max_batches: int,
         seed: int,
         shuffle: bool = True,
+        skip_solved: int = 0,
         process_index: int = 0,
         num_processes: int = 1,
     ):
         self.dataset, self.generate, self.grade = dataset, generate, grade
         self.groups, self.num_generations, self.max_batches = groups, num_generations, max_batches
         self.process_index, self.num_processes = process_index, num_processes
-        self.stream = PromptStream(len(dataset), seed, shuffle)
+        self.stream = PromptStream(len(dataset), seed, shuffle, skip_solved)
         self.informative = self.generated = 0.0  # numbers of groups so far, those of earlier batches weighted
         # Every process must generate equally many rollouts: whole groups, if a whole batch has whole groups on each.
         whole = groups % num_processes == 0
@@ -185,7 +214,7 @@ class DynamicSampling:
         Args:
             step: number of optimizer steps so far, for warnings.
         """
-        begin = self.stream.position
+        begin, skipped = self.stream.position, self.stream.skipped
         generations: list[Generation] = []
         self.informative, self.generated = self.informative * _FORGETS, self.generated * _FORGETS
         missing, allowed = self.groups, self.max_batches * self.groups
@@ -206,9 +235,11 @@ class DynamicSampling:
             rows=self._rows(selected.indices),
             rollouts=rollouts,
             rewards=selected.rewards,
-            metrics=_metrics(generations, informative, filled, self.groups) | tokens,
+            metrics=_metrics(generations, informative, filled, self.groups)
+            | tokens
+            | {"dynamic_sampling/skipped": self.stream.skipped - skipped},
             state={
-                "dynamic_sampling/prompts": self.stream.position,
+                "dynamic_sampling/prompts": self.stream.position - self.stream.skipped,
                 "dynamic_sampling/epoch": self.stream.position / self.stream.size,
             },
         )
@@ -217,6 +248,7 @@ class DynamicSampling:
         rows = self._rows(indices)
         rollouts = self.generate(rows)
         rewards, judged = self.grade(rows, rollouts)
+        self.stream.note(indices, judged.all_right.tolist())
         begin = self.process_index * len(rollouts)
         return Generation(indices, list(enumerate(rollouts, begin)), rewards, judged)
 
@@ -300,18 +332,14 @@ def _tokens(generation: Generation) -> int:
 
 
 def _metrics(generations: list[Generation], informative: Tensor, filled: int, groups: int) -> dict[str, float]:
-    correct, scored = (
-        torch.cat([getattr(generation.verdicts, name) for generation in generations])
-        for name in ("correct_PG", "scored_PG")
-    )
-    right, wrong = correct & scored, ~correct & scored
+    judged = Verdicts(*(torch.cat(parts) for parts in zip(*(g.verdicts for g in generations), strict=True)))
     return {
         "dynamic_sampling/generations": len(generations),
         "dynamic_sampling/groups_per_needed": len(informative) / groups,
         "dynamic_sampling/informative_groups": informative.float().mean().item(),
-        "dynamic_sampling/all_right": (right.any(1) & ~wrong.any(1)).float().mean().item(),
-        "dynamic_sampling/all_wrong": (wrong.any(1) & ~right.any(1)).float().mean().item(),
-        "dynamic_sampling/accuracy": (right.sum() / scored.sum()).item(),
+        "dynamic_sampling/all_right": judged.all_right.float().mean().item(),
+        "dynamic_sampling/all_wrong": judged.all_wrong.float().mean().item(),
+        "dynamic_sampling/accuracy": judged.metrics()["correctness/right"],
         "dynamic_sampling/surplus": int(informative.sum()) + filled - groups,
         "dynamic_sampling/filled": filled / groups,
     }
@@ -374,6 +402,7 @@ def in_trainer(trainer, judged: Callable[[Tensor], Verdicts]) -> DynamicSampling
         max_batches=args.dynamic_sampling_max_batches,
         seed=args.seed,
         shuffle=trainer.shuffle_dataset,
+        skip_solved=args.dynamic_sampling_skip_solved,
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
     )

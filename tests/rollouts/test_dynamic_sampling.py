@@ -87,6 +87,53 @@ def test_the_stream_goes_on_from_a_position(position):
     assert resumed.take(14) == whole.take(14)
 
 
+def test_prompts_that_are_solved_twice_are_skipped_by_hand():
+    stream = PromptStream(3, seed=0, shuffle=False, skip_solved=2)
+    drawn = []
+    for n, solved in (
+        (3, [True, False, False]),  # pass 1
+        (3, [True, True, False]),  # pass 2: prompt 0 was solved twice
+        (2, [True, False]),  # pass 3 without 0; so was prompt 1
+        (1, [False]),  # pass 4 without 0 and 1
+        (2, [True, False]),  # pass 5: 0 is drawn, 1 is skipped for the second time
+        (2, [False, True]),  # pass 6: 1 is drawn; 0 was solved three times, so it is skipped
+    ):
+        drawn.append(stream.take(n))
+        stream.note(drawn[-1], solved)
+    assert drawn == [[0, 1, 2], [0, 1, 2], [1, 2], [2], [0, 2], [1, 2]]
+    assert (stream.position, stream.skipped) == (18, 5)
+
+
+@pytest.mark.parametrize("skip", [1, 3])
+@pytest.mark.parametrize("share", [0.6, 1.0])
+def test_skipped_prompts_follow_from_all_verdicts_so_far(skip, share):
+    """Compared with a rule that reads each prompt's whole history; also in a stream that is restored each time."""
+    rng, size = random.Random(0), 7
+    stream = PromptStream(size, seed=2, skip_solved=skip)
+    order = PromptStream(size, seed=2).take(80 * size)
+    history = {index: [] for index in range(size)}  # of each prompt: pass and verdict
+    position = 0
+    for _ in range(60):
+        wanted = []
+        while len(wanted) < 2:
+            index, at = order[position], position // size
+            last = history[index][-2:]
+            if not (len(last) == 2 and all(right for _, right in last) and at - last[-1][0] <= skip):
+                wanted.append((index, at))
+            position += 1
+        restored = PromptStream(size, seed=2, skip_solved=skip)
+        restored.restore(stream.state())
+        stream = restored
+        assert stream.take(2) == [index for index, _ in wanted]
+        right = [rng.random() < share for _ in wanted]
+        stream.note([index for index, _ in wanted], right)
+        for (index, at), verdict in zip(wanted, right, strict=True):
+            history[index].append((at, verdict))
+    assert stream.skipped > 20
+    for seen in history.values():  # no prompt is lost
+        assert max(later - earlier for (earlier, _), (later, _) in itertools.pairwise(seen)) == skip + 1
+
+
 # How much is generated
 
 
@@ -176,6 +223,7 @@ def test_the_first_informative_groups_are_chosen_and_the_surplus_is_dropped():
         "dynamic_sampling/filled": 0,
         "dynamic_sampling/discarded_tokens": pytest.approx(6 / 12),
         "dynamic_sampling/tokens_per_trained": pytest.approx(12 / 6),
+        "dynamic_sampling/skipped": 0,
     }
     assert batch.state == {"dynamic_sampling/prompts": 6, "dynamic_sampling/epoch": pytest.approx(6 / 9)}
 
@@ -211,6 +259,16 @@ def test_a_restored_one_draws_what_would_have_come():
         assert resumed.state() == whole.state()
 
 
+def test_solved_prompts_are_skipped_and_counted():
+    """Of 4 prompts, the second is solved in each pass: it is skipped in the third one."""
+    kinds = ["RW", "RR", "RW", "RW"] * 2 + ["RW"] * 4
+    dynamic = sampling(kinds, groups=4, max_batches=1, size=4, skip_solved=1)
+    batches = [dynamic.batch(0) for _ in range(3)]
+    assert [batch.metrics["dynamic_sampling/skipped"] for batch in batches] == [0, 0, 1]
+    assert [row["number"] for row in batches[-1].rows] == [0, 0, 2, 2, 3, 3, 0, 0]
+    assert batches[-1].state == {"dynamic_sampling/prompts": 12, "dynamic_sampling/epoch": 13 / 4}
+
+
 def test_a_small_generation_completes_a_batch():
     """30 of 32 were informative: p = 31/34, and 3 groups have 2.74 - sqrt(0.24 x 37/35) >= 2."""
     dynamic = sampling(["RW"] * 30 + ["RR"] * 2 + ["RW", "WW", "RW"], groups=32, size=40)
@@ -222,7 +280,7 @@ def test_a_small_generation_completes_a_batch():
 
 
 def test_earlier_batches_count_half_in_the_share():
-    dynamic = sampling(["RW", "RR", "RW"] + ["RW", "RR", "WW"] + ["RW", "RW", "RW"])
+    dynamic = sampling(["RW", "RR", "RW", "RW", "RR", "WW", "RW", "RW", "RW"])
     seen = []
     for _ in range(2):
         dynamic.batch(0)
@@ -429,6 +487,7 @@ CYCLES = {
     "max_steps": 16,
     "save_strategy": "steps",
     "save_steps": 1,
+    "dynamic_sampling_skip_solved": 1,
 }
 
 
@@ -445,7 +504,8 @@ def uninterrupted(tmp_path_factory):
 @pytest.mark.parametrize("step", [4, 7, 8, 14])  # between generations and inside a cycle, in three epochs of prompts
 def test_a_resumed_run_draws_the_same_prompts(uninterrupted, tmp_path, step):
     folder, whole, batches = uninterrupted
-    assert logged(whole, "dynamic_sampling/epoch")[-1] > 2
+    assert logged(whole, "dynamic_sampling/epoch")[-1] > 3
+    assert max(logged(whole, "dynamic_sampling/skipped")) > 0
     shutil.copytree(folder / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
     resumed = make_trainer(tmp_path, train_dataset=prompts(14), **CYCLES)
     drawn = watch(resumed)
@@ -493,9 +553,20 @@ def test_a_column_that_is_logged_too_short_is_named(tmp_path):
         make_trainer(tmp_path, reward_funcs=short, **SAMPLING).train()
 
 
-def test_no_generations_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="dynamic_sampling_max_batches must be at least 1, not 0"):
-        make_trainer(tmp_path, dynamic_sampling_max_batches=0, **SAMPLING)
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"dynamic_sampling_max_batches": 0}, "dynamic_sampling_max_batches must be at least 1, not 0"),
+        ({"dynamic_sampling_skip_solved": -1}, "dynamic_sampling_skip_solved must be at least 0, not -1"),
+        (
+            {"dynamic_sampling_skip_solved": 2, "dynamic_sampling": False},
+            r"dynamic_sampling_skip_solved is 2, but has an effect only with dynamic sampling\. Set dynamic_sampling",
+        ),
+    ],
+)
+def test_settings_without_a_meaning_are_refused(tmp_path, settings, words):
+    with pytest.raises(ValueError, match=words):
+        make_trainer(tmp_path, **{**SAMPLING, **settings})
 
 
 @pytest.mark.parametrize(
