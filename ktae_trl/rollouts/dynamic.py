@@ -3,9 +3,13 @@
 In a group whose rollouts are all correct or all wrong, the correctness reward gives no advantages. Such prompts are
 replaced by the next prompts of the training set until the batch is full. A group with correct and wrong rollouts is
 called informative.
+
+With `dynamic_sampling_reuse`, surplus informative groups are kept for the next batch. They were then sampled by the
+policy of one optimizer step before, so the loss needs the log-probabilities of that policy (`OLDER`).
 """
 
 import copy
+import json
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -119,6 +123,9 @@ class Batch(NamedTuple):
 
 Generate = Callable[[list[dict[str, Any]]], list[dict]]
 Grade = Callable[[list[dict[str, Any]], list[dict]], tuple[Tensor, Verdicts]]
+Keep = Callable[[list[dict]], None]
+
+OLDER = "older_logps"  # field of a kept rollout and of a batch
 
 
 _FORGETS = 0.5  # weight of earlier batches in the share of informative groups: it changes as the model learns
@@ -162,6 +169,8 @@ class DynamicSampling:
         groups: P, the number of groups in a batch, and the maximum in a generation.
         num_generations: G, the number of rollouts in a group.
         max_batches: at most `max_batches` P groups are generated for one batch.
+        keep: called with this process's rollouts of the groups that are kept for the next batch, to add what the loss
+            needs. Collective. None: surplus groups are dropped.
         seed, shuffle, skip_solved: for the stream.
         process_index, num_processes: index of this process, and number of processes.
     """
@@ -176,23 +185,25 @@ class DynamicSampling:
         num_generations: int,
         max_batches: int,
         seed: int,
+        keep: Keep | None = None,
         shuffle: bool = True,
         skip_solved: int = 0,
         process_index: int = 0,
         num_processes: int = 1,
     ):
-        self.dataset, self.generate, self.grade = dataset, generate, grade
+        self.dataset, self.generate, self.grade, self.keep = dataset, generate, grade, keep
         self.groups, self.num_generations, self.max_batches = groups, num_generations, max_batches
         self.process_index, self.num_processes = process_index, num_processes
         self.stream = PromptStream(len(dataset), seed, shuffle, skip_solved)
         self.informative = self.generated = 0.0  # numbers of groups so far, those of earlier batches weighted
+        self.kept: Generation | None = None  # surplus groups of the last batch: fewer than P, all informative
         # Every process must generate equally many rollouts: whole groups, if a whole batch has whole groups on each.
         whole = groups % num_processes == 0
         self._unit = num_processes if whole else num_processes // math.gcd(num_generations, num_processes)
         self._warned_of_filling = False
 
     def state(self) -> dict[str, Any]:
-        """Return the state for a checkpoint."""
+        """Return the state for a checkpoint, without the kept groups. It is the same on all processes."""
         return self.stream.state() | {"informative": self.informative, "generated": self.generated}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -203,21 +214,39 @@ class DynamicSampling:
         self.stream.restore(state)
         self.informative, self.generated = state.get("informative", 0.0), state.get("generated", 0.0)
 
+    def kept_groups(self) -> dict[str, Any] | None:
+        """Return the kept groups for a checkpoint, with this process's rollouts, as plain values and tensors."""
+        if self.kept is None:
+            return None
+        indices, rollouts, rewards, judged = self.kept
+        plain = json.dumps(rollouts, default=lambda value: value.item() if hasattr(value, "item") else str(value))
+        return {"indices": indices, "rollouts": json.loads(plain), "rewards": rewards, **judged._asdict()}
+
+    def restore_kept(self, groups: dict[str, Any] | None) -> None:
+        """Take up the kept groups of a checkpoint of as many processes. All processes must, or none."""
+        if groups is not None and self.keep is not None:
+            rollouts = [(number, rollout) for number, rollout in groups["rollouts"]]
+            judged = Verdicts(groups["correct_PG"], groups["scored_PG"])
+            self.kept = Generation(groups["indices"], rollouts, groups["rewards"], judged)
+
     def batch(self, step: int) -> Batch:
         """Generate until there are P informative groups, at most `max_batches` P groups. Collective.
 
         Each generation has as many groups as the batch probably still needs, at most P (`groups_to_generate`).
 
-        The first P informative groups are chosen, in the order of the stream. If there are fewer, the first other
-        groups fill the batch. Surplus groups are dropped: the policy will have changed by the next batch.
+        The kept groups and the first informative ones are chosen, in the order of the stream, P in all. If there are
+        fewer, the first other groups fill the batch. Surplus informative groups are kept for the next batch, or dropped
+        without `keep`: the policy will have changed by the next batch.
 
         Args:
             step: number of optimizer steps so far, for warnings.
         """
         begin, skipped = self.stream.position, self.stream.skipped
+        kept = [] if self.kept is None else [self.kept]
+        reused = sum(len(groups.indices) for groups in kept)
         generations: list[Generation] = []
         self.informative, self.generated = self.informative * _FORGETS, self.generated * _FORGETS
-        missing, allowed = self.groups, self.max_batches * self.groups
+        missing, allowed = self.groups - reused, self.max_batches * self.groups
         while missing > 0 and allowed > 0:
             most = min(self.groups, allowed)
             size = groups_to_generate(missing, self.informative, self.generated, most, self._unit)
@@ -225,19 +254,29 @@ class DynamicSampling:
             found = int(generations[-1].verdicts.informative.sum())
             self.informative, self.generated = self.informative + found, self.generated + size
             missing, allowed = missing - found, allowed - size
-        informative = torch.cat([generation.verdicts.informative for generation in generations]).cpu()
-        chosen = torch.argsort(~informative, stable=True)[: self.groups].sort().values.tolist()  # informative first
+        informative = torch.cat([groups.verdicts.informative for groups in kept + generations]).cpu()
+        order = torch.argsort(~informative, stable=True)  # informative first
+        chosen, others = order[: self.groups].sort().values, order[self.groups :]
         filled = self.groups - int(informative[chosen].sum())
-        selected = _select(generations, chosen, self.num_generations)
-        rollouts, tokens = self._spread(selected.rollouts, generations)
-        self._warn(step, begin, filled, len(informative))
+        selected = _select(kept + generations, chosen.tolist(), self.num_generations)
+        surplus = _select(kept + generations, others[informative[others]].tolist(), self.num_generations)
+        self.kept = surplus if self.keep is not None and surplus.indices else None
+        if self.kept is not None:
+            self.keep([rollout for _, rollout in self.kept.rollouts])
+        rollouts, tokens = self._spread(selected, generations, kept)
+        self._warn(step, begin, filled, sum(len(groups.indices) for groups in generations))
         return Batch(
             rows=self._rows(selected.indices),
             rollouts=rollouts,
             rewards=selected.rewards,
-            metrics=_metrics(generations, informative, filled, self.groups)
+            metrics=_metrics(generations, self.groups)
             | tokens
-            | {"dynamic_sampling/skipped": self.stream.skipped - skipped},
+            | {
+                "dynamic_sampling/surplus": len(surplus.indices),
+                "dynamic_sampling/reused": reused,
+                "dynamic_sampling/filled": filled / self.groups,
+                "dynamic_sampling/skipped": self.stream.skipped - skipped,
+            },
             state={
                 "dynamic_sampling/prompts": self.stream.position - self.stream.skipped,
                 "dynamic_sampling/epoch": self.stream.position / self.stream.size,
@@ -260,24 +299,26 @@ class DynamicSampling:
         return [copy.deepcopy(once[index]) for index in own]
 
     def _spread(
-        self, chosen: list[tuple[int, dict]], generations: list[Generation]
+        self, chosen: Generation, generations: list[Generation], earlier: list[Generation]
     ) -> tuple[list[dict], dict[str, float]]:
         """Redistribute the chosen groups over the processes, in order. Collective.
 
         Args:
-            chosen: place in the batch and rollout of each chosen rollout that this process has.
-            generations: all that was generated.
+            chosen: the batch.
+            generations: all that was generated for it.
+            earlier: the groups that were kept for it, which are all chosen.
 
         Returns:
             This process's rollouts, and the metrics of tokens.
         """
-        of_all = gather_object([(chosen, sum(map(_tokens, generations)))])
+        own = [sum(map(_tokens, part)) for part in (generations, earlier, [self.kept] if self.kept is not None else [])]
+        of_all = gather_object([(chosen.rollouts, own)])
         placed = sorted((pair for pairs, _ in of_all for pair in pairs), key=lambda pair: pair[0])
         trained = sum(len(rollout["completion_ids"]) for _, rollout in placed)
-        generated = sum(tokens for _, tokens in of_all)
+        generated, reused, kept = map(sum, zip(*(tokens for _, tokens in of_all), strict=True))
         B = self.groups * self.num_generations // self.num_processes
         return [rollout for _, rollout in placed[self.process_index * B :][:B]], {
-            "dynamic_sampling/discarded_tokens": 1 - trained / generated,
+            "dynamic_sampling/discarded_tokens": 1 - (trained - reused + kept) / generated,
             "dynamic_sampling/tokens_per_trained": generated / trained,
         }
 
@@ -331,17 +372,15 @@ def _tokens(generation: Generation) -> int:
     return sum(len(rollout["completion_ids"]) for _, rollout in generation.rollouts)
 
 
-def _metrics(generations: list[Generation], informative: Tensor, filled: int, groups: int) -> dict[str, float]:
+def _metrics(generations: list[Generation], groups: int) -> dict[str, float]:
     judged = Verdicts(*(torch.cat(parts) for parts in zip(*(g.verdicts for g in generations), strict=True)))
     return {
         "dynamic_sampling/generations": len(generations),
-        "dynamic_sampling/groups_per_needed": len(informative) / groups,
-        "dynamic_sampling/informative_groups": informative.float().mean().item(),
+        "dynamic_sampling/groups_per_needed": len(judged.correct_PG) / groups,
+        "dynamic_sampling/informative_groups": judged.informative.float().mean().item(),
         "dynamic_sampling/all_right": judged.all_right.float().mean().item(),
         "dynamic_sampling/all_wrong": judged.all_wrong.float().mean().item(),
         "dynamic_sampling/accuracy": judged.metrics()["correctness/right"],
-        "dynamic_sampling/surplus": int(informative.sum()) + filled - groups,
-        "dynamic_sampling/filled": filled / groups,
     }
 
 
@@ -392,6 +431,13 @@ def in_trainer(trainer, judged: Callable[[Tensor], Verdicts]) -> DynamicSampling
             rollout["columns"] = {name: values[i] for name, values in columns.items()}
         return rewards, judged(rewards)
 
+    def keep(rollouts: list[dict]) -> None:
+        if trl_seam.corrects_sampling(trainer):  # by the log-probabilities of vLLM, which the rollouts have
+            return
+        ids = ([rollout[name] for rollout in rollouts] for name in ("prompt_ids", "completion_ids"))
+        for rollout, logps_T in zip(rollouts, trainer.token_credit.tools.log_probabilities(*ids), strict=True):
+            rollout[OLDER] = logps_T
+
     args, accelerator = trainer.args, trainer.accelerator
     return DynamicSampling(
         trainer.train_dataset,
@@ -402,10 +448,30 @@ def in_trainer(trainer, judged: Callable[[Tensor], Verdicts]) -> DynamicSampling
         max_batches=args.dynamic_sampling_max_batches,
         seed=args.seed,
         shuffle=trainer.shuffle_dataset,
+        keep=keep if args.dynamic_sampling_reuse else None,
         skip_solved=args.dynamic_sampling_skip_solved,
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
     )
+
+
+def older_logps(rollouts: list[dict], ids_BT: Tensor) -> dict[str, Tensor]:
+    """Return the field `OLDER` of a batch: the log-probabilities of the policy that sampled kept rollouts.
+
+    Args:
+        rollouts: of this process, B.
+        ids_BT: token ids of their completions, padded on the right.
+
+    Returns:
+        (B, T) float32, NaN for rollouts that were not kept and for padding. Nothing if no rollout was kept.
+    """
+    if not any(OLDER in rollout for rollout in rollouts):
+        return {}
+    logps_BT = torch.full(ids_BT.shape, torch.nan, device=ids_BT.device)
+    for logps_T, rollout in zip(logps_BT, rollouts, strict=True):
+        own = rollout.get(OLDER, ())
+        logps_T[: len(own)] = torch.tensor(own)
+    return {OLDER: logps_BT}
 
 
 def _check(trainer) -> None:
@@ -429,3 +495,5 @@ def _check(trainer) -> None:
     if trainer.tools or trainer.environment_factories or {"image", "images"} & set(data.column_names):
         raise UserError("dynamic_sampling does not support tools, environments or images. Set dynamic_sampling: false")
     trl_seam.need("dynamic_sampling", trainer)
+    if trainer.args.dynamic_sampling_reuse:
+        trl_seam.need("dynamic_sampling_reuse", trainer)

@@ -26,16 +26,50 @@ class TrainerTools(Policy):
         """Return the log-probabilities and entropies of this process's tokens: see `Tools`."""
         if model is None:
             raise TypeError("token_stats: model is None. Omit it for the policy, or pass a model from `frozen`")
+        return self._token_stats(
+            groups.prompt_ids_BL, groups.prompt_mask_BL, groups.ids_BT, groups.lengths_B, groups.ids_PGT.shape[2], model
+        )
+
+    def log_probabilities(self, prompts: list[list[int]], completions: list[list[int]]) -> list[list[float]]:
+        """Return the policy's log-probabilities of the tokens of completions. Collective.
+
+        Processes may pass different numbers of completions.
+        """
+        filling = [[self.eos_ids[0]]] * (most(len(prompts), self.accelerator) - len(prompts))
+        rows_of, tokens = [*zip(prompts + filling, completions + filling, strict=True)], self.eos_ids[0]
+        if not rows_of:
+            return []
+        L, T = (max(len(row[side]) for row in rows_of) for side in (0, 1))
+        lengths_B = torch.tensor([len(completion) for _, completion in rows_of], device=self.device)
+        logps_BT, _ = self._token_stats(
+            torch.tensor([[tokens] * (L - len(prompt)) + prompt for prompt, _ in rows_of], device=self.device),
+            torch.tensor([[0] * (L - len(prompt)) + [1] * len(prompt) for prompt, _ in rows_of], device=self.device),
+            torch.tensor(
+                [completion + [tokens] * (T - len(completion)) for _, completion in rows_of], device=self.device
+            ),
+            lengths_B,
+            T,
+        )
+        return [logps_T[: len(ids)] for logps_T, ids in zip(logps_BT.tolist(), completions, strict=False)]
+
+    def _token_stats(
+        self,
+        prompt_ids_BL: Tensor,
+        prompt_mask_BL: Tensor,
+        ids_BT: Tensor,
+        lengths_B: Tensor,
+        T: int,
+        model: nn.Module | Literal["policy"] = "policy",
+    ) -> tuple[Tensor, Tensor]:
         trl_seam.need("token_stats", self.trainer)
-        T = groups.ids_PGT.shape[2]
-        mask_BT = torch.arange(T, device=self.device) < groups.lengths_B[:, None]
+        mask_BT = torch.arange(T, device=self.device) < lengths_B[:, None]
         rows = self.trainer.args.per_device_train_batch_size
         with torch.no_grad(), self.reading():
             logps_BT, entropies_BT = trl_seam.token_stats(
                 self.trainer,
                 self.trainer.model if model == "policy" else model,
-                torch.cat([groups.prompt_ids_BL, groups.ids_BT.to(groups.prompt_ids_BL.dtype)], 1),
-                torch.cat([groups.prompt_mask_BL, mask_BT.to(groups.prompt_mask_BL.dtype)], 1),
+                torch.cat([prompt_ids_BL, ids_BT.to(prompt_ids_BL.dtype)], 1),
+                torch.cat([prompt_mask_BL, mask_BT.to(prompt_mask_BL.dtype)], 1),
                 completion_length=T,
                 rows=rows,
             )

@@ -6,14 +6,16 @@ import math
 import random
 import shutil
 
+import numpy
 import pandas
 import pytest
 import torch
 from datasets import IterableDataset
 from scipy.stats import betabinom
+from transformers import AutoModelForCausalLM
 from trl.trainer.utils import RepeatSampler
 
-from ktae_trl import trl_seam
+from ktae_trl import tiny, trl_seam
 from ktae_trl.rewards import boxed_format, math_accuracy
 from ktae_trl.rollouts.dynamic import DynamicSampling, PromptStream, groups_to_generate
 from ktae_trl.rollouts.verdicts import verdicts
@@ -224,6 +226,7 @@ def test_the_first_informative_groups_are_chosen_and_the_surplus_is_dropped():
         "dynamic_sampling/discarded_tokens": pytest.approx(6 / 12),
         "dynamic_sampling/tokens_per_trained": pytest.approx(12 / 6),
         "dynamic_sampling/skipped": 0,
+        "dynamic_sampling/reused": 0,
     }
     assert batch.state == {"dynamic_sampling/prompts": 6, "dynamic_sampling/epoch": pytest.approx(6 / 9)}
 
@@ -286,6 +289,59 @@ def test_earlier_batches_count_half_in_the_share():
         dynamic.batch(0)
         seen.append((dynamic.informative, dynamic.generated))
     assert seen == [(2 + 1, 3 + 3), (3 / 2 + 3, 6 / 2 + 3)]
+
+
+def test_kept_groups_come_first_in_the_next_batch():
+    noted = []
+
+    def keep(rollouts):
+        noted.append([rollout["completion_ids"][0] for rollout in rollouts])
+
+    kinds = ["RW", "RR", "RW", "RW", "RW", "??", "RR", "RW", "WR"]
+    first, second = (sampling(kinds, size=12, keep=keep) for _ in range(2))
+    batch = first.batch(0)  # two generations of 3; the group of prompt 4 is left
+    assert noted == [[4, 4]]
+    assert [row["number"] for row in batch.rows] == [0, 0, 2, 2, 3, 3]
+    # 4 tokens a group: 24 were generated, 12 are trained on, 4 are kept.
+    assert batch.metrics["dynamic_sampling/discarded_tokens"] == pytest.approx(8 / 24)
+    assert batch.metrics["dynamic_sampling/tokens_per_trained"] == pytest.approx(24 / 12)
+    assert (batch.metrics["dynamic_sampling/surplus"], batch.metrics["dynamic_sampling/reused"]) == (1, 0)
+    second.batch(0)
+    second.restore_kept(first.kept_groups())  # as a checkpoint holds them
+    for dynamic in (first, second):
+        batch = dynamic.batch(1)
+        assert [row["number"] for row in batch.rows] == [4, 4, 7, 7, 8, 8]
+        assert [rollout["completion_ids"] for rollout in batch.rollouts] == [
+            [4, 2],
+            [4, 3],
+            [7, 2],
+            [7, 3],
+            [8, 4],
+            [8, 5],
+        ]
+        assert batch.rewards[:, 0].tolist() == [1, 0, 1, 0, 0, 1]
+        assert batch.metrics["dynamic_sampling/reused"] == 1
+        assert batch.metrics["dynamic_sampling/groups_per_needed"] == 1
+        assert batch.metrics["dynamic_sampling/informative_groups"] == pytest.approx(2 / 3)  # of those generated now
+        assert batch.metrics["dynamic_sampling/discarded_tokens"] == pytest.approx(4 / 12)
+        assert batch.metrics["dynamic_sampling/tokens_per_trained"] == 1
+        assert dynamic.kept_groups() is None
+
+
+def test_kept_groups_in_a_checkpoint_are_plain_values(tmp_path):
+    """A `rollout_func` and a reward function may return NumPy's numbers, or anything as a column."""
+
+    def write(rows):
+        columns = {"length": numpy.float32(0.1), "note": PromptStream}
+        return [{"completion_ids": [numpy.int64(3)], "columns": columns} for _ in rows]
+
+    dynamic = sampling(["RW", "RR", "RW", "RW", "RW", "??"], generate=write, keep=lambda rollouts: None)
+    dynamic.batch(0)
+    torch.save(dynamic.kept_groups(), tmp_path / "kept.pt")
+    dynamic.restore_kept(torch.load(tmp_path / "kept.pt", weights_only=True))
+    rollouts = [rollout for _, rollout in dynamic.kept.rollouts]
+    columns = {"length": float(numpy.float32(0.1)), "note": str(PromptStream)}
+    assert rollouts == [{"completion_ids": [3], "columns": columns}] * 2
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5])
@@ -516,6 +572,116 @@ def test_a_resumed_run_draws_the_same_prompts(uninterrupted, tmp_path, step):
     assert logged(resumed, "dynamic_sampling/prompts") == logged(whole, "dynamic_sampling/prompts")
 
 
+# Surplus groups in the next batch
+
+
+def two_thirds(prompts, completions, **kwargs):
+    """Two of three problems have right and wrong answers; the others are all wrong."""
+    return [float(i % 2 and number(prompt) % 3 > 0) for i, prompt in enumerate(prompts)]
+
+
+REUSE = {**SAMPLING, "dynamic_sampling_reuse": True, "reward_funcs": two_thirds, "num_generations": 4}
+
+
+def logps_of(policy: dict[str, torch.Tensor], batch) -> torch.Tensor:
+    """Log-probabilities of the completion's tokens, (B, T), without the trainer's code."""
+    model = AutoModelForCausalLM.from_pretrained(tiny.MODEL, dtype=torch.float32)
+    model.load_state_dict(policy, strict=False)  # without the tied output layer
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=places).logits[:, :-1].log_softmax(-1)
+    return logits.gather(2, ids[:, 1:, None])[:, :, 0][:, -batch["completion_ids"].shape[1] :]
+
+
+def test_the_ratio_of_kept_rollouts_is_to_the_policy_that_sampled_them(tmp_path):
+    """Log-probabilities and the loss, computed from copies of the weights."""
+    trainer = make_trainer(tmp_path, train_dataset=prompts(40), max_steps=8, credit="none", loss_type="grpo", **REUSE)
+    policies, losses, kept, seen = [], [], [], []
+
+    def at_generation(generate, inputs):
+        policies.append(weights(trainer))
+        batch = generate(inputs)
+        kept.append(trl_seam.last_metric(trainer, "dynamic_sampling/reused"))
+        return batch
+
+    def at_loss(compute, model, batch):
+        seen.append({name: values.clone() for name, values in batch.items()})
+        losses.append(compute(model, batch))
+        return losses[-1]
+
+    around(trainer, "batch", at_generation)
+    around(trainer, "loss", at_loss)
+    trainer.train()
+    assert sum(kept) > 1
+    ratios = []
+    for i, batch in enumerate(seen):
+        mask = batch["completion_mask"].bool()
+        with torch.no_grad():
+            now, before = logps_of(policies[i], batch), logps_of(policies[i - 1], batch)
+        older = batch.get("older_logps", torch.full_like(now, torch.nan))
+        reused = ~older.isnan().all(1)
+        assert reused.sum() == 4 * kept[i]
+        torch.testing.assert_close(older[reused][mask[reused]], before[reused][mask[reused]], rtol=0, atol=1e-4)
+        ratio = torch.where(reused[:, None], now - before, 0).exp()
+        advantages = batch["advantages"][:, None]
+        loss = -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+        assert losses[i].item() == pytest.approx(((loss * mask).sum(1) / mask.sum(1)).mean().item(), abs=1e-4)
+        ratios += ratio[reused][mask[reused]].tolist()
+    assert max(ratios) > 1.2
+    assert min(ratios) < 0.8
+
+
+def test_vllm_s_correction_needs_no_log_probabilities_of_ours(tmp_path, monkeypatch):
+    """TRL then weights each rollout by the policy over vLLM's at the time of sampling, whose logprobs it has."""
+    trainer = make_trainer(tmp_path, **REUSE)
+    rollouts = [{"prompt_ids": [1, 2], "completion_ids": [3], "logprobs": [-0.5]}]
+    monkeypatch.setattr(trl_seam, "corrects_sampling", lambda trainer: True)
+    trainer.dynamic_sampling.keep(rollouts)
+    assert "older_logps" not in rollouts[0]
+    monkeypatch.undo()
+    trainer.dynamic_sampling.keep(rollouts)
+    assert len(rollouts[0]["older_logps"]) == 1
+
+
+def test_without_surplus_nothing_changes(tmp_path):
+    """Every group is informative: bit for bit as without."""
+    found = []
+    for reuse in (True, False):
+        settings = {**SAMPLING, "reward_funcs": alternating, "dynamic_sampling_reuse": reuse}
+        trainer = make_trainer(tmp_path / str(reuse), **settings)
+        trainer.train()
+        found.append(weights(trainer))
+    assert difference(*found) == 0
+
+
+@pytest.mark.slow_after(1)
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_resumed_run_has_the_kept_groups(tmp_path, caplog, accumulated):
+    saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 5, "train_dataset": prompts(40)}
+    # With two passes an optimizer step and one a generation, groups are kept within a step too.
+    settings = {**REUSE, **saving, "gradient_accumulation_steps": accumulated, "steps_per_generation": 1}
+    whole = make_trainer(tmp_path / "whole", **settings)
+    whole.train()
+    reused = logged(whole, "dynamic_sampling/reused")
+    step = next(i for i in range(1, 5) if reused[i])  # the checkpoint of this step holds groups
+    if accumulated == 1:
+        file = torch.load(tmp_path / f"whole/checkpoint-{step}/rollouts_0.pt", weights_only=True)
+        assert len(file["kept"]["indices"]) == reused[step]
+        assert all(len(one["older_logps"]) == len(one["completion_ids"]) for _, one in file["kept"]["rollouts"])
+    checkpoint = tmp_path / f"checkpoint-{step}"
+    shutil.copytree(tmp_path / f"whole/checkpoint-{step}", checkpoint)
+    resumed = make_trainer(tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert difference(weights(resumed), weights(whole)) == 0
+    assert logged(resumed, "dynamic_sampling/reused") == reused
+    if accumulated == 1:  # groups that another temperature sampled are not used
+        other = make_trainer(tmp_path / "other", **{**settings, "temperature": 0.9, "max_steps": step + 1})
+        other.train(resume_from_checkpoint=str(tmp_path / f"whole/checkpoint-{step}"))
+        assert logged(other, "dynamic_sampling/reused")[-1] == 0
+        assert f"The {reused[step]:.0f} groups that" in caplog.text
+
+
 # Bad input
 
 
@@ -558,6 +724,16 @@ def test_a_column_that_is_logged_too_short_is_named(tmp_path):
     [
         ({"dynamic_sampling_max_batches": 0}, "dynamic_sampling_max_batches must be at least 1, not 0"),
         ({"dynamic_sampling_skip_solved": -1}, "dynamic_sampling_skip_solved must be at least 0, not -1"),
+        (
+            {"dynamic_sampling_reuse": True, "dynamic_sampling": False},
+            r"dynamic_sampling_reuse is True, but has an effect only with dynamic sampling\. Set dynamic_sampling",
+        ),
+        (
+            {"dynamic_sampling_reuse": True, "steps_per_generation": 2},
+            r"a generation has 2 forward passes \(steps_per_generation 2 x num_iterations 1\) and an optimizer step 1 "
+            r"\(gradient_accumulation_steps\)\. Set .* or gradient_accumulation_steps to a multiple of 2$",
+        ),
+        ({"dynamic_sampling_reuse": True, "credit": "tree"}, "does not support credit: tree, which samples its own"),
         (
             {"dynamic_sampling_skip_solved": 2, "dynamic_sampling": False},
             r"dynamic_sampling_skip_solved is 2, but has an effect only with dynamic sampling\. Set dynamic_sampling",
