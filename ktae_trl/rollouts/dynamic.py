@@ -54,14 +54,16 @@ class PromptStream:
         """Draw the next `n` prompts and return their indices in the training set."""
         taken = []
         while len(taken) < n:
-            epoch, place = divmod(self.position, self.size)
-            index = self._permutation(epoch)[place]
-            self.position += 1
-            if self._solved.get(index, 0):
-                self._solved[index] -= 1
-                self.skipped += 1
-            else:
-                taken.append(index)
+            epoch, begin = divmod(self.position, self.size)
+            for index in self._permutation(epoch)[begin:]:
+                if len(taken) == n:
+                    break
+                self.position += 1
+                if self._solved.get(index, 0):
+                    self._solved[index] -= 1
+                    self.skipped += 1
+                else:
+                    taken.append(index)
         return taken
 
     def note(self, indices: list[int], all_right: list[bool]) -> None:
@@ -87,9 +89,9 @@ class PromptStream:
         self.position, self.skipped = state["position"], state.get("skipped", 0)
         self._solved = dict(state.get("solved", {})) if self.skip_solved else {}
 
-    def _permutation(self, epoch: int) -> list[int]:
+    def _permutation(self, epoch: int) -> Sequence[int]:
         if not self.shuffle:
-            return list(range(self.size))
+            return range(self.size)
         if epoch < self._drawn - 1:
             self._restart()
         while self._drawn <= epoch:
