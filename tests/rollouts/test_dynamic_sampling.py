@@ -184,6 +184,29 @@ def test_each_process_generates_equally_many_rollouts(groups, G, processes, unit
     assert groups % unit == unit * G % processes == 0
 
 
+def test_every_generation_is_divided_over_the_processes():
+    """On the first of two processes: 2 of 6 groups are missing, 3 would be enough, so 4 are generated, 2 on each."""
+    of_both = iter([[1, 0] * 4 + [1, 1] * 2, [1, 0] * 4])
+    generated = []
+
+    def generate(rows):
+        generated.append([row["number"] for row in rows])
+        return [{"completion_ids": [1]} for _ in rows]
+
+    def grade(rows, rollouts):
+        rewards = torch.tensor(next(of_both)).float()
+        assert len(rewards) == 2 * len(rows)
+        return rewards[:, None], verdicts(rewards.view(-1, 2), 0.0)
+
+    dataset = [{"number": number} for number in range(20)]
+    shape = {"groups": 6, "num_generations": 2, "max_batches": 9, "num_processes": 2}
+    dynamic = DynamicSampling(dataset, generate, grade, **shape, seed=0, shuffle=False)
+    dynamic.informative = dynamic.generated = 2_000
+    assert groups_to_generate(2, 1_000 + 4, 1_000 + 6, most=6) == 3
+    dynamic.batch(0)
+    assert generated == [[0, 0, 1, 1, 2, 2], [6, 6, 7, 7]]
+
+
 # Which groups are chosen, on one process with groups of two: R right, W wrong, ? unscorable
 
 
@@ -280,6 +303,20 @@ def test_a_small_generation_completes_a_batch():
     assert batch.metrics["dynamic_sampling/groups_per_needed"] == 35 / 32
     assert batch.metrics["dynamic_sampling/generations"] == 2
     assert batch.metrics["dynamic_sampling/filled"] == batch.metrics["dynamic_sampling/surplus"] == 0
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_few_groups_more_than_necessary_are_generated(share, reuse):
+    """At most 15% more than there are up to the last informative group that is needed."""
+    rng = random.Random(1)
+    kinds = ["RW" if rng.random() < share else "WW" for _ in range(9_000)]
+    settings = {"keep": (lambda rollouts: None)} if reuse else {}
+    dynamic = sampling(kinds, groups=128, max_batches=100, size=9_000, **settings)
+    for _ in range(5):
+        assert dynamic.batch(0).metrics["dynamic_sampling/filled"] == 0
+    informative = [place for place, kind in enumerate(kinds, 1) if kind == "RW"]
+    assert dynamic.stream.position <= 1.15 * informative[5 * 128 - 1]
 
 
 def test_earlier_batches_count_half_in_the_share():
