@@ -211,9 +211,11 @@ class DynamicSampling:
     def restore(self, state: dict[str, Any]) -> None:
         """Resume from the state of a checkpoint, which must have the same prompts in the same order.
 
-        A checkpoint of an earlier version has no numbers of groups. They then count from 0.
+        A checkpoint of an earlier version has no numbers of groups. They then count from 0. There are no kept groups
+        until `restore_kept`.
         """
         self.stream.restore(state)
+        self.kept = None
         self.informative, self.generated = state.get("informative", 0.0), state.get("generated", 0.0)
 
     def kept_groups(self) -> dict[str, Any] | None:

@@ -35,22 +35,21 @@ class TrainerTools(Policy):
 
         Processes may pass different numbers of completions.
         """
-        filling = [[self.eos_ids[0]]] * (most(len(prompts), self.accelerator) - len(prompts))
-        rows_of, tokens = [*zip(prompts + filling, completions + filling, strict=True)], self.eos_ids[0]
-        if not rows_of:
+        pad, own = self.eos_ids[0], len(prompts)
+        filling = [[pad]] * (most(own, self.accelerator) - own)  # each process makes as many forward passes
+        prompts, completions = [*prompts, *filling], [*completions, *filling]
+        if not prompts:
             return []
-        L, T = (max(len(row[side]) for row in rows_of) for side in (0, 1))
-        lengths_B = torch.tensor([len(completion) for _, completion in rows_of], device=self.device)
+        L, T = (max(map(len, rows)) for rows in (prompts, completions))
+        lengths_B = torch.tensor([len(ids) for ids in completions], device=self.device)
         logps_BT, _ = self._token_stats(
-            torch.tensor([[tokens] * (L - len(prompt)) + prompt for prompt, _ in rows_of], device=self.device),
-            torch.tensor([[0] * (L - len(prompt)) + [1] * len(prompt) for prompt, _ in rows_of], device=self.device),
-            torch.tensor(
-                [completion + [tokens] * (T - len(completion)) for _, completion in rows_of], device=self.device
-            ),
+            torch.tensor([[*[pad] * (L - len(ids)), *ids] for ids in prompts], device=self.device),
+            torch.tensor([[0] * (L - len(ids)) + [1] * len(ids) for ids in prompts], device=self.device),
+            torch.tensor([[*ids, *[pad] * (T - len(ids))] for ids in completions], device=self.device),
             lengths_B,
             T,
         )
-        return [logps_T[: len(ids)] for logps_T, ids in zip(logps_BT.tolist(), completions, strict=False)]
+        return [logps_T[: len(ids)] for logps_T, ids in zip(logps_BT.tolist(), completions, strict=True)][:own]
 
     def _token_stats(
         self,

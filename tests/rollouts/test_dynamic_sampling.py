@@ -282,7 +282,7 @@ def test_a_restored_one_draws_what_would_have_come():
     resumed.restore(whole.state())
     for _ in range(3):
         assert resumed.batch(0).rows == whole.batch(0).rows
-        assert resumed.state() == whole.state()
+        assert (resumed.informative, resumed.generated) == (whole.informative, whole.generated) != (0, 0)
 
 
 def test_solved_prompts_are_skipped_and_counted():
