@@ -73,8 +73,15 @@ class KTAEGRPOConfig(*_settings_of_methods(), GRPOConfig):
             every group of the generation batch has both (DAPO). The number of optimizer steps does not change, but more
             prompts are used.
         dynamic_sampling_max_batches (`int`, *optional*, defaults to `10`):
-            Maximum number of generations to fill a batch. If there are still too few groups with both correct and wrong
-            rollouts, other groups fill the batch.
+            At most this many times the groups of a batch are generated to fill it. If there are still too few groups
+            with both correct and wrong rollouts, other groups fill the batch.
+        dynamic_sampling_reuse (`bool`, *optional*, defaults to `False`):
+            Keep surplus groups with both correct and wrong rollouts for the next batch. The policy that sampled them is
+            then one optimizer step old, which the importance ratio takes into account. There must be at most one
+            optimizer step per generation.
+        dynamic_sampling_skip_solved (`int`, *optional*, defaults to `0`):
+            Dynamic sampling skips a prompt whose rollouts were all correct the last two times in the next N passes over
+            the training set, and then draws it again. `0` skips no prompt.
         allow_inexact_resume (`bool`, *optional*, defaults to `False`):
             Also resume from a checkpoint without the optimizer and learning-rate schedule, the random states, or the
             rollouts still to be trained on, such as a checkpoint of another trainer. Missing parts start from scratch.
@@ -127,7 +134,16 @@ class KTAEGRPOConfig(*_settings_of_methods(), GRPOConfig):
         metadata={"help": "Replace prompts whose rollouts are all correct or all wrong (DAPO)."},
     )
     dynamic_sampling_max_batches: int = field(
-        default=10, metadata={"help": "Maximum number of generations to fill a batch."}
+        default=10, metadata={"help": "Maximum number of groups generated to fill a batch, in batches."}
+    )
+    dynamic_sampling_reuse: bool = field(
+        default=False, metadata={"help": "Keep surplus groups for the next batch, one optimizer step later."}
+    )
+    dynamic_sampling_skip_solved: int = field(
+        default=0,
+        metadata={
+            "help": "Skip a prompt in the next N passes if its rollouts were all correct the last two times (0: never)."
+        },
     )
     allow_inexact_resume: bool = field(
         default=False,
@@ -161,7 +177,15 @@ class KTAEGRPOConfig(*_settings_of_methods(), GRPOConfig):
             settings.check(self)
         if self.dynamic_sampling_max_batches < 1:
             raise UserError(f"dynamic_sampling_max_batches must be at least 1, not {self.dynamic_sampling_max_batches}")
-        for name, least in (("record_steps", 0), ("record_groups", 1)):
+        for name in ("dynamic_sampling_reuse", "dynamic_sampling_skip_solved"):
+            if getattr(self, name) and not self.dynamic_sampling:
+                raise UserError(
+                    f"{name} is {getattr(self, name)}, but has an effect only with dynamic sampling. Set "
+                    "dynamic_sampling: true"
+                )
+        if self.dynamic_sampling_reuse:
+            self._check_reuse(method)
+        for name, least in (("dynamic_sampling_skip_solved", 0), ("record_steps", 0), ("record_groups", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if self.reward_timeout is not None and not 0 < self.reward_timeout < math.inf:
@@ -172,6 +196,22 @@ class KTAEGRPOConfig(*_settings_of_methods(), GRPOConfig):
         check_budget("grading_budget", self.grading_budget)
         self.correctness_threshold = read_threshold(self.correctness_threshold)
         method.check_run(self)
+
+    def _check_reuse(self, method) -> None:
+        passes = self.steps_per_generation * self.num_iterations
+        if self.gradient_accumulation_steps % passes:
+            raise UserError(
+                "dynamic_sampling_reuse needs at most one optimizer step per generation, because kept groups would be "
+                f"older than one step. But a generation has {passes} forward passes (steps_per_generation "
+                f"{self.steps_per_generation} x num_iterations {self.num_iterations}) and an optimizer step "
+                f"{self.gradient_accumulation_steps} (gradient_accumulation_steps). Set dynamic_sampling_reuse: false, "
+                f"or gradient_accumulation_steps to a multiple of {passes}"
+            )
+        if method.samples_itself():
+            raise UserError(
+                f"dynamic_sampling_reuse does not support credit: {self.credit}, which samples its own rollouts. Set "
+                "dynamic_sampling_reuse: false"
+            )
 
     def _check_generation_batch(self) -> None:
         # Before TRL's check, whose message has only the product. The launcher sets WORLD_SIZE.

@@ -144,6 +144,7 @@ class KTAEGRPOTrainer(GRPOTrainer):
                 trl_seam.changed(self, _chosen_rewards=chosen.rewards),
             ):
                 batch = super()._generate_and_score_completions(chosen.rows)
+            batch |= dynamic.older_logps(chosen.rollouts, batch["completion_ids"])
         else:
             batch = super()._generate_and_score_completions(inputs)
         rewards, judged = self._gathered_rewards, self._judged(self._gathered_rewards)
@@ -181,7 +182,10 @@ class KTAEGRPOTrainer(GRPOTrainer):
         if "credit" in inputs:
             advantages = combine(inputs["advantages"], inputs["credit"], self.token_credit.how)
             inputs = {**inputs, "advantages": advantages}  # a copy: the batch is buffered and reused
-        with self._recorder.watching(inputs, recorded_B3):
+        older_BT = inputs.get(dynamic.OLDER)
+        if older_BT is not None:
+            inputs = {**inputs}
+        with self._recorder.watching(inputs, recorded_B3), trl_seam.older_policy(self, inputs, older_BT):
             return or_nan(super()._compute_loss(model, inputs))
 
     # Non-finite gradients and weights: see `ktae_trl.training.guard`.

@@ -156,6 +156,40 @@ def changed(owner: object, **values: Any) -> Iterator[None]:
             del vars(owner)[name]
 
 
+# Rollouts that an older policy sampled: see `dynamic_sampling_reuse`.
+
+
+def corrects_sampling(trainer) -> bool:
+    """Return whether TRL corrects for the difference between vLLM's policy and the current one."""
+    return trainer.use_vllm and trainer.vllm_importance_sampling_correction
+
+
+@contextmanager
+def older_policy(trainer, batch: dict[str, Tensor], logps_BT: Tensor | None) -> Iterator[None]:
+    """Make the loss use pi_old = the policy that sampled, for rollouts of an older one.
+
+    TRL's loss reads `old_per_token_logps` of the batch after it has computed log-probabilities. They are set in
+    between, for the other rollouts to the current log-probabilities, as TRL does without `old_per_token_logps`.
+
+    Args:
+        batch: the batch of the loss, without `old_per_token_logps`. It gets them.
+        logps_BT: log-probabilities of the tokens by the policy that sampled them; NaN for tokens that the current
+            policy sampled. None: nothing is changed.
+    """
+    if logps_BT is None:
+        yield
+        return
+    compute = trainer._get_per_token_logps_and_entropies
+
+    def and_set_old(*arguments, **named):
+        now_BT, *rest = compute(*arguments, **named)
+        batch["old_per_token_logps"] = torch.where(logps_BT.isnan(), now_BT.detach(), logps_BT)
+        return now_BT, *rest
+
+    with changed(trainer, _get_per_token_logps_and_entropies=and_set_old):
+        yield
+
+
 # The tools of credit methods: see `ktae_trl.rollouts.tools`.
 
 
@@ -588,6 +622,24 @@ def _computes_numbers(probe: _Probe) -> str:
     return ""
 
 
+def _reads_old_policy_late(probe: _Probe) -> str:
+    # With pi_old given for the first tokens only, and the loss of the same pi_old given for all.
+    batch = probe._generate_and_score_completions(probe.rows)
+    batch.pop("old_per_token_logps", None)
+    batch["advantages"] = torch.ones_like(batch["advantages"])
+    logps_BT = probe.model.logps_BT.detach()
+    old_BT = logps_BT - 0.1
+    old_BT[:, 2:] = torch.nan
+    losses = [
+        probe._compute_loss(probe.model, {**batch, "old_per_token_logps": old_BT.where(~old_BT.isnan(), logps_BT)})
+    ]
+    with older_policy(probe, batch, old_BT):
+        losses.append(probe._compute_loss(probe.model, batch))
+    if torch.equal(*losses):
+        return ""
+    return f"_compute_loss does not read old_per_token_logps after the log-probabilities: {losses[1]}, not {losses[0]}"
+
+
 def _generates(probe: _Probe) -> str:
     given = probe.rollouts | {"env_mask": [[1, 1, 0, 1]], "noted": ["x"]}
     probe.rollouts = dict(given)
@@ -687,6 +739,7 @@ FEATURES = {
     ),
     "grading": _Feature("grading outside training steps (held-out accuracy)", (_generates, _grades)),
     "dynamic_sampling": _Feature("dynamic_sampling", (_generates, _grades)),
+    "dynamic_sampling_reuse": _Feature("dynamic_sampling_reuse", (_tells_of_tokens, _reads_old_policy_late)),
     "checkpoints": _Feature(
         "saving and resuming (set save_strategy: no to train without)",
         (

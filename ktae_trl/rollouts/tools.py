@@ -38,22 +38,56 @@ class TrainerTools(Policy):
         if model is None:
             raise TypeError("token_stats: model is None. Omit it for the policy, or pass a model from `frozen`")
         trl_seam.need("token_stats", self.trainer)
-        return self._read(groups, trl_seam.token_stats, self.trainer.model if model == "policy" else model)
+        return self._read_groups(groups, trl_seam.token_stats, self.trainer.model if model == "policy" else model)
 
     def token_squares(self, groups: Groups) -> tuple[Tensor, Tensor]:
         """Return pi(token) and the sum of pi^2 at this process's tokens: see `Tools`."""
         trl_seam.need("token_squares", self.trainer)
-        return self._read(groups, trl_seam.token_squares, self.trainer.model)
+        return self._read_groups(groups, trl_seam.token_squares, self.trainer.model)
 
-    def _read(self, groups: Groups, read: Callable, model: nn.Module) -> tuple[Tensor, Tensor]:
-        T = groups.ids_PGT.shape[2]
-        mask_BT = torch.arange(T, device=self.device) < groups.lengths_B[:, None]
+    def log_probabilities(self, prompts: list[list[int]], completions: list[list[int]]) -> list[list[float]]:
+        """Return the policy's log-probabilities of the tokens of completions. Collective.
+
+        Processes may pass different numbers of completions.
+        """
+        trl_seam.need("token_stats", self.trainer)
+        pad, own = self.eos_ids[0], len(prompts)
+        filling = [[pad]] * (most(own, self.accelerator) - own)  # each process makes as many forward passes
+        prompts, completions = [*prompts, *filling], [*completions, *filling]
+        if not prompts:
+            return []
+        L, T = (max(map(len, rows)) for rows in (prompts, completions))
+        logps_BT, _ = self._read(
+            trl_seam.token_stats,
+            self.trainer.model,
+            torch.tensor([[*[pad] * (L - len(ids)), *ids] for ids in prompts], device=self.device),
+            torch.tensor([[0] * (L - len(ids)) + [1] * len(ids) for ids in prompts], device=self.device),
+            torch.tensor([[*ids, *[pad] * (T - len(ids))] for ids in completions], device=self.device),
+            torch.tensor([len(ids) for ids in completions], device=self.device),
+        )
+        return [logps_T[: len(ids)] for logps_T, ids in zip(logps_BT.tolist(), completions, strict=True)][:own]
+
+    def _read_groups(self, groups: Groups, read: Callable, model: nn.Module) -> tuple[Tensor, Tensor]:
+        return self._read(read, model, groups.prompt_ids_BL, groups.prompt_mask_BL, groups.ids_BT, groups.lengths_B)
+
+    def _read(
+        self,
+        read: Callable,
+        model: nn.Module,
+        prompt_ids_BL: Tensor,
+        prompt_mask_BL: Tensor,
+        ids_BT: Tensor,
+        lengths_B: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Return what `read` computes for each token, 0 for padding."""
+        T = ids_BT.shape[1]
+        mask_BT = torch.arange(T, device=self.device) < lengths_B[:, None]
         with torch.no_grad(), self.reading():
             found = read(
                 self.trainer,
                 model,
-                torch.cat([groups.prompt_ids_BL, groups.ids_BT.to(groups.prompt_ids_BL.dtype)], 1),
-                torch.cat([groups.prompt_mask_BL, mask_BT.to(groups.prompt_mask_BL.dtype)], 1),
+                torch.cat([prompt_ids_BL, ids_BT.to(prompt_ids_BL.dtype)], 1),
+                torch.cat([prompt_mask_BL, mask_BT.to(prompt_mask_BL.dtype)], 1),
                 completion_length=T,
                 rows=self.trainer.args.per_device_train_batch_size,
             )

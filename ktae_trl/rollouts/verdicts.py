@@ -21,6 +21,16 @@ class Verdicts(NamedTuple):
         """Return which groups have both correct and wrong rollouts, (P,)."""
         return (self.correct_PG & self.scored_PG).any(1) & (~self.correct_PG & self.scored_PG).any(1)
 
+    @property
+    def all_right(self) -> Tensor:
+        """Return which groups have correct rollouts and no wrong ones, (P,)."""
+        return (self.correct_PG & self.scored_PG).any(1) & ~(~self.correct_PG & self.scored_PG).any(1)
+
+    @property
+    def all_wrong(self) -> Tensor:
+        """Return which groups have wrong rollouts and no correct ones, (P,)."""
+        return (~self.correct_PG & self.scored_PG).any(1) & ~(self.correct_PG & self.scored_PG).any(1)
+
     def metrics(self) -> dict[str, float]:
         """Return the share of rollouts that were graded and, of these, the share that is correct (NaN if none was)."""
         right, judged = (self.correct_PG & self.scored_PG).sum(), self.scored_PG.sum()

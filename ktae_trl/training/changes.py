@@ -23,7 +23,12 @@ LAYOUT = (
     "num_generations",
     "credit",
 )
-_FOR_SAMPLING = ("dynamic_sampling", "dynamic_sampling_max_batches")
+_FOR_SAMPLING = (
+    "dynamic_sampling",
+    "dynamic_sampling_max_batches",
+    "dynamic_sampling_reuse",
+    "dynamic_sampling_skip_solved",
+)
 _FOR_NO_ROLLOUT = (
     *(name for method in METHODS.values() for name in method.no_effect),
     "credit_in_evaluation",
@@ -94,6 +99,7 @@ KINDS = (
     Kind(
         (
             *("top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs", "dynamic_sampling_max_batches"),
+            *("dynamic_sampling_reuse", "dynamic_sampling_skip_solved"),
             *("vllm_mode", "vllm_structured_outputs_regex", "max_tool_calling_iterations"),
         ),
         "in effect from the next generation",

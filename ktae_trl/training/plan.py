@@ -276,8 +276,9 @@ def _show_batches(console: Console, batches: Batches, args: KTAEGRPOConfig, prom
     console.print(f"{batches}. The tokens are those of completions.")
     if args.dynamic_sampling:
         console.print(
-            f"With dynamic_sampling, a batch takes at most {args.dynamic_sampling_max_batches} generations of this "
-            "size. An epoch's number of optimizer steps then uses more prompts than the dataset has."
+            f"With dynamic_sampling, a batch takes at most {args.dynamic_sampling_max_batches} times these rollouts, "
+            "in generations of at most this size. An epoch's number of optimizer steps then uses more prompts than the "
+            "dataset has."
         )
 
 

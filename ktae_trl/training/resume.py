@@ -76,6 +76,7 @@ class Resume:
             "rollouts": rollouts if inside else None,
             "how": trainer.token_credit.how,
             "prompts": trainer.dynamic_sampling and trainer.dynamic_sampling.state(),
+            "kept": trainer.dynamic_sampling and trainer.dynamic_sampling.kept_groups(),
         }
 
     # Resuming: the methods are called in this order
@@ -180,6 +181,11 @@ class Resume:
             trl_seam.take_up(trainer, trl_seam.Place(first.step, send_to_device(own and own["rollouts"], device)))
         if trainer.dynamic_sampling and first.prompts and not args.ignore_data_skip:
             trainer.dynamic_sampling.restore(first.prompts)
+            kept = own and own.get("kept")  # not in checkpoints of an earlier version
+            if None not in saved and not changes.refused("inside a generation cycle"):
+                trainer.dynamic_sampling.restore_kept(send_to_device(kept, device))
+            elif kept:
+                self._warn(f"The {len(kept['indices'])} groups that {checkpoint} kept for the next batch are dropped.")
 
     def place(self, checkpoint: str, max_steps: int, epochs: int, epoch: int, batches: int) -> tuple[int, int]:
         """Return the position to resume the training prompts from: the epoch and its number of finished batches.

@@ -9,6 +9,7 @@ from tests.trainers import difference
 pytestmark = TWO_PROCESSES
 # Of 14 problems five are informative, and a generation has three; so it takes some, and the stream wraps.
 DYNAMIC = {"dynamic_sampling": True, "reward": "third", "prompts": 14}
+REUSE = {"dynamic_sampling_reuse": True, "reward": "two_thirds", "num_iterations": 1}
 ONE_SIDED = {"replay": False, "dynamic_sampling": True, "reward": "right_on_the_first", "prompts": 8, "max_steps": 2}
 
 
@@ -26,6 +27,30 @@ def test_the_same_as_one_process(crews, tmp_path):
     assert set(logged(one, "filled")) == {0}
     for result in two:
         assert all((advantages.abs() > 0.5).all() for advantages in result["advantages"])
+
+
+@pytest.mark.parametrize("mode", ["ddp", "zero3"])
+def test_kept_groups_are_the_same_as_on_one_process(crews, tmp_path, mode):
+    """A process may hold any number of the kept rollouts, and computes their log-probabilities with the others."""
+    settings = {**REPLAYED, **DYNAMIC, **REUSE, "save_strategy": "no"}
+    (one,) = crews.train(tmp_path / "one", {**settings, "per_device_train_batch_size": 24}, None)
+    two = crews.train(tmp_path / "two", {**settings, "per_device_train_batch_size": 12}, mode)
+    for result in two:
+        assert difference(result["weights"], one["weights"]) < 1e-5
+    assert sum(logged(one, "reused")) > 1
+    assert logged(two[0], "reused") == logged(one, "reused")
+    assert logged(two[0], "groups_per_needed") == logged(one, "groups_per_needed")
+
+
+def test_resume_with_kept_groups(crews, tmp_path):
+    settings = {**SAMPLED, **DYNAMIC, **REUSE, "steps_per_generation": 1, "max_steps": 6}
+    settings["per_device_train_batch_size"] = 16
+    whole = crews.train(tmp_path / "whole", settings, "ddp")
+    reused = logged(whole[0], "reused")
+    step = next(i for i in range(1, 6) if reused[i])
+    resumed = crews.train(tmp_path / "resumed", settings, "ddp", tmp_path / f"whole/checkpoint-{step}")
+    assert difference(resumed[0]["weights"], whole[0]["weights"]) == 0
+    assert logged(resumed[0], "reused") == reused
 
 
 @pytest.mark.parametrize("mode", ["ddp", "zero3"])

@@ -18,7 +18,7 @@ from peft import LoraConfig
 from ktae_trl import tiny
 from ktae_trl.training.held_out import held_out_accuracy
 from tests.distributed import cpu
-from tests.rollouts.test_dynamic_sampling import third
+from tests.rollouts.test_dynamic_sampling import third, two_thirds
 from tests.trainers import around, make_trainer, prompts, replay, watch_batches
 from tests.training.test_guard import poison
 
@@ -64,7 +64,7 @@ def by_tokens(completion_ids, **kwargs):
     return [float(sum(ids) % 2) for ids in completion_ids]
 
 
-REWARDS = {"third": third, "right_on_the_first": right_on_the_first, "by_tokens": by_tokens}
+REWARDS = {"third": third, "two_thirds": two_thirds, "right_on_the_first": right_on_the_first, "by_tokens": by_tokens}
 
 
 def whole_weights(trainer) -> dict[str, torch.Tensor]:

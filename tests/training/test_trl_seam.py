@@ -141,6 +141,10 @@ def one_process_more(original, self, *arguments):
     return torch.cat([rewards, rewards])
 
 
+def on_a_copy(original, self, model, inputs):
+    return original(self, model, dict(inputs))
+
+
 CHANGES = [
     ("training", "_get_grad_norm", None, "_get_grad_norm does not exist"),
     ("training", "log", lambda original: lambda self, logs: None, "log does not accept the expected arguments"),
@@ -163,6 +167,7 @@ CHANGES = [
         wrapped(lambda *_: None),
         "logged by a reward function are {}",
     ),
+    ("dynamic_sampling_reuse", "_compute_loss", wrapped(on_a_copy), "_compute_loss does not read old_per_token_logps"),
     ("grading", "_generate", wrapped(with_item), "_generate returns 9 items, not 8"),
     ("sampling", "_generate", wrapped(with_item), "_generate returns 9 items, not 8"),
     ("sampling", "_tokenize_prompts", None, "_tokenize_prompts does not exist"),
