@@ -80,6 +80,7 @@ class KTAEGRPOTrainer(GRPOTrainer):
                 "Or set use_vllm to false to generate with transformers"
             )
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
+        trl_seam.check_loss_type(self)
         trl_seam.need("training", self)
         if args.push_to_hub:
             trl_seam.need("push_to_hub", self)

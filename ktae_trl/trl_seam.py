@@ -775,7 +775,6 @@ def need(feature: str, trainer, version: str = trl.__version__) -> None:
 
     Raises:
         NotImportedError: something is missing or behaves differently. The message names it and the tested versions.
-        UserError: TRL does not know the value of a setting, such as `loss_type`.
 
     Warns:
         UserWarning: the checks passed, but this version of TRL was not tested.
@@ -788,8 +787,6 @@ def need(feature: str, trainer, version: str = trl.__version__) -> None:
         try:
             problem = check(_Probe(trainer))
         except (TypeError, ValueError, AttributeError, LookupError) as error:  # typical of changed code
-            if isinstance(error, ValueError) and str(error).startswith("Unknown "):  # as TRL refuses a setting
-                raise UserError(f"{error} (TRL {version}). `ktae train --help` lists the values") from error
             problem, cause = f"{type(error).__name__}: {error}", error
         if problem:
             raise NotImportedError(
@@ -802,3 +799,13 @@ def need(feature: str, trainer, version: str = trl.__version__) -> None:
             stacklevel=2,
         )
     passed.add(feature)
+
+
+def check_loss_type(trainer) -> None:
+    """Raise a UserError if TRL does not know the run's `loss_type`: TRL itself says so at the first step only."""
+    probe = _Probe(trainer)
+    try:
+        probe._compute_loss(probe.model, probe._generate_and_score_completions(probe.rows))
+    except (TypeError, ValueError, AttributeError, LookupError) as error:  # others are for `need`
+        if str(error).startswith("Unknown loss type"):
+            raise UserError(f"{error} (TRL {trl.__version__}). `ktae train --help` lists the values") from error

@@ -50,6 +50,7 @@ def refusal(*words: str) -> str:
         (["--learning_rat", "1"], "Unknown setting: 'learning_rat' (did you mean 'learning_rate'?)"),
         (["--credit", "ktea"], "credit='ktea' is unknown (did you mean 'ktae'?)"),
         (["--loss_type", "grop"], "Unknown loss type: grop (TRL "),
+        (["--loss_type", "grop", "--credit", "none"], "Unknown loss type: grop (TRL "),
         (["--num_generations", "1"], "GRPO requires at least 2 generations per prompt"),  # TRL's own check
         (["--dataset_name", "nowhere.jsonl"], "There is no data file nowhere.jsonl"),
         (["--dataset_name", "lines.jsonl"], "lines.jsonl, line 2: not JSON"),

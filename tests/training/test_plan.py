@@ -189,7 +189,7 @@ def test_a_dry_run_needs_no_gpu_and_trains_nothing(tmp_path, capsys):
     assert "an optimizer step │ 128 │ 2,048 │ 6,291,456 │ 1" in said
     assert "an epoch │ 2,048 │ 32,768 │ 100,663,296 │ 16" in said
     assert "the run │ 102,400 │ 1,638,400 │ 5,033,164,800 │ 800" in said
-    assert "a batch takes at most 10 generations" in said
+    assert "a batch takes at most 10 times these rollouts" in said
     assert "ktae_combine: add" in said
     assert "delta: 10.0" in said
     assert "overlong_buffer" not in said.partition("Settings")[2]  # it has its default value
