@@ -136,14 +136,19 @@ def tuned_at(config: dict, setting: dict) -> dict:
     return {"filler": config["tuned_at"][setting["filler"]]}
 
 
+def rate_of(config: dict, results: Results, row: str, at: str | float, setting: dict) -> float:
+    """Return the rate of a row: `at` is "best", "low" or the rate itself. LookupError: see `best_rate`."""
+    if at == BEST:
+        return best_rate(config, results, row, setting)
+    return config["low_rate"] if at == LOW else at
+
+
 def cells_of(part: dict, config: dict, results: Results) -> list[Cell]:
     """Return the cells of a part. Those of a tuned rate need the results of the tuning."""
     cells = []
     for setting, row in itertools.product(part["settings"], part["rows"]):
-        if part["at"] == TUNING:
-            rates = part["rates"]
-        else:
-            rates = [config["low_rate"] if part["at"] == LOW else best_rate(config, results, row, setting)]
+        tuning = part["at"] == TUNING
+        rates = part["rates"] if tuning else [rate_of(config, results, row, part["at"], setting)]
         cells += [Cell(row, rate, **setting) for rate in rates]
     return cells
 

@@ -13,7 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from needle import BEST, LOW, ROOT, TUNING, Results, best_rate, seeds_of
+from needle import BEST, LOW, ROOT, TUNING, Results, rate_of, seeds_of
 from needle_task import Cell
 from scipy import stats
 
@@ -58,37 +58,37 @@ def share_of_ceiling(one: dict[int, float], baseline: dict[int, float], ceiling:
 
 
 class Finished:
-    """The finished runs of a config, by row, setting and kind of rate ("best" or "low")."""
+    """The finished runs of a config, by row, setting and kind of rate ("best", "low" or the rate itself)."""
 
     def __init__(self, config: dict, results: Results):
         self.config, self.results = config, results
 
-    def cell(self, row: str, at: str, setting: dict) -> Cell | None:
+    def cell(self, row: str, at: str | float, setting: dict) -> Cell | None:
         """Return the cell, or None if its tuning is not finished."""
         try:
-            rate = self.config["low_rate"] if at == LOW else best_rate(self.config, self.results, row, setting)
+            rate = rate_of(self.config, self.results, row, at, setting)
         except LookupError:
             return None
         return Cell(row, rate, **setting)
 
-    def of(self, row: str, at: str, setting: dict, column: str = "area") -> dict[int, float]:
+    def of(self, row: str, at: str | float, setting: dict, column: str = "area") -> dict[int, float]:
         """Return the values of the main seeds, empty if there are none."""
         cell = self.cell(row, at, setting)
         tuning = {s for part in self.config["programme"] if part["at"] == TUNING for s in seeds_of(part)}
         found = self.results.of(cell, column) if cell else {}
         return {seed: value for seed, value in found.items() if seed not in tuning}
 
-    def budget(self, row: str, at: str, setting: dict) -> int:
+    def budget(self, row: str, at: str | float, setting: dict) -> int:
         cell = self.cell(row, at, setting)
         return next(line["budget"] for line in self.results.lines if Cell(**line["cell"]) == cell)
 
-    def tokens(self, row: str, at: str, setting: dict) -> dict[int, float]:
+    def tokens(self, row: str, at: str | float, setting: dict) -> dict[int, float]:
         """Return the tokens to the target by seed; a run that does not reach it counts with its budget."""
         found = self.of(row, at, setting, "tokens_to_target")
         limit = self.budget(row, at, setting) if found else 0
         return {seed: min(value, limit) for seed, value in found.items()}
 
-    def parts(self, at: str) -> list[tuple[dict, list[str]]]:
+    def parts(self, at: str | float) -> list[tuple[dict, list[str]]]:
         """Return each setting with its rows at this kind of rate, in the order of the programme."""
         found: list[tuple[dict, list[str]]] = []
         for part in self.config["programme"]:
@@ -127,7 +127,7 @@ def describe(setting: dict) -> str:
     return ", ".join(f"{name} {value:g}" if name != "rule" else f"rule `{value}`" for name, value in setting.items())
 
 
-def comparison_table(finished: Finished, at: str, setting: dict, rows: list[str]) -> str:
+def comparison_table(finished: Finished, at: str | float, setting: dict, rows: list[str]) -> str:
     """Return a table of area and tokens to the target, with the paired differences to GRPO."""
     main = setting == finished.config["setting"]
     corrected = p_values(finished) if main else {}
@@ -193,7 +193,7 @@ def primary(finished: Finished) -> str:
     )
 
 
-def tables(finished: Finished, at: str, *, main: bool) -> str:
+def tables(finished: Finished, at: str | float, *, main: bool) -> str:
     """Return the tables of the main setting, or those of all others, at this kind of rate."""
     parts = [
         f"**{describe(setting)}**\n\n{comparison_table(finished, at, setting, rows)}"
@@ -201,6 +201,12 @@ def tables(finished: Finished, at: str, *, main: bool) -> str:
         if (setting == finished.config["setting"]) == main
     ]
     return "\n\n".join(parts)
+
+
+def equal_rates(finished: Finished) -> str:
+    """Return the tables of the parts that name their rate."""
+    rates = dict.fromkeys(part["at"] for part in finished.config["programme"] if not isinstance(part["at"], str))
+    return "\n\n".join(tables(finished, rate, main=True) for rate in rates)
 
 
 def plot(finished: Finished, path: Path) -> None:
@@ -253,6 +259,7 @@ def filled(template: str, finished: Finished) -> str:
         "primary": lambda: primary(finished),
         "main_best": lambda: tables(finished, BEST, main=True),
         "main_low": lambda: tables(finished, LOW, main=True),
+        "main_equal": lambda: equal_rates(finished),
         "others_best": lambda: tables(finished, BEST, main=False),
         "others_low": lambda: tables(finished, LOW, main=False),
         "rates": lambda: rates_table(finished),
