@@ -157,7 +157,7 @@ def step(optimizer: torch.optim.Optimizer, p: Parameters, gradient: Parameters) 
 
 
 class Noise:
-    """Random numbers of each seed, which do not depend on the seeds beside it."""
+    """Random numbers of each seed, which do not depend on the other seeds."""
 
     def __init__(self, seeds: list[int]):
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -156,7 +156,7 @@ def _mine(words: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="ktae mine-ngrams",
         description="Write a list of planning n-grams, for credit: hicra, from the rollouts of a run or of another "
-        "trainer. Read it and edit it: it is sorted by the number of problems, and knows nothing of meaning.",
+        "trainer. Read it and edit it: it is sorted by the number of problems, not by meaning.",
     )
     parser.add_argument(
         "paths",
