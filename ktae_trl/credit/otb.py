@@ -56,7 +56,7 @@ def token_advantages(returns_PG: Tensor, energies_PGT: Tensor, alive_PGT: Tensor
     Args:
         returns_PG: return G of each rollout.
         energies_PGT: W.
-        alive_PGT: bool, which rollouts have a token at a position.
+        alive_PGT: bool, which rollouts have a token at a position. None of a rollout without any reward.
 
     Returns:
         (P, G, T) float32, 0 where a rollout is not alive. Where it alone is, B_t is the mean return of the group. Where
@@ -111,9 +111,11 @@ class OTB(Method):
         energies_BT = energies(probs_BT, squares_BT, groups.mask_BT)
         energies_PGT = self.tools.of_groups(groups, energies_BT)
         returns_PG = self.tools.of_groups(groups, groups.advantages_B)
-        values_PGT = token_advantages(returns_PG, energies_PGT, groups.mask_PGT)
+        # A rollout without any reward has A = 0 in TRL, so that it is not trained on.
+        alive_PGT = groups.mask_PGT & (groups.scored_PG | (returns_PG != 0))[..., None]
+        values_PGT = token_advantages(returns_PG, energies_PGT, alive_PGT)
         values_BT, mask_BT = groups.own_rows(values_PGT), groups.mask_BT
-        alone_PGT = groups.mask_PGT & (groups.mask_PGT.sum(1, keepdim=True) == 1)
+        alone_PGT = alive_PGT & (alive_PGT.sum(1, keepdim=True) == 1)
         before_BT = groups.advantages_B[:, None] * mask_BT
         sums = {
             "otb/variance_ratio": (

@@ -202,19 +202,37 @@ def test_in_a_training_the_values_are_those_of_whole_distributions(tmp_path):
     assert alone.any()
 
 
-def test_metrics_by_hand():
-    """Returns 1 and -1, one token each: W = 0.5 and 1.5, so B = -0.5 and A' = 1.5 and -0.5."""
-    probs, squares = torch.tensor([[0.5], [0.0]]), torch.tensor([[0.5], [0.5]])
+def credit_of(probs, squares, advantages: list[float], scored: list[bool]):
+    """The credit of one group on one process, all of whose tokens are trained on."""
+    G, T = probs.shape
     groups = SimpleNamespace(
-        mask_PGT=torch.ones(1, 2, 1).bool(),
-        mask_BT=torch.ones(2, 1).bool(),
-        advantages_B=torch.tensor([1.0, -1.0]),
+        mask_PGT=torch.ones(1, G, T).bool(),
+        mask_BT=torch.ones(G, T).bool(),
+        scored_PG=torch.tensor([scored]),
+        advantages_B=torch.tensor(advantages),
         own_rows=lambda x: x.flatten(0, 1),
     )
     tools = SimpleNamespace(
-        token_squares=lambda groups: (probs, squares), of_groups=lambda groups, x: x.unflatten(0, (1, 2))
+        token_squares=lambda groups: (probs, squares), of_groups=lambda groups, x: x.unflatten(0, (1, G))
     )
-    credit = OTB(None, tools).credit(groups)
+    return OTB(None, tools).credit(groups)
+
+
+def test_a_rollout_without_a_reward_is_not_trained_on():
+    """TRL gives it A = 0. With another reward it has one, and takes part."""
+    probs, squares = torch.tensor([[0.5], [0.0], [0.3]]), torch.full((3, 1), 0.5)
+    credit = credit_of(probs, squares, [1.0, -1.0, 0.0], [True, True, False])
+    two = credit_of(probs[:2], squares[:2], [1.0, -1.0], [True, True])
+    assert credit.values_BT[2].tolist() == [0]
+    assert torch.equal(credit.values_BT[:2], two.values_BT)
+    other = credit_of(probs, squares, [1.0, -1.5, 0.5], [True, True, False])
+    assert other.values_BT[2].item() != 0
+
+
+def test_metrics_by_hand():
+    """Returns 1 and -1, one token each: W = 0.5 and 1.5, so B = -0.5 and A' = 1.5 and -0.5."""
+    probs, squares = torch.tensor([[0.5], [0.0]]), torch.tensor([[0.5], [0.5]])
+    credit = credit_of(probs, squares, [1.0, -1.0], [True, True])
     torch.testing.assert_close(credit.values_BT, torch.tensor([[1.5], [-0.5]]), atol=1e-5, rtol=0)
     sums = {name: (total.item(), count.item()) for name, (total, count) in credit.sums.items()}
     assert sums["otb/variance_ratio"] == pytest.approx((0.5 * 2.25 + 1.5 * 0.25, 2.0), abs=1e-4)
