@@ -149,7 +149,8 @@ class MetricsTable(TrainerCallback):
         self._lines_below_head += 1
         if not self._explained:
             self._explained = True
-            reuses = args.logging_steps < args.steps_per_generation / args.gradient_accumulation_steps
+            passes = args.steps_per_generation * args.num_iterations
+            reuses = args.logging_steps < passes / args.gradient_accumulation_steps
             say(f"\n{self.legend(evaluates=args.eval_strategy != 'no', reuses=reuses)}\n")
             self._lines_below_head = None
 

@@ -99,10 +99,13 @@ def test_the_legend_says_what_is_counted():
 
 
 @pytest.mark.parametrize(
-    ("logging_steps", "steps_per_generation", "said"), [(1, 4, True), (2, 4, False), (1, 2, False)]
+    ("logging_steps", "steps_per_generation", "num_iterations", "said"),
+    [(1, 4, 1, True), (2, 4, 1, False), (1, 2, 1, False), (1, 2, 2, True)],
 )
-def test_the_legend_says_why_a_line_is_empty(capsys, logging_steps, steps_per_generation, said):
-    args = make_args(logging_steps=logging_steps, steps_per_generation=steps_per_generation)
+def test_the_legend_says_why_a_line_is_empty(capsys, logging_steps, steps_per_generation, num_iterations, said):
+    args = make_args(
+        logging_steps=logging_steps, steps_per_generation=steps_per_generation, num_iterations=num_iterations
+    )
     state = SimpleNamespace(global_step=1, max_steps=9, is_world_process_zero=True)
     MetricsTable(find_method("none"), False).on_log(args, state, None, logs=LOGS)
     assert ("(empty)" in capsys.readouterr().out) == said
