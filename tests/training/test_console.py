@@ -26,7 +26,8 @@ LOGS = {"reward": 0.25, "correctness/right": 0.5, "completions/mean_length": 17.
 
 
 def make_args(**settings) -> SimpleNamespace:
-    usual = {"eval_strategy": "no", "logging_steps": 1, "steps_per_generation": 2, "gradient_accumulation_steps": 2}
+    usual = {"eval_strategy": "no", "logging_steps": 1}
+    usual |= {"steps_per_generation": 2, "num_iterations": 1, "gradient_accumulation_steps": 2}
     return SimpleNamespace(**usual | settings)
 
 
