@@ -108,6 +108,9 @@ class Tools(Protocol):
 
         Args:
             prompts: conversations or texts, such as `row["prompt"]` of `Groups.rows`. There may be none.
+
+        Raises:
+            UserError: the run has environments, whose observations are a part of the prompts.
         """
 
     def token_stats(self, groups: Groups, model: nn.Module | Literal["policy"] = "policy") -> tuple[Tensor, Tensor]:

@@ -31,6 +31,11 @@ class TrainerTools(Policy):
     def prompt_ids(self, prompts: list) -> list[list[int]]:
         """Return the token ids of prompts, rendered as those of the run: see `Tools`."""
         trl_seam.need("prompt_ids", self.trainer)
+        if self.trainer.environment_factories:
+            raise UserError(
+                f"credit: {self.trainer.args.credit} renders the prompts of the dataset, which environments change. Use "
+                "another credit method, or train without environments"
+            )
         return trl_seam.prompt_ids_of(self.trainer, prompts) if prompts else []
 
     def token_stats(self, groups: Groups, model: nn.Module | Literal["policy"] = "policy") -> tuple[Tensor, Tensor]:

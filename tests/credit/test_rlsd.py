@@ -351,6 +351,14 @@ def test_a_rollout_func_with_another_template_is_refused(tmp_path):
         trainer.train()
 
 
+def test_environments_are_refused(tmp_path, monkeypatch):
+    """Their observations are added to the prompts, and TRL renders prompts with the tools of each environment."""
+    trainer = make_trainer(tmp_path, **RUN)
+    monkeypatch.setattr(trainer, "environment_factories", {None: object})
+    with pytest.raises(UserError, match="credit: rlsd renders the prompts of the dataset, which environments change"):
+        trainer.token_credit.tools.prompt_ids(["2 + 2"])
+
+
 def test_prompts_that_are_text(tmp_path, monkeypatch):
     """As for base models: no chat template is used."""
     rows = [json.loads(line) for line in tiny.TRAIN.read_text().splitlines()[:8]]
