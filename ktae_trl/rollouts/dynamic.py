@@ -223,7 +223,7 @@ class DynamicSampling:
         if self.kept is None:
             return None
         indices, rollouts, rewards, judged = self.kept
-        plain = json.dumps(rollouts, default=lambda value: value.item() if hasattr(value, "item") else str(value))
+        plain = json.dumps(rollouts, default=lambda value: value.tolist() if hasattr(value, "tolist") else str(value))
         return {"indices": indices, "rollouts": json.loads(plain), "rewards": rewards, **judged._asdict()}
 
     def restore_kept(self, groups: dict[str, Any] | None) -> None:

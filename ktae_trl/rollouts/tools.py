@@ -33,8 +33,8 @@ class TrainerTools(Policy):
         trl_seam.need("prompt_ids", self.trainer)
         if self.trainer.environment_factories:
             raise UserError(
-                f"credit: {self.trainer.args.credit} renders the prompts of the dataset, which environments change. Use "
-                "another credit method, or train without environments"
+                f"credit: {self.trainer.args.credit} renders the prompts of the dataset, which environments change. "
+                "Use another credit method, or train without environments"
             )
         return trl_seam.prompt_ids_of(self.trainer, prompts) if prompts else []
 

@@ -366,11 +366,12 @@ def test_kept_groups_come_first_in_the_next_batch():
 
 
 def test_kept_groups_in_a_checkpoint_are_plain_values(tmp_path):
-    """A `rollout_func` and a reward function may return NumPy's numbers, or anything as a column."""
+    """A `rollout_func` and a reward function may return NumPy's numbers and arrays, or anything as a column."""
 
     def write(rows):
         columns = {"length": numpy.float32(0.1), "note": PromptStream}
-        return [{"completion_ids": [numpy.int64(3)], "columns": columns} for _ in rows]
+        logprobs = numpy.array([-0.5, -0.25])
+        return [{"completion_ids": [numpy.int64(3)], "logprobs": logprobs, "columns": columns} for _ in rows]
 
     dynamic = sampling(["RW", "RR", "RW", "RW", "RW", "??"], generate=write, keep=lambda rollouts: None)
     dynamic.batch(0)
@@ -378,7 +379,7 @@ def test_kept_groups_in_a_checkpoint_are_plain_values(tmp_path):
     dynamic.restore_kept(torch.load(tmp_path / "kept.pt", weights_only=True))
     rollouts = [rollout for _, rollout in dynamic.kept.rollouts]
     columns = {"length": float(numpy.float32(0.1)), "note": str(PromptStream)}
-    assert rollouts == [{"completion_ids": [3], "columns": columns}] * 2
+    assert rollouts == [{"completion_ids": [3], "logprobs": [-0.5, -0.25], "columns": columns}] * 2
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5])
