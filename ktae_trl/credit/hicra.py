@@ -10,6 +10,7 @@ The formula and alpha are the paper's, as summaries of the paper give them; its 
 - Which words match is defined here (see `clauses`).
 """
 
+import hashlib
 import os
 import re
 import textwrap
@@ -105,6 +106,11 @@ class HICRA(Method):
         need_fast(tools.tokenizer, "HICRA")
         self.ngrams = read_ngrams(settings.hicra_ngrams)
         self._special = [i for i, token in tools.tokenizer.added_tokens_decoder.items() if token.special]
+
+    @classmethod
+    def content(cls, config: Any) -> dict[str, Any]:
+        listed = "\n".join(sorted(read_ngrams(config.hicra_ngrams)))
+        return {"hash of the n-grams": hashlib.sha256(listed.encode()).hexdigest()[:12]}
 
     def credit(self, groups: Groups) -> Credit:
         """Return K = alpha for the tokens of planning n-grams of this process's rollouts, and 0 for all others."""

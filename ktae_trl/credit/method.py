@@ -306,6 +306,11 @@ class Method:
         """Raise a UserError if another setting of the run (a `KTAEGRPOConfig`) is incompatible with this method."""
 
     @classmethod
+    def content(cls, config: Any) -> dict[str, Any]:
+        """Return what the values depend on besides settings, such as the hash of a file. It is compared at resume."""
+        return {}
+
+    @classmethod
     def no_signal(cls, sums: dict[str, float], config: Any, first: str) -> str | None:
         """Return a warning if the first generations gave no credit although groups had both sides, else None.
 

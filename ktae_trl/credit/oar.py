@@ -423,14 +423,16 @@ def _read_prompts(questions: list[Question], settings: Any, tools: Tools) -> tup
 
     All rows have the same length, that of the shortest prompt, so that no padding is needed.
     """
-    length = min(int(question.reasoning[0]) for question in questions)
-    cache = tools.empty_cache() if length else None
+    cache = tools.empty_cache()
     if cache is None:
         return Prompts(None, 0), torch.zeros(len(questions), dtype=torch.long, device=tools.device)
-    ids_PL, prompt_N = torch.stack([q.ids_L[:length] for q in questions]).unique(dim=0, return_inverse=True)
-    length = min(length, max(settings.oar_token_budget // len(ids_PL), 1))
+    length = min(int(question.reasoning[0]) for question in questions)
+    passed = max(length, 1)  # with an empty prompt, a pass on one token: each process makes this call
+    ids_PL, prompt_N = torch.stack([q.ids_L[:passed] for q in questions]).unique(dim=0, return_inverse=True)
+    passed = min(passed, max(settings.oar_token_budget // len(ids_PL), 1))
+    length = min(length, passed)
     with torch.no_grad():
-        tools.logits(ids_PL[:, :length], torch.zeros_like(ids_PL[:, :1]), cache)
+        tools.logits(ids_PL[:, :passed], torch.zeros_like(ids_PL[:, :1]), cache)
     return Prompts(cache, length), prompt_N
 
 

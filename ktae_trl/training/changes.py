@@ -44,7 +44,7 @@ _OF_METHODS = tuple(
     for name in (field.name for field in fields(KTAEGRPOConfig))
     if name not in (*LAYOUT, *_FOR_NO_ROLLOUT, *(field.name for field in fields(GRPOConfig)))
 )
-OWN = "settings of the credit method"  # for credit methods defined by the user
+OWN = "settings of the credit method"  # those that are no fields of `KTAEGRPOConfig`
 ROWS, HASH = "number of training prompts", "hash of training prompts"
 
 
@@ -139,11 +139,15 @@ def fingerprint(data) -> dict[str, Any]:
 
 
 def own_settings(args: KTAEGRPOConfig) -> dict[str, Any]:
-    """Return the settings of a user-defined credit method that affect training, as one entry `OWN`."""
+    """Return, as one entry `OWN`, what the values depend on that is no field of `KTAEGRPOConfig`.
+
+    These are the settings of a user-defined credit method, and a method's `content`.
+    """
     method = find_method(args.credit)
     known = {field.name for field in fields(KTAEGRPOConfig)}
     settings = method.settings_of(args).items()
     own = {name: value for name, value in settings if name not in known and name not in method.no_effect}
+    own |= method.content(args)
     return {OWN: own} if own else {}
 
 

@@ -182,7 +182,7 @@ class Resume:
         if trainer.dynamic_sampling and first.prompts and not args.ignore_data_skip:
             trainer.dynamic_sampling.restore(first.prompts)
             kept = own and own.get("kept")  # not in checkpoints of an earlier version
-            if None not in saved and not changes.refused("inside a generation cycle"):
+            if args.dynamic_sampling_reuse and None not in saved and not changes.refused("inside a generation cycle"):
                 trainer.dynamic_sampling.restore_kept(send_to_device(kept, device))
             elif kept:
                 self._warn(f"The {len(kept['indices'])} groups that {checkpoint} kept for the next batch are dropped.")

@@ -20,6 +20,7 @@ from ktae_trl.credit.hicra import HICRA, clauses, find_ngrams, planning_tokens, 
 from ktae_trl.credit.method import Groups
 from ktae_trl.report.mining import Said, mine
 from ktae_trl.tiny import task
+from ktae_trl.training.changes import own_settings
 from ktae_trl.training.first_look import Seen, no_signal
 from tests.credit.test_oar import byte_fallback, byte_level
 from tests.reference import hicra_loop
@@ -392,3 +393,17 @@ def test_the_figures_on_the_page(shared):
     assert f"{with_one:.0%} contain one of its n-grams, which hold {inside:.1%} of the characters" in page
     for one in mine((Said(str(i), text) for i, text in enumerate(said)), 5, 4):
         assert f" {one.ngram} {one.problems} {one.rollouts} {one.times / one.rollouts:.2f} {one.example[:20]}" in page
+
+
+def test_a_run_that_resumes_with_other_ngrams_is_told(tmp_path):
+    file = tmp_path / "list.txt"
+
+    def settings() -> dict:
+        return own_settings(KTAEGRPOConfig(credit="hicra", hicra_ngrams=str(file), use_cpu=True, bf16=False))
+
+    file.write_text("let us first\nwe need to find\n")
+    before = settings()
+    file.write_text("# sorted\nwe need to find\nlet us first\n")
+    assert settings() == before
+    file.write_text("let us first\n")
+    assert settings() != before

@@ -713,8 +713,10 @@ def test_a_resumed_run_has_the_kept_groups(tmp_path, caplog, accumulated):
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert difference(weights(resumed), weights(whole)) == 0
     assert logged(resumed, "dynamic_sampling/reused") == reused
-    if accumulated == 1:  # groups that another temperature sampled are not used
-        other = make_trainer(tmp_path / "other", **{**settings, "temperature": 0.9, "max_steps": step + 1})
+    # Groups that another temperature sampled are not used, and none without the setting.
+    for changed in ({"temperature": 0.9}, {"dynamic_sampling_reuse": False}) if accumulated == 1 else ():
+        caplog.clear()
+        other = make_trainer(tmp_path / str(changed), **{**settings, **changed, "max_steps": step + 1})
         other.train(resume_from_checkpoint=str(tmp_path / f"whole/checkpoint-{step}"))
         assert logged(other, "dynamic_sampling/reused")[-1] == 0
         assert f"The {reused[step]:.0f} groups that" in caplog.text
