@@ -218,10 +218,10 @@ def test_num_iterations_reuse_the_same_batch(tmp_path, monkeypatch):
         used.append((inputs["completion_ids"].clone(), inputs["advantages"].clone()))
         return compute_loss(self, model, inputs)
 
-    around(GRPOTrainer, "loss", spy, monkeypatch.setattr)
     trainer = make_trainer(
         tmp_path, num_iterations=2, steps_per_generation=2, per_device_train_batch_size=8, max_steps=4
     )
+    around(GRPOTrainer, "loss", spy, monkeypatch.setattr)  # not before: the trainer probes the loss when it starts
     trainer.train()
     for first, again in ((0, 2), (1, 3)):
         assert torch.equal(used[first][0], used[again][0])
