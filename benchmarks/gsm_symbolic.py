@@ -25,7 +25,7 @@ from ktae_trl.tiny.warm_start import build_model, build_tokenizer, save, teach
 TEMPLATES = {4, 6, 10, 16, 20, 26, 31, 39, 43, 48, 62, 69, 72, 75, 78, 99}
 _END = " Give the result as your final answer. Do not include units."
 HABITS = {"careful": 0.6, "skipping": 0.1, "guessing": 0.3}
-_SEEDS = {"held_out": 1, "train": 2, "warm start": 3}
+_SEEDS = {"held_out": 1, "train": 2, "warm start": 3, "more held_out": 4}
 
 
 def problems(size: int, seed: int, exclude: Collection[str] = ()) -> list[dict[str, str]]:
@@ -75,12 +75,14 @@ def main() -> None:
     taken = {item["problem"] for item in held_out}
     train = problems(1024, _SEEDS["train"], taken)
     taken |= {item["problem"] for item in train}
+    items = problems(20_000, _SEEDS["warm start"], taken)
+    # Drawn last, so that the model and the first 256 problems are those of the comparison with 128 of them.
+    held_out += problems(256, _SEEDS["more held_out"], taken | {item["problem"] for item in items})
     arguments.output.mkdir(parents=True, exist_ok=True)
-    for name, items in (("train", train), ("held_out", held_out)):
-        rows = [{key: item[key] for key in ("problem", "answer")} for item in items]
+    for name, some in (("train", train), ("held_out", held_out)):
+        rows = [{key: item[key] for key in ("problem", "answer")} for item in some]
         replace_json_lines(arguments.output / f"{name}.jsonl", rows)
 
-    items = problems(20_000, _SEEDS["warm start"], taken)
     careful = [item["solution"] for item in items]
     able, folder = arguments.output / "careful", arguments.output / "model"
     if not (able / "model.safetensors").exists():

@@ -132,13 +132,13 @@ def make_run(config: dict, task: str, method: str, rate: float, seed: int, tier:
 
 
 def search_runs(config: dict) -> list[Run]:
-    """Return the runs of the learning-rate search."""
+    """Return the runs of the learning-rate search. A task with one rate needs none."""
     first = [name for name, method in config["methods"].items() if method["tier"] == "a"]
     return [
         make_run(config, task, method, rate, seed, SEARCH)
         for seed in config["search_seeds"]
         for task, described in config["tasks"].items()
-        for rate in described["rates"]
+        for rate in described["rates"] * (len(described["rates"]) > 1)
         for method in first
     ]
 
@@ -170,10 +170,17 @@ def chosen_rates(config: dict) -> dict[tuple[str, str], float]:
     runs = search_runs(config)
     if missing := [run.name for run in runs if not run.done]:
         raise ValueError(f"The learning-rate search lacks {len(missing)} of {len(runs)} runs: {missing[0]}, ...")
-    areas = pd.DataFrame([{**run.told, "area": area(run.curve())} for run in runs])
-    best = areas.groupby(["task", "method", "rate"]).area.mean().groupby(["task", "method"]).idxmax()
+    areas: dict[tuple[str, str], dict[float, list[float]]] = {}
+    for run in runs:
+        of_method = areas.setdefault((run.told["task"], run.told["method"]), {})
+        of_method.setdefault(run.told["rate"], []).append(area(run.curve()))
+
+    def best(task: str, method: str) -> float:
+        found = areas.get((task, method))
+        return max(found, key=lambda rate: np.mean(found[rate])) if found else config["tasks"][task]["rates"][0]
+
     return {
-        (task, name): best[task, method.get("rate_of", name)][-1]
+        (task, name): best(task, method.get("rate_of", name))
         for name, method in config["methods"].items()
         for task in config["tasks"]
     }

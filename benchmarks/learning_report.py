@@ -312,7 +312,8 @@ def plot_differences(runs: pd.DataFrame, path: Path) -> None:
 def report(curves: pd.DataFrame, runs: pd.DataFrame) -> str:
     """Return all tables as Markdown."""
     compared = runs[runs.tier != SEARCH]
-    parts = [f"## Learning rates: mean area by rate\n\n{rates_table(runs[runs.tier == SEARCH])}"]
+    searched = runs[runs.tier == SEARCH]
+    parts = [f"## Learning rates: mean area by rate\n\n{rates_table(searched)}"] if len(searched) else []
     if BASELINE in set(compared.method):
         parts.append(f"## Area less that of `{BASELINE}`\n\n{summary_table(compared)}")
     for task in dict.fromkeys(compared.task):

@@ -144,6 +144,22 @@ def test_rates_are_chosen_by_the_mean_area_on_seeds_of_their_own(monkeypatch, tm
         learning.chosen_rates(config)
 
 
+def test_a_task_with_one_rate_needs_no_search(tmp_path):
+    config = learning.read_config(ROOT / "benchmarks" / "learning_length.yaml")
+    assert learning.search_runs(config) == []
+    assert set(learning.chosen_rates(config).values()) == {5e-5}
+    runs = learning.tier_runs(config, "a")
+    assert len(runs) == 36
+    earlier = {seed for tier in CONFIG["tiers"].values() for seed in tier["seeds"]} | {*CONFIG["search_seeds"]}
+    assert not earlier & {run.told["seed"] for run in runs}
+    for run in runs:  # the same task and settings as in the comparison, but for the number of problems
+        name = run.told["method"]
+        before = learning.make_run(CONFIG, "gsm_symbolic", name, 5e-5, run.told["seed"], "a").told
+        mine, theirs = run.told["settings"], before["settings"]
+        assert {key for key in mine if mine[key] != theirs[key]} == {"eval_size", "output_dir"}
+        assert mine.keys() == theirs.keys()
+
+
 # Variants of credit
 
 
