@@ -23,7 +23,7 @@ import torch
 from scipy import stats
 from tqdm import tqdm
 
-from ktae_trl.credit.ktae import counting
+from ktae_trl.credit.ktae import values as ktae
 from ktae_trl.credit.ktae.values import key_token_values
 
 
@@ -145,7 +145,7 @@ def least(function: Callable, device: torch.device, repeats: int) -> tuple[float
 
 def by_sorting(*inputs: torch.Tensor, **options) -> torch.Tensor:
     """Return the key-token values as they are computed without numba."""
-    with unittest.mock.patch.object(counting, "NUMBA", False):
+    with unittest.mock.patch.object(ktae, "NUMBA", False):
         return key_token_values(*inputs, **options)
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ktae_trl.arguments import UserError
-from ktae_trl.credit.method import Card, Credit, Groups, Method, Settings
+from ktae_trl.credit.method import Card, Credit, Groups, Method, Settings, both_sides
 
 NORMALIZE = ("group", "sides")
 FLOOR = 1e-3  # nats, added to each entropy
@@ -99,18 +99,13 @@ def token_advantages(
         have the same share, as those of a single rollout do.
     """
     alive_PGT = mask_PGT & scored_PG[..., None]
-    alive_PGT = alive_PGT & _has_both_sides(alive_PGT, correct_PG)[:, None, None]
+    alive_PGT = alive_PGT & both_sides(alive_PGT, correct_PG)[:, None, None]
     shares_PGT = entropy_shares(entropies_PGT, alive_PGT, correct_PG)
     y_PG1 = torch.where(correct_PG, 1.0, -1.0)[..., None]
     if normalize == "group":
         return standardized(y_PG1 * (1 + entropy_weight * shares_PGT), alive_PGT)
     sides = (alive_PGT & side_PG[..., None] for side_PG in (correct_PG, ~correct_PG))
     return sum(y_PG1 * standardized(shares_PGT, side_PGT) for side_PGT in sides)
-
-
-def _has_both_sides(alive_PGT: Tensor, correct_PG: Tensor) -> Tensor:
-    votes_PG = alive_PGT.any(-1)
-    return (votes_PG & correct_PG).any(1) & (votes_PG & ~correct_PG).any(1)
 
 
 class GTPO(Method):
@@ -198,8 +193,7 @@ class GTPO(Method):
 def _sums(groups: Groups, values_BT: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the metrics of this process's rollouts as (numerator, denominator). See `docs/reference/metrics.md`."""
     alive_PGT = groups.mask_PGT & groups.scored_PG[..., None]
-    mixed_P = _has_both_sides(alive_PGT, groups.correct_PG)
-    valued_BT = groups.own_rows(alive_PGT & mixed_P[:, None, None])
+    valued_BT = groups.own_rows(alive_PGT & groups.mixed_P[:, None, None])
     correct_B1 = groups.own_rows(groups.correct_PG[..., None])
     turned_BT = torch.where(correct_B1, values_BT < 0, values_BT > 0) & valued_BT
     before_BT = groups.advantages_B.abs()[:, None] * valued_BT

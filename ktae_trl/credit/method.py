@@ -51,6 +51,11 @@ class Groups(NamedTuple):
         return self.own_rows(self.mask_PGT)
 
     @property
+    def mixed_P(self) -> Tensor:  # noqa: N802
+        """Return which groups have both correct and wrong rollouts that are scored and have a trained token."""
+        return both_sides(self.mask_PGT & self.scored_PG[..., None], self.correct_PG)
+
+    @property
     def prompts(self) -> list[list[int]]:
         """Return the prompt of each of this process's rollouts as token ids, without padding."""
         return [ids[mask].tolist() for ids, mask in zip(self.prompt_ids_BL, self.prompt_mask_BL.bool(), strict=True)]
@@ -59,6 +64,12 @@ class Groups(NamedTuple):
     def completions(self) -> list[list[int]]:
         """Return the completion of each of this process's rollouts as token ids, without padding."""
         return [ids[:n] for ids, n in zip(self.ids_BT.tolist(), self.lengths_B.tolist(), strict=True)]
+
+
+def both_sides(alive_PGT: Tensor, correct_PG: Tensor) -> Tensor:
+    """Return which groups have both correct and wrong rollouts with a token in `alive_PGT`, (P,) bool."""
+    votes_PG = alive_PGT.any(-1)
+    return (votes_PG & correct_PG).any(1) & (votes_PG & ~correct_PG).any(1)
 
 
 class Credit(NamedTuple):

@@ -23,7 +23,6 @@ import textwrap
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -254,21 +253,17 @@ def find_answer(
     Returns:
         None if there is no answer or it is empty.
     """
-    text, ends = decoded(ids, tokenizer)
+    words = decoded(ids, tokenizer)
+    text = words.text
     said = _said(text, ids, tokenizer, prompt_ids)
     answer = extraction.find_answer(said, answer_format)
     if answer is None:
         return None
     shift = len(text) - len(said) if said.endswith(text) else text.rfind(said)
-    held = [
-        i
-        for i, (begin, end) in enumerate(pairwise(ends))
-        for first, last in answer.spans
-        if (begin < last + shift and first + shift < end) or first + shift <= begin == end < last + shift
-    ]
+    held = sorted({i for begin, end in answer.spans for i in words.tokens(begin + shift, end + shift)})
     if not held:
         return None
-    return Answer(sum(end <= answer.begin + shift for end in ends[1:]), held)
+    return Answer(sum(end <= answer.begin + shift for end in words.ends[1:]), held)
 
 
 def _said(text: str, ids: list[int], tokenizer, prompt_ids: Sequence[int]) -> str:

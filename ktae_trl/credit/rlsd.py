@@ -203,7 +203,7 @@ class RLSD(Method):
 
         Rollouts without one keep their own prompt.
         """
-        prompts, lengths = groups.prompts, groups.lengths_B.tolist()
+        prompts, T = groups.prompts, groups.mask_BT.shape[1]
         told = [i for i, reference in enumerate(references) if reference]
         messages = [groups.rows[i]["prompt"] for i in told]
         plain = self.tools.prompt_ids(messages)
@@ -218,7 +218,7 @@ class RLSD(Method):
                     "chat template makes of that row. A rollout_func must use the trainer's template, or use another "
                     "credit method"
                 )
-            if len(ids) + lengths[i] <= (self.tools.context_length or math.inf):
+            if len(ids) + T <= (self.tools.context_length or math.inf):  # all rows are padded to T tokens
                 prompts[i] = ids
                 told_B[i] = True
         return self._log_probs(groups, prompts) - own_BT, told_B

@@ -33,7 +33,7 @@ from ktae_trl.arguments import UserError, loading, model_path
 from ktae_trl.credit.hicra import SIZES, clauses
 from ktae_trl.files.writing import replace_text
 from ktae_trl.report.dumps import sources
-from ktae_trl.report.dumps.formats import named
+from ktae_trl.report.dumps.formats import add_options, named
 from ktae_trl.report.dumps.index import recognise
 from ktae_trl.report.dumps.rollout import ASSISTANT, Place, Rollout
 from ktae_trl.report.dumps.rows import mapping
@@ -176,17 +176,7 @@ def _mine(words: list[str]) -> None:
         help="an n-gram must be used in rollouts of at least N different problems (default: 5)",
     )
     parser.add_argument("--top", type=int, default=100, metavar="N", help="length of the list, at most (default: 100)")
-    parser.add_argument("--format", help="name of the format (default: the one whose keys the files have)")
-    parser.add_argument(
-        "--map",
-        dest="names",
-        metavar="FIELD=KEY,...",
-        help="the keys of files of another format: prompt=input,completion=output,reward=score",
-    )
-    parser.add_argument(
-        "--tokenizer",
-        help="a Hub id or a folder, for files that have token ids but no text (default: the one that the files name)",
-    )
+    add_options(parser)
     options = parser.parse_args(words)
     for name in ("min_problems", "top"):
         if getattr(options, name) < 1:

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ktae_trl.arguments import UserError
+from ktae_trl.report.dumps.formats import add_options
 from ktae_trl.report.records import Record
 from ktae_trl.report.tokens import visible
 
@@ -64,25 +65,9 @@ def _explain(words: list[str]) -> Path:
         "(true, false, null), answers or reward",
     )
     parser.add_argument(
-        "--tokenizer",
-        help="tokenizer of the model that wrote the completions: a Hub id or a folder (default: the one that the files "
-        "name, if they do)",
-    )
-    parser.add_argument(
         "-o", "--output", type=Path, default=Path("report.html"), help="the HTML file (default: report.html)"
     )
-    parser.add_argument(
-        "--format",
-        metavar="NAME",
-        help="name of the format (default: the one whose keys the files have): trl, verl, areal, open_instruct, "
-        "ms_swift, prime_rl, prime_rl_tokens, atropos, nemo_rl, skyrl, roll, lm_eval, eval_samples, records or rows",
-    )
-    parser.add_argument(
-        "--map",
-        dest="names",
-        metavar="FIELD=KEY,...",
-        help="the keys of files of another format: prompt=input,completion=output,reward=score",
-    )
+    add_options(parser)
     parser.add_argument(
         "--correct",
         metavar="NAME",

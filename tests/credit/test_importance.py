@@ -10,7 +10,8 @@ from ktae_trl import KTAEGRPOConfig
 from ktae_trl.arguments import UserError
 from ktae_trl.credit import find_method
 from ktae_trl.credit.combine import combine
-from ktae_trl.credit.ktae import counting, key_token_strengths, key_token_values
+from ktae_trl.credit.ktae import key_token_strengths, key_token_values
+from ktae_trl.credit.ktae import values as ktae
 from ktae_trl.credit.ktae.method import KTAE
 from ktae_trl.credit.method import Groups
 from ktae_trl.report import explain, records, write_report
@@ -62,7 +63,7 @@ def shares(mask_BT, x_BT):
 @pytest.mark.parametrize("leave_one_out", [False, True])
 @pytest.mark.parametrize("weighting", [(1.0, 1.0), (0.0, 1.0), (2.0, 1.0), (1.0, 0.0)])
 def test_slow_loop(numba, leave_one_out, weighting, monkeypatch):
-    monkeypatch.setattr(counting, "NUMBA", numba and counting.NUMBA)
+    monkeypatch.setattr(ktae, "NUMBA", numba and ktae.NUMBA)
     fisher_weight, ig_weight = weighting
     options = {"fisher_weight": fisher_weight, "ig_weight": ig_weight, "leave_one_out": leave_one_out}
     positive = 0

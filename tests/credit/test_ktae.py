@@ -49,7 +49,7 @@ def test_reference_vectors(shared):
 @pytest.mark.parametrize("leave_one_out", [False, True])
 @pytest.mark.parametrize("weights", [(1, 1, 1), (0, 1, 1), (1, 0, 0.5), (2, 1, 0), (0.3, 0.7, 3)])
 def test_slow_loop(numba, leave_one_out, weights, monkeypatch):
-    monkeypatch.setattr(counting, "NUMBA", numba and counting.NUMBA)
+    monkeypatch.setattr(ktae, "NUMBA", numba and ktae.NUMBA)
     options = {
         **dict(zip(("fisher_weight", "ig_weight", "tf_weight"), map(float, weights), strict=True)),
         "leave_one_out": leave_one_out,
@@ -391,7 +391,7 @@ def compiled_loop(monkeypatch, threads):
 def test_ids_out_of_range_are_counted_too(shift, leave_one_out, numba, monkeypatch):
     if numba:
         compiled_loop(monkeypatch, threads=3)
-    monkeypatch.setattr(counting, "NUMBA", numba)
+    monkeypatch.setattr(ktae, "NUMBA", numba)
     ids, mask, correct = random_groups(8, P=5)
     ids = torch.where(mask, ids, -100 - shift)  # what is masked does not matter
 
@@ -431,7 +431,7 @@ def test_the_compiled_loop_and_pytorch_agree(leave_one_out, measure, monkeypatch
         options |= {"leave_one_out": leave_one_out, "scored": scored, "ignore_ids": [int(ids[0, 0, 0])]}
         by_loop = measure(ids, mask, correct, **options)
         with monkeypatch.context() as without:
-            without.setattr(counting, "NUMBA", False)
+            without.setattr(ktae, "NUMBA", False)
             by_sort = measure(ids, mask, correct, **options)
         assert (by_sort.abs() > 0.01).float().mean() > 0.01
         torch.testing.assert_close(by_loop, by_sort, rtol=0, atol=3e-7)
@@ -467,7 +467,7 @@ class Sorted(TorchFunctionMode):
 @pytest.mark.parametrize("measure", [key_token_values, key_token_strengths, key_token_table])
 def test_without_numba_each_id_is_sorted_once(leave_one_out, measure, monkeypatch):
     """In several rounds, with the tables, which sort the tables of each split."""
-    monkeypatch.setattr(counting, "NUMBA", False)
+    monkeypatch.setattr(ktae, "NUMBA", False)
     ids, mask, correct = random_groups(3, P=6, T=400)
     monkeypatch.setattr(ktae, "_ROUND", 2 * ids[0].numel())
     ktae.fisher_p_table.cache_clear()
@@ -481,7 +481,7 @@ def test_without_numba_each_id_is_sorted_once(leave_one_out, measure, monkeypatc
 
 @pytest.mark.parametrize("leave_one_out", [False, True])
 def test_groups_are_valued_in_rounds(leave_one_out, monkeypatch):
-    monkeypatch.setattr(counting, "NUMBA", False)
+    monkeypatch.setattr(ktae, "NUMBA", False)
     ids, mask, correct = random_groups(7, P=7)
     whole = key_token_table(ids, mask, correct, leave_one_out=leave_one_out)
     monkeypatch.setattr(ktae, "_ROUND", 2 * ids[0].numel())
@@ -548,7 +548,7 @@ class Waits(TorchFunctionMode):
 @pytest.mark.parametrize("measure", [key_token_values, key_token_strengths])
 def test_a_gpu_is_waited_for_once(measure, leave_one_out, monkeypatch):
     """The way that GPUs take, run on the CPU. tests/gpu counts it with CUDA's own warnings."""
-    monkeypatch.setattr(counting, "NUMBA", False)
+    monkeypatch.setattr(ktae, "NUMBA", False)
     ids, mask, correct = random_groups(3, P=5)
     with Waits() as waits:
         measure(ids, mask, correct, leave_one_out=leave_one_out, ignore_ids=[0])

@@ -3,14 +3,11 @@
 The ids of each group are sorted once. This is for GPUs, and for a CPU without numba (`loops`).
 """
 
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-NUMBA = find_spec("numba") is not None  # `loops` replaces this module on a CPU
 
 
 class Pairs(NamedTuple):

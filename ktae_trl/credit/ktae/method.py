@@ -233,9 +233,7 @@ def sums_of_weights(groups: Groups, weights_BT: Tensor) -> dict[str, tuple[Tenso
 
 def _informative(groups: Groups) -> Tensor:
     """Return which rollouts of this process are in groups with votes on both sides, (B, 1) bool."""
-    votes_PG = groups.scored_PG & groups.mask_PGT.any(-1)
-    informative_P = (votes_PG & groups.correct_PG).any(1) & (votes_PG & ~groups.correct_PG).any(1)
-    return groups.own_rows(informative_P[:, None, None].expand_as(votes_PG[..., None]))
+    return groups.own_rows(groups.mixed_P[:, None, None].expand_as(groups.correct_PG[..., None]))
 
 
 def _mean(x: Tensor, over: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,15 +12,17 @@ effect, and K is 0 for every end-of-sequence id.
 
 import math
 from collections.abc import Iterable
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ktae_trl.credit.ktae import counting
 from ktae_trl.credit.ktae.association import fisher_p_table, information_gain_table
 from ktae_trl.credit.ktae.counting import Counts, count
 from ktae_trl.credit.ktae.direction import direction, tf_norms
+
+NUMBA = find_spec("numba") is not None  # on a CPU, `loops` is used in place of `counting`
 
 
 class KeyTokenTable(NamedTuple):
@@ -165,7 +167,7 @@ def _value(ids, mask, correct, scored, weights, leave_one_out, ignore_ids, *, ke
     """
     _check(ids, mask, correct, scored, *weights)
     mask, correct, ignore_ids = mask.bool(), correct.bool(), list(ignore_ids)
-    by_loop = counting.NUMBA and ids.device.type == "cpu"
+    by_loop = NUMBA and ids.device.type == "cpu"
     lengths = _lengths(mask) if by_loop else mask.sum(-1, dtype=torch.int32)
     votes = lengths > 0 if scored is None else (lengths > 0) & scored.bool()
     sides = _Sides(votes & correct, votes & ~correct, lengths)

@@ -1,5 +1,6 @@
 """The formats of rollouts, and which of them a file has: the set of its keys says so."""
 
+import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -67,6 +68,27 @@ FORMATS = [
     Format("rows", "rows with prompt and completion", rows.NEEDS, rows.read),
 ]
 BY_NAME = {one.name: one for one in FORMATS}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a command that reads files of these formats: --format, --map (as `names`) and --tokenizer."""
+    *names, last = BY_NAME
+    parser.add_argument(
+        "--format",
+        metavar="NAME",
+        help=f"name of the format (default: the one whose keys the files have): {', '.join(names)} or {last}",
+    )
+    parser.add_argument(
+        "--map",
+        dest="names",
+        metavar="FIELD=KEY,...",
+        help="the keys of files of another format: prompt=input,completion=output,reward=score",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        help="tokenizer of the model that wrote the completions: a Hub id or a folder (default: the one that the files "
+        "name, if they do)",
+    )
 
 
 def recognised(keys: set[str]) -> Format | None:
