@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from variants import Smoothed, Supported, dense_values
 
 from ktae_trl.credit import gtpo as gtpo_credit
 from ktae_trl.credit import otb as otb_credit
@@ -76,6 +77,27 @@ def ktae(rollouts: Rollouts, how: str, *, leave_one_out: bool = False, shuffled:
     return combined(rollouts, values, how)
 
 
+def without_term_frequencies(rollouts: Rollouts) -> Tensor:
+    """KTAE with `ktae_tf_weight` 0."""
+    values = key_token_values(rollouts.ids_SGT, rollouts.mask_SGT, rollouts.correct_SG, tf_weight=0.0)
+    return combined(rollouts, values, "multiply")
+
+
+def dense(rollouts: Rollouts, variant: dict[str, float]) -> Tensor:
+    """KTAE with a variant of the formula, see variants.py."""
+    graded_SG = torch.ones_like(rollouts.correct_SG)
+    groups = zip(rollouts.ids_SGT, rollouts.mask_SGT, rollouts.correct_SG, graded_SG, strict=True)
+    return combined(rollouts, torch.stack([dense_values(*group, **variant) for group in groups]), "multiply")
+
+
+def by_step(rollouts: Rollouts) -> Tensor:
+    """KTAE in which a token in one step of the completion and the same token in another step are different tokens."""
+    T, K = rollouts.ids_SGT.shape[2], rollouts.success_SGK.shape[2]
+    step_T = torch.arange(T) * K // T
+    ids_SGT = rollouts.ids_SGT * K + step_T
+    return combined(rollouts, key_token_values(ids_SGT, rollouts.mask_SGT, rollouts.correct_SG), "multiply")
+
+
 def importance(rollouts: Rollouts, *, leave_one_out: bool = False) -> Tensor:
     """KTAE with `ktae_combine` "importance"."""
     strengths = key_token_strengths(
@@ -139,6 +161,10 @@ ROWS = {
     "multiply_loo": Row(partial(ktae, how="multiply", leave_one_out=True)),
     "add_loo": Row(partial(ktae, how="add", leave_one_out=True)),
     "importance_loo": Row(partial(importance, leave_one_out=True)),
+    "multiply_no_tf": Row(without_term_frequencies),
+    "multiply_supported": Row(partial(dense, variant=Supported.variant)),
+    "multiply_smoothed": Row(partial(dense, variant=Smoothed.variant)),
+    "multiply_by_step": Row(by_step),
     "gtpo": Row(gtpo),
     "otb": Row(otb),
     "tree": Row(tree, tree=True),

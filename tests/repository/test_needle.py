@@ -266,6 +266,32 @@ def test_shuffled_labels_keep_the_split_and_change_the_values():
         torch.testing.assert_close(ROWS[f"{name}_shuffled"].advantages(same), plain)
 
 
+def test_variants_of_the_formula():
+    """Each variant changes the values where it says, and only there."""
+    *_, found = rollouts([1, 2, 3, 4])
+    A_SG1 = found.advantages_SG[..., None]
+    plain = ROWS["multiply"].advantages(found)
+    supported = ROWS["multiply_supported"].advantages(found)
+    for s, group in enumerate(found.ids_SGT.tolist()):
+        times = [sum(token in rollout for rollout in group) for token in range(task.VOCABULARY)]
+        alone = torch.tensor([[times[token] == 1 for token in rollout] for rollout in group])
+        torch.testing.assert_close(supported[s], torch.where(alone, A_SG1[s], plain[s]))
+    assert not torch.allclose(supported, plain)
+
+    by_step = ROWS["multiply_by_step"].advantages(found)
+    step_T = torch.arange(3).repeat_interleave(FILLER + 3)
+    for k in range(3):
+        elsewhere = found.ids_SGT + task.VOCABULARY * (1 + step_T)  # tokens of other steps are other tokens
+        again = ROWS["multiply"].advantages(found._replace(ids_SGT=torch.where(step_T == k, found.ids_SGT, elsewhere)))
+        torch.testing.assert_close(by_step[..., step_T == k], again[..., step_T == k])
+
+    def change(advantages: torch.Tensor) -> float:
+        return (advantages - A_SG1).abs().mean().item()
+
+    for name in ("multiply_no_tf", "multiply_smoothed"):  # without the ratio that saturates for one-sided tokens
+        assert 0 < change(ROWS[name].advantages(found)) < change(plain)
+
+
 # The task
 
 
