@@ -12,6 +12,7 @@ import argparse
 import itertools
 import json
 import multiprocessing
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -185,6 +186,8 @@ def run(config: dict, console: Console) -> None:
                     progress.advance(bar)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
+                for process in multiprocessing.active_children():  # an interrupted job starts again next time
+                    process.terminate()
                 raise
 
 
@@ -195,6 +198,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config = yaml.safe_load(arguments.config.read_text())
     if arguments.command == "run":
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
         run(config, Console())
     else:
         import needle_report
