@@ -15,8 +15,11 @@ from variants import Smoothed, Supported, dense_values
 from ktae_trl.credit import gtpo as gtpo_credit
 from ktae_trl.credit import otb as otb_credit
 from ktae_trl.credit.combine import combine
+from ktae_trl.credit.ktae import memory
 from ktae_trl.credit.ktae.values import importance_weights, key_token_strengths, key_token_values
 from ktae_trl.credit.tree import Shape, advantages_by_depth, token_advantages
+
+MEMORY = 0.9  # `ktae_memory`
 
 
 class Rollouts(NamedTuple):
@@ -98,6 +101,23 @@ def by_step(rollouts: Rollouts) -> Tensor:
     return combined(rollouts, key_token_values(ids_SGT, rollouts.mask_SGT, rollouts.correct_SG), "multiply")
 
 
+class Remembering:
+    """KTAE with `ktae_memory`. One object per training: it remembers the groups of earlier steps."""
+
+    def __init__(self, how: str):
+        self.how, self.evidence_2N = how, None
+
+    def __call__(self, rollouts: Rollouts) -> Tensor:
+        S, V = len(rollouts.ids_SGT), rollouts.logps_STGV.shape[-1]
+        ids_SGT = rollouts.ids_SGT + V * torch.arange(S)[:, None, None]  # each policy has its own evidence
+        if self.evidence_2N is None:
+            self.evidence_2N = torch.zeros(2, S * V)
+        values = memory.values(self.evidence_2N, ids_SGT)
+        new_2N = memory.evidence(ids_SGT, rollouts.mask_SGT, rollouts.correct_SG, S * V)
+        self.evidence_2N = memory.later(self.evidence_2N, new_2N, MEMORY)
+        return combined(rollouts, values, self.how)
+
+
 def importance(rollouts: Rollouts, *, leave_one_out: bool = False) -> Tensor:
     """KTAE with `ktae_combine` "importance"."""
     strengths = key_token_strengths(
@@ -151,6 +171,11 @@ class Row(NamedTuple):
 
     advantages: Callable[[Rollouts], Tensor]
     tree: bool = False
+    remembers: bool = False  # `advantages` is a class; each training has an object of it
+
+    def begin(self) -> Callable[[Rollouts], Tensor]:
+        """Return the function of token advantages for one training."""
+        return self.advantages() if self.remembers else self.advantages
 
 
 ROWS = {
@@ -165,6 +190,8 @@ ROWS = {
     "multiply_supported": Row(partial(dense, variant=Supported.variant)),
     "multiply_smoothed": Row(partial(dense, variant=Smoothed.variant)),
     "multiply_by_step": Row(by_step),
+    "multiply_memory": Row(partial(Remembering, "multiply"), remembers=True),
+    "add_memory": Row(partial(Remembering, "add"), remembers=True),
     "gtpo": Row(gtpo),
     "otb": Row(otb),
     "tree": Row(tree, tree=True),

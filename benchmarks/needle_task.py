@@ -240,6 +240,7 @@ def credit_of_decisions(advantages_SGT: Tensor, rollouts: Rollouts) -> tuple[Ten
 def train(cell: Cell, seeds: list[int], steps: int | None = None) -> Runs:
     """Train one policy per seed. The default of `steps` spends the budget of generated tokens."""
     credit = ROWS[cell.row]
+    token_advantages = credit.begin()
     start = starting_policies(cell.mood)
     chosen = torch.tensor(seeds) % WARM_MODELS
     p = {name: value[chosen].clone() for name, value in start.items()}
@@ -252,7 +253,7 @@ def train(cell: Cell, seeds: list[int], steps: int | None = None) -> Runs:
         trace, rollouts, expected_SG = sample(p, cell.group, cell.rule, cell.filler, noise, tree=credit.tree)
 
         def loss(logps_SGT: Tensor, logps_STGV: Tensor, rollouts: Rollouts = rollouts) -> Tensor:
-            advantages_SGT = credit.advantages(rollouts._replace(logps_STGV=logps_STGV))
+            advantages_SGT = token_advantages(rollouts._replace(logps_STGV=logps_STGV))
             credits.append(torch.stack(credit_of_decisions(advantages_SGT, rollouts)))
             return policy_loss(logps_SGT, advantages_SGT, rollouts.mask_SGT)
 

@@ -34,8 +34,12 @@ class Policy:
     @property
     def tokens_per_logits(self) -> float:
         """Return the memory of one logit vector, in units of one token's hidden state."""
-        config = self.model.config.get_text_config()
-        return config.vocab_size / config.hidden_size
+        return self.vocabulary / self.model.config.get_text_config().hidden_size
+
+    @property
+    def vocabulary(self) -> int:
+        """Return the number of token ids of the model."""
+        return self.model.config.get_text_config().vocab_size
 
     @property
     def context_length(self) -> int | None:
@@ -93,6 +97,10 @@ class Policy:
     def of_groups(self, groups: Groups, x: Tensor) -> Tensor:
         """Return numbers of this process's rollouts for all rollouts of its groups: see `Tools`."""
         return whole(x, groups.ids_PGT.shape[1], self.accelerator)
+
+    def total(self, x: Tensor) -> Tensor:
+        """Return the sum of a tensor over all processes: see `Tools`."""
+        return self.accelerator.reduce(x, "sum")
 
     def empty_cache(self) -> DynamicCache | None:
         """Return an empty cache for `logits`, or None if the model cannot use one: see `Tools`."""

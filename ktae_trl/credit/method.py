@@ -108,6 +108,7 @@ class Tools(Protocol):
     device: Any  # torch.device of this process
     eos_ids: tuple[int, ...]  # end-of-sequence ids
     tokens_per_logits: float  # memory of one logit vector, in units of one token's hidden state
+    vocabulary: int  # number of token ids of the model
     context_length: int | None  # maximum tokens that the model can read, prompt and completion; None: no limit is known
     step: int  # optimizer steps done so far, also those before a resume
 
@@ -167,6 +168,9 @@ class Tools(Protocol):
         Returns:
             (P, G, ...), in the order of `groups.ids_PGT`.
         """
+
+    def total(self, x: Tensor) -> Tensor:
+        """Return the sum of a tensor over all processes. It has the same shape on each of them."""
 
     def generate(self, prefixes: list[list[int]], limit: int) -> tuple[list[list[int]], list[list[float]] | None]:
         """Sample a continuation of at most `limit` tokens for each prefix, with the run's sampling settings.
@@ -311,6 +315,18 @@ class Method:
     def credit(self, groups: Groups) -> Credit | Tensor:
         """Return a value for every token of this process's rollouts: a `Credit`, or a (B, T) tensor for no metrics."""
         raise NotImplementedError(f"{type(self).__name__} does not define credit(groups)")
+
+    # For a method whose values depend on earlier generations.
+
+    def learn(self, groups: Groups) -> None:
+        """Learn from a generation of the training, after its `credit` was computed. Not called in evaluation."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what was learned, for a checkpoint. It is the same on all processes."""
+        return {}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take up the `state` of a checkpoint, of a run with the same `credit`."""
 
     @classmethod
     def check_run(cls, config: Any) -> None:

@@ -39,7 +39,8 @@ def split(record: Record) -> Iterator[list[dict[str, Any]]]:
 
 def is_key_token_value(method: Method) -> bool:
     """Return whether the recorded credit is the key-token value K, perhaps scaled, which is computed again here."""
-    return method.credit == KTAE.name and method.how != "scale"
+    own_group = not method.settings.get("ktae_memory")  # else earlier generations, which are not recorded, matter
+    return method.credit == KTAE.name and method.how != "scale" and own_group
 
 
 def counted(method: Method, row: dict[str, Any]) -> list[bool]:

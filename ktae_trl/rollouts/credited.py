@@ -68,6 +68,10 @@ class TokenCredit:
             "env_mask": trained,
         }
 
+    def state(self) -> dict[str, Tensor]:
+        """Return what the method has learned from earlier generations, for a checkpoint."""
+        return {} if self.method is None else self.method.state()
+
     def add_to(
         self, batch: dict[str, Tensor], rows: list[dict[str, Any]], judged: Verdicts
     ) -> dict[str, tuple[float, float]]:
@@ -95,6 +99,8 @@ class TokenCredit:
         self.tools.images = "pixel_values" in batch
         groups = whole_groups(batch, judged, rows, self.special_ids, self.trainer.accelerator)
         credit = self.method.credit(groups)
+        if self.trainer.model.training:
+            self.method.learn(groups)
         if not isinstance(credit, Credit):
             credit = Credit(credit)
         if not isinstance(credit.values_BT, Tensor) or credit.values_BT.shape != groups.ids_BT.shape:

@@ -5,7 +5,7 @@ Departures from the authors' code (xiaolizh1/KTAE), in addition to those in `val
 - Credit is computed once per generation, not at each call of the loss.
 - One reward function decides which rollouts are correct, not the weighted sum of all.
 - The loss is TRL's (`loss_type`).
-- `ktae_combine: multiply`, `ktae_combine: importance` and `ktae_leave_one_out` are additions.
+- `ktae_combine: multiply`, `ktae_combine: importance`, `ktae_leave_one_out` and `ktae_memory` are additions.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ktae_trl.arguments import UserError, nearest
 from ktae_trl.credit.combine import combine
+from ktae_trl.credit.ktae import memory
 from ktae_trl.credit.ktae.values import (
     check_weights,
     importance_weights,
@@ -29,7 +30,12 @@ from ktae_trl.credit.method import Card, Credit, Groups, Method, Settings
 IMPORTANCE = "importance"
 COMBINE = ("multiply", "add", IMPORTANCE)
 SATURATED = 0.9  # |K| above this counts in `ktae/saturated`
-_AFTER_COUNTING = ("ktae_combine", "ktae_scale", "ktae_importance_beta")  # no arguments of `key_token_values`
+_AFTER_COUNTING = (
+    "ktae_combine",
+    "ktae_scale",
+    "ktae_importance_beta",
+    "ktae_memory",
+)  # no arguments of `key_token_values`
 _COLUMNS_OF_WEIGHTS = {
     "mixed": ("ktae/informative_groups", "{:.0%}", "share of groups with both correct and wrong rollouts"),
     "eff. w": ("ktae/effective_share", "{:.1%}", "effective share of the tokens of mixed groups: 1 / mean w^2"),
@@ -38,6 +44,10 @@ _PANELS_OF_WEIGHTS = {"Shares": ["ktae/effective_share", "ktae/informative_group
 _DOES_OF_WEIGHTS = (
     "Each token gets the advantage of its rollout, weighted by how strongly the token is associated with the correct "
     "or the wrong rollouts of its prompt (Fisher's exact test, information gain)."
+)
+_DOES_OF_MEMORY = (
+    "Each token gets the advantage of its rollout, raised or lowered by how strongly the token was associated with the "
+    "correct or the wrong rollouts of earlier prompts (Cochran-Mantel-Haenszel statistic)."
 )
 _SILENCED = 1e-3  # |A'| up to this share of |A| counts in `ktae/zero_factor`
 
@@ -67,6 +77,10 @@ class KTAE(Method):
             ktae_leave_one_out (`bool`, *optional*, defaults to `False`):
                 Compute the values of each rollout from the other rollouts of its group only, so that it does not vote
                 for itself.
+            ktae_memory (`float`, *optional*, defaults to `0.0`):
+                Above 0 and below 1: the values come from the groups of earlier generations instead of the rollout's own
+                group. Each generation counts `ktae_memory` times as much as the one after it. The weights and
+                `ktae_leave_one_out` then have no effect. Not with `"importance"`.
         """
 
         ktae_combine: str = field(
@@ -87,6 +101,13 @@ class KTAE(Method):
             default=False,
             metadata={"help": "Compute the values of each rollout from the other rollouts of its group only."},
         )
+        ktae_memory: float = field(
+            default=0.0,
+            metadata={
+                "help": "Above 0 and below 1: values from the groups of earlier generations, each of which counts "
+                "ktae_memory times as much as the one after it."
+            },
+        )
 
         def check(self) -> None:
             if self.ktae_combine not in COMBINE:
@@ -98,6 +119,13 @@ class KTAE(Method):
                 raise UserError(f"ktae_scale must be between 0 and 1, not {self.ktae_scale}")
             if not 0 <= self.ktae_importance_beta < float("inf"):
                 raise UserError(f"ktae_importance_beta must be a finite number >= 0, not {self.ktae_importance_beta}")
+            if not 0 <= self.ktae_memory < 1:
+                raise UserError(f"ktae_memory must be at least 0 and below 1, not {self.ktae_memory}")
+            if self.ktae_memory and self.ktae_combine == IMPORTANCE:
+                raise UserError(
+                    "ktae_memory gives values K, but ktae_combine: importance needs strengths. Set ktae_combine to "
+                    "multiply or add, or ktae_memory to 0"
+                )
             try:
                 check_weights(self.ktae_fisher_weight, self.ktae_ig_weight, self.ktae_tf_weight)
             except ValueError as error:
@@ -157,6 +185,10 @@ class KTAE(Method):
             self.card = self.card._replace(does=_DOES_OF_WEIGHTS)
         elif settings.ktae_scale != 1:
             self.value = f"scaled key-token value {settings.ktae_scale:g}K"
+        self.remembers = settings.ktae_memory > 0
+        if self.remembers:
+            self.title, self.card = "KTAE (with memory)", self.card._replace(does=_DOES_OF_MEMORY)
+            self._evidence_2V = torch.zeros(2, tools.vocabulary, device=tools.device)
 
     def credit(self, groups: Groups) -> Credit:
         """Compute the key-token values of this process's rollouts, or with `ktae_combine: importance` the weights."""
@@ -168,9 +200,37 @@ class KTAE(Method):
             strength_BT = groups.own_rows(key_token_strengths(*inputs, **counts, **options))
             weights_BT = importance_weights(strength_BT, groups.mask_BT, self.settings.ktae_importance_beta)
             return Credit(weights_BT, sums_of_weights(groups, weights_BT))
-        values_BT = groups.own_rows(key_token_values(*inputs, **counts, **options))
+        if self.remembers:
+            values_BT = memory.values(self._evidence_2V, groups.ids_BT) * _valued(groups)
+        else:
+            values_BT = groups.own_rows(key_token_values(*inputs, **counts, **options))
         scale = self.settings.ktae_scale
         return Credit(scale * values_BT, sums(groups, values_BT, self.settings.ktae_combine, scale))
+
+    def learn(self, groups: Groups) -> None:
+        """With `ktae_memory`, add the evidence of the groups of all processes."""
+        if not self.remembers:
+            return
+        own_PG = torch.zeros(groups.correct_PG.shape, device=groups.ids_PGT.device)
+        own_PG.view(-1)[groups.own] = 1
+        new_2V = memory.evidence(
+            groups.ids_PGT,
+            groups.mask_PGT,
+            groups.correct_PG,
+            self.tools.vocabulary,
+            scored=groups.scored_PG,
+            ignore_ids=groups.special_ids,
+            weight_P=own_PG.mean(1),  # a group that is spread over processes counts once
+        )
+        self._evidence_2V = memory.later(self._evidence_2V, self.tools.total(new_2V), self.settings.ktae_memory)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the evidence of earlier generations, with `ktae_memory`."""
+        return {"evidence": self._evidence_2V} if self.remembers else {}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take up the evidence of a checkpoint."""
+        self._evidence_2V = state["evidence"]
 
     @classmethod
     def options(cls, settings: dict[str, Any]) -> dict[str, Any]:
@@ -229,6 +289,12 @@ def sums_of_weights(groups: Groups, weights_BT: Tensor) -> dict[str, tuple[Tenso
         "ktae/effective_share": (valued_BT.sum(), (weights_BT.square() * valued_BT).sum()),
         "ktae/informative_groups": _mean(informative_B1[:, 0].float(), torch.ones_like(informative_B1[:, 0])),
     }
+
+
+def _valued(groups: Groups) -> Tensor:
+    """Return which tokens of this process's rollouts have a value, (B, T) bool."""
+    special = torch.isin(groups.ids_BT, groups.ids_BT.new_tensor(groups.special_ids))
+    return groups.mask_BT & groups.own_rows(groups.scored_PG[..., None]) & _informative(groups) & ~special
 
 
 def _informative(groups: Groups) -> Tensor:
