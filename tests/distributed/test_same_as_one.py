@@ -57,6 +57,7 @@ LORA = {
 KINDS = {
     "plain": {},
     "other credit": {"ktae_combine": "add", "ktae_leave_one_out": True},
+    "memory": {"ktae_memory": 0.8},
     # accelerate puts DeepSpeed's own Adam in place of any optimizer whose states are off-loaded.
     "adam": {"optim": "adamw_torch", "optim_args": None, "learning_rate": 1e-3, "adam_epsilon": 1e-3},
     "lora": LORA,
@@ -98,13 +99,17 @@ def trained(crews, tmp_path_factory):
 
 
 def assert_same_as_one(
-    results: list[dict], one: dict, credit: float = 1e-6, weights: float = 1e-6, padding: float = 0
+    results: list[dict], one: dict, credit: float = 1e-6, weights: float = 1e-6, padding: float = 0, first: int = 0
 ) -> None:
-    """`credit` and `weights` are how far their values may be apart, `padding` is the credit of what is no token."""
+    """Compare trainings on several processes and on one.
+
+    `credit` and `weights` are how far their values may be apart, `padding` is the credit of what is no token, and
+    `first` is the first generation with credit.
+    """
     rows = 24 // len(results)
     assert len(one["credits"]) == len(results[0]["credits"]) == 3
     for step, expected in enumerate(one["credits"]):
-        assert expected.std() > 0
+        assert (expected.std() > 0) == (step >= first)
         for rank, result in enumerate(results):
             values = result["credits"][step]
             mine = expected[rows * rank : rows * (rank + 1)]
@@ -147,6 +152,20 @@ def test_resume_inside_a_generation_cycle(crews, trained, tmp_path, mode):
 
 def test_whole_groups_on_each_of_three_processes(trained):
     assert_same_as_one(trained("ddp", processes=3)[1], trained()[1][0])
+
+
+@pytest.mark.parametrize("mode", ["ddp", "zero3"])
+def test_memory_of_all_processes(trained, mode):
+    """The second of the three groups lies on both processes, and counts once."""
+    _, (one,) = trained(kind="memory")
+    assert_same_as_one(trained(mode, kind="memory")[1], one, first=1)
+
+
+def test_memory_is_resumed_on_two_processes(crews, trained, tmp_path):
+    folder, whole = trained("ddp", kind="memory")
+    settings = {**REPLAYED, **KINDS["memory"], "per_device_train_batch_size": 12, "save_strategy": "no"}
+    resumed = crews.train(tmp_path, settings, "ddp", folder / "checkpoint-3")
+    assert difference(resumed[0]["weights"], whole[0]["weights"]) < 1e-6
 
 
 def test_adding_and_leaving_one_out(trained):
