@@ -39,8 +39,7 @@ def split(record: Record) -> Iterator[list[dict[str, Any]]]:
 
 def is_key_token_value(method: Method) -> bool:
     """Return whether the recorded credit is the key-token value K, perhaps scaled, which is computed again here."""
-    own_group = not method.settings.get("ktae_memory")  # else earlier generations, which are not recorded, matter
-    return method.credit == KTAE.name and method.how != "scale" and own_group
+    return method.credit == KTAE.name and method.how != "scale" and KTAE.of_own_group(method.settings)
 
 
 def counted(method: Method, row: dict[str, Any]) -> list[bool]:

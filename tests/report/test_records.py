@@ -109,6 +109,7 @@ def test_values_can_be_computed_again_from_a_record(tmp_path):
         "ktae_ig_weight": 2.0,
         "ktae_tf_weight": 0.5,
         "ktae_leave_one_out": True,
+        "ktae_memory": 0.0,
     }
     T = max(len(row["token_ids"]) for row in rows)
     ids = torch.tensor([row["token_ids"] + [0] * (T - len(row["token_ids"])) for row in rows])
@@ -364,7 +365,7 @@ def test_a_record_of_version_1_is_read(tmp_path):
             "add",
             "KTAE (key tokens)",
             {f"ktae_{k}": v for k, v in list(of_1.items())[:4]}
-            | {"ktae_combine": "add", "ktae_scale": 1.0, "ktae_importance_beta": 1.0},
+            | {"ktae_combine": "add", "ktae_scale": 1.0, "ktae_importance_beta": 1.0, "ktae_memory": 0.0},
         ),
         ("tree", "replace", "TreeRPO (sampled trees)", {}),
         ("none", None, "GRPO (one advantage for all tokens)", {}),

@@ -704,6 +704,7 @@ def test_the_command_line(tmp_path, capsys):
         "ktae_ig_weight": "3.0",
         "ktae_tf_weight": "0.0",
         "ktae_leave_one_out": "True",
+        "ktae_memory": "0.0",
     }
     assert method["leave_one_out"]
     group = page.data("block-0")

@@ -247,6 +247,11 @@ class KTAE(Method):
         return settings.get("ktae_scale", 1.0)
 
     @classmethod
+    def of_own_group(cls, settings: dict[str, Any]) -> bool:
+        """Return whether a run with these config fields takes the values of a rollout from its own group."""
+        return not settings.get("ktae_memory")
+
+    @classmethod
     def settings_from(cls, options: dict[str, Any], combine: str) -> dict[str, Any]:
         """Return checked config fields from keyword arguments of `key_token_values`."""
         settings = cls.Settings(ktae_combine=combine, **{f"ktae_{name}": value for name, value in options.items()})
