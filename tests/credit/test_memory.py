@@ -27,7 +27,7 @@ GENERATIONS = {
     "max_steps": 8,
     "save_strategy": "steps",
     "save_steps": 1,
-    "max_completion_length": 24,
+    "max_completion_length": 60,
     "learning_rate": 1e-3,
     **REMEMBERS,
 }
@@ -199,7 +199,7 @@ def test_resume_is_exact(tmp_path, step):
     resumed.train(resume_from_checkpoint=str(tmp_path / "part" / name))
     assert difference(weights(resumed), weights(whole)) == 0
     assert logged(resumed, "ktae/abs_value") == logged(whole, "ktae/abs_value")
-    assert max(logged(whole, "ktae/abs_value")) > 0
+    assert logged(whole, "ktae/abs_value")[-1] > 0  # after the checkpoint, the evidence makes a difference
 
 
 def test_a_checkpoint_without_evidence_is_said(tmp_path, caplog):
