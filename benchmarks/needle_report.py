@@ -206,7 +206,7 @@ def tables(finished: Finished, at: str | float, *, main: bool) -> str:
 def equal_rates(finished: Finished) -> str:
     """Return the tables of the parts that name their rate."""
     rates = dict.fromkeys(part["at"] for part in finished.config["programme"] if not isinstance(part["at"], str))
-    return "\n\n".join(tables(finished, rate, main=True) for rate in rates)
+    return "\n\n".join(f"### Rate {rate:g}\n\n{tables(finished, rate, main=True)}" for rate in rates)
 
 
 def plot(finished: Finished, path: Path) -> None:
