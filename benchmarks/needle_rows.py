@@ -17,6 +17,7 @@ from ktae_trl.credit import otb as otb_credit
 from ktae_trl.credit.combine import combine
 from ktae_trl.credit.ktae import memory
 from ktae_trl.credit.ktae.values import importance_weights, key_token_strengths, key_token_values
+from ktae_trl.credit.method import both_sides
 from ktae_trl.credit.tree import Shape, advantages_by_depth, token_advantages
 
 MEMORY = 0.9  # `ktae_memory`
@@ -112,7 +113,8 @@ class Remembering:
         ids_SGT = rollouts.ids_SGT + V * torch.arange(S)[:, None, None]  # each policy has its own evidence
         if self.evidence_2N is None:
             self.evidence_2N = torch.zeros(2, S * V)
-        values = memory.values(self.evidence_2N, ids_SGT)
+        mixed_S11 = both_sides(rollouts.mask_SGT, rollouts.correct_SG)[:, None, None]
+        values = memory.values(self.evidence_2N, ids_SGT) * mixed_S11
         new_2N = memory.evidence(ids_SGT, rollouts.mask_SGT, rollouts.correct_SG, S * V)
         self.evidence_2N = memory.later(self.evidence_2N, new_2N, MEMORY)
         return combined(rollouts, values, self.how)

@@ -180,12 +180,11 @@ class Resume:
             self._warn("\n  ".join([f"Settings have changed since {checkpoint} was saved:", *notes]))
         if not changes.among(LAYOUT) and not incomplete:
             trl_seam.take_up(trainer, trl_seam.Place(first.step, send_to_device(own and own["rollouts"], device)))
-        if trainer.token_credit.state():
-            learned = next(filter(None, gather_object([own and own.get("credit")])), None)
-            if learned and first.settings.get("credit") == args.credit:
-                trainer.token_credit.method.restore(send_to_device(learned, device))
-            else:
-                self._warn(f"{checkpoint} has no values from earlier generations: credit: {args.credit} begins anew.")
+        learned = next(filter(None, gather_object([own and own.get("credit")])), None)
+        if learned and first.settings.get("credit") == args.credit:
+            trainer.token_credit.method.restore(send_to_device(learned, device))
+        elif trainer.token_credit.state():
+            self._warn(f"{checkpoint} holds nothing that credit: {args.credit} learned, so it learns from scratch.")
         if trainer.dynamic_sampling and first.prompts and not args.ignore_data_skip:
             trainer.dynamic_sampling.restore(first.prompts)
             kept = own and own.get("kept")  # not in checkpoints of an earlier version

@@ -1,9 +1,10 @@
 """Key-token values from earlier generations (`ktae_memory`): which tokens went with correct answers, over all groups.
 
 One group has few rollouts, so K of a single group is mostly noise. Here the evidence of many groups is added up. Each
-group is compared only with what is expected in it, so problems of different difficulty do not mix. It is the signed
-root of the Cochran-Mantel-Haenszel statistic for stratified 2 x 2 tables (Mantel and Haenszel 1959, J. Natl. Cancer
-Inst. 22:719), with a prior variance. Its use for token credit is this package's own idea.
+group is compared only with what is expected in it, so problems of different difficulty do not mix: d / var is Peto's
+estimate of a log odds ratio over 2 x 2 tables (Yusuf et al. 1985, Prog. Cardiovasc. Dis. 27:335), here with a prior.
+K is Yule's Q of it. It measures the size of an association, so it does not grow with the number of groups, as a test
+statistic would. Its use for token credit is this package's own idea.
 
 The evidence is a tensor (2, V): for each token id its surplus in correct rollouts, and the variance of this surplus.
 """
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ktae_trl.credit.ktae.values import key_token_table
 
-PRIOR = 1.0  # added to the variance: about that of two groups, so that a token seen in few groups has K near 0
+PRIOR = 1.0  # added to the variance, so that a token seen in few groups has K near 0; a group of 8 has 0.25 to 0.57
 
 
 def evidence(
@@ -54,15 +55,15 @@ def evidence(
 
 def later(evidence_2V: Tensor, new_2V: Tensor, memory: float) -> Tensor:
     """Return the evidence after another generation: what came before counts `memory` times as much."""
-    return evidence_2V * evidence_2V.new_tensor([[memory], [memory**2]]) + new_2V
+    return memory * evidence_2V + new_2V
 
 
 def values(evidence_2V: Tensor, ids: Tensor) -> Tensor:
     """Return K of each id, in the shape of `ids`, float32 in (-1, 1).
 
-        K = 2 sigmoid(d / sqrt(var + 1)) - 1
+        K = 2 sigmoid(d / (var + 1)) - 1 = (OR - 1) / (OR + 1),  OR = exp(d / (var + 1)): the odds ratio
 
     It is 0 for a token without evidence.
     """
     surplus_V, variance_V = evidence_2V
-    return torch.tanh(surplus_V / (variance_V + PRIOR).sqrt() / 2)[ids.long()]
+    return torch.tanh(surplus_V / (variance_V + PRIOR) / 2)[ids.long()]

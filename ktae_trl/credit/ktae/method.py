@@ -47,7 +47,7 @@ _DOES_OF_WEIGHTS = (
 )
 _DOES_OF_MEMORY = (
     "Each token gets the advantage of its rollout, raised or lowered by how strongly the token was associated with the "
-    "correct or the wrong rollouts of earlier prompts (Cochran-Mantel-Haenszel statistic)."
+    "correct or the wrong rollouts of earlier prompts (odds ratio over groups), in place of the paper's key-token value."
 )
 _SILENCED = 1e-3  # |A'| up to this share of |A| counts in `ktae/zero_factor`
 
@@ -169,11 +169,11 @@ class KTAE(Method):
     }
 
     variants = {
-        "ktae": {"ktae_combine": "multiply", "ktae_leave_one_out": False},
-        "ktae_loo": {"ktae_combine": "multiply", "ktae_leave_one_out": True},
-        "ktae_add": {"ktae_combine": "add", "ktae_leave_one_out": False},
-        "importance": {"ktae_combine": IMPORTANCE, "ktae_leave_one_out": False},
-        "importance_loo": {"ktae_combine": IMPORTANCE, "ktae_leave_one_out": True},
+        "ktae": {"ktae_combine": "multiply", "ktae_leave_one_out": False, "ktae_memory": 0.0},
+        "ktae_loo": {"ktae_combine": "multiply", "ktae_leave_one_out": True, "ktae_memory": 0.0},
+        "ktae_add": {"ktae_combine": "add", "ktae_leave_one_out": False, "ktae_memory": 0.0},
+        "importance": {"ktae_combine": IMPORTANCE, "ktae_leave_one_out": False, "ktae_memory": 0.0},
+        "importance_loo": {"ktae_combine": IMPORTANCE, "ktae_leave_one_out": True, "ktae_memory": 0.0},
     }
 
     def __init__(self, settings: Any, tools: Any):
@@ -188,6 +188,8 @@ class KTAE(Method):
         self.remembers = settings.ktae_memory > 0
         if self.remembers:
             self.title, self.card = "KTAE (with memory)", self.card._replace(does=_DOES_OF_MEMORY)
+            factor = "" if settings.ktae_scale == 1 else f"{settings.ktae_scale:g}"
+            self.value = f"{'scaled ' * bool(factor)}remembered value {factor}M"  # not the group's own K
             self._evidence_2V = torch.zeros(2, tools.vocabulary, device=tools.device)
 
     def credit(self, groups: Groups) -> Credit:
@@ -229,8 +231,9 @@ class KTAE(Method):
         return {"evidence": self._evidence_2V} if self.remembers else {}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Take up the evidence of a checkpoint."""
-        self._evidence_2V = state["evidence"]
+        """Take up the evidence of a checkpoint, with `ktae_memory`."""
+        if self.remembers:
+            self._evidence_2V = state["evidence"]
 
     @classmethod
     def options(cls, settings: dict[str, Any]) -> dict[str, Any]:
