@@ -38,8 +38,8 @@ class Policy:
 
     @property
     def vocabulary(self) -> int:
-        """Return the number of token ids of the model: that of its config, or of its embeddings if they have more."""
-        return max(self.model.config.get_text_config().vocab_size, self.model.get_input_embeddings().num_embeddings)
+        """Return the number of token ids of the model."""
+        return self.model.config.get_text_config().vocab_size
 
     @property
     def context_length(self) -> int | None:

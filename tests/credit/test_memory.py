@@ -3,6 +3,8 @@
 import itertools
 import math
 import shutil
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 from ktae_trl import KTAEGRPOConfig
 from ktae_trl.arguments import UserError
+from ktae_trl.credit.combine import combine
 from ktae_trl.credit.ktae import memory
 from ktae_trl.credit.ktae.method import KTAE
 from ktae_trl.report import records
@@ -17,6 +20,9 @@ from ktae_trl.report.group_view import is_key_token_value
 from tests.credit.test_importance import as_groups
 from tests.credit.test_ktae import random_groups
 from tests.trainers import difference, logged, make_trainer, prompts, watch_batches, weights
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from needle_rows import ROWS, Rollouts
 
 V = 30
 REMEMBERS = {"ktae_memory": 0.9}
@@ -93,14 +99,26 @@ def test_groups_of_different_difficulty_do_not_mix():
 def test_what_comes_before_counts_less():
     first, second = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[0.5, 0.0], [1.0, 0.0]])
     found = memory.later(first, second, 0.5)
-    torch.testing.assert_close(found, torch.tensor([[1.0, 1.0], [1.75, 1.0]]))
+    torch.testing.assert_close(found, torch.tensor([[1.0, 1.0], [2.5, 2.0]]))
 
 
 def test_values_by_hand():
-    evidence_2V = torch.tensor([[0.0, 2.0, -1.0, 400.0], [0.0, 3.0, 0.0, 399.0]])
-    sigmoid = [1 / (1 + math.exp(-z)) for z in (0, 1, -1, 20)]
+    evidence_2V = torch.tensor([[0.0, 2.0, -1.0, 400.0], [0.0, 3.0, 0.0, 99.0]])
+    sigmoid = [1 / (1 + math.exp(-theta)) for theta in (0, 0.5, -1, 4)]
     found = memory.values(evidence_2V, torch.tensor([[0, 1], [2, 3]]))
     torch.testing.assert_close(found.flatten(), torch.tensor([2 * s - 1 for s in sigmoid]))
+
+
+def test_a_value_is_that_of_the_odds_ratio_whatever_the_number_of_groups():
+    """Presence with probability 0.45 and 0.55 in wrong and correct rollouts: the odds ratio is (0.55/0.45)^2 = 1.49."""
+    generator = torch.Generator().manual_seed(0)
+    expected = (1.494 - 1) / (1.494 + 1)
+    for groups, tolerance in ((2_000, 0.03), (40_000, 0.01)):
+        correct = (torch.arange(16) % 2 == 0).expand(groups, -1)
+        chance = torch.where(correct, 0.55, 0.45)
+        ids = (torch.rand(groups, 16, generator=generator) < chance).int()[..., None]
+        evidence_2V = memory.evidence(ids, torch.ones_like(ids).bool(), correct, 2)
+        assert memory.values(evidence_2V, torch.tensor([1])).item() == pytest.approx(expected, abs=tolerance)
 
 
 # The method
@@ -128,7 +146,7 @@ def test_a_generation_is_valued_by_earlier_ones_only():
         torch.testing.assert_close(ktae.credit(turned).values_BT, credit.values_BT)
         ktae.learn(groups)
         new = memory.evidence(groups.ids_PGT, groups.mask_PGT, groups.correct_PG, V, ignore_ids=groups.special_ids)
-        known = torch.stack([0.5 * known[0] + new[0], 0.25 * known[1] + new[1]])
+        known = 0.5 * known + new
     assert {name for name in credit.sums if name.startswith("ktae/value")} == {"ktae/value_right", "ktae/value_wrong"}
 
 
@@ -140,6 +158,42 @@ def test_a_group_that_is_spread_over_processes_counts_once():
         part.learn(groups._replace(own=own))
     total = sum(part.state()["evidence"] for part in parts)
     torch.testing.assert_close(total, whole.state()["evidence"], atol=1e-6, rtol=1e-5)
+
+
+def test_rollouts_without_a_grade_neither_teach_nor_have_values():
+    ids, mask, correct = random_groups(2, G=8, vocabulary=V, lengths=False)
+    groups = as_groups(ids, mask, correct, scored=torch.arange(8).expand(3, -1) > 1)
+    ktae, known = method(ktae_combine="add"), method(ktae_combine="add")
+    ktae.learn(groups)
+    known.learn(groups._replace(correct_PG=correct ^ ~groups.scored_PG))  # other labels where there is no grade
+    torch.testing.assert_close(ktae.state()["evidence"], known.state()["evidence"])
+    values_PGT = ktae.credit(groups).values_BT.view(3, 8, -1)
+    assert (values_PGT[:, :2] == 0).all()
+    assert values_PGT[:, 2:].any()
+
+
+@pytest.mark.parametrize("how", ["multiply", "add"])
+def test_the_row_of_the_needle_benchmark_is_the_package_s_method(how):
+    """Four generations of one group, the third of them with one side only."""
+    row, ktae = ROWS[f"{how}_memory"].begin(), method(ktae_combine=how)
+    generator = torch.Generator().manual_seed(0)
+    changed = 0
+    for generation in range(4):
+        ids = torch.randint(10, V, (1, 8, 12), generator=generator)
+        success = torch.rand(1, 8, 1, generator=generator) < (1.0 if generation == 2 else 0.5)
+        nothing = torch.zeros(1, 12, 8, V)
+        rollouts = Rollouts(ids, torch.ones_like(ids).bool(), ids[0, 0] < 0, success, torch.zeros(1, 8), nothing)
+        groups = as_groups(ids, rollouts.mask_SGT, rollouts.correct_SG, advantages=rollouts.advantages_SG.flatten())
+        expected = combine(groups.advantages_B, ktae.credit(groups).values_BT, how)
+        ktae.learn(groups)
+        torch.testing.assert_close(row(rollouts)[0], expected)
+        changed += not torch.allclose(expected, groups.advantages_B[:, None].expand_as(expected))
+    assert changed == 2
+
+
+def test_other_methods_value_the_records_of_such_a_run_by_their_own_groups():
+    for settings in KTAE.variants.values():
+        assert settings["ktae_memory"] == 0
 
 
 def test_without_memory_nothing_is_learned():
@@ -207,4 +261,4 @@ def test_a_checkpoint_without_evidence_is_said(tmp_path, caplog):
     begun.train()
     resumed = make_trainer(tmp_path, train_dataset=prompts(12), **GENERATIONS | {"max_steps": 3})
     resumed.train(resume_from_checkpoint=True)
-    assert "has no values from earlier generations: credit: ktae begins anew" in caplog.text
+    assert "holds nothing that credit: ktae learned, so it learns from scratch" in caplog.text

@@ -47,7 +47,7 @@ _DOES_OF_WEIGHTS = (
 )
 _DOES_OF_MEMORY = (
     "Each token gets the advantage of its rollout, raised or lowered by how strongly the token was associated with the "
-    "correct or the wrong rollouts of earlier prompts (odds ratio over groups), in place of the paper's key-token value."
+    "correct or the wrong rollouts of earlier prompts (an odds ratio over groups, in place of the paper's value)."
 )
 _SILENCED = 1e-3  # |A'| up to this share of |A| counts in `ktae/zero_factor`
 
