@@ -151,11 +151,23 @@ def test_settings_are_those_given_then_those_of_the_record_then_defaults():
         "ig_weight": 0.0,
         "tf_weight": 1.0,
         "leave_one_out": False,
+        "memory": 0.0,
     }
     with pytest.raises(UserError, match=r"importance have no setting 'ktae_scal' \(did you mean 'ktae_scale'\?\)"):
         compare(record, ["importance"], settings={"ktae_scal": 1.0})
     with pytest.raises(UserError, match="ktae_scale must be between 0 and 1, not 2"):
         compare(record, ["importance"], settings={"ktae_scale": 2.0})
+
+
+def test_rollouts_of_a_run_with_memory_are_valued_by_their_own_groups():
+    """What the run had learned from earlier generations is not recorded."""
+    rows = random_group(seed=1)
+    remembered = Record(KTAE._replace(settings=KTAE.settings | {"ktae_memory": 0.9}), rows)
+    chosen = ["ktae", "ktae_loo", "ktae_add", "importance", "importance_loo"]
+    for name in chosen:
+        expected = values(compare(Record(KTAE, rows), [name]), name)
+        assert values(compare(remembered, [name]), name) == expected
+        assert any(flat(expected))
 
 
 # Two models
