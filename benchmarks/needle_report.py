@@ -14,6 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from needle import BEST, LOW, ROOT, TUNING, Results, rate_of, seeds_of
+from needle_rows import ROWS
 from needle_task import Cell
 from scipy import stats
 
@@ -24,7 +25,8 @@ from ktae_trl.report.markdown import table
 TEMPLATE = Path(__file__).with_name("needle_page.md")
 BASELINE, CEILING = "grpo", "oracle"
 NOT_RUN = "not run"
-COLOURS = plt.get_cmap("tab10").colors
+# A row has the same colour in all panels.
+COLOURS = {row: plt.get_cmap("tab20")(2 * n % 20 + n // 10) for n, row in enumerate(ROWS)}
 
 
 def interval(values: np.ndarray) -> Estimate:
@@ -216,7 +218,7 @@ def plot(finished: Finished, path: Path) -> None:
         settings = finished.parts(at)
         plain = sorted((setting["filler"], rows) for setting, rows in settings if set(setting) == {"filler"})
         rows = list(dict.fromkeys(row for _, some in plain if len(plain) > 1 for row in some if row != BASELINE))
-        for number, row in enumerate(rows):
+        for row in rows:
             found = [
                 (
                     filler,
@@ -231,17 +233,21 @@ def plot(finished: Finished, path: Path) -> None:
             x = [3 / (3 * filler + 9) for filler, _ in found]
             y = 100 * np.array([d.value for _, d in found])
             bars = 100 * np.array([(d.value - d.low, d.high - d.value) for _, d in found]).T
-            dose.errorbar(x, y, bars, marker="o", capsize=3, label=row, color=COLOURS[number % 10])
+            dose.errorbar(x, y, bars, marker="o", capsize=3, label=row, color=COLOURS[row])
         dose.axhline(0, color="black", linewidth=0.8)
-        dose.set(xscale="log", xlabel="share of tokens that matter", ylabel="area less GRPO's, points")
+        shares = [3 / (3 * filler + 9) for filler, _ in plain]
+        dose.set_xscale("log")
+        dose.set_xticks(shares, [f"{share:.1%}" for share in shares])
+        dose.minorticks_off()
+        dose.set(xlabel="share of tokens that matter", ylabel="area less GRPO's, points")
         dose.set_title(f"{'Best rate of each method' if at == BEST else 'Low rate'}", loc="left", fontweight="bold")
         setting = finished.config["setting"]
         there = next((rows for known, rows in settings if known == setting), [])
-        for number, row in enumerate(there):
+        for row in there:
             if finished.of(row, at, setting):
                 curve = finished.results.curve(finished.cell(row, at, setting))
                 at_tokens = (np.arange(len(curve)) + 0.5) / len(curve) * finished.budget(row, at, setting)
-                curves.plot(at_tokens / 1000, curve, label=row, color=plt.get_cmap("tab20")(number % 20), linewidth=1.5)
+                curves.plot(at_tokens / 1000, curve, label=row, color=COLOURS[row], linewidth=1.5)
         curves.set(xlabel="generated tokens, thousands", ylabel="expected accuracy")
         curves.set_title(describe(setting), loc="left")
         for axis in (dose, curves):
