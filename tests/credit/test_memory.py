@@ -207,7 +207,10 @@ def test_without_memory_nothing_is_learned():
     [
         ({"ktae_memory": 1.0}, "ktae_memory must be at least 0 and below 1, not 1.0"),
         ({"ktae_memory": -0.1}, "ktae_memory must be at least 0 and below 1, not -0.1"),
-        ({"ktae_combine": "importance"}, "ktae_memory gives values K, but ktae_combine: importance needs strengths"),
+        (
+            {"ktae_combine": "importance"},
+            "ktae_memory gives signed values, but ktae_combine: importance needs strengths",
+        ),
     ],
 )
 def test_settings_that_do_not_fit(changes, words):

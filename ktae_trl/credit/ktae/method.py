@@ -30,12 +30,8 @@ from ktae_trl.credit.method import Card, Credit, Groups, Method, Settings
 IMPORTANCE = "importance"
 COMBINE = ("multiply", "add", IMPORTANCE)
 SATURATED = 0.9  # |K| above this counts in `ktae/saturated`
-_AFTER_COUNTING = (
-    "ktae_combine",
-    "ktae_scale",
-    "ktae_importance_beta",
-    "ktae_memory",
-)  # no arguments of `key_token_values`
+# No arguments of `key_token_values`.
+_AFTER_COUNTING = ("ktae_combine", "ktae_scale", "ktae_importance_beta", "ktae_memory")
 _COLUMNS_OF_WEIGHTS = {
     "mixed": ("ktae/informative_groups", "{:.0%}", "share of groups with both correct and wrong rollouts"),
     "eff. w": ("ktae/effective_share", "{:.1%}", "effective share of the tokens of mixed groups: 1 / mean w^2"),
@@ -123,8 +119,8 @@ class KTAE(Method):
                 raise UserError(f"ktae_memory must be at least 0 and below 1, not {self.ktae_memory}")
             if self.ktae_memory and self.ktae_combine == IMPORTANCE:
                 raise UserError(
-                    "ktae_memory gives values K, but ktae_combine: importance needs strengths. Set ktae_combine to "
-                    "multiply or add, or ktae_memory to 0"
+                    "ktae_memory gives signed values, but ktae_combine: importance needs strengths. Set "
+                    "ktae_combine to multiply or add, or ktae_memory to 0"
                 )
             try:
                 check_weights(self.ktae_fisher_weight, self.ktae_ig_weight, self.ktae_tf_weight)
